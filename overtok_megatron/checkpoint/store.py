@@ -1,0 +1,158 @@
+"""Where checkpoints live on disk and how one becomes visible: written aside, synced, renamed, then named in `latest`.
+
+Layout of `<run>/checkpoints/`: `step_00000100/` complete ones, `step_00000100.partial/` one being written (or cut),
+`latest` the name of the newest complete one. Each holds `manifest.json` with the size and SHA-256 of every file.
+This file knows no tensors; it is what a killed process may leave behind in any state.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from overtok_megatron.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_PARTIAL = ".partial"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is: `config` as a nested dict, `layout` axis sizes and ZeRO stage, `files` name -> [bytes, sha256]."""
+
+    step: int
+    consumed_samples: int
+    config: dict[str, Any]
+    layout: dict[str, int]
+    eod_id: int
+    tokenizer_fingerprint: str
+    files: dict[str, tuple[int, str]]
+    format: int = _FORMAT
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return path.stat().st_size, digest
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file: readers see the old or the new content, never a part."""
+    aside = path.with_name(path.name + _PARTIAL)
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Only the first rank calls the methods that change anything."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.root = run_directory / "checkpoints"
+
+    def partial(self, step: int) -> Path:
+        """The folder in which the checkpoint of `step` is being written."""
+        return self.root / f"step_{step:08d}{_PARTIAL}"
+
+    def begin(self, step: int) -> Path:
+        """Make an empty partial folder."""
+        folder = self.partial(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def discard(self, step: int) -> None:
+        """Remove the partial folder of a save that failed."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
+    def publish(self, manifest: Manifest) -> Path:
+        """Make the partial folder of `manifest.step` a complete checkpoint and the latest one."""
+        partial = self.partial(manifest.step)
+        write_atomically(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+            sync(folder)
+        final = partial.with_name(partial.name.removesuffix(_PARTIAL))
+        if final.exists():  # a run that was resumed from an earlier step comes by again
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        sync(self.root)
+        write_atomically(self.root / LATEST, final.name)
+        return final
+
+    def clean(self) -> list[str]:
+        """Remove what killed saves left behind; returns the names."""
+        if not self.root.is_dir():
+            return []
+        leftovers = [path for path in self.root.iterdir() if path.name.endswith(_PARTIAL)]
+        for path in leftovers:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return [path.name for path in leftovers]
+
+    def complete(self) -> list[Path]:
+        """All complete checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(path for path in self.root.glob("step_*") if not path.name.endswith(_PARTIAL))
+
+    def keep_last(self, count: int) -> None:
+        """Remove all but the `count` newest complete checkpoints."""
+        for path in self.complete()[:-count]:
+            shutil.rmtree(path)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None if there is none. Raises CheckpointError on a dangling pointer."""
+        pointer = self.root / LATEST
+        if not pointer.is_file():
+            return None
+        path = self.root / pointer.read_text(encoding="utf-8").strip()
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(f"{pointer}: names {path.name}, which is not there or has no {MANIFEST}; "
+                                  f"write the name of a folder beside it, or remove {pointer.name} to start anew")
+        return path
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint folder, after checking that every file is there with its size.
+
+    Raises CheckpointError naming the file.
+    """
+    try:
+        raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest(**{**raw, "files": {name: (entry[0], entry[1]) for name, entry in raw["files"].items()}})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}); is this a checkpoint folder?") from None
+    if manifest.format != _FORMAT:
+        raise CheckpointError(f"{path / MANIFEST}: format {manifest.format}, this version reads {_FORMAT}")
+    for name, (size, _) in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; the checkpoint is damaged, resume from another one")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} were written; the checkpoint is "
+                                  "damaged, resume from another one")
+    return manifest
+
+
+def verify_file(path: Path, name: str, manifest: Manifest) -> None:
+    """Raises CheckpointError unless the file's content is what was written."""
+    if file_digest(path / name)[1] != manifest.files[name][1]:
+        raise CheckpointError(f"{path / name}: SHA-256 differs from the manifest; the file is damaged, "
+                              "resume from another checkpoint")

@@ -1,0 +1,24 @@
+"""The named errors for a user's mistake. Each carries one line: what (file, key or rank), its value, the rule, the way out.
+
+An invariant that only a bug can break is an `assert`, not one of these.
+"""
+
+
+class OvertokError(Exception):
+    """Base of every error that the command line prints as a single line, without a traceback."""
+
+
+class ConfigError(OvertokError):
+    """A configuration key is unknown, has a wrong value, or cannot be combined with another."""
+
+
+class DataError(OvertokError):
+    """A corpus, tokenizer or dataset file is missing, damaged or does not fit the run."""
+
+
+class CheckpointError(OvertokError):
+    """A checkpoint is missing, damaged, of another shape, or could not be written."""
+
+
+class InputError(OvertokError):
+    """A request to a trained model (a prompt, a sampling setting) that cannot be served."""

@@ -1,0 +1,67 @@
+"""Starting a run: everything is checked here, in one process, before the deepspeed launcher spawns the others."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from overtok_megatron.config.loading import LoadedConfig, save_resolved
+from overtok_megatron.config.validation import validate
+from overtok_megatron.errors import ConfigError
+
+# glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def process_environment(ranks_per_host: int, *, deterministic: bool, cuda: bool) -> dict[str, str]:
+    """What a rank's environment needs beyond the caller's; what the caller has set already stands."""
+    wanted = {"DS_ACCELERATOR": "cuda" if cuda else "cpu", "DEEPSPEED_LOG_LEVEL": "warning"}
+    if not cuda:
+        wanted |= ALLOCATOR
+        wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks_per_host))
+    if deterministic:
+        wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def launch(loaded: LoadedConfig, processes: int, launcher_arguments: list[str]) -> int:
+    """Validate, store the resolved configuration beside the run, and train on `processes` ranks of this host.
+
+    launcher_arguments go to the deepspeed launcher as they are (a hostfile, a port). Returns its exit code.
+    """
+    import torch  # late: `overtok --help` and configuration errors need not wait for it
+
+    from overtok_megatron.data.checks import open_run_data
+
+    config = loaded.config
+    validate(config, processes, loaded.locate)
+    cuda = torch.cuda.is_available()
+    if cuda and processes > torch.cuda.device_count():
+        raise ConfigError(f"--processes: {processes}, but this host has {torch.cuda.device_count()} CUDA devices; ask for that many")
+    open_run_data(config)
+    directory = Path(config.training.output_directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        resolved = directory / "config.yaml"
+        save_resolved(config, resolved)
+    except OSError as error:
+        raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
+    launcher = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    assert launcher is not None, "deepspeed is installed without its launcher"
+    extra = process_environment(processes, deterministic=config.training.deterministic, cuda=cuda)
+    command = [
+        sys.executable,
+        launcher,
+        "--num_gpus",
+        str(processes),
+        *launcher_arguments,
+        "--module",
+        "overtok_megatron.training.entry",
+        str(resolved),
+    ]
+    return subprocess.run(command, env={**os.environ, **extra}, check=False).returncode

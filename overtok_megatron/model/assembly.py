@@ -1,0 +1,133 @@
+"""From a run's configuration to a model and its tables: the root below which no config object is passed on."""
+
+import torch
+import torch.distributed as dist
+
+from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
+from overtok_megatron.model.block import Block
+from overtok_megatron.model.heads import InputEmbedding, OutputHead
+from overtok_megatron.model.norm import FusedNorm
+from overtok_megatron.model.rotary import Rotary
+from overtok_megatron.model.transformer import Transformer
+from overtok_megatron.ngram.embedding import OverEncoding, OverTables
+from overtok_megatron.ngram.exchange import RowExchange
+from overtok_megatron.ngram.ids import NgramHash
+from overtok_megatron.ngram.optimizer import build_row_optimizer
+from overtok_megatron.ngram.sizing import RowSpace, row_bounds
+from overtok_megatron.ngram.table import TableShard
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
+    """The tables that a validated, enabled over-encoding section asks for."""
+    assert over.enabled and over.table_rows is not None
+    num_tables = (over.ngram_order - 1) * over.num_slices
+    return RowSpace(over.ngram_order, over.num_slices, over.table_rows, model.hidden_size // num_tables)
+
+
+def build_layers(
+    model: ModelConfig,
+    over: OverEncodingConfig,
+    *,
+    group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    fused_norm: FusedNorm | None = None,
+) -> tuple[InputEmbedding, list[Block], OutputHead]:
+    """All layers in order, weights not yet initialised. `group` is the tensor-parallel group."""
+    encoder = None
+    if over.enabled:
+        num_tables = row_space(model, over).num_tables
+        encoder = OverEncoding(model.hidden_size, num_tables, combine=over.combine, group=group)
+    embedding = InputEmbedding(
+        model.vocab_size, model.hidden_size, over_encoding=encoder, group=group, sequence_parallel=sequence_parallel
+    )
+    rotary = Rotary(model.hidden_size // model.num_attention_heads, model.rope_theta)
+    blocks = [
+        Block(
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
+            norm_epsilon=model.norm_epsilon,
+            rotary=rotary,
+            layer_index=index,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            fused_norm=fused_norm,
+        )
+        for index in range(model.num_layers)
+    ]
+    head = OutputHead(
+        model.vocab_size,
+        model.hidden_size,
+        norm_epsilon=model.norm_epsilon,
+        tied=embedding.word if model.tie_word_embeddings else None,
+        group=group,
+        sequence_parallel=sequence_parallel,
+        fused_norm=fused_norm,
+    )
+    return embedding, blocks, head
+
+
+def build_transformer(
+    config: RunConfig,
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    fused_norm: FusedNorm | None = None,
+) -> Transformer:
+    """The model of a run with its initial weights, in the run's precision."""
+    model = Transformer(
+        *build_layers(
+            config.model,
+            config.over_encoding,
+            group=group,
+            sequence_parallel=config.parallel.sequence_parallel and group is not None,
+            fused_norm=fused_norm,
+        )
+    )
+    model.reset(config.training.seed, config.model.init_std)
+    return model.to(device=device, dtype=DTYPES[config.training.precision])
+
+
+def build_tables(
+    config: RunConfig,
+    model: Transformer,
+    eod_id: int,
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    sequence_slice: tuple[int, int] = (0, 1),
+) -> OverTables:
+    """This rank's tables for `model`, with initial rows. group: the table group; None = all rows are here.
+
+    sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
+    """
+    over = config.over_encoding
+    encoder = model.embedding.over_encoding
+    assert encoder is not None
+    space = row_space(config.model, over)
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    bounds = row_bounds(space.total_rows, size)
+    shard = TableShard(
+        bounds[rank], bounds[rank + 1], space.width, std=over.init_std, seed=config.training.seed, device=device
+    )
+    optimizer = build_row_optimizer(
+        over.optimizer,
+        shard.weight,
+        weight_decay=over.weight_decay,
+        betas=over.betas,
+        eps=over.eps,
+        state_dtype=STATE_DTYPES[over.state_dtype],
+    )
+    return OverTables(
+        encoder,
+        NgramHash(space, over.hash_base or config.model.vocab_size, over.pad_id, over.boundary, eod_id),
+        shard,
+        optimizer,
+        RowExchange(bounds, group),
+        dtype=DTYPES[config.training.precision],
+        sequence_slice=sequence_slice,
+    )

@@ -1,0 +1,125 @@
+"""Causal self-attention of OLMo2: grouped queries, RMSNorm over all of q and of k, rotary positions, no biases.
+
+Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, h query heads, g key/value heads,
+e head size. Heads are split over the tensor-parallel group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overtok_megatron.model.norm import FusedNorm, RMSNorm
+from overtok_megatron.model.rotary import Rotary
+from overtok_megatron.parallel.collectives import group_size
+from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
+from overtok_megatron.parallel.sharding import mark_split
+
+
+@dataclass
+class DecodeStep:
+    """What one decoding call knows beyond its hidden states; caches hold all keys and values so far, [b, g, room, e].
+
+    positions [b, s] int64 of the new tokens; begin: cached positions before them; mask [b, 1, s, begin + s] bool.
+    """
+
+    positions: Tensor
+    begin: int
+    mask: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class Attention(nn.Module):
+    """[b, s_shard, d] -> [b, s_shard, d]; the output is summed over the group already."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        norm_epsilon: float,
+        rotary: Rotary,
+        layer_index: int,
+        group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = False,
+        fused_norm: FusedNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_size = hidden_size // num_attention_heads
+        ranks = group_size(group)
+        assert num_attention_heads % ranks == 0 and num_key_value_heads % ranks == 0
+        self.heads_shard = num_attention_heads // ranks
+        self.kv_heads_shard = num_key_value_heads // ranks
+        self.rotary = rotary
+        self.layer_index = layer_index
+        kv_size = num_key_value_heads * self.head_size
+        self.qkv = ColumnParallelLinears(
+            hidden_size,
+            {"q_proj": hidden_size, "k_proj": kv_size, "v_proj": kv_size},
+            group=group,
+            sequence_parallel=sequence_parallel,
+        )
+        self.q_norm = RMSNorm(
+            hidden_size,
+            eps=norm_epsilon,
+            weight_size=self.heads_shard * self.head_size,
+            group=group,
+            fused=fused_norm,
+        )
+        self.k_norm = RMSNorm(
+            kv_size,
+            eps=norm_epsilon,
+            weight_size=self.kv_heads_shard * self.head_size,
+            group=group,
+            fused=fused_norm,
+        )
+        for norm, size in ((self.q_norm, hidden_size), (self.k_norm, kv_size)):
+            mark_split(norm.weight, dim=0, full_shape=(size,), group=group)
+        self.o_proj = RowParallelLinear(hidden_size, hidden_size, group=group, sequence_parallel=sequence_parallel)
+
+    def reset(self, seed: int, name: str, std: float) -> None:
+        self.qkv.reset(seed, f"{name}.qkv", std)
+        self.o_proj.reset(seed, f"{name}.o_proj", std)
+
+    def forward(self, x: Tensor, decode: DecodeStep | None = None) -> Tensor:
+        q, k, v = self.qkv(x)
+        batch, length = q.shape[:2]  # the whole sequence: sequence parallelism gathered it
+        q = self.q_norm(q).view(batch, length, self.heads_shard, self.head_size)
+        k = self.k_norm(k).view(batch, length, self.kv_heads_shard, self.head_size)
+        v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g, s, e]
+        angles = (
+            self.rotary.leading_angles(length, x.device)
+            if decode is None
+            else self.rotary.angles(decode.positions)
+        )
+        q = self.rotary.apply(q, angles).transpose(1, 2)  # [b, h, s, e]
+        k = self.rotary.apply(k, angles).transpose(1, 2)  # [b, g, s, e]
+        mask = None
+        if decode is not None:
+            k, v = self._remember(k, v, decode)
+            mask = decode.mask
+        if self.kv_heads_shard != self.heads_shard:
+            repeats = self.heads_shard // self.kv_heads_shard
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=decode is None)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+    def _remember(self, k: Tensor, v: Tensor, decode: DecodeStep) -> tuple[Tensor, Tensor]:
+        end = decode.begin + k.shape[2]
+        keys, values = decode.keys[self.layer_index], decode.values[self.layer_index]
+        keys[:, :, decode.begin : end] = k
+        values[:, :, decode.begin : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def empty_cache(
+    *, batch: int, room: int, num_layers: int, num_key_value_heads: int, head_size: int, like: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values for `num_layers` layers, each [b, g, room, e] of `like`'s dtype and device."""
+    shape = (batch, num_key_value_heads, room, head_size)
+    return tuple([torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)] for _ in "kv")  # type: ignore[return-value]  # a generator of two

@@ -1,0 +1,182 @@
+"""The over-encoder: a small module that the model sees, and the sharded tables that feed it once a step.
+
+`OverEncoding` holds only the projection; `OverTables` holds this rank's rows, their optimizer and the exchange. They meet in
+`StepRows`, the unique rows of a step with one gradient buffer: forward gathers from it and backward adds into it, with
+no communication in either (contract C3).
+
+Shapes: A micro-batches, b batch, s sequence (a slice of it under tensor parallelism), T tables, w row width,
+d hidden = T w, U unique rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overtok_megatron.ngram.exchange import ExchangePlan, RowExchange
+from overtok_megatron.ngram.ids import NgramHash
+from overtok_megatron.ngram.optimizer import RowOptimizer
+from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.parallel.collectives import copy_to_group
+from overtok_megatron.parallel.sharding import initialise_slice
+
+Combine = Literal["sum", "mean", "scaled"]
+
+
+@dataclass
+class StepRows:
+    """The rows of one step: rows [U, w] float32, a leaf; grad [U, w] float32, summed over micro-batches."""
+
+    rows: Tensor
+    grad: Tensor | None
+    cast: Tensor  # the rows in the dtype of the model, made once a step
+
+
+class _GatherRows(torch.autograd.Function):
+    """Forward: cast[slots]. Backward: adds into step.grad; the leaf itself receives no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, step: StepRows, slots: Tensor) -> Tensor:
+        ctx.step = step
+        ctx.save_for_backward(slots)
+        return F.embedding(slots, step.cast)  # [b, s, T, w]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]  # torch types it *Any
+        (slots,) = ctx.saved_tensors
+        step: StepRows = ctx.step
+        assert step.grad is not None, "backward through rows that were fetched without a gradient"
+        step.grad.index_add_(0, slots.reshape(-1), grad.reshape(-1, grad.shape[-1]).float())
+        return None, None, None
+
+
+class OverEncoding(nn.Module):
+    """Joins the gathered n-gram rows to the 1-gram embedding (paper section 3.2; METHOD of combination is a switch).
+
+    The T projections W_s: w -> d, summed, are one d x d linear on the concatenation of the rows. combine: "sum" e + o;
+    "mean" (e + o) / (1 + T), the paper's pseudo-code; "scaled" e + o / (1 + T). group: the tensor-parallel group, whose
+    ranks each see their own slice of the sequence.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_tables: int, *, combine: Combine, group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        assert hidden_size % num_tables == 0
+        self.num_tables = num_tables
+        self.combine = combine
+        self.group = group
+        self.projection = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.step: StepRows | None = None
+
+    def reset(self, seed: int, name: str) -> None:
+        """Deviation d^-1/2: the n-gram part begins at the scale of its rows."""
+        size = self.projection.shape[0]
+        initialise_slice(self.projection, (size, size), 0, 0, size, size**-0.5, seed, f"{name}.projection")
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """The n-gram part before combination: slots [b, s, T] int64 into the step's rows -> [b, s, d]."""
+        assert self.step is not None, "no rows were fetched for this step"
+        gathered = _GatherRows.apply(self.step.rows, self.step, slots)  # [b, s, T, w]
+        weight = copy_to_group(self.projection, self.group)  # each rank saw a slice: the gradient is summed
+        return F.linear(gathered.flatten(-2), weight)
+
+    def join(self, base: Tensor, ngrams: Tensor) -> Tensor:
+        """base, ngrams [b, s, d] -> [b, s, d] by the combination rule."""
+        share = 1.0 / (1 + self.num_tables)
+        if self.combine == "sum":
+            return base + ngrams
+        if self.combine == "mean":
+            return (base + ngrams) * share
+        return torch.add(base, ngrams, alpha=share)
+
+    @torch.no_grad()
+    def order_norms(self, slots: Tensor, num_slices: int) -> Tensor:
+        """Mean L2 norm of each order's projected contribution, [n-1] float32; slots [b, s, T]."""
+        assert self.step is not None
+        gathered = F.embedding(slots, self.step.cast).flatten(-2)  # [b, s, d]
+        width = gathered.shape[-1] // self.num_tables * num_slices
+        parts = zip(gathered.split(width, dim=-1), self.projection.split(width, dim=1), strict=True)
+        return torch.stack([F.linear(part, weight).float().norm(dim=-1).mean() for part, weight in parts])
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.projection.shape[0]}, num_tables={self.num_tables}, combine={self.combine}"
+
+
+class OverTables:
+    """This rank's share of the tables with its exchange and optimizer; drives one step of them.
+
+    Order of calls in a training step: `begin(tokens)`, the forward and backward passes, `collect(scale)`, `apply(...)`.
+    In evaluation: `begin(tokens, training=False)` and forward passes. All are collectives of the table group.
+    """
+
+    def __init__(
+        self,
+        module: OverEncoding,
+        ngram_hash: NgramHash,
+        shard: TableShard,
+        optimizer: RowOptimizer,
+        exchange: RowExchange,
+        *,
+        dtype: torch.dtype,
+        sequence_slice: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.module = module
+        self.ngram_hash = ngram_hash
+        self.shard = shard
+        self.optimizer = optimizer
+        self.exchange = exchange
+        self.dtype = dtype
+        self.slice_index, self.num_slices = sequence_slice
+        self.last_plan: ExchangePlan | None = None
+        self._touched: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, tokens: Tensor, *, training: bool = True, history: Tensor | None = None) -> Tensor:
+        """Fetch the rows of all of a step's micro-batches: tokens [A, b, s] -> slots [A, b, s / slices, T] int64.
+
+        history [A, b, n - 1]: the tokens before, in decoding. Leading axes are free.
+        """
+        ids = self.ngram_hash.rows(tokens, history)
+        ids = ids.chunk(self.num_slices, dim=-2)[self.slice_index]
+        plan = self.exchange.plan(ids)
+        rows = self.exchange.fetch(plan, self.shard.weight).requires_grad_(training)
+        grad = torch.zeros_like(rows, requires_grad=False) if training else None
+        self.module.step = StepRows(rows, grad, rows.detach().to(self.dtype))
+        self.last_plan = plan
+        return plan.slots
+
+    def collect(self, scale: float) -> Tensor:
+        """After the last backward: gradients, times `scale`, to their owners.
+
+        Returns the sum of squares over all ranks, float64 scalar, the tables' part of the global norm (contract C5).
+        """
+        step = self.module.step
+        assert step is not None and step.grad is not None and self.last_plan is not None
+        rows, grad = self.exchange.return_gradients(self.last_plan, step.grad)
+        grad.mul_(scale)
+        self._touched = (rows, grad)
+        square = grad.double().square().sum()
+        if self.exchange.group is not None:
+            dist.all_reduce(square, group=self.exchange.group)
+        return square
+
+    def apply(self, learning_rate: float, clip_factor: float) -> None:
+        """Update the touched rows with the collected gradients times `clip_factor` (1.0 = not clipped)."""
+        assert self._touched is not None, "apply() before collect()"
+        rows, grad = self._touched
+        self._touched = None
+        self.module.step = None
+        if clip_factor != 1.0:
+            grad.mul_(clip_factor)
+        self.optimizer.update(rows, grad, learning_rate)
+        self.shard.touched[rows] = True
+
+    def contribution_norms(self, tokens: Tensor) -> list[float]:
+        """Mean L2 norm of each order's projected contribution over tokens [A, b, s], before combination; 2-grams first."""
+        slots = self.begin(tokens, training=False)
+        norms = self.module.order_norms(slots, self.ngram_hash.space.num_slices)
+        self.module.step = None
+        return norms.tolist()

@@ -1,0 +1,90 @@
+"""Token ids to n-gram table rows. Pure: depends on tokens, history and boundaries, never on a layout (contract C1).
+
+The n-gram id of position t is x_t + x_{t-1} p + ... + x_{t-q+1} p^(q-1), taken modulo the rows of its table (paper
+section 3.2). It is reduced at every Horner step: p^(q-1) overflows int64 from V = 100278 and q = 4 on.
+
+Shapes: b batch (any number of leading axes), s sequence, n longest n-gram, T tables.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from overtok_megatron.ngram.sizing import RowSpace
+
+MISSING = -1  # stands in token tensors for "no token here" (before a sequence begins, left padding)
+
+
+@dataclass(frozen=True)
+class NgramHash:
+    """Maps tokens to rows of a row space.
+
+    base: p of the polynomial, the true vocabulary size unless configured. pad_id: the token that stands for missing
+    history. boundary: "reset" hides everything up to and including the last end-of-document token before t, "ignore"
+    looks across documents. eod_id: that token.
+    """
+
+    space: RowSpace
+    base: int
+    pad_id: int
+    boundary: Literal["reset", "ignore"]
+    eod_id: int
+
+    def windows(self, tokens: Tensor, history: Tensor | None = None) -> list[Tensor]:
+        """x_t, x_{t-1}, ..., x_{t-n+1} for every position, with pad_id where history is missing or hidden.
+
+        tokens [b, s] int64, MISSING allowed; history [b, n-1] int64, the tokens before tokens[:, 0], None = missing.
+        Returns n tensors [b, s] int64.
+        """
+        reach = self.space.ngram_order - 1
+        if history is None:
+            history = tokens.new_full((*tokens.shape[:-1], reach), MISSING)
+        assert history.shape == (*tokens.shape[:-1], reach), (history.shape, tokens.shape)
+        length = tokens.shape[-1]
+        extended = torch.cat([history, tokens], dim=-1)  # [b, n-1+s]
+        visible = torch.ones_like(tokens, dtype=torch.bool)
+        result = []
+        for back in range(reach + 1):
+            token = extended.narrow(-1, reach - back, length)  # [b, s]
+            present = token >= 0
+            if back > 0 and self.boundary == "reset":
+                visible = visible & present & (token != self.eod_id)
+                present = visible
+            result.append(torch.where(present, token, self.pad_id))
+        return result
+
+    def rows(self, tokens: Tensor, history: Tensor | None = None) -> Tensor:
+        """Global row numbers [b, s, T] int64 for tokens [b, s] int64 (history as in `windows`).
+
+        Every intermediate is below 2^62: rows per table are below 2^31, which config validation ensures.
+        """
+        window = self.windows(tokens, history)
+        result = torch.empty((*tokens.shape, self.space.num_tables), dtype=torch.int64, device=tokens.device)
+        for table, (size, offset) in enumerate(zip(self.space.sizes, self.space.offsets, strict=True)):
+            order = self.space.order_of(table)
+            base = self.base % size
+            row = window[order - 1] % size
+            for back in range(order - 2, -1, -1):
+                row = (row * base + window[back]) % size
+            result[..., table] = row + offset
+        return result
+
+    def collision_share(self, tokens: Tensor) -> float:
+        """Share of look-ups of tokens [b, s] whose row another n-gram among them uses too, over all tables, 0 to 1."""
+        rows = self.rows(tokens).flatten(0, -2)  # [b s, T]
+        windows = [token.flatten() for token in self.windows(tokens)]
+        shared = 0
+        key = windows[0]
+        for order in range(2, self.space.ngram_order + 1):
+            # numbered anew at each order, so that the pair (n-gram so far, one token more) fits int64
+            _, key = torch.unique(key * (int(windows[order - 1].max()) + 1) + windows[order - 1], return_inverse=True)
+            for table in range((order - 2) * self.space.num_slices, (order - 1) * self.space.num_slices):
+                _, row = torch.unique(rows[:, table], return_inverse=True)
+                ngrams = int(key.max()) + 1
+                pairs, uses = torch.unique(row * ngrams + key, return_counts=True)
+                row_of_pair = pairs // ngrams
+                ngrams_of_row = torch.bincount(row_of_pair)
+                shared += int(uses[ngrams_of_row[row_of_pair] > 1].sum())
+        return shared / rows.numel()

@@ -1,0 +1,1 @@
+"""The trainer: DeepSpeed engine set-up, the joint gradient norm, schedules, metrics and the step loop."""

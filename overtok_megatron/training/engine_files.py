@@ -1,0 +1,42 @@
+"""How DeepSpeed's checkpoint files reach the disk and come back: synced, and never executing what they hold."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from overtok_megatron.checkpoint.store import sync
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class EngineFiles:
+    """Stands in for DeepSpeed's checkpoint engine: synced writes, reads that cannot execute what they read.
+
+    A failed write is remembered in `failure` instead of raised, because the other ranks are about to enter a barrier.
+    """
+
+    def __init__(self, original: Any, allowed_classes: list[Any]) -> None:
+        self._original = original
+        self._allowed = allowed_classes
+        self.failure: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            torch.save(state_dict, path)
+            sync(Path(path))
+        except WRITE_ERRORS as error:
+            self.failure = self.failure or f"{path}: {reason(error)}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(self._allowed):
+            return torch.load(path, map_location=map_location, weights_only=True)

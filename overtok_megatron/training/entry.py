@@ -1,0 +1,57 @@
+"""What every process of a run executes: `python -m overtok_megatron.training.entry RESOLVED_CONFIG`, by the launcher.
+
+It prepares logging, runs the loop, and turns a user's mistake into one line and exit code 2.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def set_up_logging(directory: Path, rank: int, console: bool) -> None:
+    """Lines with time and rank: to `train.log` on the first rank, to the console as well unless a bar is drawn there."""
+    root = logging.getLogger("overtok_megatron")
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    root.propagate = False
+    form = logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.FileHandler(directory / "train.log")] if rank == 0 else []
+    stream = logging.StreamHandler(sys.stdout)
+    stream.setLevel(logging.INFO if console else logging.WARNING)
+    for handler in [*handlers, stream]:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="One process of a training run; started by the deepspeed launcher.")
+    parser.add_argument("config", help="a resolved configuration, as `overtok train` stores it")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    from overtok_megatron.config.loading import parse_resolved
+    from overtok_megatron.errors import OvertokError
+    from overtok_megatron.training.loop import TrainingRun, show_bar
+
+    rank = int(os.environ.get("RANK", "0"))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    try:
+        config = parse_resolved(options.config)
+        set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
+        TrainingRun(config, num_threads=max(1, (os.cpu_count() or 1) // local_ranks)).run()
+    except OvertokError as error:
+        if rank > 0:
+            time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The run: data, engine, resume, steps, validation, checkpoints, reports. Collective; every rank runs it.
+
+Shapes: A micro-batches a step, b micro batch, s sequence.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from overtok_megatron.checkpoint.store import CheckpointStore
+from overtok_megatron.config import counts, validation
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.batches import TrainBatches, validation_batches
+from overtok_megatron.data.checks import open_run_data
+from overtok_megatron.model.assembly import DTYPES
+from overtok_megatron.training import metrics
+from overtok_megatron.training.engine import StepResult, TrainingEngine, local_device, start_processes
+from overtok_megatron.training.metrics import Reporter
+from overtok_megatron.training.schedules import Schedule
+from overtok_megatron.training.state import load_state, save_state
+
+log = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """One run from its first (or resumed) step to its last."""
+
+    def __init__(self, config: RunConfig, num_threads: int) -> None:
+        self.config = config
+        device = local_device()
+        if device.type == "cpu":
+            torch.set_num_threads(config.training.num_threads or num_threads)
+        torch.use_deterministic_algorithms(config.training.deterministic)
+        self.grid = start_processes(config.parallel.tensor_parallel_size)
+        world = self.grid.shape.world_size
+        validation.validate(config, world, lambda key: "resolved")
+        self.data = open_run_data(config)
+        self.trainer = TrainingEngine(config, self.grid, device, self.data.eod_id)
+        self.store = CheckpointStore(Path(config.training.output_directory))
+        self.total_steps = validation.train_iters(config)
+        self.schedule = Schedule(
+            kind=config.optimizer.schedule,
+            peak=config.optimizer.learning_rate,
+            minimum=config.optimizer.min_learning_rate,
+            warmup_iters=config.optimizer.warmup_iters,
+            total_iters=self.total_steps,
+            decay_iters=config.optimizer.decay_iters or 0,
+        )
+        self.batches = TrainBatches(
+            self.data.train,
+            config.data.seq_length,
+            config.training.micro_batch_size,
+            self.trainer.micro_batches,
+            self.grid.data_rank,
+            self.grid.shape.data,
+            config.data.shuffle_seed,
+        )
+        self.first = self.grid.rank == 0
+        self.tokens_per_step = config.training.global_batch_size * config.data.seq_length
+        self.flops_per_token = counts.flops_per_token(config)
+        rate = metrics.matmul_rate(device, DTYPES[config.training.precision])
+        self.peak_flops = metrics.over_ranks(rate, dist.ReduceOp.SUM)
+
+    def run(self) -> None:
+        """Train to the end. Raises OvertokError for what the user can mend; the latest checkpoint then stands."""
+        begin = self._resume()
+        if begin >= self.total_steps:
+            if self.first:
+                log.info("nothing to do: the latest checkpoint is at step %d of %d", begin, self.total_steps)
+            return
+        reporter = None
+        if self.first:
+            directory = Path(self.config.training.output_directory)
+            reporter = Reporter(directory, tensorboard=self.config.logging.tensorboard, first_step=begin)
+        with tqdm(
+            total=self.total_steps,
+            initial=begin,
+            unit="step",
+            desc=Path(self.config.training.output_directory).name,
+            disable=not (self.first and show_bar(self.config)),
+            dynamic_ncols=True,
+        ) as bar:
+            for step in range(begin, self.total_steps):
+                values = self._one_step(step)
+                done = step + 1
+                if self._due(done, self.config.training.validation_interval) and self.data.validation is not None:
+                    values |= self._validate()
+                    values |= self._table_figures(step)
+                if reporter is not None:
+                    self._report(reporter, done, values)
+                    bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
+                    bar.update()
+                if self._due(done, self.config.checkpoint.interval):
+                    self._save(done)
+        if reporter is not None:
+            reporter.close()
+
+    def _due(self, done: int, interval: int | None) -> bool:
+        return done == self.total_steps or (interval is not None and done % interval == 0)
+
+    def _resume(self) -> int:
+        if self.first:
+            for name in self.store.clean():
+                log.warning("removed %s, which an interrupted save left behind", name)
+        dist.barrier()
+        path = self.store.latest() if self.config.training.resume == "auto" else None
+        if path is None:
+            return 0
+        manifest = load_state(self.trainer, path)
+        if manifest.tokenizer_fingerprint != self.data.tokenizer_fingerprint:
+            self.data.refuse_tokenizer(path)
+        if self.first:
+            log.info("resumed from %s", path)
+        return manifest.step
+
+    def _one_step(self, step: int) -> dict[str, float]:
+        begin = time.perf_counter()
+        tokens = torch.from_numpy(self.batches.step(step)).to(self.trainer.device)  # [A, b, s + 1]
+        learning_rate = self.schedule.at(step)
+        result = self.trainer.step(tokens, learning_rate)
+        seconds = time.perf_counter() - begin
+        return self._figures(result, learning_rate, seconds)
+
+    def _figures(self, result: StepResult, learning_rate: float, seconds: float) -> dict[str, float]:
+        speed = self.tokens_per_step / seconds
+        values = {
+            "train/loss": result.loss,
+            "train/learning_rate": learning_rate,
+            "train/grad_norm": result.grad_norm,
+            "speed/tokens_per_second": speed,
+            "speed/step_seconds": seconds,
+            "speed/model_flops_utilisation": speed * self.flops_per_token / self.peak_flops,
+            "memory/peak_bytes": float(metrics.peak_memory(self.trainer.device)),
+        }
+        if self.trainer.tables is not None:
+            values |= {
+                "train/table_learning_rate": learning_rate * self.config.over_encoding.learning_rate_factor,
+                "train/table_grad_norm": result.table_grad_norm,
+                "tables/unique_rows": float(result.unique_rows),
+                "tables/duplicate_share": 1.0 - result.unique_rows / result.looked_up_rows,
+                "tables/exchange_bytes": float(result.exchange_bytes),
+            }
+        return values
+
+    def _validate(self) -> dict[str, float]:
+        assert self.data.validation is not None
+        loss, _ = self.trainer.evaluate(self._validation_batches())
+        return {"validation/loss": loss}
+
+    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.data.validation is not None
+        for inputs, targets in validation_batches(
+            self.data.validation,
+            self.config.data.seq_length,
+            self.config.training.micro_batch_size,
+            self.grid.data_rank,
+            self.grid.shape.data,
+        ):
+            yield (
+                torch.from_numpy(inputs).to(self.trainer.device),
+                torch.from_numpy(targets).to(self.trainer.device),
+            )
+
+    def _table_figures(self, step: int) -> dict[str, float]:
+        """Figures that sweep the tables or look at n-grams twice: taken where validation is, not every step."""
+        tables = self.trainer.tables
+        if tables is None:
+            return {}
+        touched = metrics.over_ranks(float(tables.shard.touched.sum()), dist.ReduceOp.SUM)
+        sample = torch.from_numpy(self.batches.step(step)).to(self.trainer.device)[:, :, :-1]
+        values = {
+            "tables/touched_share": touched / tables.ngram_hash.space.total_rows,
+            "tables/collision_share": tables.ngram_hash.collision_share(sample),
+        }
+        norms = tables.contribution_norms(sample[:1])
+        return values | {f"tables/norm_{order + 2}gram": norm for order, norm in enumerate(norms)}
+
+    def _report(self, reporter: Reporter, done: int, values: dict[str, float]) -> None:
+        if done % self.config.logging.interval == 0 or done == self.total_steps or "validation/loss" in values:
+            reporter.write(done, values)
+            log.info(metrics.step_line(done, self.total_steps, values))
+        if "validation/loss" in values:
+            log.info("step %d/%d  validation loss %.4f", done, self.total_steps, values["validation/loss"])
+
+    def _save(self, done: int) -> None:
+        begin = time.perf_counter()
+        path = save_state(
+            self.trainer,
+            self.store,
+            step=done,
+            consumed_samples=done * self.config.training.global_batch_size,
+            eod_id=self.data.eod_id,
+            tokenizer_fingerprint=self.data.tokenizer_fingerprint,
+        )
+        if self.first:
+            log.info("saved %s in %.1f s", path.name, time.perf_counter() - begin)
+            if self.config.checkpoint.keep_last is not None:
+                self.store.keep_last(self.config.checkpoint.keep_last)
+
+
+def show_bar(config: RunConfig) -> bool:
+    """Whether the progress bar is drawn: asked for, or `auto` on a terminal."""
+    choice = config.logging.progress_bar
+    return choice == "on" or (choice == "auto" and sys.stderr.isatty())

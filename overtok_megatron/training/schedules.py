@@ -1,0 +1,32 @@
+"""Learning-rate schedules as pure functions of the step. No state: a resumed run needs only its step number."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `peak` over `warmup_iters`, then one of three ways down to `minimum` at `total_iters`.
+
+    cosine: half a cosine from the end of warm-up. linear: a straight line. wsd: constant at `peak`, then a straight
+    line over the last `decay_iters`.
+    """
+
+    kind: Literal["cosine", "wsd", "linear"]
+    peak: float
+    minimum: float
+    warmup_iters: int
+    total_iters: int
+    decay_iters: int = 0
+
+    def at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ... total_iters - 1; the first step of a warm-up is at peak / warmup_iters."""
+        if step < self.warmup_iters:
+            return self.peak * (step + 1) / self.warmup_iters
+        begin = self.total_iters - self.decay_iters if self.kind == "wsd" else self.warmup_iters
+        if step < begin:
+            return self.peak
+        progress = min(1.0, (step - begin + 1) / max(1, self.total_iters - begin))
+        share = 0.5 * (1.0 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
+        return self.minimum + (self.peak - self.minimum) * share
