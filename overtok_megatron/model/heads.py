@@ -4,7 +4,6 @@ Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidd
 vocabulary, T tables.
 """
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,4 +106,4 @@ class OutputHead(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [b, s_shard, d] -> [b, s, V] in the model's dtype, the whole vocabulary on every rank."""
         shard = F.linear(self._whole(hidden), self.output.weight)
-        return torch.cat(self.output.gather(shard), dim=-1) if self.group is not None else shard
+        return self.output.gather(shard)

@@ -21,7 +21,7 @@ from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.table import TableShard
 from overtok_megatron.parallel.collectives import copy_to_group
-from overtok_megatron.parallel.sharding import initialise_slice
+from overtok_megatron.parallel.sharding import initialise
 
 Combine = Literal["sum", "mean", "scaled"]
 
@@ -75,7 +75,7 @@ class OverEncoding(nn.Module):
     def reset(self, seed: int, name: str) -> None:
         """Deviation d^-1/2: the n-gram part begins at the scale of its rows."""
         size = self.projection.shape[0]
-        initialise_slice(self.projection, (size, size), 0, 0, size, size**-0.5, seed, f"{name}.projection")
+        initialise(self.projection, size**-0.5, seed, f"{name}.projection")
 
     def forward(self, slots: Tensor) -> Tensor:
         """The n-gram part before combination: slots [b, s, T] int64 into the step's rows -> [b, s, d]."""

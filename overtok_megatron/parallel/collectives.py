@@ -1,0 +1,120 @@
+"""Differentiable collectives in conjugate pairs; every one is out of place, and the identity for group None.
+
+Sums run in the tensor's own dtype. Notation in the tables: x_r is rank r's tensor, g_r the gradient that arrives there.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def group_size(group: Group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def _own_slice(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    return x.chunk(dist.get_world_size(group), dim=dim)[dist.get_rank(group)].contiguous()
+
+
+def _sum_slices(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim=dim)]
+    total = torch.empty_like(parts[0])
+    dist.reduce_scatter(total, parts, group=group)
+    return total
+
+
+class _Copy(torch.autograd.Function):
+    """| forward | x | backward | sum_r g_r | : x is the same on all ranks, each uses it in its own way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch: *Any
+        return _sum(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    """| forward | sum_r x_r | backward | g | : the sum is used alike on all ranks, so g is the same there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch: *Any
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """| forward | cat_r x_r | backward | own slice of g, or of sum_r g_r | : the latter where ranks use it differently."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int, sum_grads: bool) -> Tensor:
+        ctx.group, ctx.dim, ctx.sum_grads = group, dim, sum_grads
+        return _gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch: *Any
+        back = _sum_slices if ctx.sum_grads else _own_slice
+        return back(grad, ctx.group, ctx.dim), None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """| forward | own slice of sum_r x_r | backward | cat_r g_r |"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _sum_slices(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch: *Any
+        return _gather(grad, ctx.group, ctx.dim), None, None
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """Enter a split region: identity forward, gradients summed over the group."""
+    return x if group is None else _Copy.apply(x, group)
+
+
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    """Leave a split region: partial results summed forward, identity backward."""
+    return x if group is None else _Reduce.apply(x, group)
+
+
+def gather_from_group(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Slices along `dim` to the whole on every rank, which all use it alike: backward takes the own slice."""
+    return x if group is None else _Gather.apply(x, group, dim, False)
+
+
+def all_gather_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Enter a split region from sequence slices: all-gather forward, reduce-scatter backward."""
+    return x if group is None else _Gather.apply(x, group, dim, True)
+
+
+def reduce_scatter_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Leave a split region into sequence slices: reduce-scatter forward, all-gather backward. `dim` must divide."""
+    return x if group is None else _ReduceScatter.apply(x, group, dim)

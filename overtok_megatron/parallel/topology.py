@@ -1,0 +1,36 @@
+"""The grid in the words that DeepSpeed's `mpu` argument wants (duck-typed; nothing of DeepSpeed is imported)."""
+
+import torch.distributed as dist
+
+from overtok_megatron.parallel.grid import ProcessGrid
+
+
+class DeepSpeedTopology:
+    """Answers DeepSpeed's questions about model- and data-parallel groups from one grid."""
+
+    def __init__(self, grid: ProcessGrid) -> None:
+        assert grid.engine_groups is not None, "DeepSpeed needs an initialised process group"
+        self._grid = grid
+        self._tensor, self._data = grid.engine_groups
+
+    def get_model_parallel_rank(self) -> int:
+        return self._grid.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._grid.shape.model
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._grid.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._grid.shape.data
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data
