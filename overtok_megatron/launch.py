@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ ALLOCATOR = {
 
 def process_environment(ranks_per_host: int, *, deterministic: bool, cuda: bool) -> dict[str, str]:
     """What a rank's environment needs beyond the caller's; what the caller has set already stands."""
-    wanted = {"DS_ACCELERATOR": "cuda" if cuda else "cpu", "DEEPSPEED_LOG_LEVEL": "warning"}
+    wanted = {"DS_ACCELERATOR": "cuda" if cuda else "cpu"}
     if not cuda:
         wanted |= ALLOCATOR
         wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks_per_host))
@@ -29,10 +30,17 @@ def process_environment(ranks_per_host: int, *, deterministic: bool, cuda: bool)
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def launch(loaded: LoadedConfig, processes: int, launcher_arguments: list[str]) -> int:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None) -> int:
     """Validate, store the resolved configuration beside the run, and train on `processes` ranks of this host.
 
-    launcher_arguments go to the deepspeed launcher as they are (a hostfile, a port). Returns its exit code.
+    master_port: where the ranks meet; None = a free one. Returns the launcher's exit code.
     """
     import torch  # late: `overtok --help` and configuration errors need not wait for it
 
@@ -59,7 +67,10 @@ def launch(loaded: LoadedConfig, processes: int, launcher_arguments: list[str]) 
         launcher,
         "--num_gpus",
         str(processes),
-        *launcher_arguments,
+        "--master_port",
+        str(master_port or _free_port()),
+        "--log_level",
+        "error",
         "--module",
         "overtok_megatron.training.entry",
         str(resolved),

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from overtok_megatron.config import deepspeed_config, validation
+from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.model.assembly import DTYPES, build_tables, build_transformer
@@ -69,7 +69,7 @@ class TrainingEngine:
         self.config = config
         self.grid = grid
         self.device = device
-        self.micro_batches = validation.accumulation_steps(config, grid.shape.world_size)
+        self.micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
         self.kernels: Kernels = choose_kernels(config.training.kernels, device)
         model = build_transformer(
             config, device=device, group=grid.tensor_group, fused_norm=self.kernels.rms_norm

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from overtok_megatron.checkpoint.store import CheckpointStore
-from overtok_megatron.config import counts, validation
+from overtok_megatron.config import counts, derived
+from overtok_megatron.config.validation import validate
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
@@ -40,11 +41,11 @@ class TrainingRun:
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.grid = start_processes(config.parallel.tensor_parallel_size)
         world = self.grid.shape.world_size
-        validation.validate(config, world, lambda key: "resolved")
+        validate(config, world, lambda key: "resolved")
         self.data = open_run_data(config)
         self.trainer = TrainingEngine(config, self.grid, device, self.data.eod_id)
         self.store = CheckpointStore(Path(config.training.output_directory))
-        self.total_steps = validation.train_iters(config)
+        self.total_steps = derived.train_iters(config)
         self.schedule = Schedule(
             kind=config.optimizer.schedule,
             peak=config.optimizer.learning_rate,

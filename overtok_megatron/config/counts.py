@@ -1,0 +1,98 @@
+"""Parameters, bytes a rank and FLOPs a token of a configuration, by formula. Tests hold them against the built model."""
+
+from dataclasses import dataclass
+
+from overtok_megatron.config.derived import data_parallel_size
+from overtok_megatron.config.schema import RunConfig
+
+_STATE_VALUES = {"rowwise_adagrad": (1, 0), "adam": (0, 2), "sgd": (0, 0)}  # per row, per element
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
+    projection; tables: rows x width over all tables."""
+
+    blocks: int
+    embedding: int
+    head: int
+    encoder: int
+    tables: int
+
+    @property
+    def dense(self) -> int:
+        return self.blocks + self.embedding + self.head + self.encoder
+
+
+def table_shape(config: RunConfig) -> tuple[int, int]:
+    """(rows over all tables, width of a row); (0, 0) for a plain model."""
+    over = config.over_encoding
+    if not over.enabled or over.table_rows is None:
+        return 0, 0
+    tables = (over.ngram_order - 1) * over.num_slices
+    return tables * over.table_rows + tables * (tables - 1), config.model.hidden_size // tables
+
+
+def parameter_counts(config: RunConfig) -> ParameterCounts:
+    model = config.model
+    d = model.hidden_size
+    kv = d // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
+    attention = 2 * d * d + 2 * d * kv + d + kv  # q, o; k, v; their norms
+    block = attention + 3 * d * model.intermediate_size + 2 * d
+    rows, width = table_shape(config)
+    return ParameterCounts(
+        blocks=model.num_layers * block + d,
+        embedding=model.vocab_size * d,
+        head=0 if model.tie_word_embeddings else model.vocab_size * d,
+        encoder=d * d if rows else 0,
+        tables=rows * width,
+    )
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes of model state on the fullest rank; activations come on top and depend on the batch."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    table_rows: int
+    table_state: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.table_rows + self.table_state
+
+
+def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
+    """bf16: 2 bytes a weight, 4 a gradient (2 without ZeRO), 12 of master and moments; fp32: 4, 4 and 8.
+
+    ZeRO 1 divides the last by the data-parallel size, 2 the gradients too, 3 the weights too. Tables are divided by the
+    whole world.
+    """
+    dense = -(-parameter_counts(config).dense // config.parallel.tensor_parallel_size)
+    stage, ranks = config.parallel.zero_stage, data_parallel_size(config, world_size)
+    bf16 = config.training.precision == "bf16"
+    rows, width = table_shape(config)
+    own_rows = -(-rows // world_size)
+    per_row, per_element = _STATE_VALUES[config.over_encoding.optimizer]
+    state_bytes = 4 if config.over_encoding.state_dtype == "float32" else 2
+
+    def share(size: int, from_stage: int) -> int:
+        return -(-size // ranks) if stage >= from_stage else size
+
+    return RankBytes(
+        weights=share(dense * (2 if bf16 else 4), 3),
+        gradients=share(dense * (2 if bf16 and stage == 0 else 4), 2),
+        optimizer=share(dense * (12 if bf16 else 8), 1),
+        table_rows=own_rows * (width * 4 + 1),  # and one byte: whether it was touched
+        table_state=own_rows * (per_row + per_element * width) * state_bytes,
+    )
+
+
+def flops_per_token(config: RunConfig) -> float:
+    """Forward and backward of one token: 6 FLOPs a weight of every product (the look-ups are none), and attention's
+    two products over on average half the sequence, 6 L s d."""
+    model, count = config.model, parameter_counts(config)
+    products = count.blocks + model.vocab_size * model.hidden_size + count.encoder
+    return 6.0 * products + 6.0 * model.num_layers * config.data.seq_length * model.hidden_size

@@ -1,0 +1,65 @@
+"""DeepSpeed's configuration, derived from ours, with the raw keys of the `deepspeed` section merged in."""
+
+from typing import Any
+
+from overtok_megatron.config.derived import accumulation_steps
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.errors import ConfigError
+
+_REFUSED = {
+    "optimizer": "use the optimizer section",
+    "scheduler": "use optimizer.schedule",
+    "fp16": "use training.precision (bf16 or fp32)",
+    "tensorboard": "use logging.tensorboard",
+    "pipeline": "it has no counterpart in this run",
+}
+# Our key for each derived one, named when a raw key contradicts it.
+_OURS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "bf16.enabled": "training.precision",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "data_types.grad_accum_dtype": "parallel.zero_stage (0 accumulates in the model's dtype)",
+}
+
+
+def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The dictionary for deepspeed.initialize.
+
+    Gradients accumulate in float32 from ZeRO stage 1 on. Raises ConfigError where a raw key contradicts a derived one.
+    """
+    stage = config.parallel.zero_stage
+    bf16 = config.training.precision == "bf16"
+    result: dict[str, Any] = {
+        "train_batch_size": config.training.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if bf16 and stage > 0:
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    for key, way_out in _REFUSED.items():
+        if key in config.deepspeed:
+            raise ConfigError(f"deepspeed.{key}: is not passed through; {way_out}")
+    _merge(result, config.deepspeed, "")
+    return result
+
+
+def _merge(target: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value, f"{name}.")
+        elif key in target and target[key] != value:
+            way_out = f"set {_OURS[name]} instead" if name in _OURS else "remove it"
+            raise ConfigError(f"deepspeed.{name}: {value} contradicts {target[key]}, which follows from the rest; {way_out}")
+        else:
+            target[key] = value

@@ -1,0 +1,125 @@
+"""The schema of a run: every key, its type, its bounds and its meaning. Rules across keys are in validation.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A section: immutable, no unknown keys, no silent conversion between numbers, strings and booleans."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Section):
+    vocab_size: Annotated[int, Field(ge=2, description="V: input 1-grams and outputs; the tokenizer's size")]
+    hidden_size: Annotated[int, Field(ge=1, description="d, the width of the residual stream")]
+    intermediate_size: Annotated[int, Field(ge=1, description="width inside the SwiGLU feed-forward")]
+    num_layers: Annotated[int, Field(ge=1, description="transformer blocks")]
+    num_attention_heads: Annotated[int, Field(ge=1, description="query heads")]
+    num_key_value_heads: Positive | None = Field(None, description="key/value heads; none = as many as query heads")
+    rope_theta: PositiveFloat = Field(500000.0, description="base of the rotary angles")
+    norm_epsilon: PositiveFloat = Field(1e-6, description="added to the mean square in RMSNorm")
+    tie_word_embeddings: bool = Field(False, description="use the 1-gram embedding as the output head")
+    init_std: PositiveFloat = Field(0.02, description="deviation of the initial dense weights")
+
+
+class OverEncodingConfig(Section):
+    enabled: bool = Field(False, description="add n-gram tables to the input embedding")
+    ngram_order: Annotated[int, Field(ge=2)] = Field(3, description="n: orders 2..n are embedded")
+    num_slices: Positive = Field(2, description="k: tables per order")
+    table_rows: Positive | None = Field(None, description="m: rows of the first table; table s has m + 2 s")
+    combine: Literal["sum", "mean", "scaled"] = Field(
+        "mean", description="e + o; (e + o) / (1 + T), the paper's pseudo-code; or e + o / (1 + T)"
+    )
+    pad_id: NonNegative = Field(0, description="token that stands for missing history")
+    boundary: Literal["reset", "ignore"] = Field("reset", description="whether n-grams stop at end-of-document tokens")
+    hash_base: Annotated[int, Field(ge=2)] | None = Field(None, description="p of the n-gram id; none = vocab_size")
+    collision_check: Literal["error", "warn"] = Field(
+        "error", description="what to do when table_rows / hash_base is close to an integer"
+    )
+    init_std: PositiveFloat = Field(0.02, description="deviation of the initial rows")
+    optimizer: Literal["rowwise_adagrad", "adam", "sgd"] = Field("adam", description="row optimizer, touched rows only")
+    learning_rate_factor: PositiveFloat = Field(1.0, description="rows' learning rate over the dense one")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of touched rows")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="adam's decay rates for rows")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment of rows")
+    state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the row optimizer's state")
+
+
+class TokenizerConfig(Section):
+    type: Literal["sentencepiece"] = Field("sentencepiece", description="kind of tokenizer")
+    path: str = Field(description="tokenizer model file")
+
+
+class DataConfig(Section):
+    train: str = Field(description="prefix of the training set: PREFIX.bin, PREFIX.idx, PREFIX.json")
+    validation: str | None = Field(None, description="prefix of the validation set")
+    seq_length: Annotated[int, Field(ge=1, description="tokens a sample")]
+    shuffle_seed: NonNegative = Field(1234, description="seed of the order of samples")
+
+
+class ParallelConfig(Section):
+    tensor_parallel_size: Positive = Field(1, description="ranks that split every layer")
+    sequence_parallel: bool = Field(False, description="split norms and residuals along the sequence as well")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="DeepSpeed's ZeRO stage, 0 to 3")
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat = Field(description="peak learning rate of the dense weights")
+    min_learning_rate: NonNegativeFloat = Field(0.0, description="learning rate at the end")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled decay of matrices")
+    schedule: Literal["cosine", "wsd", "linear"] = Field("cosine", description="how the learning rate falls")
+    warmup_iters: NonNegative = Field(0, description="steps of linear warm-up")
+    decay_iters: Positive | None = Field(None, description="last steps over which wsd decays")
+    gradient_clipping: NonNegativeFloat = Field(1.0, description="largest joint norm of all gradients; 0 = off")
+
+
+class TrainingConfig(Section):
+    output_directory: str = Field(description="where the run writes everything")
+    micro_batch_size: Positive = Field(description="sequences a rank handles at once")
+    global_batch_size: Positive = Field(description="sequences an optimizer step")
+    train_iters: Positive | None = Field(None, description="optimizer steps (or train_tokens)")
+    train_tokens: Positive | None = Field(None, description="tokens in all, rounded up to whole steps (or train_iters)")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 with float32 master weights, or fp32")
+    seed: NonNegative = Field(1234, description="seed of the initial weights and rows")
+    deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
+    z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
+    validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
+    resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
+    kernels: Literal["auto", "apex", "torch"] = Field("auto", description="whose fused RMSNorm and AdamW run on CUDA")
+    num_threads: Positive | None = Field(None, description="CPU threads a rank; none = cores over ranks")
+
+
+class CheckpointConfig(Section):
+    interval: Positive | None = Field(None, description="steps between checkpoints; always one at the end")
+    keep_last: Positive | None = Field(None, description="how many to keep; none = all")
+
+
+class LoggingConfig(Section):
+    interval: Positive = Field(1, description="steps between reports")
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    progress_bar: Literal["auto", "on", "off"] = Field("auto", description="auto draws it on a terminal")
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    over_encoding: OverEncodingConfig = OverEncodingConfig()
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="raw DeepSpeed keys, merged with the derived ones")

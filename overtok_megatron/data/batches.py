@@ -1,0 +1,72 @@
+"""From the order of samples to the arrays that a data-parallel rank trains and validates on.
+
+Shapes: A micro-batches a step, b micro batch, s sequence.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.sampler import SampleOrder
+
+IGNORED = -100
+
+Tokens = npt.NDArray[np.int64]
+
+
+class TrainBatches:
+    """A step's global batch is the next `global batch` samples in order; every layout divides the same ones.
+
+    Micro-batch j of data-parallel rank r holds samples first + (j ranks + r) b ... + b. Stateless: step in, arrays out.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        seq_length: int,
+        micro_batch_size: int,
+        accumulation_steps: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        seed: int,
+    ) -> None:
+        self._dataset = dataset
+        self._order = SampleOrder(dataset.num_tokens, seq_length, seed, dataset.prefix)
+        self._length = seq_length
+        self._micro = micro_batch_size
+        self._accumulation = accumulation_steps
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+
+    def step(self, step: int) -> Tokens:
+        """This rank's samples of optimizer step 0, 1, ...: [A, b, s + 1] int64."""
+        first = step * self._accumulation * self._ranks * self._micro
+        result = np.empty((self._accumulation, self._micro, self._length + 1), dtype=np.int64)
+        for micro_batch in range(self._accumulation):
+            begin = first + (micro_batch * self._ranks + self._rank) * self._micro
+            for row in range(self._micro):
+                result[micro_batch, row] = self._dataset.tokens(self._order.offset(begin + row), self._length + 1)
+        return result
+
+
+def validation_batches(
+    dataset: IndexedDataset, seq_length: int, batch: int, data_parallel_rank: int, data_parallel_size: int
+) -> Iterator[tuple[Tokens, Tokens]]:
+    """(inputs, targets) [b, s] so that every token of the set but its first is scored once over all ranks.
+
+    Windows follow each other without overlap; what pads the last ones has the target -100. All ranks yield equally many.
+    """
+    scored = dataset.num_tokens - 1
+    windows = -(-scored // seq_length)
+    rounds = -(-windows // (batch * data_parallel_size))
+    for turn in range(rounds):
+        inputs = np.zeros((batch, seq_length), dtype=np.int64)
+        targets = np.full((batch, seq_length), IGNORED, dtype=np.int64)
+        for row in range(batch):
+            window = (turn * data_parallel_size + data_parallel_rank) * batch + row
+            count = min(seq_length, scored - window * seq_length)
+            if count > 0:
+                tokens = dataset.tokens(window * seq_length, count + 1)
+                inputs[row, :count], targets[row, :count] = tokens[:-1], tokens[1:]
+        yield inputs, targets
