@@ -3,7 +3,9 @@
 The only file that imports deepspeed. Shapes: A micro-batches of a step, b micro batch, s sequence, T tables.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +37,9 @@ _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dty
 
 def start_processes(tensor_parallel_size: int) -> ProcessGrid:
     """Join the process group that the launcher described, and build the grid."""
+    # DeepSpeed reports its memory at every turn and calls collectives by old names; neither concerns a user.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce (half a minute, and a compiler) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -1,0 +1,73 @@
+"""Real processes over gloo for tests: results of every rank, errors with their traceback, and a time limit on hangs."""
+
+import io
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _rank_main(function: Callable[..., Any], rank: int, world: int, port: int, arguments: tuple[Any, ...], results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    torch.set_num_threads(1)
+    try:
+        buffer = io.BytesIO()
+        torch.save(function(*arguments), buffer)  # by value: shared tensors would die with this process
+        results.put((rank, True, buffer.getvalue()))
+    except BaseException:  # reported to the test, whatever it was
+        results.put((rank, False, traceback.format_exc()))
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(*arguments)` in `world` fresh processes with a launcher's environment; results in rank order.
+
+    `function` and all values must pickle. A failing rank, or one that has not ended after `timeout` seconds, fails the test.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(function, rank, world, port, arguments, results), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    collected: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(collected) < world:
+            try:
+                rank, good, value = results.get(timeout=0.5)
+            except multiprocessing.queues.Empty:  # type: ignore[attr-defined]  # a submodule that typeshed leaves out
+                died = [r for r, p in enumerate(processes) if r not in collected and p.exitcode not in (None, 0)]
+                assert not died, f"ranks {died} died without a word"
+                missing = sorted(set(range(world)) - collected.keys())
+                assert time.monotonic() < deadline, f"ranks {missing} did not finish within {timeout} s"
+                continue
+            assert good, f"rank {rank} failed:\n{value}"
+            collected[rank] = torch.load(io.BytesIO(value), weights_only=False)
+        for process in processes:
+            process.join(timeout=20)
+    finally:
+        for process in processes:
+            process.kill()
+    return [collected[rank] for rank in range(world)]

@@ -1,0 +1,165 @@
+"""The over-tokenized transformer straight from the formula: Hugging Face's Olmo2 on embeddings made of dense tables.
+
+One process, n-gram ids over Python's integers, autograd through whole tables, torch's optimizers. Nothing of the
+package's numerics is used but its initial weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Olmo2Config, Olmo2ForCausalLM
+
+from overtok_megatron.config.schema import ModelConfig, RunConfig
+from overtok_megatron.model.assembly import build_transformer, row_space
+from overtok_megatron.model.transformer import Transformer
+from overtok_megatron.ngram.table import initial_rows
+
+
+def hugging_face_names(model: Transformer) -> dict[str, nn.Parameter]:
+    """Hugging Face's parameter names for our dense parameters."""
+    names = {
+        "model.embed_tokens.weight": model.embedding.word.weight,
+        "model.norm.weight": model.head.norm.weight,
+        "lm_head.weight": model.head.output.weight,
+    }
+    for index, block in enumerate(model.blocks):
+        prefix = f"model.layers.{index}"
+        attention, mlp = block.attention, block.mlp
+        for letter in "qkv":
+            names[f"{prefix}.self_attn.{letter}_proj.weight"] = getattr(attention.qkv, f"{letter}_proj")
+        names |= {
+            f"{prefix}.self_attn.o_proj.weight": attention.o_proj.weight,
+            f"{prefix}.self_attn.q_norm.weight": attention.q_norm.weight,
+            f"{prefix}.self_attn.k_norm.weight": attention.k_norm.weight,
+            f"{prefix}.post_attention_layernorm.weight": block.attention_norm.weight,
+            f"{prefix}.post_feedforward_layernorm.weight": block.mlp_norm.weight,
+            f"{prefix}.mlp.gate_proj.weight": mlp.gate_up.gate_proj,
+            f"{prefix}.mlp.up_proj.weight": mlp.gate_up.up_proj,
+            f"{prefix}.mlp.down_proj.weight": mlp.down_proj.weight,
+        }
+    return names
+
+
+def hugging_face_model(model: ModelConfig, **extra: Any) -> Olmo2ForCausalLM:
+    """An Olmo2 of the same shape, float32."""
+    return Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
+            rope_theta=model.rope_theta,
+            rms_norm_eps=model.norm_epsilon,
+            tie_word_embeddings=model.tie_word_embeddings,
+            pad_token_id=None,
+            eos_token_id=0,
+            use_cache=False,
+            **extra,
+        )
+    )
+
+
+def python_ngram_row(tokens: list[int], t: int, order: int, base: int, rows: int, pad: int, eod: int, reset: bool) -> int:
+    """Row of the n-gram that ends at t: the polynomial over unbounded integers, one remainder at the end."""
+    total = 0
+    hidden = False
+    for back in range(order):
+        place = t - back
+        if back > 0 and place >= 0 and reset and tokens[place] == eod:
+            hidden = True
+        token = pad if place < 0 or hidden else tokens[place]
+        total += token * base**back
+    return total % rows
+
+
+class Reference:
+    """A model that trains step by step on global batches [G, s + 1]; `step` returns the mean cross entropy."""
+
+    def __init__(self, config: RunConfig, eod_id: int) -> None:
+        self.config = config
+        self.eod_id = eod_id
+        ours = build_transformer(config, device=torch.device("cpu"))
+        self.model = hugging_face_model(config.model)
+        self.model.load_state_dict({name: weight.detach().clone() for name, weight in hugging_face_names(ours).items()})
+        self.space = row_space(config.model, config.over_encoding)
+        rows = initial_rows(0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed)
+        self.tables = [nn.Parameter(part.clone()) for part in rows.split(list(self.space.sizes))]
+        assert ours.embedding.over_encoding is not None
+        whole = ours.embedding.over_encoding.projection.detach()  # [d, T w]
+        self.projections = nn.ParameterList([part.clone() for part in whole.split(self.space.width, dim=1)])
+        self._build_optimizers()
+        self.square_sums = [torch.zeros(size, dtype=torch.float64) for size in self.space.sizes]
+
+    def _build_optimizers(self) -> None:
+        settings, over = self.config.optimizer, self.config.over_encoding
+        spared = [] if self.config.model.tie_word_embeddings else [self.model.model.embed_tokens.weight]
+        spared += [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
+        decayed = [p for p in self.model.parameters() if all(p is not other for other in spared)] + list(self.projections)
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        self.dense = [*decayed, *spared]
+        self.adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+        factor = settings.learning_rate * over.learning_rate_factor
+        self.table_optimizer: torch.optim.Optimizer | None = None
+        if over.optimizer == "adam":
+            self.table_optimizer = torch.optim.SparseAdam(self.tables, lr=factor, betas=over.betas, eps=over.eps)
+        elif over.optimizer == "sgd":
+            self.table_optimizer = torch.optim.SGD(self.tables, lr=factor)
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The model's input [G, s, d], and the rows that each table was asked for."""
+        over = self.config.over_encoding
+        total = self.model.model.embed_tokens(tokens)
+        share = 1.0 / (1 + self.space.num_tables)
+        ngrams = torch.zeros_like(total)
+        asked = []
+        for table, (rows, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
+            ids = [
+                [
+                    python_ngram_row(
+                        line, t, 2 + table // over.num_slices, over.hash_base or self.config.model.vocab_size,
+                        over.table_rows + 2 * table, over.pad_id, self.eod_id, over.boundary == "reset",
+                    )
+                    for t in range(len(line))
+                ]
+                for line in tokens.tolist()
+            ]
+            asked.append(torch.tensor(ids))
+            ngrams = ngrams + rows[asked[-1]] @ projection.t()
+        combined = {"sum": total + ngrams, "mean": (total + ngrams) * share, "scaled": total + ngrams * share}
+        return combined[over.combine], asked
+
+    def step(self, batch: Tensor) -> float:
+        embedded, asked = self.embed(batch[:, :-1])
+        logits = self.model(inputs_embeds=embedded).logits
+        cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        objective = cross_entropy + self.config.training.z_loss * logits.logsumexp(-1).square().mean()
+        for parameter in [*self.dense, *self.tables]:
+            parameter.grad = None
+        objective.backward()
+        limit = self.config.optimizer.gradient_clipping
+        if limit:
+            torch.nn.utils.clip_grad_norm_([*self.dense, *self.tables], limit)
+        self.adamw.step()
+        self._update_tables(asked)
+        return cross_entropy.item()
+
+    @torch.no_grad()
+    def _update_tables(self, asked: list[Tensor]) -> None:
+        over = self.config.over_encoding
+        rate = self.config.optimizer.learning_rate * over.learning_rate_factor
+        for table, rows in enumerate(self.tables):
+            touched = asked[table].unique()
+            assert rows.grad is not None
+            grad = rows.grad[touched]
+            rows[touched] *= 1.0 - rate * over.weight_decay
+            if over.optimizer == "rowwise_adagrad":
+                self.square_sums[table][touched] += grad.double().square().mean(1)
+                scale = self.square_sums[table][touched].sqrt() + over.eps
+                rows[touched] -= (rate * grad.double() / scale[:, None]).float()
+            else:
+                rows.grad = torch.sparse_coo_tensor(touched[None], grad, rows.shape, check_invariants=False).coalesce()
+        if self.table_optimizer is not None:
+            self.table_optimizer.step()
