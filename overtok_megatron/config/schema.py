@@ -44,7 +44,7 @@ class OverEncodingConfig(Section):
     collision_check: Literal["error", "warn"] = Field(
         "error", description="what to do when table_rows / hash_base is close to an integer"
     )
-    init_std: PositiveFloat = Field(0.02, description="deviation of the initial rows")
+    init_std: NonNegativeFloat = Field(0.02, description="deviation of the initial rows; 0 = rows begin at zero")
     optimizer: Literal["rowwise_adagrad", "adam", "sgd"] = Field("adam", description="row optimizer, touched rows only")
     learning_rate_factor: PositiveFloat = Field(1.0, description="rows' learning rate over the dense one")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of touched rows")

@@ -1,0 +1,28 @@
+# Sourced by the other launchers: makes the virtual environment .venv once, with pinned packages, and activates it.
+# A CPU build of torch is taken where there is no GPU: the pins in launchers/constraints-cpu.txt name it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: $("$python" --version) is too old; set PYTHON to a Python of version 3.11 or newer" >&2
+    exit 2
+fi
+
+install_extra() { # the package with one of its extras, once
+    local extra=$1 mark=.venv/installed-$1
+    if [[ -f $mark && $mark -nt pyproject.toml && $mark -nt launchers/constraints-cpu.txt ]]; then
+        return
+    fi
+    echo "installing (${extra}) into .venv ..."
+    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+        .venv/bin/pip install --quiet --disable-pip-version-check "torch>=2.11"
+        .venv/bin/pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+    else
+        # torch first and by its pin: any looser request may bring gigabytes of CUDA packages
+        .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' launchers/constraints-cpu.txt)"
+        .venv/bin/pip install --quiet --disable-pip-version-check --constraint launchers/constraints-cpu.txt --editable ".[$extra]"
+    fi
+    touch "$mark"
+}

@@ -1,0 +1,85 @@
+"""The quickstart's main job, all through the commands that a user types: prepare, train twice, compare, generate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from overtok_megatron.config.counts import parameter_counts
+from overtok_megatron.config.loading import load_config
+from overtok_megatron.data.corpus import hold_out_last, sotu_files
+from overtok_megatron.data.prepare import prepare
+from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.errors import OvertokError
+from overtok_megatron.evaluation.comparison import RunCurve, draw_curves, read_curve, table
+
+CONFIGS = {"baseline": "configs/quickstart_baseline.yaml", "over-encoded": "configs/quickstart_overtok.yaml"}
+HELD_OUT = 0.03  # share of the corpus, the last speeches in time
+PROMPT = "The state of the Union is"
+
+
+def prepare_data(folder: Path, vocab_size: int) -> None:
+    """Tokenizer and both sets, made once."""
+    model = folder / "tokenizer.model"
+    training, held_out = hold_out_last(sotu_files(), HELD_OUT)
+    print(f"corpus: {len(training)} speeches to train on, the last {len(held_out)} held out", flush=True)
+    if not model.exists():
+        train_sentencepiece(training, vocab_size, model)
+    tokenizer = load_tokenizer("sentencepiece", model)
+    for name, files in (("train", training), ("validation", held_out)):
+        size = sum(path.stat().st_size for path in files)
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {name}") as bar:
+            prepare(files, folder / name, tokenizer, bar.update)
+
+
+def overtok(*arguments: str) -> str:
+    """Run the console command; its output is shown as it comes, but for `generate`, whose text is returned."""
+    command = [sys.executable, "-m", "overtok_megatron.cli", *arguments]
+    if arguments[0] == "generate":
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    subprocess.run(command, check=True)
+    return ""
+
+
+def curves(overrides: list[str]) -> list[RunCurve]:
+    """Train both runs and read back what they wrote."""
+    ranks = torch.cuda.device_count() or 2
+    result = []
+    for name, path in CONFIGS.items():
+        print(f"training the {name} model on {ranks} ranks", flush=True)
+        overtok("train", path, *overrides, "logging.progress_bar=on", "--processes", str(ranks))
+        config = load_config(path, overrides).config
+        result.append(read_curve(name, Path(config.training.output_directory), parameter_counts(config)))
+    return result
+
+
+def main(overrides: list[str]) -> int:
+    try:
+        config = load_config(CONFIGS["baseline"], overrides).config
+        root = Path(config.training.output_directory).parent
+        prepare_data(Path(config.tokenizer.path).parent, config.model.vocab_size)
+        runs = curves(overrides)
+    except OvertokError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    samples = {
+        run.name: overtok("generate", str(run.directory), "--prompt", PROMPT, "--temperature", "0.7", "--max-new-tokens", "60")
+        for run in runs
+    }
+    for name, text in samples.items():
+        print(f"\n--- {name}: {text.strip()}")
+    summary = table(runs)
+    (root / "summary.md").write_text(summary, encoding="utf-8")
+    draw_curves(runs, root / "curves.png")
+    print(f"\n{summary}\n{root / 'summary.md'}  {root / 'curves.png'}  (tensorboard --logdir {root})")
+    (root / "summary.json").write_text(json.dumps({run.name: run.validation[-1][1] for run in runs}), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
