@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
+from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.model.block import Block
 from overtok_megatron.model.heads import InputEmbedding, OutputHead
-from overtok_megatron.model.norm import FusedNorm
 from overtok_megatron.model.rotary import Rotary
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.embedding import OverEncoding, OverTables
@@ -31,9 +31,9 @@ def build_layers(
     model: ModelConfig,
     over: OverEncodingConfig,
     *,
+    kernels: Kernels,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    fused_norm: FusedNorm | None = None,
 ) -> tuple[InputEmbedding, list[Block], OutputHead]:
     """All layers in order, weights not yet initialised. `group` is the tensor-parallel group."""
     encoder = None
@@ -55,7 +55,7 @@ def build_layers(
             layer_index=index,
             group=group,
             sequence_parallel=sequence_parallel,
-            fused_norm=fused_norm,
+            kernels=kernels,
         )
         for index in range(model.num_layers)
     ]
@@ -66,7 +66,7 @@ def build_layers(
         tied=embedding.word if model.tie_word_embeddings else None,
         group=group,
         sequence_parallel=sequence_parallel,
-        fused_norm=fused_norm,
+        kernels=kernels,
     )
     return embedding, blocks, head
 
@@ -76,7 +76,6 @@ def build_transformer(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
-    fused_norm: FusedNorm | None = None,
 ) -> Transformer:
     """The model of a run with its initial weights, in the run's precision."""
     model = Transformer(
@@ -85,7 +84,7 @@ def build_transformer(
             config.over_encoding,
             group=group,
             sequence_parallel=config.parallel.sequence_parallel and group is not None,
-            fused_norm=fused_norm,
+            kernels=choose_kernels(config.training.kernels, device),
         )
     )
     model.reset(config.training.seed, config.model.init_std)

@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overtok_megatron.model.norm import FusedNorm, RMSNorm
+from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 from overtok_megatron.parallel.collectives import group_size
 from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
-from overtok_megatron.parallel.sharding import mark_split
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Attention(nn.Module):
         norm_epsilon: float,
         rotary: Rotary,
         layer_index: int,
+        kernels: Kernels,
         group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
-        fused_norm: FusedNorm | None = None,
     ) -> None:
         super().__init__()
         self.head_size = hidden_size // num_attention_heads
@@ -55,6 +55,7 @@ class Attention(nn.Module):
         self.heads_shard = num_attention_heads // ranks
         self.kv_heads_shard = num_key_value_heads // ranks
         self.rotary = rotary
+        self.kernels = kernels
         self.layer_index = layer_index
         kv_size = num_key_value_heads * self.head_size
         self.qkv = ColumnParallelLinears(
@@ -63,22 +64,8 @@ class Attention(nn.Module):
             group=group,
             sequence_parallel=sequence_parallel,
         )
-        self.q_norm = RMSNorm(
-            hidden_size,
-            eps=norm_epsilon,
-            weight_size=self.heads_shard * self.head_size,
-            group=group,
-            fused=fused_norm,
-        )
-        self.k_norm = RMSNorm(
-            kv_size,
-            eps=norm_epsilon,
-            weight_size=self.kv_heads_shard * self.head_size,
-            group=group,
-            fused=fused_norm,
-        )
-        for norm, size in ((self.q_norm, hidden_size), (self.k_norm, kv_size)):
-            mark_split(norm.weight, dim=0, full_shape=(size,), group=group)
+        self.q_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, group=group)
+        self.k_norm = RMSNorm(kv_size, eps=norm_epsilon, kernels=kernels, group=group)
         self.o_proj = RowParallelLinear(hidden_size, hidden_size, group=group, sequence_parallel=sequence_parallel)
 
     def reset(self, seed: int, name: str, std: float) -> None:
@@ -86,26 +73,26 @@ class Attention(nn.Module):
         self.o_proj.reset(seed, f"{name}.o_proj", std)
 
     def forward(self, x: Tensor, decode: DecodeStep | None = None) -> Tensor:
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
         batch, length = q.shape[:2]  # the whole sequence: sequence parallelism gathered it
         q = self.q_norm(q).view(batch, length, self.heads_shard, self.head_size)
         k = self.k_norm(k).view(batch, length, self.kv_heads_shard, self.head_size)
         v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g, s, e]
-        angles = (
-            self.rotary.leading_angles(length, x.device)
-            if decode is None
-            else self.rotary.angles(decode.positions)
-        )
-        q = self.rotary.apply(q, angles).transpose(1, 2)  # [b, h, s, e]
-        k = self.rotary.apply(k, angles).transpose(1, 2)  # [b, g, s, e]
-        mask = None
+        if decode is None:
+            angles = self.rotary.leading_angles(length, x.device)
+        else:
+            angles = self.rotary.angles(decode.positions)
+        q = self.kernels.rotate(q, *angles).transpose(1, 2)  # [b, h, s, e]
+        k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g, s, e]
         if decode is not None:
             k, v = self._remember(k, v, decode)
-            mask = decode.mask
         if self.kv_heads_shard != self.heads_shard:
             repeats = self.heads_shard // self.kv_heads_shard
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=decode is None)
+        if decode is None:
+            mixed = self.kernels.causal_attention(q, k, v)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=decode.mask)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 

@@ -3,9 +3,10 @@
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.attention import Attention, DecodeStep
 from overtok_megatron.model.mlp import SwiGLU
-from overtok_megatron.model.norm import FusedNorm, RMSNorm
+from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 
 
@@ -22,9 +23,9 @@ class Block(nn.Module):
         norm_epsilon: float,
         rotary: Rotary,
         layer_index: int,
+        kernels: Kernels,
         group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
-        fused_norm: FusedNorm | None = None,
     ) -> None:
         super().__init__()
         self.layer_index = layer_index
@@ -35,19 +36,20 @@ class Block(nn.Module):
             norm_epsilon=norm_epsilon,
             rotary=rotary,
             layer_index=layer_index,
+            kernels=kernels,
             group=group,
             sequence_parallel=sequence_parallel,
-            fused_norm=fused_norm,
         )
         self.mlp = SwiGLU(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
+            kernels=kernels,
             group=group,
             sequence_parallel=sequence_parallel,
         )
         positions_split = group if sequence_parallel else None
-        self.attention_norm = RMSNorm(hidden_size, eps=norm_epsilon, sum_group=positions_split, fused=fused_norm)
-        self.mlp_norm = RMSNorm(hidden_size, eps=norm_epsilon, sum_group=positions_split, fused=fused_norm)
+        self.attention_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
+        self.mlp_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
 
     def reset(self, seed: int, std: float) -> None:
         """Initial weights, the same for every layout: they depend on the seed and the layer's number only."""

@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overtok_megatron.model.norm import FusedNorm, RMSNorm
+from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.ngram.embedding import OverEncoding
 from overtok_megatron.parallel.collectives import all_gather_sequence, copy_to_group, gather_from_group
 from overtok_megatron.parallel.cross_entropy import linear_cross_entropy
@@ -64,17 +65,17 @@ class OutputHead(nn.Module):
         hidden_size: int,
         *,
         norm_epsilon: float,
+        kernels: Kernels,
         tied: VocabParallelEmbedding | None = None,
         group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
-        fused_norm: FusedNorm | None = None,
     ) -> None:
         super().__init__()
         self.group = group
         self.sequence_parallel = sequence_parallel
-        self.norm = RMSNorm(
-            hidden_size, eps=norm_epsilon, sum_group=group if sequence_parallel else None, fused=fused_norm
-        )
+        self.kernels = kernels
+        positions_split = group if sequence_parallel else None
+        self.norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
         self.output = VocabParallelHead(vocab_size, hidden_size, group=group, tied=tied)
 
     def reset(self, seed: int, std: float) -> None:
@@ -101,6 +102,7 @@ class OutputHead(nn.Module):
             vocab_start=self.output.vocab_start,
             group=self.group,
             z_loss=z_loss,
+            kernels=self.kernels,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

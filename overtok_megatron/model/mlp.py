@@ -1,28 +1,10 @@
 """The SwiGLU feed-forward layer: down(silu(gate(x)) * up(x)). Shapes: b, s, d hidden, f_shard this rank's intermediate."""
 
-from typing import Any
-
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping only its inputs; the silu is recomputed in backward (cheaper than storing it)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # torch: *Any
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
 
 
 class SwiGLU(nn.Module):
@@ -33,10 +15,12 @@ class SwiGLU(nn.Module):
         *,
         hidden_size: int,
         intermediate_size: int,
+        kernels: Kernels,
         group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_up = ColumnParallelLinears(
             hidden_size,
             {"gate_proj": intermediate_size, "up_proj": intermediate_size},
@@ -52,6 +36,5 @@ class SwiGLU(nn.Module):
         self.down_proj.reset(seed, f"{name}.down_proj", std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
-        out: Tensor = self.down_proj(_SwiGLU.apply(gate, up))
+        out: Tensor = self.down_proj(self.kernels.swiglu(self.gate_up(x)))
         return out

@@ -32,12 +32,19 @@ def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def _slices(x: Tensor, group: dist.ProcessGroup, dim: int) -> tuple[Tensor, ...]:
+    size, ranks = x.shape[dim], dist.get_world_size(group)
+    # chunk would make fewer or unequal slices, on which the backends hang or fill in rubbish
+    assert size % ranks == 0, f"dimension {dim} of {tuple(x.shape)} does not divide over {ranks} ranks"
+    return x.chunk(ranks, dim=dim)
+
+
 def _own_slice(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    return x.chunk(dist.get_world_size(group), dim=dim)[dist.get_rank(group)].contiguous()
+    return _slices(x, group, dim)[dist.get_rank(group)].contiguous()
 
 
 def _sum_slices(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim=dim)]
+    parts = [part.contiguous() for part in _slices(x, group, dim)]
     total = torch.empty_like(parts[0])
     dist.reduce_scatter(total, parts, group=group)
     return total
@@ -52,7 +59,7 @@ class _Copy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _sum(grad, ctx.group), None
 
 
@@ -64,12 +71,12 @@ class _Reduce(torch.autograd.Function):
         return _sum(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
 class _Gather(torch.autograd.Function):
-    """| forward | cat_r x_r | backward | own slice of g, or of sum_r g_r | : the latter where ranks use it differently."""
+    """| forward | cat_r x_r | backward | own slice of g, or of sum_r g_r | : the latter if ranks use it differently."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int, sum_grads: bool) -> Tensor:
@@ -77,9 +84,22 @@ class _Gather(torch.autograd.Function):
         return _gather(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         back = _sum_slices if ctx.sum_grads else _own_slice
         return back(grad, ctx.group, ctx.dim), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """| forward | own slice of x | backward | cat_r g_r | : x is the same on all ranks, as is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _own_slice(x, group, dim).clone()  # a slice of dim 0 is contiguous already, and would be a view of x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.group, ctx.dim), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -91,7 +111,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _sum_slices(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _gather(grad, ctx.group, ctx.dim), None, None
 
 
@@ -108,6 +128,11 @@ def reduce_from_group(x: Tensor, group: Group) -> Tensor:
 def gather_from_group(x: Tensor, group: Group, dim: int) -> Tensor:
     """Slices along `dim` to the whole on every rank, which all use it alike: backward takes the own slice."""
     return x if group is None else _Gather.apply(x, group, dim, False)
+
+
+def scatter_to_group(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The own slice along `dim` of what all ranks hold alike; backward gathers. `dim` must divide."""
+    return x if group is None else _Scatter.apply(x, group, dim)
 
 
 def all_gather_sequence(x: Tensor, group: Group, dim: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overtok_megatron.kernels.choice import Kernels
+
 _CHUNK_VALUES = 1 << 22  # logits of a chunk: few enough to stay near the cache, enough for a full-speed product
 IGNORED = -100
 
@@ -30,6 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_start: int,
         group: dist.ProcessGroup | None,
         z_loss: float,
+        kernels: Kernels,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
@@ -39,22 +42,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, _CHUNK_VALUES // max(1, weight.shape[0]))
         for begin in range(0, hidden.shape[0], step):
             chunk = slice(begin, begin + step)
-            logits = (hidden[chunk] @ weight.t()).float()  # [c, v_shard]
-            log_sum, target_logit, scored, place = _statistics(logits, targets[chunk], vocab_start, group)
+            scored = targets[chunk] != IGNORED
+            place = torch.where(scored, targets[chunk] - vocab_start, -1)  # out of range: nothing of it is here
+            logits = hidden[chunk] @ weight.t()  # [c, v_shard]
+            log_sum, target_logit = _statistics(logits, place, group, kernels)
             losses = torch.where(scored, log_sum - target_logit, 0.0)
-            squares = torch.where(scored, log_sum, 0.0).square()
             cross_entropy += losses.sum()
-            objective += losses.sum() + z_loss * squares.sum()
+            objective += losses.sum() + z_loss * torch.where(scored, log_sum, 0.0).square().sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             # d objective / d logits = softmax (1 + 2 z log_sum) - [target], zero where not scored
             scale = torch.where(scored, 1.0 + 2.0 * z_loss * log_sum, 0.0)
-            probabilities = logits.sub_(log_sum.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
-            if weight.shape[0]:
-                ours = scored & (place >= 0) & (place < weight.shape[0])
-                probabilities.scatter_add_(1, torch.where(ours, place, 0).unsqueeze(1), -ours.float().unsqueeze(1))
-            grad_logits = probabilities.to(hidden.dtype)
-            grad_hidden[chunk] = grad_logits @ weight
+            grad_logits = kernels.softmax_gradient(logits, log_sum, scale, place)
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             grad_weight += grad_logits.t() @ hidden[chunk]
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
@@ -65,26 +65,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch: *Any
         grad_hidden, grad_weight = ctx.saved_tensors
         # a float32 scalar: rounding it to bfloat16 first would tilt the head's gradient against all others
-        return (grad_hidden * grad, grad_weight * grad, *[None] * 5)
+        return (grad_hidden * grad, grad_weight * grad, *[None] * 6)
 
 
 def _statistics(
-    logits: Tensor, targets: Tensor, vocab_start: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log-sum-exp [c], target logit [c] over the whole vocabulary, which targets count, and their place in the shard."""
-    scored = targets != IGNORED
-    place = targets - vocab_start
+    logits: Tensor, place: Tensor, group: dist.ProcessGroup | None, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """log-sum-exp and target logit over the whole vocabulary, [c] float32 each; place [c]: the target in this shard."""
+    largest, exp_sum = kernels.softmax_statistics(logits)
     size = logits.shape[1]
-    if group is None:
-        target_logit = logits.gather(1, torch.where(scored, place, 0).unsqueeze(1)).squeeze(1)
-        return logits.logsumexp(dim=1), target_logit, scored, place
-    largest = logits.amax(dim=1) if size else logits.new_full((logits.shape[0],), float("-inf"))
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    ours = scored & (place >= 0) & (place < size)
+    ours = (place >= 0) & (place < size)
     found = logits.gather(1, torch.where(ours, place, 0).unsqueeze(1)).squeeze(1) if size else torch.zeros_like(largest)
-    sums = torch.stack([(logits - largest.unsqueeze(1)).exp_().sum(dim=1), torch.where(ours, found, 0.0)])
+    target_logit = torch.where(ours, found.float(), 0.0)
+    if group is None:
+        return exp_sum.log() + largest, target_logit
+    top = largest.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([exp_sum * (largest - top).exp(), target_logit])
     dist.all_reduce(sums, group=group)
-    return sums[0].log() + largest, sums[1], scored, place
+    return sums[0].log() + top, sums[1]
 
 
 def linear_cross_entropy(
@@ -95,6 +94,7 @@ def linear_cross_entropy(
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
     z_loss: float = 0.0,
+    kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
     """Summed objective and summed cross entropy, float32 scalars; only the objective has a gradient.
 
@@ -104,6 +104,6 @@ def linear_cross_entropy(
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(
-        hidden, weight, targets, vocab_start, group, z_loss, needs_grad
+        hidden, weight, targets, vocab_start, group, z_loss, kernels, needs_grad
     )
     return result

@@ -1,4 +1,4 @@
-"""The process grid: rank arithmetic as pure functions, and the groups made from it. Groups are arguments, never globals."""
+"""The process grid: rank arithmetic as pure functions, and the groups made from it, which are never globals."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ Axis = Literal["pipe", "data", "model"]
 
 @dataclass(frozen=True)
 class GridShape:
-    """Sizes of the axes. Ranks run pipe-major with model innermost: rank = (pipe_index * data + data_index) * model + model_index."""
+    """Sizes of the axes. Ranks run pipe-major, then data, with model innermost: `rank_at` is the formula."""
 
     pipe: int
     data: int
@@ -42,17 +42,15 @@ class GridShape:
 
     def all_groups(self, axis: Axis) -> list[list[int]]:
         """Every group of an axis once, by first rank."""
-        return [
-            self.ranks_along(axis, rank) for rank in range(self.world_size) if self.coordinates(rank)[axis] == 0
-        ]
+        return [self.ranks_along(axis, rank) for rank in range(self.world_size) if self.coordinates(rank)[axis] == 0]
 
 
 @dataclass(frozen=True)
 class ProcessGrid:
     """This process's place and groups. A group of one rank is None: the layers then take the plain path.
 
-    tensor_group: ranks that split one layer. data_group: ranks that hold the same shard for other data. table_group: the
-    whole world, over which the n-gram tables are sharded. engine_groups: the same tensor and data groups where
+    tensor_group: ranks that split one layer. data_group: ranks that hold the same shard for other data. table_group:
+    the whole world, over which the n-gram tables are sharded. engine_groups: the same tensor and data groups where
     DeepSpeed needs them even with one member; None without a process group.
     """
 

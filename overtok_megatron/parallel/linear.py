@@ -23,7 +23,8 @@ class ColumnParallelLinears(nn.Module):
     """Several linear layers of one input, each split by outputs, as one product with one entry into the split region.
 
     outputs: name -> full output size; the weights are parameters of these names, [o_shard, i] each. Input
-    [b, s, i] (or [b, s_shard, i] with sequence_parallel), outputs [b, s, o_shard] in the order of `outputs`.
+    [b, s, i] (or [b, s_shard, i] with sequence_parallel), output [b, s, sum of o_shard], in the order of `outputs`; `sizes`
+    are the parts' widths.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class ColumnParallelLinears(nn.Module):
         for own_name, weight in self.named_parameters():
             initialise(weight, std, seed, f"{name}.{own_name}")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Tensor:
         whole = all_gather_sequence(x, self.group, 1) if self.sequence_parallel else copy_to_group(x, self.group)
         weight = torch.cat([getattr(self, name) for name in self.outputs])  # small beside the activations
-        return F.linear(whole, weight).split(self.sizes, dim=-1)
+        return F.linear(whole, weight)
 
     def extra_repr(self) -> str:
         place = f"rank {group_rank(self.group)} of {group_size(self.group)}"

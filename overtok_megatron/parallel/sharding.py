@@ -30,7 +30,17 @@ def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
     return start, start + base + (index < remainder)
 
 
-def mark_split(parameter: nn.Parameter, *, dim: int, full_shape: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
+def largest_part(start: int, stop: int, index: int) -> int:
+    """Size of the largest part that split_range makes, known from any one part: the first is never the smaller.
+
+    start = index * base + min(index, remainder), so dividing by the index and rounding up gives base + (remainder > 0).
+    """
+    return stop - start if index == 0 else -(-start // index)
+
+
+def mark_split(
+    parameter: nn.Parameter, *, dim: int, full_shape: tuple[int, ...], group: dist.ProcessGroup | None
+) -> None:
     """Record that `parameter` is this rank's part along `dim`; nothing to record for group None.
 
     Sets `tensor_model_parallel` as well, without which DeepSpeed's norm leaves out shards of later ranks.

@@ -34,3 +34,9 @@ class DeepSpeedTopology:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self._grid.shape.ranks_along("data", self._grid.rank)
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self._grid.shape.ranks_along("model", self._grid.rank)[0]

@@ -22,6 +22,7 @@ from torch import Tensor
 from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.assembly import DTYPES, build_tables, build_transformer
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.embedding import OverTables
@@ -29,7 +30,6 @@ from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.topology import DeepSpeedTopology
 from overtok_megatron.training.clipping import JointNorm
 from overtok_megatron.training.engine_files import EngineFiles
-from overtok_megatron.training.kernels import Kernels, choose_kernels
 
 # Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
 _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
@@ -75,10 +75,7 @@ class TrainingEngine:
         self.grid = grid
         self.device = device
         self.micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
-        self.kernels: Kernels = choose_kernels(config.training.kernels, device)
-        model = build_transformer(
-            config, device=device, group=grid.tensor_group, fused_norm=self.kernels.rms_norm
-        )
+        model = build_transformer(config, device=device, group=grid.tensor_group)
         self.tables: OverTables | None = None
         if config.over_encoding.enabled:
             tensor_slice = (grid.tensor_rank, grid.shape.model)
@@ -111,7 +108,8 @@ class TrainingEngine:
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": free, "weight_decay": 0.0},
         ]
-        return self.kernels.adamw(groups, settings.learning_rate, settings.betas, settings.eps)
+        kernels = choose_kernels(self.config.training.kernels, self.device)
+        return kernels.adamw(groups, settings.learning_rate, settings.betas, settings.eps)
 
     def _collect_tables(self) -> Tensor:
         assert self.tables is not None

@@ -1,0 +1,1 @@
+"""Implementations of the passes over activations: torch's, this project's on CPU, NVIDIA apex's. Chosen once, by a key."""

@@ -1,0 +1,92 @@
+"""Which implementation runs: this project's loops on CPU, NVIDIA's apex where it is, torch's own operators otherwise.
+
+The PyPI package called `apex` is a web toolkit without any of this; it is told apart by what it lacks, and ignored.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from overtok_megatron.errors import ConfigError
+from overtok_megatron.kernels import cpu, reference
+from overtok_megatron.kernels.build import load_library
+
+Groups = list[dict[str, Any]]
+
+
+def torch_adamw(groups: Groups, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of each pass; signatures and meaning are those of reference.py, the default."""
+
+    name: str = "torch"
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
+    swiglu: Callable[[Tensor], Tensor] = reference.swiglu
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.rotate
+    causal_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.causal_attention
+    softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
+    softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
+    adamw: Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer] = torch_adamw
+
+
+def apex_parts() -> tuple[Callable[..., Tensor], Callable[..., torch.optim.Optimizer]] | None:
+    """NVIDIA apex's fused RMSNorm and FusedAdam, or None where apex is absent, unrelated, or built without them."""
+    try:
+        norms = importlib.import_module("apex.normalization.fused_layer_norm")
+        optimizers = importlib.import_module("apex.optimizers")
+        importlib.import_module("fused_layer_norm_cuda")
+        importlib.import_module("amp_C")
+    except Exception:  # an unrelated package may fail in any way at all when it is imported
+        return None
+    norm = getattr(norms, "fused_rms_norm_affine", None)
+    adam = getattr(optimizers, "FusedAdam", None)
+    return None if norm is None or adam is None else (norm, adam)
+
+
+def _cuda_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def choose_kernels(choice: str, device: torch.device) -> Kernels:
+    """`auto`: the compiled loops on CPU, apex on CUDA where it imports, else torch. `apex`, `torch`: that one.
+
+    Raises ConfigError where apex is asked for and is not to be had.
+    """
+    cuda = device.type == "cuda"
+    parts = apex_parts() if cuda and choice != "torch" else None
+    if choice == "apex" and parts is None:
+        why = "NVIDIA apex does not import here" if cuda else "this run has no CUDA device"
+        raise ConfigError(f"training.kernels: apex, but {why}; write torch or auto, or build NVIDIA's apex from source")
+    if not cuda:
+        library = load_library() if choice == "auto" else None
+        return Kernels() if library is None else _cpu_kernels(cpu.CpuLoops(library))
+    torch_kernels = replace(Kernels(), rms_norm=_cuda_rms_norm)
+    if parts is None:
+        return torch_kernels
+    norm, fused_adam = parts
+    return replace(
+        torch_kernels,
+        name="apex",
+        rms_norm=lambda x, weight, eps: norm(x, weight, (x.shape[-1],), eps),
+        adamw=lambda groups, lr, betas, eps: fused_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True),
+    )
+
+
+def _cpu_kernels(loops: cpu.CpuLoops) -> Kernels:
+    return Kernels(
+        name="cpu",
+        rms_norm=loops.rms_norm,
+        swiglu=loops.swiglu,
+        rotate=loops.rotate,
+        causal_attention=cpu.causal_attention,
+        softmax_statistics=loops.softmax_statistics,
+        softmax_gradient=loops.softmax_gradient,
+    )

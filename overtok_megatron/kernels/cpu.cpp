@@ -1,0 +1,209 @@
+// The passes over activations that torch makes one operator at a time on CPU, each as one loop over rows.
+//
+// Matrix products stay with torch. T is float or bfloat16; arithmetic is float32 throughout. Rows are independent and
+// reductions run in a fixed order, so results do not depend on the number of threads. Plain C interface: no torch
+// headers, two seconds to compile. The pointers' shapes are in cpu.py, the only caller.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+inline float load(bfloat16 value) {
+    uint32_t wide = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &wide, 4);
+    return result;
+}
+inline void store(float& place, float value) { place = value; }
+inline void store(bfloat16& place, float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
+    place.bits = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+// e^x to about 2e-7 relative (Cephes' polynomial), written so that the compiler vectorises loops over it; NaN stays NaN.
+inline float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = std::nearbyint(x * 1.44269504088896341f);
+    float r = x - n * 0.693147180559945309f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t power = (static_cast<int32_t>(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return p * scale;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+template <typename T>
+void softmax_statistics(const T* logits, int64_t rows, int64_t size, float* largest, float* exp_sum) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* row = logits + r * size;
+        float top = -INFINITY;
+        for (int64_t j = 0; j < size; ++j) {
+            float value = load(row[j]);
+            top = value > top ? value : top;
+        }
+        float total = 0.0f;
+        for (int64_t j = 0; j < size; ++j) total += fast_exp(load(row[j]) - top);
+        largest[r] = top;
+        exp_sum[r] = total;
+    }
+}
+
+template <typename T>
+void softmax_gradient(T* logits, int64_t rows, int64_t size, const float* log_sum, const float* scale, const int64_t* target) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        T* row = logits + r * size;
+        const float shift = log_sum[r], factor = scale[r];
+        const int64_t place = target[r];
+        const bool here = place >= 0 && place < size;
+        const float logit = here ? load(row[place]) : 0.0f;
+        for (int64_t j = 0; j < size; ++j) store(row[j], fast_exp(load(row[j]) - shift) * factor);
+        if (here) store(row[place], fast_exp(logit - shift) * factor - 1.0f);
+    }
+}
+
+template <typename T>
+void rms_norm(const T* x, int64_t stride, const T* weight, int64_t rows, int64_t size, float eps, T* y, float* scale) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* __restrict row = x + r * stride;
+        float squares = 0.0f;
+        for (int64_t j = 0; j < size; ++j) {
+            float value = load(row[j]);
+            squares += value * value;
+        }
+        const float s = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
+        scale[r] = s;
+        T* __restrict out = y + r * size;
+        for (int64_t j = 0; j < size; ++j) store(out[j], load(row[j]) * s * load(weight[j]));
+    }
+}
+
+// weight_parts: [parts, size] float, zeroed; part p sums a fixed share of the rows.
+template <typename T>
+void rms_norm_backward(const T* x, int64_t stride, const T* weight, const float* scale, const T* grad, int64_t rows,
+                       int64_t size, T* grad_x, float* weight_parts, int64_t parts) {
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < parts; ++p) {
+        float* sum = weight_parts + p * size;
+        for (int64_t r = rows * p / parts; r < rows * (p + 1) / parts; ++r) {
+            const T* __restrict row = x + r * stride;
+            const T* __restrict g = grad + r * size;
+            T* __restrict out = grad_x + r * size;
+            const float s = scale[r];
+            float dot = 0.0f;
+            for (int64_t j = 0; j < size; ++j) {
+                const float product = load(g[j]) * load(row[j]) * s;
+                sum[j] += product;
+                dot += product * load(weight[j]);
+            }
+            dot /= static_cast<float>(size);
+            for (int64_t j = 0; j < size; ++j)
+                store(out[j], s * (load(g[j]) * load(weight[j]) - load(row[j]) * s * dot));
+        }
+    }
+}
+
+// gate_up: [rows, 2 size], the gate first.
+template <typename T>
+void swiglu(const T* gate_up, int64_t rows, int64_t size, T* y) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* __restrict gate = gate_up + r * 2 * size;
+        const T* __restrict up = gate + size;
+        T* __restrict out = y + r * size;
+        for (int64_t j = 0; j < size; ++j) {
+            const float g = load(gate[j]);
+            store(out[j], g * sigmoid(g) * load(up[j]));
+        }
+    }
+}
+
+template <typename T>
+void swiglu_backward(const T* gate_up, const T* grad, int64_t rows, int64_t size, T* grad_gate_up) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* __restrict gate = gate_up + r * 2 * size;
+        const T* __restrict up = gate + size;
+        const T* __restrict g = grad + r * size;
+        T* __restrict out = grad_gate_up + r * 2 * size;
+        T* __restrict out_up = out + size;
+        for (int64_t j = 0; j < size; ++j) {
+            const float value = load(gate[j]), s = sigmoid(value), incoming = load(g[j]);
+            store(out[j], incoming * load(up[j]) * s * (1.0f + value * (1.0f - s)));
+            store(out_up[j], incoming * value * s);
+        }
+    }
+}
+
+// x: [rows, heads, 2 half] contiguous; cos, sin: [period, half], row r has angle r % period. sign -1 rotates back.
+template <typename T>
+void rotate(const T* x, const float* cosine, const float* sine, float sign, int64_t rows, int64_t heads, int64_t half,
+            int64_t period, T* y) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* c = cosine + (r % period) * half;
+        const float* s = sine + (r % period) * half;
+        for (int64_t h = 0; h < heads; ++h) {
+            const T* in = x + (r * heads + h) * 2 * half;
+            T* out = y + (r * heads + h) * 2 * half;
+            for (int64_t j = 0; j < half; ++j) {
+                const float first = load(in[j]), second = load(in[j + half]), turn = sign * s[j];
+                store(out[j], first * c[j] - second * turn);
+                store(out[j + half], second * c[j] + first * turn);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define INSTANTIATE(T, SUFFIX)                                                                                          \
+    extern "C" void softmax_statistics_##SUFFIX(const void* a, int64_t r, int64_t n, float* m, float* s) {              \
+        softmax_statistics(static_cast<const T*>(a), r, n, m, s);                                                       \
+    }                                                                                                                   \
+    extern "C" void softmax_gradient_##SUFFIX(void* a, int64_t r, int64_t n, const float* l, const float* f,            \
+                                              const int64_t* t) {                                                       \
+        softmax_gradient(static_cast<T*>(a), r, n, l, f, t);                                                            \
+    }                                                                                                                   \
+    extern "C" void rms_norm_##SUFFIX(const void* x, int64_t st, const void* w, int64_t r, int64_t n, float e, void* y, \
+                                      float* s) {                                                                       \
+        rms_norm(static_cast<const T*>(x), st, static_cast<const T*>(w), r, n, e, static_cast<T*>(y), s);               \
+    }                                                                                                                   \
+    extern "C" void rms_norm_backward_##SUFFIX(const void* x, int64_t st, const void* w, const float* s, const void* g, \
+                                               int64_t r, int64_t n, void* gx, float* gw, int64_t parts) {              \
+        rms_norm_backward(static_cast<const T*>(x), st, static_cast<const T*>(w), s, static_cast<const T*>(g), r, n,    \
+                          static_cast<T*>(gx), gw, parts);                                                              \
+    }                                                                                                                   \
+    extern "C" void swiglu_##SUFFIX(const void* x, int64_t r, int64_t n, void* y) {                                     \
+        swiglu(static_cast<const T*>(x), r, n, static_cast<T*>(y));                                                     \
+    }                                                                                                                   \
+    extern "C" void swiglu_backward_##SUFFIX(const void* x, const void* g, int64_t r, int64_t n, void* y) {             \
+        swiglu_backward(static_cast<const T*>(x), static_cast<const T*>(g), r, n, static_cast<T*>(y));                  \
+    }                                                                                                                   \
+    extern "C" void rotate_##SUFFIX(const void* x, const float* c, const float* s, float sign, int64_t r, int64_t h,    \
+                                    int64_t half, int64_t period, void* y) {                                            \
+        rotate(static_cast<const T*>(x), c, s, sign, r, h, half, period, static_cast<T*>(y));                           \
+    }
+
+INSTANTIATE(float, f32)
+INSTANTIATE(bfloat16, bf16)

@@ -1,0 +1,216 @@
+"""The passes on CPU through the compiled loops of cpu.cpp, and attention in tiles that stay in cache.
+
+Same signatures and results as reference.py, to rounding. Shapes as there.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_WEIGHT_PARTS = 32  # partial sums of a norm's weight gradient: fixed, so that threads do not change the result
+_TILE_QUERIES = 64
+_TILE_VALUES = 1 << 19  # scores of a tile: about a megabyte in bfloat16
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+class CpuLoops:
+    """Calls into the library with tensors; every method checks nothing that its callers below do not ensure."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+        converted: list[Any] = []
+        for value in arguments:
+            if isinstance(value, Tensor):
+                converted.append(_pointer(value))
+            else:
+                converted.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value))
+        getattr(self._library, f"{name}_{_SUFFIX[dtype]}")(*converted)
+
+    def softmax_statistics(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.contiguous()
+        largest, exp_sum = torch.empty(2, logits.shape[0]).unbind()
+        self.call("softmax_statistics", logits.dtype, logits, *logits.shape, largest, exp_sum)
+        return largest, exp_sum
+
+    def softmax_gradient(self, logits: Tensor, log_sum: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        columns = (log_sum.contiguous(), scale.contiguous(), target.contiguous())
+        self.call("softmax_gradient", logits.dtype, logits, *logits.shape, *columns)
+        return logits
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        result: Tensor = _RMSNorm.apply(x, weight, eps, self)
+        return result
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        result: Tensor = _SwiGLU.apply(gate_up, self)
+        return result
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        result: Tensor = _Rotate.apply(x, cos, sin, self)
+        return result
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """x as rows of its last axis at one stride: (tensor to keep alive, rows, stride); copied only if it must be."""
+    rows = x.numel() // x.shape[-1]
+    if x.stride(-1) == 1 and x.dim() > 1:
+        stride = x.stride(-2)
+        expected = stride
+        for axis in range(x.dim() - 2, -1, -1):
+            if x.stride(axis) != expected:
+                break
+            expected *= x.shape[axis]
+        else:
+            return x, rows, stride
+    return x.contiguous(), rows, x.shape[-1]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, loops: CpuLoops) -> Tensor:
+        kept, rows, stride = _rows(x)
+        size = x.shape[-1]
+        y = torch.empty(x.shape, dtype=x.dtype)
+        scale = torch.empty(rows)
+        loops.call("rms_norm", x.dtype, kept, stride, weight, rows, size, float(eps), y, scale)
+        ctx.save_for_backward(kept, weight, scale)
+        ctx.loops = loops
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]  # torch: *Any
+        x, weight, scale = ctx.saved_tensors
+        kept, rows, stride = _rows(x)
+        size = x.shape[-1]
+        grad_x = torch.empty(x.shape, dtype=x.dtype)
+        parts = torch.zeros(_WEIGHT_PARTS, size)
+        ctx.loops.call(
+            "rms_norm_backward", x.dtype, kept, stride, weight, scale, grad.contiguous(), rows, size, grad_x, parts, _WEIGHT_PARTS
+        )
+        return grad_x, parts.sum(0).to(weight.dtype), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, loops: CpuLoops) -> Tensor:
+        gate_up = gate_up.contiguous()
+        size = gate_up.shape[-1] // 2
+        y = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype)
+        loops.call("swiglu", gate_up.dtype, gate_up, gate_up.numel() // (2 * size), size, y)
+        ctx.save_for_backward(gate_up)
+        ctx.loops = loops
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch: *Any
+        (gate_up,) = ctx.saved_tensors
+        size = gate_up.shape[-1] // 2
+        result = torch.empty_like(gate_up)
+        ctx.loops.call("swiglu_backward", gate_up.dtype, gate_up, grad.contiguous(), gate_up.numel() // (2 * size), size, result)
+        return result, None
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, loops: CpuLoops) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.loops = loops
+        return _turn(loops, x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch: *Any
+        cos, sin = ctx.saved_tensors
+        return _turn(ctx.loops, grad, cos, sin, -1.0), None, None, None
+
+
+def _turn(loops: CpuLoops, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    x = x.contiguous()
+    batch, length, heads, size = x.shape
+    y = torch.empty_like(x)
+    period = cos.numel() // (size // 2)  # s, or b s where each sequence has its own positions
+    loops.call("rotate", x.dtype, x, cos.contiguous(), sin.contiguous(), sign, batch * length, heads, size // 2, period, y)
+    return y
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Causal softmax attention, tile by tile: some heads by some queries, whose scores stay in cache.
+
+    Backward makes the probabilities anew, so memory is linear in the sequence. Faster than torch's CPU flash kernel,
+    whose backward is not blocked for the matrix units.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = ((x * s).reshape(-1, *shape[2:]) if s else x.reshape(-1, *shape[2:])
+                   for x, s in ((q, shape[-1] ** -0.5), (k, None), (v, None)))  # fmt: skip
+        out = torch.empty_like(q)
+        future = _future(q)
+        for heads in _head_tiles(q):
+            for tile, seen in _query_tiles(q):
+                probabilities = _probabilities(q[heads, tile], k[heads, seen], future)
+                out[heads, tile] = torch.bmm(probabilities, v[heads, seen])
+        ctx.save_for_backward(q, k, v)
+        ctx.shape = shape
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # torch: *Any
+        q, k, v = ctx.saved_tensors
+        grad = grad.reshape(q.shape)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        future = _future(q)
+        for heads in _head_tiles(q):
+            sum_k = torch.zeros(k[heads].shape, dtype=torch.float32)
+            sum_v = torch.zeros_like(sum_k)
+            for tile, seen in _query_tiles(q):
+                incoming = grad[heads, tile]
+                probabilities = _probabilities(q[heads, tile], k[heads, seen], future)
+                sum_v[:, seen] += torch.bmm(probabilities.mT, incoming)
+                inner = torch.bmm(incoming, v[heads, seen].mT)
+                scores = torch._softmax_backward_data(inner, probabilities, -1, inner.dtype)
+                grad_q[heads, tile] = torch.bmm(scores, k[heads, seen])
+                sum_k[:, seen] += torch.bmm(scores.mT, q[heads, tile])
+            grad_k[heads], grad_v[heads] = sum_k, sum_v
+        grad_q *= ctx.shape[-1] ** -0.5
+        return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape)
+
+
+def _future(q: Tensor) -> Tensor:
+    """0 where a tile's query may look within the tile, -inf where it may not: [queries, queries]."""
+    return torch.full((_TILE_QUERIES, _TILE_QUERIES), -torch.inf, dtype=q.dtype).triu_(1)
+
+
+def _head_tiles(q: Tensor) -> list[slice]:
+    step = max(1, _TILE_VALUES // (_TILE_QUERIES * q.shape[1]))
+    return [slice(begin, begin + step) for begin in range(0, q.shape[0], step)]
+
+
+def _query_tiles(q: Tensor) -> list[tuple[slice, slice]]:
+    length = q.shape[1]
+    ends = [(begin, min(begin + _TILE_QUERIES, length)) for begin in range(0, length, _TILE_QUERIES)]
+    return [(slice(begin, end), slice(0, end)) for begin, end in ends]
+
+
+def _probabilities(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
+    scores = torch.bmm(q, k.mT)  # [heads, queries, seen]
+    queries = q.shape[1]
+    scores[:, :, -queries:] += future[:queries, :queries]
+    return scores.softmax(dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t."""
+    result: Tensor = _TiledAttention.apply(q, k, v)
+    return result

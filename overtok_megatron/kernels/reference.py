@@ -1,0 +1,94 @@
+"""The passes in torch's own operators: the form that runs on any device, and the oracle of the others.
+
+Shapes: rows any leading axes, d normalised size, f feed-forward size, b batch, s sequence, h heads, e head size.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x / sqrt(mean(x^2) + eps); where d is split over a group, its sums are all-reduced in both directions.
+
+    | | x, y | sum of squares | dx |
+    | shard | [.., d_shard] | all-reduce | needs sum(dy w x) over d: all-reduce |
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, full_size: int, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()  # [.., 1]
+        if group is not None:
+            dist.all_reduce(square_sum, group=group)
+        scale = square_sum.div_(full_size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.full_size, ctx.group = full_size, group
+        return torch.mul(x, scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # torch: *Any
+        x, weight, scale = ctx.saved_tensors
+        normed = torch.mul(x, scale)  # float32 [.., d_shard]
+        grad_weight = torch.mul(normed, grad).flatten(0, -2).sum(0)
+        scaled = torch.mul(grad, weight.float())
+        dot = torch.linalg.vecdot(scaled, normed).unsqueeze(-1)  # [.., 1]
+        if ctx.group is not None:
+            dist.all_reduce(dot, group=ctx.group)
+        normed.mul_(dot.div_(-ctx.full_size)).add_(scaled).mul_(scale)
+        return normed.to(x.dtype), grad_weight.to(weight.dtype), None, None, None
+
+
+def rms_norm_split(x: Tensor, weight: Tensor, eps: float, full_size: int, group: dist.ProcessGroup | None) -> Tensor:
+    """RMSNorm of [.., d_shard] whose d is split over `group`."""
+    result: Tensor = _RMSNorm.apply(x, weight, eps, full_size, group)
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w x / sqrt(mean(x^2) + eps) over the last axis, float32 inside, x's dtype out."""
+    return rms_norm_split(x, weight, eps, x.shape[-1], None)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[.., 2 f], the gate first -> silu(gate) * up [.., f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [b, s, h, e]; cos, sin [(b,) s, 1, e/2] float32. Pairs are (i, i + e/2), Llama's and OLMo2's form."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [c, v] -> their largest [c] and sum of exp(logit - largest) [c], float32; v may be 0."""
+    if logits.shape[1] == 0:
+        empty = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+        return empty - torch.inf, empty
+    wide = logits.float()
+    largest = wide.amax(dim=1)
+    return largest, (wide - largest.unsqueeze(1)).exp_().sum(dim=1)
+
+
+def softmax_gradient(logits: Tensor, log_sum: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """exp(logit - log_sum) scale - [target], of logits' shape and dtype; `logits` may be overwritten.
+
+    log_sum, scale [c] float32; target [c] int64, out of range = none.
+    """
+    size = logits.shape[1]
+    result = logits.float().sub(log_sum.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
+    if size:
+        ours = (target >= 0) & (target < size)
+        result.scatter_add_(1, torch.where(ours, target, 0).unsqueeze(1), -ours.float().unsqueeze(1))
+    return result.to(logits.dtype)
