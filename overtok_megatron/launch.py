@@ -30,7 +30,8 @@ def process_environment(ranks_per_host: int, *, deterministic: bool, cuda: bool)
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on which nobody listens at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -68,7 +69,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         "--num_gpus",
         str(processes),
         "--master_port",
-        str(master_port or _free_port()),
+        str(master_port or free_port()),
         "--log_level",
         "error",
         "--module",

@@ -15,6 +15,8 @@ _CHUNK_VALUES = 1 << 20  # drawn at a time: stays in cache
 
 def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Tensor:
     """Rows [start, stop) of the row space, [stop - start, width] float32: uniform with mean 0 and deviation `std`."""
+    if std == 0.0:
+        return torch.zeros(stop - start, width)  # pages that are not there until a row is written
     result = torch.empty((stop - start) * width, dtype=torch.float32)
     flat = result.numpy()
     span = std * 12**0.5  # a uniform distribution of this width has deviation std

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.parallel.collectives import group_rank
+from overtok_megatron.parallel.sharding import largest_part
 
 _CHUNK_VALUES = 1 << 22  # logits of a chunk: few enough to stay near the cache, enough for a full-speed product
 IGNORED = -100
@@ -39,7 +41,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         objective = torch.zeros((), dtype=torch.float32, device=hidden.device)
         cross_entropy = torch.zeros_like(objective)
-        step = max(1, _CHUNK_VALUES // max(1, weight.shape[0]))
+        # by the largest shard: ranks that cut their tokens differently would hang in the collectives of a chunk
+        widest = largest_part(vocab_start, vocab_start + weight.shape[0], group_rank(group))
+        step = max(1, _CHUNK_VALUES // max(1, widest))
         for begin in range(0, hidden.shape[0], step):
             chunk = slice(begin, begin + step)
             scored = targets[chunk] != IGNORED
@@ -76,14 +80,14 @@ def _statistics(
     size = logits.shape[1]
     ours = (place >= 0) & (place < size)
     found = logits.gather(1, torch.where(ours, place, 0).unsqueeze(1)).squeeze(1) if size else torch.zeros_like(largest)
-    target_logit = torch.where(ours, found.float(), 0.0)
-    if group is None:
-        return exp_sum.log() + largest, target_logit
     top = largest.clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    sums = torch.stack([exp_sum * (largest - top).exp(), target_logit])
-    dist.all_reduce(sums, group=group)
-    return sums[0].log() + top, sums[1]
+    if group is not None:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([exp_sum * (largest - top).exp(), torch.where(ours, found.float(), 0.0), ours.float()])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    # a target that no rank holds is outside the vocabulary: the loss must not look like a number
+    return sums[0].log() + top, torch.where(sums[2] > 0, sums[1], torch.nan)
 
 
 def linear_cross_entropy(
@@ -99,7 +103,7 @@ def linear_cross_entropy(
     """Summed objective and summed cross entropy, float32 scalars; only the objective has a gradient.
 
     hidden [N, d], the same on all ranks; weight [v_shard, d], rows from vocab_start on; targets [N] int64, IGNORED =
-    not scored. The objective adds z_loss log(Z)^2 a token. The gradient of hidden is this rank's part: enter through
+    not scored, any other outside the vocabulary = the loss is NaN. The objective adds z_loss log(Z)^2 a token. The gradient of hidden is this rank's part: enter through
     copy_to_group or all_gather_sequence. Softmax is float32, products run in hidden's dtype.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

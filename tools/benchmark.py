@@ -1,0 +1,181 @@
+"""Measured speed, alternating between the contenders in one process: `dense` and `rows`. Ratios of medians are the figures.
+
+dense: the baseline model's training step against Hugging Face's Olmo2ForCausalLM of the same shape.
+rows: an over-encoded training step at growing table sizes; flat is the aim, since cost follows tokens.
+Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overtok_megatron.config.counts import flops_per_token
+from overtok_megatron.config.loading import load_config
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.batches import TrainBatches
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.errors import DataError, OvertokError
+from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.launch import free_port, process_environment
+from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.training.metrics import matmul_rate, peak_memory
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def configuration(overrides: list[str], data: str) -> RunConfig:
+    """The quickstart's over-encoded configuration with overrides; only its shape matters here."""
+    path = Path(__file__).parent.parent / "configs" / "quickstart_overtok.yaml"
+    return load_config(path, [f"data.train={data}", "training.output_directory=unused", *overrides]).config
+
+
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after two warm-up rounds, in turn: the machine's drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 2):
+        for name, work in contenders.items():
+            begin = time.perf_counter()
+            work()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
+    """A plain loop's step: forward with labels, backward, AdamW."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    shape = config.model
+    model = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            rms_norm_eps=shape.norm_epsilon,
+            rope_theta=shape.rope_theta,
+            pad_token_id=None,
+            eos_token_id=0,
+            use_cache=False,
+        )
+    ).to(device=DEVICE, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    inputs = batch[:, :-1]
+
+    def step() -> None:
+        model(inputs, labels=inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
+    """The same plain loop around this project's model."""
+    model = build_transformer(config, device=DEVICE)
+    optimizer = choose_kernels(config.training.kernels, DEVICE).adamw([{"params": list(model.parameters())}], 1e-3, (0.9, 0.999), 1e-8)
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+
+    def step() -> None:
+        objective, _ = model(inputs, None, targets)
+        (objective / targets.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def dense(options: argparse.Namespace) -> dict[str, Any]:
+    shape = [
+        "over_encoding.enabled=false", "model.hidden_size=256", "model.intermediate_size=688", "model.num_layers=6",
+        "model.num_attention_heads=4", "model.vocab_size=8192", "data.seq_length=256",
+    ]  # fmt: skip
+    config = configuration(shape, options.data)
+    batch = torch.randint(0, 8192, (32, 257), device=DEVICE)
+    seconds = alternate({"overtok": our_step(config, batch), "transformers": hugging_face_step(config, batch)}, options.rounds)
+    limit = flops_per_token(config) * 32 * 256 / matmul_rate(DEVICE, torch.bfloat16)
+    return {
+        "seconds": seconds,
+        "ratio": seconds["transformers"] / seconds["overtok"],
+        "limit_seconds": limit,
+        "share_of_limit": limit / seconds["overtok"],
+    }
+
+
+def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object]:
+    """Whole optimizer steps through DeepSpeed, a new batch each time."""
+    from overtok_megatron.training.engine import TrainingEngine, start_processes
+
+    trainer = TrainingEngine(config, start_processes(1), DEVICE, eod_id=0)
+    turn = iter(range(10**9))
+    return lambda: trainer.step(tokens[next(turn) % len(tokens)], 1e-3)
+
+
+def rows(options: argparse.Namespace) -> dict[str, Any]:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    dataset = IndexedDataset(options.data)
+    contenders = {}
+    for power in options.powers:
+        config = configuration(
+            ["over_encoding.init_std=0.02", f"over_encoding.table_rows={2**power}", "over_encoding.collision_check=warn",
+             "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
+        )  # fmt: skip
+        batches = TrainBatches(dataset, config.data.seq_length, 32, 1, 0, 1, seed=1)
+        tokens = [torch.from_numpy(batches.step(step)).to(DEVICE) for step in range(options.rounds + 2)]
+        contenders[f"2^{power}"] = trainer_step(config, tokens)
+    seconds = alternate(contenders, options.rounds)
+    first = next(iter(seconds.values()))
+    return {
+        "seconds": seconds,
+        "ratio_to_first": {name: value / first for name, value in seconds.items()},
+        "peak_bytes": peak_memory(DEVICE),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="runs/quickstart/data/train", help="prefix of a prepared set (the quickstart's)")
+    parser.add_argument("--rounds", type=int, default=9, help="counted rounds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--json", default=None, help="write the figures here too")
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("dense", help="against transformers")
+    verb.set_defaults(run=dense)
+    verb = verbs.add_parser("rows", help="over table sizes")
+    verb.add_argument("--powers", type=int, nargs="+", default=[16, 20, 24], help="table_rows as powers of two")
+    verb.set_defaults(run=rows)
+    options = parser.parse_args()
+    missing = process_environment(1, deterministic=False, cuda=DEVICE.type == "cuda")
+    if missing:  # the allocator reads its settings when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
+    torch.set_num_threads(options.threads)
+    try:
+        result = options.run(options)
+    except DataError as error:
+        print(f"error: {error} (launchers/quickstart.sh makes it)", file=sys.stderr)
+        return 2
+    except OvertokError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {options.threads} threads"
+    text = json.dumps({"device": device, "torch": torch.__version__, **result}, indent=1)
+    print(text)
+    if options.json:
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
