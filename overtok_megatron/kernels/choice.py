@@ -86,7 +86,7 @@ def _cpu_kernels(loops: cpu.CpuLoops) -> Kernels:
         rms_norm=loops.rms_norm,
         swiglu=loops.swiglu,
         rotate=loops.rotate,
-        causal_attention=cpu.causal_attention,
+        causal_attention=loops.causal_attention,
         softmax_statistics=loops.softmax_statistics,
         softmax_gradient=loops.softmax_gradient,
     )

@@ -50,16 +50,31 @@ inline float fast_exp(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
+// Lane by lane, because the compiler does not vectorise a maximum that must mind NaN. NaN is skipped here; it shows in
+// the sum of exponentials that follows every call.
+template <typename T>
+inline float largest_of(const T* values, int64_t size) {
+    constexpr int64_t lanes = 32;
+    float tops[lanes];
+    for (int64_t l = 0; l < lanes; ++l) tops[l] = -INFINITY;
+    int64_t j = 0;
+    for (; j + lanes <= size; j += lanes)
+        for (int64_t l = 0; l < lanes; ++l) {
+            float value = load(values[j + l]);
+            tops[l] = value > tops[l] ? value : tops[l];
+        }
+    float top = -INFINITY;
+    for (int64_t l = 0; l < lanes; ++l) top = tops[l] > top ? tops[l] : top;
+    for (; j < size; ++j) top = load(values[j]) > top ? load(values[j]) : top;
+    return top;
+}
+
 template <typename T>
 void softmax_statistics(const T* logits, int64_t rows, int64_t size, float* largest, float* exp_sum) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
         const T* row = logits + r * size;
-        float top = -INFINITY;
-        for (int64_t j = 0; j < size; ++j) {
-            float value = load(row[j]);
-            top = value > top ? value : top;
-        }
+        const float top = largest_of(row, size);
         float total = 0.0f;
         for (int64_t j = 0; j < size; ++j) total += fast_exp(load(row[j]) - top);
         largest[r] = top;
@@ -139,19 +154,22 @@ void swiglu(const T* gate_up, int64_t rows, int64_t size, T* y) {
 }
 
 template <typename T>
+inline void swiglu_backward_row(const T* __restrict gate, const T* __restrict up, const T* __restrict grad, int64_t size,
+                                T* __restrict grad_gate, T* __restrict grad_up) {
+    for (int64_t j = 0; j < size; ++j) {
+        const float value = load(gate[j]), s = sigmoid(value), incoming = load(grad[j]);
+        store(grad_gate[j], incoming * load(up[j]) * s * (1.0f + value * (1.0f - s)));
+        store(grad_up[j], incoming * value * s);
+    }
+}
+
+template <typename T>
 void swiglu_backward(const T* gate_up, const T* grad, int64_t rows, int64_t size, T* grad_gate_up) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-        const T* __restrict gate = gate_up + r * 2 * size;
-        const T* __restrict up = gate + size;
-        const T* __restrict g = grad + r * size;
-        T* __restrict out = grad_gate_up + r * 2 * size;
-        T* __restrict out_up = out + size;
-        for (int64_t j = 0; j < size; ++j) {
-            const float value = load(gate[j]), s = sigmoid(value), incoming = load(g[j]);
-            store(out[j], incoming * load(up[j]) * s * (1.0f + value * (1.0f - s)));
-            store(out_up[j], incoming * value * s);
-        }
+        const T* gate = gate_up + r * 2 * size;
+        T* out = grad_gate_up + r * 2 * size;
+        swiglu_backward_row(gate, gate + size, grad + r * size, size, out, out + size);
     }
 }
 
@@ -172,6 +190,37 @@ void rotate(const T* x, const float* cosine, const float* sine, float sign, int6
                 store(out[j + half], second * c[j] + first * turn);
             }
         }
+    }
+}
+
+// scores: [heads, queries, seen], replaced by probabilities; query q sees keys 0 .. begin + q, the rest becomes zero.
+template <typename T>
+void causal_softmax(T* scores, int64_t heads, int64_t queries, int64_t seen, int64_t begin) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < heads * queries; ++r) {
+        T* __restrict row = scores + r * seen;
+        const int64_t visible = begin + r % queries + 1;
+        const float top = largest_of(row, visible);
+        float total = 0.0f;
+        for (int64_t j = 0; j < visible; ++j) total += fast_exp(load(row[j]) - top);
+        const float share = 1.0f / total;
+        for (int64_t j = 0; j < visible; ++j) store(row[j], fast_exp(load(row[j]) - top) * share);
+        for (int64_t j = visible; j < seen; ++j) store(row[j], 0.0f);
+    }
+}
+
+// grad: [heads, queries, seen], the gradient of the probabilities, replaced by that of the scores.
+template <typename T>
+void causal_softmax_backward(const T* probabilities, T* grad, int64_t heads, int64_t queries, int64_t seen, int64_t begin) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < heads * queries; ++r) {
+        const T* __restrict p = probabilities + r * seen;
+        T* __restrict g = grad + r * seen;
+        const int64_t visible = begin + r % queries + 1;
+        float dot = 0.0f;
+        for (int64_t j = 0; j < visible; ++j) dot += load(p[j]) * load(g[j]);
+        for (int64_t j = 0; j < visible; ++j) store(g[j], load(p[j]) * (load(g[j]) - dot));
+        for (int64_t j = visible; j < seen; ++j) store(g[j], 0.0f);
     }
 }
 
@@ -199,6 +248,13 @@ void rotate(const T* x, const float* cosine, const float* sine, float sign, int6
     }                                                                                                                   \
     extern "C" void swiglu_backward_##SUFFIX(const void* x, const void* g, int64_t r, int64_t n, void* y) {             \
         swiglu_backward(static_cast<const T*>(x), static_cast<const T*>(g), r, n, static_cast<T*>(y));                  \
+    }                                                                                                                   \
+    extern "C" void causal_softmax_##SUFFIX(void* x, int64_t h, int64_t q, int64_t n, int64_t begin) {                  \
+        causal_softmax(static_cast<T*>(x), h, q, n, begin);                                                             \
+    }                                                                                                                   \
+    extern "C" void causal_softmax_backward_##SUFFIX(const void* p, void* g, int64_t h, int64_t q, int64_t n,           \
+                                                     int64_t begin) {                                                   \
+        causal_softmax_backward(static_cast<const T*>(p), static_cast<T*>(g), h, q, n, begin);                          \
     }                                                                                                                   \
     extern "C" void rotate_##SUFFIX(const void* x, const float* c, const float* s, float sign, int64_t r, int64_t h,    \
                                     int64_t half, int64_t period, void* y) {                                            \

@@ -11,8 +11,8 @@ from torch import Tensor
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _WEIGHT_PARTS = 32  # partial sums of a norm's weight gradient: fixed, so that threads do not change the result
-_TILE_QUERIES = 64
-_TILE_VALUES = 1 << 19  # scores of a tile: about a megabyte in bfloat16
+_TILE_QUERIES = 256
+_TILE_VALUES = 1 << 20  # scores of a tile: two megabytes in bfloat16
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -56,6 +56,10 @@ class CpuLoops:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         result: Tensor = _Rotate.apply(x, cos, sin, self)
+        return result
+
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = _TiledAttention.apply(q, k, v, self)
         return result
 
 
@@ -144,73 +148,58 @@ def _turn(loops: CpuLoops, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> 
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Causal softmax attention, tile by tile: some heads by some queries, whose scores stay in cache.
+    """Causal softmax attention, tile by tile: some heads by some queries, whose scores stay near the cache.
 
     Backward makes the probabilities anew, so memory is linear in the sequence. Faster than torch's CPU flash kernel,
     whose backward is not blocked for the matrix units.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, loops: CpuLoops) -> Tensor:
         shape = q.shape
-        q, k, v = ((x * s).reshape(-1, *shape[2:]) if s else x.reshape(-1, *shape[2:])
-                   for x, s in ((q, shape[-1] ** -0.5), (k, None), (v, None)))  # fmt: skip
-        out = torch.empty_like(q)
-        future = _future(q)
-        for heads in _head_tiles(q):
-            for tile, seen in _query_tiles(q):
-                probabilities = _probabilities(q[heads, tile], k[heads, seen], future)
-                out[heads, tile] = torch.bmm(probabilities, v[heads, seen])
+        q, k, v = (q * shape[-1] ** -0.5).reshape(-1, *shape[2:]), k.reshape(-1, *shape[2:]), v.reshape(-1, *shape[2:])
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for heads, tile, seen in _tiles(q):
+            probabilities = _probabilities(loops, q[heads, tile], k[heads, seen])
+            torch.bmm(probabilities, v[heads, seen], out=out[heads, tile])
         ctx.save_for_backward(q, k, v)
-        ctx.shape = shape
+        ctx.shape, ctx.loops = shape, loops
         return out.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]  # torch: *Any
         q, k, v = ctx.saved_tensors
         grad = grad.reshape(q.shape)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        future = _future(q)
-        for heads in _head_tiles(q):
-            sum_k = torch.zeros(k[heads].shape, dtype=torch.float32)
-            sum_v = torch.zeros_like(sum_k)
-            for tile, seen in _query_tiles(q):
-                incoming = grad[heads, tile]
-                probabilities = _probabilities(q[heads, tile], k[heads, seen], future)
-                sum_v[:, seen] += torch.bmm(probabilities.mT, incoming)
-                inner = torch.bmm(incoming, v[heads, seen].mT)
-                scores = torch._softmax_backward_data(inner, probabilities, -1, inner.dtype)
-                grad_q[heads, tile] = torch.bmm(scores, k[heads, seen])
-                sum_k[:, seen] += torch.bmm(scores.mT, q[heads, tile])
-            grad_k[heads], grad_v[heads] = sum_k, sum_v
+        grad_q = torch.empty_like(q)
+        wide = torch.float32 if q.shape[1] > _TILE_QUERIES else q.dtype  # several tiles add into a key's gradient
+        grad_k, grad_v = (torch.empty(k.shape, dtype=wide) for _ in "kv")
+        for heads, tile, seen in _tiles(q):
+            incoming, keys, begin = grad[heads, tile], seen.stop, tile.start
+            probabilities = _probabilities(ctx.loops, q[heads, tile], k[heads, seen])
+            scores = torch.bmm(incoming, v[heads, seen].mT)
+            ctx.loops.call("causal_softmax_backward", q.dtype, probabilities, scores, *scores.shape, begin)
+            torch.bmm(scores, k[heads, seen], out=grad_q[heads, tile])
+            for total, left, right in ((grad_k, scores, q[heads, tile]), (grad_v, probabilities, incoming)):
+                if begin > 0:
+                    total[heads, :begin] += torch.bmm(left[:, :, :begin].mT, right)
+                total[heads, begin:keys] = torch.bmm(left[:, :, begin:].mT, right)
         grad_q *= ctx.shape[-1] ** -0.5
-        return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape)
+        return grad_q.view(ctx.shape), grad_k.to(k.dtype).view(ctx.shape), grad_v.to(v.dtype).view(ctx.shape), None
 
 
-def _future(q: Tensor) -> Tensor:
-    """0 where a tile's query may look within the tile, -inf where it may not: [queries, queries]."""
-    return torch.full((_TILE_QUERIES, _TILE_QUERIES), -torch.inf, dtype=q.dtype).triu_(1)
+def _tiles(q: Tensor) -> list[tuple[slice, slice, slice]]:
+    """(heads, queries, the keys that they see) of every tile of q [heads, s, e]."""
+    heads, length, _ = q.shape
+    step = max(1, _TILE_VALUES // (min(_TILE_QUERIES, length) * length))
+    return [
+        (slice(first, min(first + step, heads)), slice(begin, min(begin + _TILE_QUERIES, length)), slice(0, min(begin + _TILE_QUERIES, length)))
+        for first in range(0, heads, step)
+        for begin in range(0, length, _TILE_QUERIES)
+    ]
 
 
-def _head_tiles(q: Tensor) -> list[slice]:
-    step = max(1, _TILE_VALUES // (_TILE_QUERIES * q.shape[1]))
-    return [slice(begin, begin + step) for begin in range(0, q.shape[0], step)]
-
-
-def _query_tiles(q: Tensor) -> list[tuple[slice, slice]]:
-    length = q.shape[1]
-    ends = [(begin, min(begin + _TILE_QUERIES, length)) for begin in range(0, length, _TILE_QUERIES)]
-    return [(slice(begin, end), slice(0, end)) for begin, end in ends]
-
-
-def _probabilities(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
-    scores = torch.bmm(q, k.mT)  # [heads, queries, seen]
-    queries = q.shape[1]
-    scores[:, :, -queries:] += future[:queries, :queries]
-    return scores.softmax(dim=-1)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t."""
-    result: Tensor = _TiledAttention.apply(q, k, v)
-    return result
+def _probabilities(loops: CpuLoops, q: Tensor, k: Tensor) -> Tensor:
+    """[heads, queries, seen]: the queries are the last of the keys."""
+    scores = torch.bmm(q, k.mT)
+    loops.call("causal_softmax", scores.dtype, scores, *scores.shape, scores.shape[2] - scores.shape[1])
+    return scores
