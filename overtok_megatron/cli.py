@@ -93,24 +93,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("config", help="print a configuration resolved, with what follows from it")
     _add_overrides(verb)
-    verb.set_defaults(run=_config)
+    verb.set_defaults(work=_config)
 
     verb = verbs.add_parser("train", help="train, on one or more ranks of this host")
     _add_overrides(verb)
     verb.add_argument("--master-port", type=_positive, default=None, help="port of the first rank (default: a free one)")
-    verb.set_defaults(run=_train)
+    verb.set_defaults(work=_train)
 
     verb = verbs.add_parser("train-tokenizer", help="train a sentencepiece tokenizer on text files")
     verb.add_argument("inputs", nargs="+", help="text files, or folders of .txt files")
     verb.add_argument("--vocab-size", type=_positive, required=True, help="pieces")
     verb.add_argument("--output", required=True, help="model file to write")
-    verb.set_defaults(run=_train_tokenizer)
+    verb.set_defaults(work=_train_tokenizer)
 
     verb = verbs.add_parser("prepare", help="turn text files into an indexed dataset")
     verb.add_argument("inputs", nargs="+", help="text files, or folders of .txt files; one document a file")
     verb.add_argument("--tokenizer", required=True, help="sentencepiece model file")
     verb.add_argument("--output", required=True, help="prefix of the dataset's files")
-    verb.set_defaults(run=_prepare)
+    verb.set_defaults(work=_prepare)
 
     verb = verbs.add_parser("generate", help="continue prompts with a trained model")
     verb.add_argument("run", help="a run's output folder, or one of its checkpoints")
@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-k", type=int, default=0, help="0 = off")
     verb.add_argument("--top-p", type=float, default=1.0, help="1 = off")
     verb.add_argument("--seed", type=int, default=0, help="of sampling")
-    verb.set_defaults(run=_generate)
+    verb.set_defaults(work=_generate)
     return parser
 
 
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if getattr(options, "processes", 1) is None:
             options.processes = default_processes()
-        code: int = options.run(options)
+        code: int = options.work(options)
     except OvertokError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -46,6 +46,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     import torch  # late: `overtok --help` and configuration errors need not wait for it
 
     from overtok_megatron.data.checks import open_run_data
+    from overtok_megatron.kernels.choice import choose_kernels
 
     config = loaded.config
     validate(config, processes, loaded.locate)
@@ -53,6 +54,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     if cuda and processes > torch.cuda.device_count():
         raise ConfigError(f"--processes: {processes}, but this host has {torch.cuda.device_count()} CUDA devices; ask for that many")
     open_run_data(config)
+    choose_kernels(config.training.kernels, torch.device("cuda" if cuda else "cpu"))  # compiles once, before the ranks do
     directory = Path(config.training.output_directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         "--master_port",
         str(master_port or free_port()),
         "--log_level",
-        "error",
+        "critical",
         "--module",
         "overtok_megatron.training.entry",
         str(resolved),
