@@ -3,9 +3,7 @@
 `overtok train` does the same after checking the configuration and setting the environment; prefer it on one host.
 """
 
-import sys
-
-from overtok_megatron.training.entry import main
+from overtok_megatron.training.entry import run_and_leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave()

@@ -48,10 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # nobody leaves while another still waits for it
     return 0
 
 
+def run_and_leave() -> None:
+    """Exit at once with main's code: taking gloo's threads apart at interpreter exit aborts the process now and then."""
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave()
