@@ -68,7 +68,9 @@ def main(overrides: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         return error.returncode
     samples = {
-        run.name: overtok("generate", str(run.directory), "--prompt", PROMPT, "--temperature", "0.7", "--max-new-tokens", "60")
+        run.name: overtok(
+            "generate", str(run.directory), "--prompt", PROMPT, "--temperature", "0.7", "--max-new-tokens", "60"
+        )
         for run in runs
     }
     for name, text in samples.items():

@@ -75,7 +75,9 @@ def _generate(options: argparse.Namespace) -> int:
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-    parser.add_argument("--processes", type=_positive, default=None, help="ranks on this host (default: its GPUs, or 1)")
+    parser.add_argument(
+        "--processes", type=_positive, default=None, help="ranks on this host (default: its GPUs, or 1)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -97,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("train", help="train, on one or more ranks of this host")
     _add_overrides(verb)
-    verb.add_argument("--master-port", type=_positive, default=None, help="port of the first rank (default: a free one)")
+    verb.add_argument(
+        "--master-port", type=_positive, default=None, help="port of the first rank (default: a free one)"
+    )
     verb.set_defaults(work=_train)
 
     verb = verbs.add_parser("train-tokenizer", help="train a sentencepiece tokenizer on text files")

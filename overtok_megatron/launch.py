@@ -52,9 +52,13 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     validate(config, processes, loaded.locate)
     cuda = torch.cuda.is_available()
     if cuda and processes > torch.cuda.device_count():
-        raise ConfigError(f"--processes: {processes}, but this host has {torch.cuda.device_count()} CUDA devices; ask for that many")
+        raise ConfigError(
+            f"--processes: {processes}, but this host has {torch.cuda.device_count()} CUDA devices; ask for that many"
+        )
     open_run_data(config)
-    choose_kernels(config.training.kernels, torch.device("cuda" if cuda else "cpu"))  # compiles once, before the ranks do
+    choose_kernels(
+        config.training.kernels, torch.device("cuda" if cuda else "cpu")
+    )  # compiles once, before the ranks do
     directory = Path(config.training.output_directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,9 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         save_resolved(config, resolved)
     except OSError as error:
         raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
-    launcher = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    launcher = shutil.which(
+        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
     assert launcher is not None, "deepspeed is installed without its launcher"
     extra = process_environment(processes, deterministic=config.training.deterministic, cuda=cuda)
     command = [

@@ -19,7 +19,9 @@ def free_port() -> int:
     return port
 
 
-def _rank_main(function: Callable[..., Any], rank: int, world: int, port: int, arguments: tuple[Any, ...], results: Any) -> None:
+def _rank_main(
+    function: Callable[..., Any], rank: int, world: int, port: int, arguments: tuple[Any, ...], results: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

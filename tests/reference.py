@@ -62,7 +62,9 @@ def hugging_face_model(model: ModelConfig, **extra: Any) -> Olmo2ForCausalLM:
     )
 
 
-def python_ngram_row(tokens: list[int], t: int, order: int, base: int, rows: int, pad: int, eod: int, reset: bool) -> int:
+def python_ngram_row(
+    tokens: list[int], t: int, order: int, base: int, rows: int, pad: int, eod: int, reset: bool
+) -> int:
     """Row of the n-gram that ends at t: the polynomial over unbounded integers, one remainder at the end."""
     total = 0
     hidden = False
@@ -85,7 +87,9 @@ class Reference:
         self.model = hugging_face_model(config.model)
         self.model.load_state_dict({name: weight.detach().clone() for name, weight in hugging_face_names(ours).items()})
         self.space = row_space(config.model, config.over_encoding)
-        rows = initial_rows(0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed)
+        rows = initial_rows(
+            0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed
+        )
         self.tables = [nn.Parameter(part.clone()) for part in rows.split(list(self.space.sizes))]
         assert ours.embedding.over_encoding is not None
         whole = ours.embedding.over_encoding.projection.detach()  # [d, T w]
@@ -97,7 +101,9 @@ class Reference:
         settings, over = self.config.optimizer, self.config.over_encoding
         spared = [] if self.config.model.tie_word_embeddings else [self.model.model.embed_tokens.weight]
         spared += [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
-        decayed = [p for p in self.model.parameters() if all(p is not other for other in spared)] + list(self.projections)
+        decayed = [p for p in self.model.parameters() if all(p is not other for other in spared)] + list(
+            self.projections
+        )
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         self.dense = [*decayed, *spared]
         self.adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
@@ -119,8 +125,14 @@ class Reference:
             ids = [
                 [
                     python_ngram_row(
-                        line, t, 2 + table // over.num_slices, over.hash_base or self.config.model.vocab_size,
-                        over.table_rows + 2 * table, over.pad_id, self.eod_id, over.boundary == "reset",
+                        line,
+                        t,
+                        2 + table // over.num_slices,
+                        over.hash_base or self.config.model.vocab_size,
+                        over.table_rows + 2 * table,
+                        over.pad_id,
+                        self.eod_id,
+                        over.boundary == "reset",
                     )
                     for t in range(len(line))
                 ]

@@ -39,7 +39,12 @@ def test_rooms_import_in_one_direction() -> None:
         for path in (PACKAGE / room).rglob("*.py"):
             for name in imported(path):
                 parts = name.split(".")
-                if parts[0] == PACKAGE.name and len(parts) > 1 and parts[1] in ROOMS and parts[1] not in {room, *allowed}:
+                if (
+                    parts[0] == PACKAGE.name
+                    and len(parts) > 1
+                    and parts[1] in ROOMS
+                    and parts[1] not in {room, *allowed}
+                ):
                     wrong.append(f"{room}/{path.name} imports {name}")
     assert not wrong, wrong
 

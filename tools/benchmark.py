@@ -65,12 +65,13 @@ def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
             num_hidden_layers=shape.num_layers,
             num_attention_heads=shape.num_attention_heads,
             rms_norm_eps=shape.norm_epsilon,
-            rope_theta=shape.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
             pad_token_id=None,
             eos_token_id=0,
             use_cache=False,
         )
-    ).to(device=DEVICE, dtype=torch.bfloat16)
+    )
+    model.to(device=DEVICE, dtype=torch.bfloat16)  # type: ignore[call-arg]  # a decorated method in transformers
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     inputs = batch[:, :-1]
 
@@ -85,7 +86,9 @@ def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
 def our_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
     """The same plain loop around this project's model."""
     model = build_transformer(config, device=DEVICE)
-    optimizer = choose_kernels(config.training.kernels, DEVICE).adamw([{"params": list(model.parameters())}], 1e-3, (0.9, 0.999), 1e-8)
+    optimizer = choose_kernels(config.training.kernels, DEVICE).adamw(
+        [{"params": list(model.parameters())}], 1e-3, (0.9, 0.999), 1e-8
+    )
     inputs, targets = batch[:, :-1], batch[:, 1:]
 
     def step() -> None:
@@ -104,7 +107,9 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     config = configuration(shape, options.data)
     batch = torch.randint(0, 8192, (32, 257), device=DEVICE)
-    seconds = alternate({"overtok": our_step(config, batch), "transformers": hugging_face_step(config, batch)}, options.rounds)
+    seconds = alternate(
+        {"overtok": our_step(config, batch), "transformers": hugging_face_step(config, batch)}, options.rounds
+    )
     limit = flops_per_token(config) * 32 * 256 / matmul_rate(DEVICE, torch.bfloat16)
     return {
         "seconds": seconds,
@@ -124,7 +129,13 @@ def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object
 
 
 def rows(options: argparse.Namespace) -> dict[str, Any]:
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     dataset = IndexedDataset(options.data)
     contenders = {}
     for power in options.powers:
@@ -146,7 +157,9 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="runs/quickstart/data/train", help="prefix of a prepared set (the quickstart's)")
+    parser.add_argument(
+        "--data", default="runs/quickstart/data/train", help="prefix of a prepared set (the quickstart's)"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--json", default=None, help="write the figures here too")

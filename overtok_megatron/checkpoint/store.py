@@ -124,8 +124,10 @@ class CheckpointStore:
             return None
         path = self.root / pointer.read_text(encoding="utf-8").strip()
         if not (path / MANIFEST).is_file():
-            raise CheckpointError(f"{pointer}: names {path.name}, which is not there or has no {MANIFEST}; "
-                                  f"write the name of a folder beside it, or remove {pointer.name} to start anew")
+            raise CheckpointError(
+                f"{pointer}: names {path.name}, which is not there or has no {MANIFEST}; "
+                f"write the name of a folder beside it, or remove {pointer.name} to start anew"
+            )
         return path
 
 
@@ -146,13 +148,16 @@ def read_manifest(path: Path) -> Manifest:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing; the checkpoint is damaged, resume from another one")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} were written; the checkpoint is "
-                                  "damaged, resume from another one")
+            raise CheckpointError(
+                f"{file}: {file.stat().st_size} bytes, {size} were written; the checkpoint is "
+                "damaged, resume from another one"
+            )
     return manifest
 
 
 def verify_file(path: Path, name: str, manifest: Manifest) -> None:
     """Raises CheckpointError unless the file's content is what was written."""
     if file_digest(path / name)[1] != manifest.files[name][1]:
-        raise CheckpointError(f"{path / name}: SHA-256 differs from the manifest; the file is damaged, "
-                              "resume from another checkpoint")
+        raise CheckpointError(
+            f"{path / name}: SHA-256 differs from the manifest; the file is damaged, resume from another checkpoint"
+        )

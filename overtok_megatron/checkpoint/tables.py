@@ -54,17 +54,22 @@ def load_tables(folder: Path, tables: OverTables, *, with_optimizer: bool) -> No
                 continue
             missing = sorted(columns.keys() - set(file.keys()))
             if missing:
-                raise CheckpointError(f"{path}: holds no {missing[0]}; over_encoding.optimizer differs from the run "
-                                      "that wrote it")
+                raise CheckpointError(
+                    f"{path}: holds no {missing[0]}; over_encoding.optimizer differs from the run that wrote it"
+                )
             for key, target in columns.items():
                 values = file.get_slice(key)[begin - start : end - start]
                 place = target[begin - shard.start : end - shard.start]
                 if values.shape != place.shape:
-                    raise CheckpointError(f"{path}: {key} has rows of shape {list(values.shape[1:])}, this model needs "
-                                          f"{list(place.shape[1:])}")
+                    raise CheckpointError(
+                        f"{path}: {key} has rows of shape {list(values.shape[1:])}, this model needs "
+                        f"{list(place.shape[1:])}"
+                    )
                 place.copy_(values)
             optimizer.steps = int(metadata["steps"])
             filled += end - begin
     if filled != shard.num_rows:
-        raise CheckpointError(f"{folder / FOLDER}: holds {filled} of the rows {shard.start} to {shard.stop}; the "
-                              "checkpoint is of a model with other tables, or damaged")
+        raise CheckpointError(
+            f"{folder / FOLDER}: holds {filled} of the rows {shard.start} to {shard.stop}; the "
+            "checkpoint is of a model with other tables, or damaged"
+        )

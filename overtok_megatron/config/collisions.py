@@ -39,6 +39,9 @@ def collision_problem(table_rows: int, base: int, num_tables: int) -> CollisionP
 def _propose(table_rows: int, base: int, num_tables: int) -> int:
     whole = max(1, round(table_rows / base))
     candidates = [round((whole + step + _GOLDEN) * base) for step in (-1, 0)]
-    good = [rows for rows in candidates if rows >= base and all(
-        _distance((rows + 2 * table) / base) >= TOO_CLOSE for table in range(num_tables))]
+    good = [
+        rows
+        for rows in candidates
+        if rows >= base and all(_distance((rows + 2 * table) / base) >= TOO_CLOSE for table in range(num_tables))
+    ]
     return min(good or candidates[-1:], key=lambda rows: abs(rows - table_rows))

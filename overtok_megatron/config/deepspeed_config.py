@@ -60,6 +60,8 @@ def _merge(target: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
             _merge(target[key], value, f"{name}.")
         elif key in target and target[key] != value:
             way_out = f"set {_OURS[name]} instead" if name in _OURS else "remove it"
-            raise ConfigError(f"deepspeed.{name}: {value} contradicts {target[key]}, which follows from the rest; {way_out}")
+            raise ConfigError(
+                f"deepspeed.{name}: {value} contradicts {target[key]}, which follows from the rest; {way_out}"
+            )
         else:
             target[key] = value

@@ -30,11 +30,15 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-               r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
         key, value = _parse_override(override)
         _assign(values, key, value)
         _forget(places, key)
-        places |= {leaf: COMMAND_LINE for leaf in _leaves(value, key)}
+        places |= dict.fromkeys(_leaves(value, key), COMMAND_LINE)
     try:
         return LoadedConfig(RunConfig.model_validate(values), places)
     except ValidationError as error:
-        raise ConfigError(_explain(error.errors()[0], places, str(path))) from None
+        # a key that is missing is often one that stands there misspelt: what is wrong goes before what is not there
+        first = min(error.errors(), key=lambda e: (e["type"] == "missing", e["type"] != "extra_forbidden"))
+        raise ConfigError(_explain(first, places, str(path))) from None
 
 
 def parse_resolved(path: str | Path) -> RunConfig:
@@ -84,14 +90,18 @@ def save_resolved(config: RunConfig, path: Path) -> None:
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     resolved = path.resolve()
     if resolved in chain:
-        raise ConfigError(f"{path}: inherits from itself through `{BASE}`: {' -> '.join(str(p) for p in (*chain, resolved))}")
+        raise ConfigError(
+            f"{path}: inherits from itself through `{BASE}`: {' -> '.join(str(p) for p in (*chain, resolved))}"
+        )
     own, places = _read(path)
     if BASE not in own:
         return own, places
     base = own.pop(BASE)
     place = places.pop(BASE)
     if not isinstance(base, str):
-        raise ConfigError(f"{place}: {BASE}: {base!r}; must be the path of another configuration, relative to this file")
+        raise ConfigError(
+            f"{place}: {BASE}: {base!r}; must be the path of another configuration, relative to this file"
+        )
     values, base_places = _read_with_bases(path.parent / base, (*chain, resolved))
     for key, value in _flatten(own):
         _assign(values, key, value)
@@ -174,7 +184,7 @@ def _forget(places: dict[str, str], key: str) -> None:
 
 def known_keys() -> dict[str, str]:
     """Every dotted key of the schema and its description."""
-    keys = {}
+    keys: dict[str, str] = {}
     for section, field in RunConfig.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -205,7 +215,9 @@ def _nearest(key: str) -> str:
 def _explain(error: ErrorDetails, places: dict[str, str], path: str) -> str:
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
-    place = next((places[".".join(parts[:end])] for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in places), path)
+    place = next(
+        (places[".".join(parts[:end])] for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in places), path
+    )
     known = known_keys()
     meaning = known.get(".".join(parts[:2])) or known.get(parts[0], "")
     if error["type"] == "extra_forbidden":

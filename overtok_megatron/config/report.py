@@ -14,20 +14,32 @@ def describe(loaded: LoadedConfig, world_size: int) -> str:
     rows = []
     for section, values in config.model_dump(mode="json").items():
         if section != "deepspeed":
-            rows += [(f"{section}.{name}", json.dumps(value), loaded.locate(f"{section}.{name}")) for name, value in values.items()]
+            rows += [
+                (f"{section}.{name}", json.dumps(value), loaded.locate(f"{section}.{name}"))
+                for name, value in values.items()
+            ]
     count, size = parameter_counts(config), bytes_per_rank(config, world_size)
     steps = train_iters(config)
     derived = [
-        ("ranks", f"{world_size} = {data_parallel_size(config, world_size)} data x {config.parallel.tensor_parallel_size} tensor"),
+        (
+            "ranks",
+            f"{world_size} = {data_parallel_size(config, world_size)} data x {config.parallel.tensor_parallel_size} tensor",
+        ),
         ("micro-batches a step", str(accumulation_steps(config, world_size))),
         ("tokens a step", f"{tokens_per_step(config):,}"),
         ("steps", f"{steps:,}"),
         ("tokens in all", f"{steps * tokens_per_step(config):,}"),
-        ("parameters, dense", f"{count.dense:,} (blocks {count.blocks:,}, embedding {count.embedding:,}, "
-         f"head {count.head:,}, n-gram projection {count.encoder:,})"),
+        (
+            "parameters, dense",
+            f"{count.dense:,} (blocks {count.blocks:,}, embedding {count.embedding:,}, "
+            f"head {count.head:,}, n-gram projection {count.encoder:,})",
+        ),
         ("parameters, n-gram tables", f"{count.tables:,}"),
-        ("bytes a rank", f"{size.total:,} (weights {size.weights:,}, gradients {size.gradients:,}, optimizer "
-         f"{size.optimizer:,}, table rows {size.table_rows:,}, table state {size.table_state:,}), activations apart"),
+        (
+            "bytes a rank",
+            f"{size.total:,} (weights {size.weights:,}, gradients {size.gradients:,}, optimizer "
+            f"{size.optimizer:,}, table rows {size.table_rows:,}, table state {size.table_state:,}), activations apart",
+        ),
         ("FLOPs a token", f"{flops_per_token(config):.4g} forward and backward"),
     ]
     wide = [max(len(row[column]) for row in rows) for column in (0, 1)]

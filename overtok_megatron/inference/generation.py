@@ -106,8 +106,10 @@ def generate_tokens(trained: TrainedModel, prompts: Sequence[Sequence[int]], sam
         if not prompt:
             raise InputError(f"prompt {index + 1}: empty; give at least one character")
         if len(prompt) + sampling.max_new_tokens > context:
-            raise InputError(f"prompt {index + 1}: {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} pass the "
-                             f"context of {context} tokens; shorten it, or ask for at most {max(0, context - len(prompt))}")
+            raise InputError(
+                f"prompt {index + 1}: {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} pass the "
+                f"context of {context} tokens; shorten it, or ask for at most {max(0, context - len(prompt))}"
+            )
     device = next(trained.model.parameters()).device
     tokens = pad_left(prompts, device)
     decoder = Decoder(trained, len(prompts), tokens.shape[1] + sampling.max_new_tokens)

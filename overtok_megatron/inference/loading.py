@@ -33,7 +33,9 @@ def find_checkpoint(run: Path) -> Path:
         return run
     path = CheckpointStore(run).latest()
     if path is None:
-        raise CheckpointError(f"{run}: no checkpoint here; name a run's output folder or one of its checkpoints/step_* folders")
+        raise CheckpointError(
+            f"{run}: no checkpoint here; name a run's output folder or one of its checkpoints/step_* folders"
+        )
     return path
 
 
@@ -61,9 +63,11 @@ def load_trained(run: Path, device: torch.device) -> TrainedModel:
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, config: RunConfig, path: Path) -> None:
     if tokenizer.fingerprint() != manifest.tokenizer_fingerprint:
-        raise CheckpointError(f"{config.tokenizer.path}: not the tokenizer that {path} was trained with "
-                              f"(SHA-256 {tokenizer.fingerprint()[:12]}, expected {manifest.tokenizer_fingerprint[:12]}); "
-                              "put the original back")
+        raise CheckpointError(
+            f"{config.tokenizer.path}: not the tokenizer that {path} was trained with "
+            f"(SHA-256 {tokenizer.fingerprint()[:12]}, expected {manifest.tokenizer_fingerprint[:12]}); "
+            "put the original back"
+        )
 
 
 def _copy_weights(model: Transformer, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -74,6 +78,7 @@ def _copy_weights(model: Transformer, weights: dict[str, torch.Tensor], path: Pa
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != weights[name].shape:
-                raise CheckpointError(f"{path}: {name} has shape {list(weights[name].shape)}, the model needs "
-                                      f"{list(parameter.shape)}")
+                raise CheckpointError(
+                    f"{path}: {name} has shape {list(weights[name].shape)}, the model needs {list(parameter.shape)}"
+                )
             parameter.copy_(weights[name])

@@ -91,14 +91,25 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         kept, rows, stride = _rows(x)
         size = x.shape[-1]
         grad_x = torch.empty(x.shape, dtype=x.dtype)
         parts = torch.zeros(_WEIGHT_PARTS, size)
         ctx.loops.call(
-            "rms_norm_backward", x.dtype, kept, stride, weight, scale, grad.contiguous(), rows, size, grad_x, parts, _WEIGHT_PARTS
+            "rms_norm_backward",
+            x.dtype,
+            kept,
+            stride,
+            weight,
+            scale,
+            grad.contiguous(),
+            rows,
+            size,
+            grad_x,
+            parts,
+            _WEIGHT_PARTS,
         )
         return grad_x, parts.sum(0).to(weight.dtype), None, None
 
@@ -115,11 +126,13 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         size = gate_up.shape[-1] // 2
         result = torch.empty_like(gate_up)
-        ctx.loops.call("swiglu_backward", gate_up.dtype, gate_up, grad.contiguous(), gate_up.numel() // (2 * size), size, result)
+        ctx.loops.call(
+            "swiglu_backward", gate_up.dtype, gate_up, grad.contiguous(), gate_up.numel() // (2 * size), size, result
+        )
         return result, None
 
 
@@ -133,7 +146,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(loops, x, cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(ctx.loops, grad, cos, sin, -1.0), None, None, None
 
@@ -143,7 +156,9 @@ def _turn(loops: CpuLoops, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> 
     batch, length, heads, size = x.shape
     y = torch.empty_like(x)
     period = cos.numel() // (size // 2)  # s, or b s where each sequence has its own positions
-    loops.call("rotate", x.dtype, x, cos.contiguous(), sin.contiguous(), sign, batch * length, heads, size // 2, period, y)
+    loops.call(
+        "rotate", x.dtype, x, cos.contiguous(), sin.contiguous(), sign, batch * length, heads, size // 2, period, y
+    )
     return y
 
 
@@ -167,7 +182,7 @@ class _TiledAttention(torch.autograd.Function):
         return out.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         grad = grad.reshape(q.shape)
         grad_q = torch.empty_like(q)
@@ -192,7 +207,11 @@ def _tiles(q: Tensor) -> list[tuple[slice, slice, slice]]:
     heads, length, _ = q.shape
     step = max(1, _TILE_VALUES // (min(_TILE_QUERIES, length) * length))
     return [
-        (slice(first, min(first + step, heads)), slice(begin, min(begin + _TILE_QUERIES, length)), slice(0, min(begin + _TILE_QUERIES, length)))
+        (
+            slice(first, min(first + step, heads)),
+            slice(begin, min(begin + _TILE_QUERIES, length)),
+            slice(0, min(begin + _TILE_QUERIES, length)),
+        )
         for first in range(0, heads, step)
         for begin in range(0, length, _TILE_QUERIES)
     ]

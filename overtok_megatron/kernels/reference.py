@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.mul(x, scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         normed = torch.mul(x, scale)  # float32 [.., d_shard]
         grad_weight = torch.mul(normed, grad).flatten(0, -2).sum(0)

@@ -78,10 +78,8 @@ class Attention(nn.Module):
         q = self.q_norm(q).view(batch, length, self.heads_shard, self.head_size)
         k = self.k_norm(k).view(batch, length, self.kv_heads_shard, self.head_size)
         v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g, s, e]
-        if decode is None:
-            angles = self.rotary.leading_angles(length, x.device)
-        else:
-            angles = self.rotary.angles(decode.positions)
+        rotary = self.rotary
+        angles = rotary.leading_angles(length, x.device) if decode is None else rotary.angles(decode.positions)
         q = self.kernels.rotate(q, *angles).transpose(1, 2)  # [b, h, s, e]
         k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g, s, e]
         if decode is not None:

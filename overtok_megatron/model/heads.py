@@ -35,9 +35,7 @@ class InputEmbedding(nn.Module):
         super().__init__()
         self.group = group
         self.sequence_parallel = sequence_parallel
-        self.word = VocabParallelEmbedding(
-            vocab_size, hidden_size, group=group, sequence_parallel=sequence_parallel
-        )
+        self.word = VocabParallelEmbedding(vocab_size, hidden_size, group=group, sequence_parallel=sequence_parallel)
         self.over_encoding = over_encoding
 
     def reset(self, seed: int, std: float) -> None:

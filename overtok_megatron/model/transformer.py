@@ -23,6 +23,7 @@ class Transformer(nn.Module):
         """Initial weights: each a slice of the full weight drawn from (seed, its name), whatever the layout."""
         self.embedding.reset(seed, std)
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.reset(seed, std)
         self.head.reset(seed, std)
 

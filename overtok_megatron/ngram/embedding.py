@@ -45,7 +45,7 @@ class _GatherRows(torch.autograd.Function):
         return F.embedding(slots, step.cast)  # [b, s, T, w]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]  # torch types it *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (slots,) = ctx.saved_tensors
         step: StepRows = ctx.step
         assert step.grad is not None, "backward through rows that were fetched without a gradient"

@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return objective, cross_entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch: *Any
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # a float32 scalar: rounding it to bfloat16 first would tilt the head's gradient against all others
         return (grad_hidden * grad, grad_weight * grad, *[None] * 6)
@@ -103,8 +103,9 @@ def linear_cross_entropy(
     """Summed objective and summed cross entropy, float32 scalars; only the objective has a gradient.
 
     hidden [N, d], the same on all ranks; weight [v_shard, d], rows from vocab_start on; targets [N] int64, IGNORED =
-    not scored, any other outside the vocabulary = the loss is NaN. The objective adds z_loss log(Z)^2 a token. The gradient of hidden is this rank's part: enter through
-    copy_to_group or all_gather_sequence. Softmax is float32, products run in hidden's dtype.
+    not scored, any other outside the vocabulary = the loss is NaN. The objective adds z_loss log(Z)^2 a token. The
+    gradient of hidden is this rank's part: enter through copy_to_group or all_gather_sequence. Softmax is float32,
+    products run in hidden's dtype.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(

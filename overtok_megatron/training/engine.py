@@ -23,7 +23,7 @@ from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.model.assembly import DTYPES, build_tables, build_transformer
+from overtok_megatron.model.assembly import build_tables, build_transformer
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
@@ -91,9 +91,7 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.model: Transformer = self.engine.module
-        self.engine.checkpoint_engine = self.engine_files = EngineFiles(
-            self.engine.checkpoint_engine, _PLAIN_CLASSES
-        )
+        self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, _PLAIN_CLASSES)
         table_square = None if self.tables is None else self._collect_tables
         self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping, table_square)
 
@@ -101,7 +99,9 @@ class TrainingEngine:
         """Weight decay on matrices; not on norms, nor on the word embedding unless it is the head as well (OLMo2)."""
         settings = self.config.optimizer
         word = model.embedding.word.weight
-        free = [p for p in model.parameters() if p.ndim < 2 or (p is word and not self.config.model.tie_word_embeddings)]
+        free = [
+            p for p in model.parameters() if p.ndim < 2 or (p is word and not self.config.model.tie_word_embeddings)
+        ]
         spared = {id(parameter) for parameter in free}
         decayed = [parameter for parameter in model.parameters() if id(parameter) not in spared]
         groups = [
@@ -130,7 +130,9 @@ class TrainingEngine:
         per_micro_batch = targets[0].numel()
         for index in range(self.micro_batches):
             micro_slots = None if slots is None else slots[index]
-            objective, cross_entropy = self.engine(inputs[index], micro_slots, targets[index], self.config.training.z_loss)
+            objective, cross_entropy = self.engine(
+                inputs[index], micro_slots, targets[index], self.config.training.z_loss
+            )
             total += cross_entropy / per_micro_batch
             self.engine.backward(objective / per_micro_batch)
             if index == self.micro_batches - 1:
@@ -138,8 +140,10 @@ class TrainingEngine:
             self.engine.step()
         grad_norm, table_norm, factor = self.norm.finish()
         if not torch.isfinite(torch.tensor(grad_norm)):
-            raise OvertokError(f"gradient norm is {grad_norm} at optimizer step {self.engine.global_steps}: stopped before"
-                               " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one")
+            raise OvertokError(
+                f"gradient norm is {grad_norm} at optimizer step {self.engine.global_steps}: stopped before"
+                " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
+            )
         counts = (0, 0, 0)
         if self.tables is not None:
             counts = self._table_counts(slots)
@@ -188,4 +192,3 @@ class TrainingEngine:
             dist.all_reduce(sums, group=self.grid.data_group)
         total, count = sums.tolist()
         return total / count, int(count)
-

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from overtok_megatron.checkpoint.store import CheckpointStore
 from overtok_megatron.config import counts, derived
-from overtok_megatron.config.validation import validate
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.validation import validate
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
 from overtok_megatron.model.assembly import DTYPES

@@ -28,6 +28,7 @@ from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
 
 ENGINE_FOLDER = "engine"
 
+
 def _gather(value: Any) -> list[Any]:
     """One object from every rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
@@ -126,8 +127,10 @@ def _agree(store: CheckpointStore, step: int, failure: str | None) -> None:
                 store.discard(step)
         dist.barrier()
         rank, text = failures[0]
-        raise CheckpointError(f"could not save step {step} on rank {rank}: {text}; the previous checkpoint is intact, "
-                              "make room or change training.output_directory and start again to resume from it")
+        raise CheckpointError(
+            f"could not save step {step} on rank {rank}: {text}; the previous checkpoint is intact, "
+            "make room or change training.output_directory and start again to resume from it"
+        )
 
 
 def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
@@ -161,16 +164,29 @@ def _check_same(trainer: TrainingEngine, manifest: Manifest, path: Path) -> None
     for key, theirs in manifest.layout.items():
         mine = layout_of(trainer)[key]
         if mine != theirs:
-            raise CheckpointError(f"{path}: written with {key} {theirs}, this run has {mine}; resume with the same "
-                                  "layout, or set another training.output_directory")
+            raise CheckpointError(
+                f"{path}: written with {key} {theirs}, this run has {mine}; resume with the same "
+                "layout, or set another training.output_directory"
+            )
     if ours["training"]["precision"] != manifest.config["training"]["precision"]:
-        raise CheckpointError(f"{path}: written with training.precision {manifest.config['training']['precision']}, "
-                              f"this run has {ours['training']['precision']}; use the same")
+        raise CheckpointError(
+            f"{path}: written with training.precision {manifest.config['training']['precision']}, "
+            f"this run has {ours['training']['precision']}; use the same"
+        )
 
 
 _SHAPE_KEYS = {
     "model": None,
-    "over_encoding": ("enabled", "ngram_order", "num_slices", "table_rows", "combine", "pad_id", "boundary", "hash_base"),
+    "over_encoding": (
+        "enabled",
+        "ngram_order",
+        "num_slices",
+        "table_rows",
+        "combine",
+        "pad_id",
+        "boundary",
+        "hash_base",
+    ),
 }
 
 
@@ -183,5 +199,7 @@ def check_same_model(config: dict[str, Any], manifest: Manifest, path: Path) -> 
                 continue
             if section == "over_encoding" and key != "enabled" and not config[section]["enabled"]:
                 continue
-            raise CheckpointError(f"{path}: of another model: {section}.{key} is {theirs} there and {mine} in this run; "
-                                  f"set it to {theirs}, or set another training.output_directory")
+            raise CheckpointError(
+                f"{path}: of another model: {section}.{key} is {theirs} there and {mine} in this run; "
+                f"set it to {theirs}, or set another training.output_directory"
+            )

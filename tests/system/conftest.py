@@ -38,7 +38,9 @@ class Workspace:
     def config(self, name: str, optimizer: str = "adam") -> Path:
         """Write a configuration whose run goes to scratch/name."""
         path = self.scratch / f"{name}.yaml"
-        path.write_text(CONFIG.format(folder=self.data, output=self.scratch / name, optimizer=optimizer), encoding="utf-8")
+        path.write_text(
+            CONFIG.format(folder=self.data, output=self.scratch / name, optimizer=optimizer), encoding="utf-8"
+        )
         return path
 
     def start(self, *arguments: str, preexec: Callable[[], None] | None = None) -> subprocess.Popen[str]:
@@ -81,7 +83,11 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
             group = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[3])  # the session
         except (OSError, IndexError):
             continue
-        if group == process.pid and b"overtok_megatron.training.entry" in words and any(w.startswith(b"--local_rank") for w in words):
+        if (
+            group == process.pid
+            and b"overtok_megatron.training.entry" in words
+            and any(w.startswith(b"--local_rank") for w in words)
+        ):
             found.append(int(folder.name))
     return found
 

@@ -36,7 +36,10 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("over_encoding.num_slices=3", ["over_encoding.num_slices", "6 tables", "hidden_size 32"]),
         ("over_encoding.table_rows=51200", ["over_encoding.table_rows", "100.00", "is a good size nearby"]),
         ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "write false"]),
-        ("deepspeed.train_batch_size=8", ["deepspeed.train_batch_size", "contradicts 16", "training.global_batch_size"]),
+        (
+            "deepspeed.train_batch_size=8",
+            ["deepspeed.train_batch_size", "contradicts 16", "training.global_batch_size"],
+        ),
         ("data.train=nowhere/train", ["nowhere/train.bin", "no such file", "overtok prepare"]),
         ("tokenizer.path=nowhere.model", ["nowhere.model", "no such file"]),
         ("model.vocab_size=500", ["512 pieces", "model.vocab_size is 500", "model.vocab_size=512"]),
@@ -44,7 +47,9 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("nonsense", ["nonsense", "section.key=value"]),
     ],
 )
-def test_configuration(workspace: Workspace, capsys: pytest.CaptureFixture[str], override: str, expected: list[str]) -> None:
+def test_configuration(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], override: str, expected: list[str]
+) -> None:
     line = one_line(capsys, "train", str(workspace.config("run")), override, "--processes", "1")
     for part in expected:
         assert part in line
@@ -57,7 +62,9 @@ def test_truncated_dataset(workspace: Workspace, capsys: pytest.CaptureFixture[s
         shutil.copy(path, workspace.scratch)
     damaged = workspace.scratch / f"train{part}"
     damaged.write_bytes(damaged.read_bytes()[:-6])
-    line = one_line(capsys, "train", str(workspace.config("run")), f"data.train={workspace.scratch}/train", "--processes", "1")
+    line = one_line(
+        capsys, "train", str(workspace.config("run")), f"data.train={workspace.scratch}/train", "--processes", "1"
+    )
     assert str(damaged) in line
     assert "overtok prepare" in line
 

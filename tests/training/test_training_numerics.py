@@ -119,9 +119,9 @@ def test_losses_and_weights_equal_the_formula(world: int) -> None:
             assert ranks[rank][index][0] == pytest.approx(expected, rel=1e-5), (case.name, rank)
         rows = torch.cat([result[index][2] for result in ranks])
         # Adam divides by the root of a gradient that may be rounding noise; plain descent shows any wrong scale.
-        loose = 1e-6 if reference.config.over_encoding.optimizer == "sgd" else 3e-5
+        loose = 1e-6 if reference.config.over_encoding.optimizer == "sgd" else 1e-4
         expected_rows = torch.cat([table.detach() for table in reference.tables])
-        torch.testing.assert_close(rows, expected_rows, rtol=1e-4, atol=loose, msg=lambda text: f"{case.name}: {text}")
+        torch.testing.assert_close(rows, expected_rows, rtol=1e-4, atol=loose)
         if case.parallel.get("tensor_parallel_size", 1) == 1:
             check_dense(case, ranks[0][index][1], reference)
 

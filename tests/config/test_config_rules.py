@@ -1,0 +1,137 @@
+"""Rules across keys, collisions, derived sizes, DeepSpeed's dictionary."""
+
+from typing import Any
+
+import pytest
+
+from overtok_megatron.config.collisions import collision_problem
+from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
+from overtok_megatron.config.deepspeed_config import derive
+from overtok_megatron.config.derived import accumulation_steps, train_iters
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.validation import validate
+from overtok_megatron.errors import ConfigError
+
+
+def make(**changes: Any) -> RunConfig:
+    """A valid configuration for 1, 2 and 4 ranks; keys are given as section__name."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"vocab_size": 1000, "hidden_size": 48, "intermediate_size": 64, "num_layers": 2, "num_attention_heads": 4},
+        "tokenizer": {"path": "t"},
+        "data": {"train": "d", "seq_length": 16},
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {"output_directory": "o", "micro_batch_size": 2, "global_batch_size": 16, "train_iters": 10},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        values.setdefault(section, {})[name] = value
+    return RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_valid_one(world: int) -> None:
+    config = make(over_encoding__enabled=True, over_encoding__table_rows=128_618)
+    validate(config, world, lambda key: "here")
+    assert accumulation_steps(config, world) == 8 // world
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "way_out"),
+    [
+        ({"parallel__tensor_parallel_size": 3}, "parallel.tensor_parallel_size", "2 does"),
+        ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel", "write false"),
+        ({"parallel__tensor_parallel_size": 4, "data__seq_length": 18}, "data.seq_length", "20 is"),
+        ({"training__global_batch_size": 9}, "training.global_batch_size", "8 is"),
+        ({"model__num_attention_heads": 5}, "model.num_attention_heads", "4 does"),
+        ({"model__num_attention_heads": 16}, "model.num_attention_heads", "odd size 3"),
+        ({"model__num_key_value_heads": 3}, "model.num_key_value_heads", "2 does"),
+        ({"parallel__tensor_parallel_size": 4, "model__num_key_value_heads": 2}, "model.num_key_value_heads", "multiple"),
+        ({"parallel__tensor_parallel_size": 4, "model__intermediate_size": 66}, "model.intermediate_size", "multiple"),
+        ({"over_encoding__enabled": True}, "over_encoding.table_rows", "is needed"),
+        ({"over_encoding__enabled": True, "over_encoding__table_rows": 2**31}, "over_encoding.table_rows", "2^31"),
+        (
+            {"over_encoding__enabled": True, "over_encoding__table_rows": 1618, "over_encoding__pad_id": 1000},
+            "over_encoding.pad_id",
+            "vocabulary of 1000",
+        ),
+        (
+            {"over_encoding__enabled": True, "over_encoding__table_rows": 128_000},
+            "over_encoding.table_rows",
+            "is a good size nearby",
+        ),
+        ({"training__train_tokens": 5}, "training.train_iters", "not both"),
+        ({"training__train_iters": None}, "training.train_iters", "give either"),
+        ({"optimizer__warmup_iters": 10}, "optimizer.warmup_iters", "less than the 10 steps"),
+        ({"optimizer__min_learning_rate": 1.0}, "optimizer.min_learning_rate", "0.001"),
+        ({"optimizer__schedule": "wsd"}, "optimizer.decay_iters", "needs it"),
+        ({"optimizer__decay_iters": 3}, "optimizer.decay_iters", "remove it"),
+        ({"parallel__zero_stage": 0}, "parallel.zero_stage", "use 1"),
+    ],
+)
+def test_rules(changes: dict[str, Any], key: str, way_out: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(make(**changes), 4, lambda key: "place")
+    message = str(caught.value)
+    assert message.startswith(f"place: {key}: ")
+    assert way_out in message
+    assert "\n" not in message
+
+
+# METHOD's measurements (4M Zipf draws): sizes whose tokens share rows far more than a random hash's would, and others.
+BAD = [(50280, 64 * 50280), (50280, 64 * 50280 + 1), (32000, 12_800_000), (128_000, 12_800_000), (64_000, 12_800_000)]
+GOOD = [(50280, 3_200_000), (32000, 12_900_001), (128_000, 12_900_001), (50280, 12_800_000), (100_278, 12_800_000)]
+
+
+@pytest.mark.parametrize(("base", "rows"), BAD)
+def test_collisions_are_caught_and_mended(base: int, rows: int) -> None:
+    problem = collision_problem(rows, base, 4)
+    assert problem is not None
+    assert abs(problem.proposed_rows - rows) <= base
+    assert collision_problem(problem.proposed_rows, base, 4) is None
+
+
+@pytest.mark.parametrize(("base", "rows"), GOOD)
+def test_good_sizes_pass(base: int, rows: int) -> None:
+    assert collision_problem(rows, base, 4) is None
+
+
+def test_later_tables_are_judged_too() -> None:
+    problem = collision_problem(1946, 1000, 4)  # tables of 1946, 1948, 1950, 1952 rows
+    assert problem is not None
+    assert problem.table == 3
+
+
+def test_tokens_give_whole_steps() -> None:
+    assert train_iters(make(training__train_iters=None, training__train_tokens=257)) == 2
+    assert train_iters(make(training__train_iters=None, training__train_tokens=256)) == 1
+
+
+def test_deepspeed_keys() -> None:
+    derived = derive(make(parallel__zero_stage=2, deepspeed__zero_optimization={"overlap_comm": True}), 2)
+    assert derived["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert derived["bf16"] == {"enabled": True}
+    assert derived["gradient_accumulation_steps"] == 4
+    assert derived["data_types"] == {"grad_accum_dtype": "fp32"}
+    for raw in ({"zero_optimization": {"stage": 3}}, {"optimizer": {}}, {"fp16": {"enabled": True}}):
+        with pytest.raises(ConfigError, match=r"deepspeed\."):
+            derive(make().model_copy(update={"deepspeed": raw}), 2)
+    derive(make().model_copy(update={"deepspeed": {"gradient_clipping": 1.0}}), 2)  # the same value is no contradiction
+
+
+def test_the_papers_counts() -> None:
+    config = make(
+        model__vocab_size=50280, model__hidden_size=1024, over_encoding__enabled=True, over_encoding__table_rows=12_800_000
+    )
+    assert parameter_counts(config).tables == pytest.approx(13.1e9, rel=1e-3)
+
+
+def test_bytes_fall_with_the_stage() -> None:
+    sizes = [bytes_per_rank(make(parallel__zero_stage=stage, training__global_batch_size=4), 2) for stage in range(4)]
+    assert sizes[1].optimizer * 2 == sizes[0].optimizer
+    assert sizes[2].gradients < sizes[1].gradients
+    assert sizes[3].weights < sizes[2].weights
+
+
+def test_flops_count_the_head_and_no_look_up() -> None:
+    small, large = make(), make(model__vocab_size=2000)
+    assert flops_per_token(large) - flops_per_token(small) == 6 * 1000 * 48
