@@ -58,6 +58,12 @@ def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None
         True,
         "splits nothing with parallel.tensor_parallel_size 1; write false",
     )
+    check.need(
+        tensor == 1 or config.parallel.zero_stage < 3,
+        "parallel.zero_stage",
+        config.parallel.zero_stage,
+        "does not go with parallel.tensor_parallel_size > 1: both split the weights; use 2, or tensor_parallel_size 1",
+    )
     length = config.data.seq_length
     check.need(
         length % tensor == 0,

@@ -59,6 +59,7 @@ def test_a_valid_one(world: int) -> None:
             "over_encoding.table_rows",
             "is a good size nearby",
         ),
+        ({"parallel__zero_stage": 3, "parallel__tensor_parallel_size": 2}, "parallel.zero_stage", "use 2"),
         ({"training__train_tokens": 5}, "training.train_iters", "not both"),
         ({"training__train_iters": None}, "training.train_iters", "give either"),
         ({"optimizer__warmup_iters": 10}, "optimizer.warmup_iters", "less than the 10 steps"),

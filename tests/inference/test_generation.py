@@ -1,0 +1,141 @@
+"""Decoding with a cache and an n-gram history gives the ids and logits of the full forward pass."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.errors import InputError
+from overtok_megatron.inference.generation import Decoder, Sampling, generate, generate_tokens, pad_left
+from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.model.assembly import build_tables, build_transformer
+
+VOCAB = 61
+CPU = torch.device("cpu")
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    vocab_size = VOCAB
+    eod_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(letter) % (VOCAB - 1) for letter in text]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(chr(64 + token) for token in tokens)
+
+    def fingerprint(self) -> str:
+        return "letters"
+
+
+@pytest.fixture(params=["plain", "over-encoded"])
+def trained(request: pytest.FixtureRequest) -> TrainedModel:
+    over = {"enabled": True, "ngram_order": 4, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
+    config = RunConfig.model_validate(
+        {
+            "model": {
+                "vocab_size": VOCAB,
+                "hidden_size": 48,
+                "intermediate_size": 64,
+                "num_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "init_std": 0.3,
+            },
+            "over_encoding": over if request.param == "over-encoded" else {},
+            "tokenizer": {"path": "none"},
+            "data": {"train": "none", "seq_length": 40},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {
+                "output_directory": "none",
+                "micro_batch_size": 1,
+                "global_batch_size": 1,
+                "train_iters": 1,
+                "precision": "fp32",
+            },
+        }
+    )
+    model = build_transformer(config, device=CPU).eval()
+    tables = build_tables(config, model, 0, device=CPU) if config.over_encoding.enabled else None
+    return TrainedModel(config, model, tables, Letters(), 0)
+
+
+@torch.no_grad()
+def full_logits(trained: TrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
+    return trained.model.logits(tokens, slots)
+
+
+def text_of(size: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (2, size), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("cuts", [[1] * 12, [12], [5, 1, 1, 4, 1], [3, 9]])
+def test_pieces_give_the_full_logits(trained: TrainedModel, cuts: list[int]) -> None:
+    tokens = text_of(12, 1)
+    decoder = Decoder(trained, batch=2, room=12)
+    pieces = [decoder.feed(piece) for piece in tokens.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full_logits(trained, tokens), rtol=1e-5, atol=1e-4)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(trained: TrainedModel) -> None:
+    prompt = trained.tokenizer.encode("the people")
+    chosen = generate_tokens(trained, [prompt], Sampling(max_new_tokens=12))[0]
+    tokens = list(prompt)
+    for token in chosen:
+        assert full_logits(trained, torch.tensor([tokens]))[0, -1].argmax() == token
+        tokens.append(token)
+    assert len(chosen) == 12 or full_logits(trained, torch.tensor([tokens]))[0, -1].argmax() == 0
+
+
+def test_an_uneven_batch_gives_each_prompt_its_own_text(trained: TrainedModel) -> None:
+    prompts = [trained.tokenizer.encode(text) for text in ("a", "of the united states", "people", "we")]
+    sampling = Sampling(max_new_tokens=10)
+    together = generate_tokens(trained, prompts, sampling)
+    assert together == [generate_tokens(trained, [prompt], sampling)[0] for prompt in prompts]
+    padded = Decoder(trained, 4, 20).feed(pad_left(prompts, CPU))
+    for index, prompt in enumerate(prompts):
+        own = full_logits(trained, torch.tensor([prompt]))[0]
+        torch.testing.assert_close(padded[index, -len(prompt) :], own, rtol=1e-5, atol=1e-4)
+
+
+def test_sampling(trained: TrainedModel) -> None:
+    def sample(**settings: float) -> list[str]:
+        return generate(trained, ["the union"], Sampling(max_new_tokens=20, **settings))  # type: ignore[arg-type]
+
+    greedy = sample()
+    assert sample(temperature=1.0, seed=1) == sample(temperature=1.0, seed=1)
+    assert len({sample(temperature=2.0, seed=seed)[0] for seed in range(4)}) > 1
+    assert sample(temperature=1.0, top_k=1) == greedy
+    assert sample(temperature=1.0, top_p=1e-9) == greedy
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "part"),
+    [
+        ("", {}, "prompt 1: empty"),
+        ("x" * 30, {"max_new_tokens": 11}, "context of 40 tokens; shorten it, or ask for at most 10"),
+        ("x", {"temperature": -0.1}, "temperature: -0.1"),
+        ("x", {"top_p": 0.0}, "top_p: 0.0"),
+        ("x", {"top_k": -1}, "top_k: -1"),
+        ("x", {"max_new_tokens": 0}, "max_new_tokens: 0"),
+    ],
+)
+def test_requests_that_cannot_be_served(trained: TrainedModel, prompt: str, settings: dict[str, float], part: str) -> None:
+    with pytest.raises(InputError) as caught:
+        generate(trained, [prompt], Sampling(**settings))  # type: ignore[arg-type]
+    assert part in str(caught.value)
+
+
+def test_a_missing_run_is_named(tmp_path: Path) -> None:
+    from overtok_megatron.errors import CheckpointError
+    from overtok_megatron.inference.loading import load_trained
+
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_trained(tmp_path, CPU)

@@ -1,0 +1,88 @@
+"""Rows of n-grams against loops over Python's integers; history, padding and splits change nothing."""
+
+from collections import defaultdict
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import python_ngram_row
+
+from overtok_megatron.ngram.ids import MISSING, NgramHash
+from overtok_megatron.ngram.sizing import RowSpace
+
+EOD = 2
+
+
+@st.composite
+def hashes(draw: st.DrawFn) -> tuple[NgramHash, int]:
+    """A hash and its vocabulary."""
+    vocab = draw(st.sampled_from([3, 50, 32_000, 100_278]))
+    space = RowSpace(
+        draw(st.integers(2, 5)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 7, 1009, 12_800_000, 2**31 - 64])), 8
+    )
+    base = draw(st.sampled_from([vocab, 2, 10**9 + 7]))
+    return NgramHash(space, base, draw(st.integers(0, 2)), draw(st.sampled_from(["reset", "ignore"])), EOD), vocab
+
+
+def tokens_of(vocab: int, size: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab, (2, size), generator=generator)
+    return torch.where(torch.rand(tokens.shape, generator=generator) < 0.2, EOD, tokens)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pair=hashes(), size=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int) -> None:
+    ngram_hash, vocab = pair
+    tokens = tokens_of(vocab, size, seed)
+    space = ngram_hash.space
+    result = ngram_hash.rows(tokens)
+    for line, row in enumerate(tokens.tolist()):
+        for t in range(size):
+            for table in range(space.num_tables):
+                order = 2 + table // space.num_slices
+                rows = space.table_rows + 2 * table
+                offset = sum(space.table_rows + 2 * earlier for earlier in range(table))
+                reset = ngram_hash.boundary == "reset"
+                wanted = python_ngram_row(row, t, order, ngram_hash.base, rows, ngram_hash.pad_id, EOD, reset)
+                assert result[line, t, table] == wanted + offset
+
+
+@settings(max_examples=60, deadline=None)
+@given(pair=hashes(), cuts=st.lists(st.integers(1, 4), min_size=1, max_size=6), seed=st.integers(0, 10**6))
+def test_pieces_with_history_give_the_whole(pair: tuple[NgramHash, int], cuts: list[int], seed: int) -> None:
+    ngram_hash, vocab = pair
+    tokens = tokens_of(vocab, sum(cuts), seed)
+    reach = ngram_hash.space.ngram_order - 1
+    history = torch.full((2, reach), MISSING)
+    pieces = []
+    for piece in tokens.split(cuts, dim=1):
+        pieces.append(ngram_hash.rows(piece, history))
+        history = torch.cat([history, piece], dim=1)[:, -reach:]
+    assert (torch.cat(pieces, dim=1) == ngram_hash.rows(tokens)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(pair=hashes(), padding=st.integers(1, 5), seed=st.integers(0, 10**6))
+def test_left_padding_changes_nothing(pair: tuple[NgramHash, int], padding: int, seed: int) -> None:
+    ngram_hash, vocab = pair
+    tokens = tokens_of(vocab, 6, seed)
+    padded = torch.cat([torch.full((2, padding), MISSING), tokens], dim=1)
+    assert (ngram_hash.rows(padded)[:, padding:] == ngram_hash.rows(tokens)).all()
+
+
+def test_collision_share_counts_lookups() -> None:
+    ngram_hash = NgramHash(RowSpace(3, 2, 31, 4), 50, 0, "ignore", EOD)
+    tokens = torch.randint(0, 6, (1, 60), generator=torch.Generator().manual_seed(0))
+    rows = ngram_hash.rows(tokens)[0]
+    windows = torch.stack(ngram_hash.windows(tokens), dim=-1)[0]
+    shared = total = 0
+    for table in range(4):
+        users = defaultdict(set)
+        grams = [tuple(window[: 2 + table // 2].tolist()) for window in windows]
+        for row, gram in zip(rows[:, table].tolist(), grams, strict=True):
+            users[row].add(gram)
+        shared += sum(len(users[row]) > 1 for row in rows[:, table].tolist())
+        total += 60
+    assert 0 < shared < total
+    assert ngram_hash.collision_share(tokens) == shared / total
