@@ -5,6 +5,7 @@ x_{t-1} mod c, and frequent n-grams fall together: at p = 128000, m = 12.8M (100
 12.9M + 1 (100.78) 21%. A common factor of m and p does no such harm.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 TOO_CLOSE = 0.05  # distance of rows / p from an integer below which sizes are refused; 0.13 was measured harmless
@@ -13,15 +14,12 @@ _GOLDEN = 0.6180339887498949  # the fraction that small integers approximate wor
 
 @dataclass(frozen=True)
 class CollisionProblem:
-    """table: the first one whose size is bad; ratio: its rows / base; proposed_rows: a good m nearby."""
+    """table: the first one whose size is bad; ratio: its rows / base; proposed_rows: a good m nearby, or None where
+    the base is so small that every m has a bad table."""
 
     table: int
     ratio: float
-    proposed_rows: int
-
-
-def _distance(ratio: float) -> float:
-    return abs(ratio - round(ratio))
+    proposed_rows: int | None
 
 
 def collision_problem(table_rows: int, base: int, num_tables: int) -> CollisionProblem | None:
@@ -29,19 +27,31 @@ def collision_problem(table_rows: int, base: int, num_tables: int) -> CollisionP
 
     Tables smaller than the base cannot tell 1-grams apart and are not judged.
     """
+    table = _first_bad(table_rows, base, num_tables)
+    if table is None:
+        return None
+    return CollisionProblem(table, (table_rows + 2 * table) / base, _propose(table_rows, base, num_tables))
+
+
+def _first_bad(table_rows: int, base: int, num_tables: int) -> int | None:
     for table in range(num_tables):
-        ratio = (table_rows + 2 * table) / base
-        if ratio >= 1.0 and _distance(ratio) < TOO_CLOSE:
-            return CollisionProblem(table, ratio, _propose(table_rows, base, num_tables))
+        rows = table_rows + 2 * table
+        remainder = rows % base  # in integers: a ratio of 2^31 rows would round
+        if rows >= base and min(remainder, base - remainder) < TOO_CLOSE * base:
+            return table
     return None
 
 
-def _propose(table_rows: int, base: int, num_tables: int) -> int:
+def _propose(table_rows: int, base: int, num_tables: int) -> int | None:
+    """m at the golden fraction of the nearest integers; where the offsets 2 s do not leave room for it, the nearest."""
+
+    def good(candidates: Iterator[int]) -> Iterator[int]:
+        return (rows for rows in candidates if rows >= base and _first_bad(rows, base, num_tables) is None)
+
     whole = max(1, round(table_rows / base))
-    candidates = [round((whole + step + _GOLDEN) * base) for step in (-1, 0)]
-    good = [
-        rows
-        for rows in candidates
-        if rows >= base and all(_distance((rows + 2 * table) / base) >= TOO_CLOSE for table in range(num_tables))
-    ]
-    return min(good or candidates[-1:], key=lambda rows: abs(rows - table_rows))
+    golden = (round((whole + step + _GOLDEN) * base) for step in (-1, 0))
+    best = min(good(golden), key=lambda rows: abs(rows - table_rows), default=None)
+    if best is not None:
+        return best
+    # Sizes repeat with period p, so that one period on either side holds a good one if there is any.
+    return next(good(table_rows + sign * step for step in range(1, base + 1) for sign in (-1, 1)), None)

@@ -1,4 +1,4 @@
-"""Parameters, bytes a rank and FLOPs a token of a configuration, by formula. Tests hold them against the built model."""
+"""Parameters, bytes a rank and FLOPs a token of a configuration, by formula. Tests compare with the built model."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,10 @@ class ParameterCounts:
     @property
     def dense(self) -> int:
         return self.blocks + self.embedding + self.head + self.encoder
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.tables
 
 
 def table_shape(config: RunConfig) -> tuple[int, int]:
@@ -49,6 +53,16 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
     )
 
 
+def _dense_shard(config: RunConfig) -> int:
+    """Dense parameters of the first tensor-parallel rank, the fullest: the vocabulary is cut unevenly; the norms of the
+    residual stream and the n-gram projection are on every rank."""
+    model, tensor, count = config.model, config.parallel.tensor_parallel_size, parameter_counts(config)
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    matrices = 1 if model.tie_word_embeddings else 2  # of the vocabulary
+    vocabulary = -(-model.vocab_size // tensor) * model.hidden_size * matrices
+    return (count.blocks - norms) // tensor + norms + vocabulary + count.encoder
+
+
 @dataclass(frozen=True)
 class RankBytes:
     """Bytes of model state on the fullest rank; activations come on top and depend on the batch."""
@@ -70,7 +84,7 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     ZeRO 1 divides the last by the data-parallel size, 2 the gradients too, 3 the weights too. Tables are divided by the
     whole world.
     """
-    dense = -(-parameter_counts(config).dense // config.parallel.tensor_parallel_size)
+    dense = _dense_shard(config)
     stage, ranks = config.parallel.zero_stage, data_parallel_size(config, world_size)
     bf16 = config.training.precision == "bf16"
     rows, width = table_shape(config)

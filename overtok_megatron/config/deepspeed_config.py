@@ -1,5 +1,6 @@
 """DeepSpeed's configuration, derived from ours, with the raw keys of the `deepspeed` section merged in."""
 
+import copy
 from typing import Any
 
 from overtok_megatron.config.derived import accumulation_steps
@@ -61,7 +62,7 @@ def _merge(target: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
         elif key in target and target[key] != value:
             way_out = f"set {_OURS[name]} instead" if name in _OURS else "remove it"
             raise ConfigError(
-                f"deepspeed.{name}: {value} contradicts {target[key]}, which follows from the rest; {way_out}"
+                f"deepspeed.{name}: {value!r} contradicts {target[key]!r}, which follows from the rest; {way_out}"
             )
         else:
-            target[key] = value
+            target[key] = copy.deepcopy(value)

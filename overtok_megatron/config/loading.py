@@ -1,56 +1,34 @@
 """YAML and command line to a checked RunConfig, with where every value came from. Rules across keys: validation.py."""
 
-import difflib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
+from overtok_megatron.config import dialect
+from overtok_megatron.config.explanations import explain, known_keys
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import ConfigError
 
 BASE = "base"  # the key that names the file from which a configuration inherits
 COMMAND_LINE = "command line"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans: `1e-4` is a number, `on` and `no` are words. Keys may not repeat."""
-
-
-_REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, expression) for tag, expression in resolvers if tag not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration and, for every key given, its place ("file:line" or "command line")."""
+    """A configuration and where each dotted key got its value: "file:line", "command line" or "default"."""
 
     config: RunConfig
     provenance: dict[str, str]
 
     def locate(self, key: str) -> str:
         """Where a dotted key's value came from; "default" if nobody gave it."""
-        return self.provenance.get(key, "default")
+        return self.provenance.get(key, DEFAULT)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -63,13 +41,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
         key, value = _parse_override(override)
         _assign(values, key, value)
         _forget(places, key)
-        places |= dict.fromkeys(_leaves(value, key), COMMAND_LINE)
+        places |= dict.fromkeys([key, *_leaves(value, f"{key}.")], COMMAND_LINE)
     try:
-        return LoadedConfig(RunConfig.model_validate(values), places)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        # a key that is missing is often one that stands there misspelt: what is wrong goes before what is not there
-        first = min(error.errors(), key=lambda e: (e["type"] == "missing", e["type"] != "extra_forbidden"))
-        raise ConfigError(_explain(first, places, str(path))) from None
+        raise ConfigError(explain(error.errors(), places, str(path))) from None
+    raw = dialect.unwritable(config.deepspeed)
+    if raw is not None:
+        place = places.get("deepspeed", str(path))
+        raise ConfigError(
+            f"{place}: deepspeed: {raw!r} cannot be written as JSON; use numbers, strings, lists and mappings"
+        )
+    return LoadedConfig(config, dict.fromkeys(known_keys(), DEFAULT) | places)
 
 
 def parse_resolved(path: str | Path) -> RunConfig:
@@ -77,35 +60,41 @@ def parse_resolved(path: str | Path) -> RunConfig:
     return load_config(path).config
 
 
-def save_resolved(config: RunConfig, path: Path) -> None:
-    """Write every value, defaults included; the old file or the new one is there, never a part."""
+def save_resolved(config: RunConfig, path: str | Path) -> None:
+    """Write every value, defaults included; the old file or the new one is there, never a part. Raises OSError."""
+    path = Path(path)
     aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(config.model_dump(mode="json"), file, sort_keys=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            yaml.dump(config.model_dump(mode="json"), file, Dumper=dialect.Dumper, sort_keys=False, allow_unicode=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     resolved = path.resolve()
     if resolved in chain:
-        raise ConfigError(
-            f"{path}: inherits from itself through `{BASE}`: {' -> '.join(str(p) for p in (*chain, resolved))}"
-        )
+        circle = " -> ".join(step.name for step in (*chain[chain.index(resolved) :], resolved))
+        raise ConfigError(f"{path}: inherits from itself through `{BASE}`: {circle}; remove one `{BASE}`")
     own, places = _read(path)
     if BASE not in own:
         return own, places
-    base = own.pop(BASE)
-    place = places.pop(BASE)
-    if not isinstance(base, str):
+    base, place = own.pop(BASE), places.pop(BASE)
+    if not isinstance(base, str) or not base:
         raise ConfigError(
             f"{place}: {BASE}: {base!r}; must be the path of another configuration, relative to this file"
         )
-    values, base_places = _read_with_bases(path.parent / base, (*chain, resolved))
-    for key, value in _flatten(own):
-        _assign(values, key, value)
-        _forget(base_places, key)
+    parent = path.parent / base
+    if not parent.exists():
+        raise ConfigError(
+            f"{place}: {BASE}: {parent}: no such configuration file; write a path relative to {path.name}"
+        )
+    values, base_places = _read_with_bases(parent, (*chain, resolved))
+    _merge(values, own, "", base_places)
     return values, base_places | places
 
 
@@ -118,53 +107,39 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+    values, places = dialect.parse(text, str(path))
+    if values is None:
+        raise ConfigError(f"{path}: is empty; must hold sections (model:, data:, ...)")
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections (model:, data:, ...), found {type(values).__name__}")
-    return values, dict(_places(node, str(path), ""))
-
-
-def _places(node: yaml.MappingNode, file: str, prefix: str) -> Iterator[tuple[str, str]]:
-    seen: set[str] = set()
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        key = f"{prefix}{key_node.value}"
-        if key in seen:
-            raise ConfigError(f"{file}:{line}: {key} is given twice; remove one")
-        seen.add(key)
-        yield key, f"{file}:{line}"
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _places(value_node, file, f"{key}.")
+    return values, places
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"{COMMAND_LINE}: {text!r}; overrides are written section.key=value")
-    try:
-        return key, yaml.load(raw, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"{COMMAND_LINE}: {key}: {raw!r} is not valid YAML; quote it") from None
+    if key == BASE:
+        raise ConfigError(f"{COMMAND_LINE}: {BASE}: {raw!r}; a base is named in a file, not in an override")
+    return key, dialect.parse(raw, f"{COMMAND_LINE}: {key}", lines=False)[0]
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{name}.")
+def _leaves(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{prefix}{key}"
+            yield from _leaves(inner, f"{prefix}{key}.")
+
+
+def _merge(values: dict[str, Any], own: dict[str, Any], prefix: str, places: dict[str, str]) -> None:
+    """Deep merge of `own` into `values`; the places of what it replaces are forgotten."""
+    for key, value in own.items():
+        inner = values.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict):
+            _merge(inner, value, f"{prefix}{key}.", places)
         else:
-            yield name, value
-
-
-def _leaves(value: Any, key: str) -> list[str]:
-    return [key, *(name for name, _ in _flatten(value, f"{key}."))] if isinstance(value, dict) else [key]
+            values[key] = value
+            _forget(places, f"{prefix}{key}")
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -180,50 +155,3 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def _forget(places: dict[str, str], key: str) -> None:
     for known in [known for known in places if known == key or known.startswith(f"{key}.")]:
         del places[known]
-
-
-def known_keys() -> dict[str, str]:
-    """Every dotted key of the schema and its description."""
-    keys: dict[str, str] = {}
-    for section, field in RunConfig.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys |= {f"{section}.{name}": inner.description or "" for name, inner in kind.model_fields.items()}
-        else:
-            keys[section] = field.description or ""
-    return keys
-
-
-def _nearest(key: str) -> str:
-    keys = known_keys()
-    sections = list(RunConfig.model_fields)
-    if "." not in key:
-        inside = [known for known in keys if known.endswith(f".{key}")]
-        close = inside or difflib.get_close_matches(key, sections, n=1, cutoff=0.5)
-        return f"did you mean {close[0]}?" if close else f"the sections are {', '.join(sections)}"
-    section, name = key.split(".", 1)
-    exact = [known for known in keys if known.split(".")[-1] == name]
-    close = exact or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not close:
-        by_name = {known.split(".")[-1]: known for known in keys}
-        close = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)]
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"keys of {section}: {', '.join(known.split('.')[1] for known in keys if known.startswith(section + '.'))}"
-
-
-def _explain(error: ErrorDetails, places: dict[str, str], path: str) -> str:
-    parts = [str(part) for part in error["loc"]]
-    key = ".".join(parts)
-    place = next(
-        (places[".".join(parts[:end])] for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in places), path
-    )
-    known = known_keys()
-    meaning = known.get(".".join(parts[:2])) or known.get(parts[0], "")
-    if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key {key}; {_nearest(key)}"
-    if error["type"] == "missing":
-        return f"{place}: {key} is missing{f' ({meaning})' if meaning else ''}; add it"
-    rule = error["msg"].removeprefix("Input ").replace("\n", " ")
-    text = f"{place}: {key}: {error['input']!r} {rule}"
-    return f"{text} ({meaning})" if meaning else text

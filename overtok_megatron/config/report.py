@@ -13,9 +13,9 @@ def describe(loaded: LoadedConfig, world_size: int) -> str:
     config = loaded.config
     rows = []
     for section, values in config.model_dump(mode="json").items():
-        if section != "deepspeed":
+        if values:
             rows += [
-                (f"{section}.{name}", json.dumps(value), loaded.locate(f"{section}.{name}"))
+                (f"{section}.{name}", json.dumps(value, ensure_ascii=False), loaded.locate(f"{section}.{name}"))
                 for name, value in values.items()
             ]
     count, size = parameter_counts(config), bytes_per_rank(config, world_size)

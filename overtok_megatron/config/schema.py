@@ -8,6 +8,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 
 
@@ -55,12 +56,12 @@ class OverEncodingConfig(Section):
 
 class TokenizerConfig(Section):
     type: Literal["sentencepiece"] = Field("sentencepiece", description="kind of tokenizer")
-    path: str = Field(description="tokenizer model file")
+    path: Text = Field(description="tokenizer model file")
 
 
 class DataConfig(Section):
-    train: str = Field(description="prefix of the training set: PREFIX.bin, PREFIX.idx, PREFIX.json")
-    validation: str | None = Field(None, description="prefix of the validation set")
+    train: Text = Field(description="prefix of the training set: PREFIX.bin, PREFIX.idx, PREFIX.json")
+    validation: Text | None = Field(None, description="prefix of the validation set")
     seq_length: Annotated[int, Field(ge=1, description="tokens a sample")]
     shuffle_seed: NonNegative = Field(1234, description="seed of the order of samples")
 
@@ -84,7 +85,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    output_directory: str = Field(description="where the run writes everything")
+    output_directory: Text = Field(description="where the run writes everything")
     micro_batch_size: Positive = Field(description="sequences a rank handles at once")
     global_batch_size: Positive = Field(description="sequences an optimizer step")
     train_iters: Positive | None = Field(None, description="optimizer steps (or train_tokens)")

@@ -43,6 +43,12 @@ def _nearest_divisor(size: int, wanted: int) -> int:
     return min(divisors, key=lambda number: abs(number - wanted))
 
 
+def _nearest(wanted: int, limit: int, works: Callable[[int], bool]) -> str:
+    """The number in 1..limit nearest to `wanted` that every rule about its key accepts, as the end of a sentence."""
+    fitting = [number for number in range(1, limit + 1) if works(number)]
+    return f"{min(fitting, key=lambda number: abs(number - wanted))} does" if fitting else "no number does"
+
+
 def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None:
     tensor = config.parallel.tensor_parallel_size
     key = "parallel.tensor_parallel_size"
@@ -85,30 +91,41 @@ def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None
 def _check_model(config: RunConfig, check: _Checker) -> None:
     model, tensor = config.model, config.parallel.tensor_parallel_size
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+
+    def heads_work(number: int) -> bool:
+        return model.hidden_size % (2 * number) == 0 and number % tensor == 0
+
+    def kv_heads_work(number: int) -> bool:
+        return heads % number == 0 and number % tensor == 0
+
+    better_heads = _nearest(heads, model.hidden_size, heads_work)
+    better_kv_heads = _nearest(kv_heads, heads, kv_heads_work)
+    better_width = f"{max(1, round(model.intermediate_size / tensor)) * tensor} does"
     check.need(
         model.hidden_size % heads == 0,
         "model.num_attention_heads",
         heads,
-        f"does not divide hidden_size {model.hidden_size}; {_nearest_divisor(model.hidden_size, heads)} does",
+        f"does not divide hidden_size {model.hidden_size}; {better_heads}",
     )
     check.need(
         model.hidden_size // heads % 2 == 0,
         "model.num_attention_heads",
         heads,
-        f"gives heads of odd size {model.hidden_size // heads}, which rotary positions cannot pair",
+        f"gives heads of odd size {model.hidden_size // heads}, which rotary positions cannot pair; {better_heads}",
     )
     check.need(
         heads % kv_heads == 0,
         "model.num_key_value_heads",
         kv_heads,
-        f"does not divide num_attention_heads {heads}; {_nearest_divisor(heads, kv_heads)} does",
+        f"does not divide num_attention_heads {heads}; {better_kv_heads}",
     )
-    for key, size in (
-        ("model.num_attention_heads", heads),
-        ("model.num_key_value_heads", kv_heads),
-        ("model.intermediate_size", model.intermediate_size),
+    rule = f"must be a multiple of parallel.tensor_parallel_size {tensor}"
+    for key, size, way_out in (
+        ("model.num_attention_heads", heads, better_heads),
+        ("model.num_key_value_heads", kv_heads, better_kv_heads),
+        ("model.intermediate_size", model.intermediate_size, better_width),
     ):
-        check.need(size % tensor == 0, key, size, f"must be a multiple of parallel.tensor_parallel_size {tensor}")
+        check.need(size % tensor == 0, key, size, f"{rule}; {way_out}")
 
 
 def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> None:
@@ -132,21 +149,26 @@ def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> 
         over.pad_id < model.vocab_size,
         "over_encoding.pad_id",
         over.pad_id,
-        f"is no token of a vocabulary of {model.vocab_size}",
+        f"is no token of a vocabulary of {model.vocab_size}; 0 to {model.vocab_size - 1} are",
     )
+    most = 2**31 - 1 - 2 * (tables - 1)
     check.need(
-        over.table_rows + 2 * tables < 2**31,
+        over.table_rows <= most,
         "over_encoding.table_rows",
         over.table_rows,
-        "must stay below 2^31, so that hashing cannot overflow 64 bits",
+        f"puts the last table at 2^31 rows or more, where hashing can overflow 64 bits; at most {most}",
     )
     base = over.hash_base or model.vocab_size
     problem = collision_problem(over.table_rows, base, tables)
     if problem is None:
         return
+    if problem.proposed_rows is None:
+        way_out = "no size is better with so small a base"
+    else:
+        way_out = f"{problem.proposed_rows} is a good size nearby"
     text = (
         f"is {problem.ratio:.2f} times the hash base {base} (table {problem.table}): so close to an integer that "
-        f"frequent n-grams share rows; {problem.proposed_rows} is a good size nearby"
+        f"frequent n-grams share rows; {way_out}"
     )
     if over.collision_check == "error":
         check.need(
@@ -164,7 +186,7 @@ def _check_schedule(config: RunConfig, check: _Checker) -> None:
     check.need(
         given.count(None) == 1,
         "training.train_iters",
-        training.train_iters,
+        "not given" if training.train_iters is None else training.train_iters,
         "give either training.train_iters or training.train_tokens, and not both",
     )
     total = train_iters(config)
@@ -172,7 +194,7 @@ def _check_schedule(config: RunConfig, check: _Checker) -> None:
         optimizer.warmup_iters < total,
         "optimizer.warmup_iters",
         optimizer.warmup_iters,
-        f"must be less than the {total} steps of the run",
+        f"must be less than the {total} steps of the run; {total // 10} is",
     )
     check.need(
         optimizer.min_learning_rate <= optimizer.learning_rate,

@@ -3,6 +3,8 @@
 The only file that imports deepspeed. Shapes: A micro-batches of a step, b micro batch, s sequence, T tables.
 """
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -37,7 +39,7 @@ _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dty
 
 def start_processes(tensor_parallel_size: int) -> ProcessGrid:
     """Join the process group that the launcher described, and build the grid."""
-    # DeepSpeed reports its memory at every turn and calls collectives by old names; neither concerns a user.
+    # DeepSpeed logs much and calls collectives by old names; neither concerns a user.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce (half a minute, and a compiler) that only inference uses.
@@ -83,13 +85,14 @@ class TrainingEngine:
                 config, model, eod_id, device=device, group=grid.table_group, sequence_slice=tensor_slice
             )
         self.optimizer = self._build_optimizer(model)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=deepspeed_config.derive(config, grid.shape.world_size),
-            mpu=DeepSpeedTopology(grid),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=deepspeed_config.derive(config, grid.shape.world_size),
+                mpu=DeepSpeedTopology(grid),
+                dist_init_required=False,
+            )
         self.model: Transformer = self.engine.module
         self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, _PLAIN_CLASSES)
         table_square = None if self.tables is None else self._collect_tables

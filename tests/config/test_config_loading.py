@@ -34,7 +34,9 @@ def file(tmp_path: Path) -> Path:
 
 def test_numbers_of_yaml_1_2(file: Path) -> None:
     assert load_config(file).config.optimizer.learning_rate == 1e-4
-    loaded = load_config(file, ["optimizer.learning_rate=3E-4", "training.train_iters=1_000", "logging.progress_bar=off"])
+    loaded = load_config(
+        file, ["optimizer.learning_rate=3E-4", "training.train_iters=1_000", "logging.progress_bar=off"]
+    )
     assert loaded.config.optimizer.learning_rate == 3e-4
     assert loaded.config.training.train_iters == 1000
     assert loaded.config.logging.progress_bar == "off"
@@ -69,7 +71,9 @@ def test_inheritance(file: Path) -> None:
 
 
 def test_a_stored_configuration_is_the_same(file: Path, tmp_path: Path) -> None:
-    config = load_config(file, ["over_encoding.betas=[0.8, 0.9]", "deepspeed.zero_optimization.overlap_comm=true"]).config
+    config = load_config(
+        file, ["over_encoding.betas=[0.8, 0.9]", "deepspeed.zero_optimization.overlap_comm=true"]
+    ).config
     save_resolved(config, tmp_path / "resolved.yaml")
     assert parse_resolved(tmp_path / "resolved.yaml") == config
 

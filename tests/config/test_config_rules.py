@@ -16,7 +16,13 @@ from overtok_megatron.errors import ConfigError
 def make(**changes: Any) -> RunConfig:
     """A valid configuration for 1, 2 and 4 ranks; keys are given as section__name."""
     values: dict[str, dict[str, Any]] = {
-        "model": {"vocab_size": 1000, "hidden_size": 48, "intermediate_size": 64, "num_layers": 2, "num_attention_heads": 4},
+        "model": {
+            "vocab_size": 1000,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+        },
         "tokenizer": {"path": "t"},
         "data": {"train": "d", "seq_length": 16},
         "optimizer": {"learning_rate": 1e-3},
@@ -45,7 +51,11 @@ def test_a_valid_one(world: int) -> None:
         ({"model__num_attention_heads": 5}, "model.num_attention_heads", "4 does"),
         ({"model__num_attention_heads": 16}, "model.num_attention_heads", "odd size 3"),
         ({"model__num_key_value_heads": 3}, "model.num_key_value_heads", "2 does"),
-        ({"parallel__tensor_parallel_size": 4, "model__num_key_value_heads": 2}, "model.num_key_value_heads", "multiple"),
+        (
+            {"parallel__tensor_parallel_size": 4, "model__num_key_value_heads": 2},
+            "model.num_key_value_heads",
+            "multiple",
+        ),
         ({"parallel__tensor_parallel_size": 4, "model__intermediate_size": 66}, "model.intermediate_size", "multiple"),
         ({"over_encoding__enabled": True}, "over_encoding.table_rows", "is needed"),
         ({"over_encoding__enabled": True, "over_encoding__table_rows": 2**31}, "over_encoding.table_rows", "2^31"),
@@ -121,7 +131,10 @@ def test_deepspeed_keys() -> None:
 
 def test_the_papers_counts() -> None:
     config = make(
-        model__vocab_size=50280, model__hidden_size=1024, over_encoding__enabled=True, over_encoding__table_rows=12_800_000
+        model__vocab_size=50280,
+        model__hidden_size=1024,
+        over_encoding__enabled=True,
+        over_encoding__table_rows=12_800_000,
     )
     assert parameter_counts(config).tables == pytest.approx(13.1e9, rel=1e-3)
 

@@ -70,9 +70,13 @@ def test_the_format_byte_by_byte(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "set", 1000, 0, "f") as writer:
-        writer.add([1, 2, 0], 3)
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with IndexedWriter(tmp_path / "set", 1000, 0, "f") as writer:
+            writer.add([1, 2, 0], 3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +135,7 @@ def test_every_epoch_has_every_sample_once() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_step_is_the_same_set_for_every_number_of_ranks(tmp_path: Path, ranks: int) -> None:
-    dataset = write(tmp_path / "set", [list(range(1, 500)) + [0]])
+    dataset = write(tmp_path / "set", [[*range(1, 500), 0]])
     accumulation, micro = 6 // ranks, 2
     whole = TrainBatches(dataset, 7, 12, 1, 0, 1, seed=5)
     parts = [TrainBatches(dataset, 7, micro, accumulation, rank, ranks, seed=5) for rank in range(ranks)]

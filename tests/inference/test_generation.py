@@ -127,7 +127,9 @@ def test_sampling(trained: TrainedModel) -> None:
         ("x", {"max_new_tokens": 0}, "max_new_tokens: 0"),
     ],
 )
-def test_requests_that_cannot_be_served(trained: TrainedModel, prompt: str, settings: dict[str, float], part: str) -> None:
+def test_requests_that_cannot_be_served(
+    trained: TrainedModel, prompt: str, settings: dict[str, float], part: str
+) -> None:
     with pytest.raises(InputError) as caught:
         generate(trained, [prompt], Sampling(**settings))  # type: ignore[arg-type]
     assert part in str(caught.value)

@@ -1,0 +1,99 @@
+"""One line for what does not fit the schema: place, key, value, what is allowed, the nearest known key."""
+
+import difflib
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from overtok_megatron.config.schema import RunConfig
+
+_LONGEST = 80  # characters of a value that a message repeats
+
+
+def known_keys() -> dict[str, str]:
+    """Every dotted key of the schema and its description."""
+    keys: dict[str, str] = {}
+    for section, field in RunConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys |= {f"{section}.{name}": inner.description or "" for name, inner in kind.model_fields.items()}
+        else:
+            keys[section] = field.description or ""
+    return keys
+
+
+def nearest(key: str) -> str:
+    """What the writer of an unknown dotted key probably meant, as the end of a sentence."""
+    keys = known_keys()
+    sections = list(RunConfig.model_fields)
+    if "." not in key:
+        inside = [known for known in keys if known.endswith(f".{key}")]
+        close = inside or difflib.get_close_matches(key, sections, n=1, cutoff=0.5)
+        close = (
+            close or [known for known in keys if difflib.SequenceMatcher(None, key, _name(known)).ratio() >= 0.75][:1]
+        )
+        return f"did you mean {' or '.join(close)}?" if close else f"the sections are {', '.join(sections)}"
+    if key in keys:
+        section, name = key.split(".", 1)
+        return f"write it as {name} below {section}:"
+    section, name = key.split(".", 1)
+    if section == "base":
+        return "base is the path of another file"
+    same = [known for known in keys if known.startswith(f"{section}.")]
+    close = _closest(name, same) or [known for known in keys if _name(known) == name] or _closest(name, list(keys))
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"keys of {section}: {', '.join(map(_name, same))}" if same else f"the sections are {', '.join(sections)}"
+
+
+def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -> str:
+    """The most telling of pydantic's errors as one line. An unknown key comes first: it explains the missing ones."""
+    unknown = ("extra_forbidden", "invalid_key")
+    error = min(errors, key=lambda one: (one["type"] == "missing", one["type"] not in unknown))
+    parts = [str(part) for part in error["loc"]]
+    key = ".".join(parts)
+    known = known_keys()
+    ancestors = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    place = next((places[name] for name in ancestors if name in places), path)
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{place}: unknown key {_short(key)}; {nearest(key)}"
+    meaning = known.get(".".join(parts[:2])) or known.get(parts[0], "")
+    if error["type"] == "missing":
+        if len(parts) == 1:
+            return f"{place}: section {key} is missing; its keys are {', '.join(_keys_of(key))}"
+        if key in known:
+            return f"{place}: {key} is missing from section {parts[0]}{f' ({meaning})' if meaning else ''}; add it"
+    value = _short(repr(error["input"]))
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{place}: {key}: {value} must be a section with keys {', '.join(_keys_of(key)) or 'of DeepSpeed'}"
+    rule = {"missing": "has too few values", "too_long": "has too many values", "tuple_type": "should be a list"}.get(
+        error["type"], error["msg"].removeprefix("Input ").replace("\n", " ")
+    )
+    hint = ""
+    if (
+        error["type"] in ("int_type", "int_from_float")
+        and isinstance(error["input"], float)
+        and error["input"].is_integer()
+    ):
+        hint = f"; write {int(error['input'])}"
+    text = f"{place}: {key}: {value} {rule}{hint}"
+    return f"{text} ({meaning})" if meaning else text
+
+
+def _keys_of(section: str) -> list[str]:
+    return [_name(known) for known in known_keys() if known.startswith(f"{section}.")]
+
+
+def _name(key: str) -> str:
+    return key.split(".")[-1]
+
+
+def _closest(name: str, keys: Sequence[str]) -> list[str]:
+    by_name = {_name(known): known for known in reversed(keys)}
+    return [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.65)]
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
