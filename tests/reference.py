@@ -83,7 +83,7 @@ class Reference:
     def __init__(self, config: RunConfig, eod_id: int) -> None:
         self.config = config
         self.eod_id = eod_id
-        ours = build_transformer(config, device=torch.device("cpu"))
+        ours = build_transformer(config, device=torch.device("cpu")).float()
         self.model = hugging_face_model(config.model)
         self.model.load_state_dict({name: weight.detach().clone() for name, weight in hugging_face_names(ours).items()})
         self.space = row_space(config.model, config.over_encoding)
@@ -95,6 +95,7 @@ class Reference:
         whole = ours.embedding.over_encoding.projection.detach()  # [d, T w]
         self.projections = nn.ParameterList([part.clone() for part in whole.split(self.space.width, dim=1)])
         self._build_optimizers()
+        self.norms: list[float] = []  # before clipping, a step each
         self.square_sums = [torch.zeros(size, dtype=torch.float64) for size in self.space.sizes]
 
     def _build_optimizers(self) -> None:
@@ -152,8 +153,8 @@ class Reference:
             parameter.grad = None
         objective.backward()
         limit = self.config.optimizer.gradient_clipping
-        if limit:
-            torch.nn.utils.clip_grad_norm_([*self.dense, *self.tables], limit)
+        norm = torch.nn.utils.clip_grad_norm_([*self.dense, *self.tables], limit or float("inf"))
+        self.norms.append(norm.item())
         self.adamw.step()
         self._update_tables(asked)
         return cross_entropy.item()

@@ -93,6 +93,9 @@ class TrainingEngine:
                 mpu=DeepSpeedTopology(grid),
                 dist_init_required=False,
             )
+        if type(self.engine.optimizer).__name__.startswith("FP16_"):
+            # These two step once on zero gradients to make Adam's state, which would put its bias correction a step ahead.
+            self.optimizer.state.clear()
         self.model: Transformer = self.engine.module
         self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, _PLAIN_CLASSES)
         table_square = None if self.tables is None else self._collect_tables
@@ -112,7 +115,8 @@ class TrainingEngine:
             {"params": free, "weight_decay": 0.0},
         ]
         kernels = choose_kernels(self.config.training.kernels, self.device)
-        return kernels.adamw(groups, settings.learning_rate, settings.betas, settings.eps)
+        # step() sets the rate; until then it is 0, so that nothing DeepSpeed does at start moves a weight
+        return kernels.adamw(groups, 0.0, settings.betas, settings.eps)
 
     def _collect_tables(self) -> Tensor:
         assert self.tables is not None
