@@ -9,6 +9,8 @@ from distributed_harness import run_ranks
 from reference import Reference, hugging_face_names
 
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.training.engine import TrainingEngine, start_processes
 
 EOD = 3
 STEPS = 4
@@ -56,8 +58,6 @@ Result = tuple[list[float], dict[str, torch.Tensor], torch.Tensor, list[float]]
 
 def train_cases(cases: list[Case]) -> list[Result]:
     """One rank's work for each case: losses, its dense weights by name, its table rows, and norms before clipping."""
-    from overtok_megatron.training.engine import TrainingEngine, start_processes
-
     results = []
     for case in cases:
         config = configuration(case)
@@ -133,8 +133,6 @@ def test_losses_and_weights_equal_the_formula(world: int) -> None:
 
 
 def check_dense(case: Case, dense: dict[str, torch.Tensor], reference: Reference) -> None:
-    from overtok_megatron.model.assembly import build_transformer
-
     model = build_transformer(configuration(case), device=torch.device("cpu"))
     model.load_state_dict(dense, strict=False)
     theirs = dict(reference.model.named_parameters())
@@ -145,7 +143,13 @@ def check_dense(case: Case, dense: dict[str, torch.Tensor], reference: Reference
 
 
 BF16 = [
-    Case(f"zero {stage}", {"optimizer": "sgd"}, model, {"zero_stage": stage}, {"precision": "bf16", "micro_batch_size": size})
+    Case(
+        f"zero {stage}",
+        {"optimizer": "sgd"},
+        model,
+        {"zero_stage": stage},
+        {"precision": "bf16", "micro_batch_size": size},
+    )
     for stage, size in ((0, 4), (1, 2), (2, 2), (3, 2))
     for model in ({}, {"tie_word_embeddings": True})
 ]

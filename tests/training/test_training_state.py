@@ -1,5 +1,6 @@
 """A checkpoint loaded into a fresh engine goes on with the same bits, for every ZeRO stage, split and row optimizer."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,11 @@ from distributed_harness import run_ranks
 from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
 
 from overtok_megatron.checkpoint.store import CheckpointStore
+from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.schedules import Schedule
+from overtok_megatron.training.state import load_state, save_state
+
+CPU = torch.device("cpu")
 
 CASES = [
     Case("zero 0, float32", parallel={"zero_stage": 0}),
@@ -21,40 +27,38 @@ CASES = [
 ]
 
 
+def run(trainer: TrainingEngine, steps: range) -> list[float]:
+    """Losses of some steps of the stream, on this rank's part of it."""
+    tokens = stream(trainer.config.model.vocab_size)
+    ranks, rank = trainer.grid.shape.data, trainer.grid.data_rank
+    parts = [tokens[step].view(trainer.micro_batches, ranks, -1, SEQ + 1)[:, rank] for step in steps]
+    return [trainer.step(part, 3e-3).loss for part in parts]
+
+
+def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], bool]:
+    """Losses of an unbroken run, of one that went through a checkpoint, and whether all weights agree in the end."""
+    config = configuration(case)
+    grid = start_processes(config.parallel.tensor_parallel_size)
+    whole, store = TrainingEngine(config, grid, CPU, EOD), CheckpointStore(folder)
+    losses = run(whole, range(2))
+    save_state(whole, store, step=2, consumed_samples=0, eod_id=EOD, tokenizer_fingerprint="none")
+    losses += run(whole, range(2, STEPS))
+    fresh = TrainingEngine(config, grid, CPU, EOD)
+    path = store.latest()
+    assert path is not None
+    assert load_state(fresh, path).step == 2
+    resumed = losses[:2] + run(fresh, range(2, STEPS))
+    assert whole.tables is not None
+    assert fresh.tables is not None
+    same = torch.equal(whole.tables.shard.weight, fresh.tables.shard.weight)
+    dense = fresh.dense_state()
+    same &= all(torch.equal(weight, dense[name]) for name, weight in whole.dense_state().items())
+    return losses, resumed, same
+
+
 def resume_cases(cases: list[Case], folder: Path) -> list[tuple[list[float], list[float], bool]]:
-    """One rank's work: losses of an unbroken run, of one that went through a checkpoint, and whether all rows agree."""
-    from overtok_megatron.training.engine import TrainingEngine, start_processes
-    from overtok_megatron.training.state import load_state, save_state
-
-    results = []
-    for index, case in enumerate(cases):
-        config = configuration(case)
-        grid = start_processes(config.parallel.tensor_parallel_size)
-
-        def engine() -> TrainingEngine:
-            return TrainingEngine(config, grid, torch.device("cpu"), EOD)  # noqa: B023  # used within this turn
-
-        def run(trainer: TrainingEngine, steps: range) -> list[float]:
-            tokens = stream(config.model.vocab_size)  # noqa: B023
-            parts = [tokens[s].view(trainer.micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank] for s in steps]  # noqa: B023
-            return [trainer.step(part, 3e-3).loss for part in parts]
-
-        whole, store = engine(), CheckpointStore(folder / str(index))
-        losses = run(whole, range(2))
-        save_state(whole, store, step=2, consumed_samples=0, eod_id=EOD, tokenizer_fingerprint="none")
-        losses += run(whole, range(2, STEPS))
-        fresh = engine()
-        path = store.latest()
-        assert path is not None
-        assert load_state(fresh, path).step == 2
-        resumed = losses[:2] + run(fresh, range(2, STEPS))
-        assert whole.tables is not None
-        assert fresh.tables is not None
-        same = torch.equal(whole.tables.shard.weight, fresh.tables.shard.weight)
-        dense = fresh.dense_state()
-        same &= all(torch.equal(weight, dense[name]) for name, weight in whole.dense_state().items())
-        results.append((losses, resumed, same))
-    return results
+    """One rank's work."""
+    return [resume_case(case, folder / str(index)) for index, case in enumerate(cases)]
 
 
 def test_resumed_engines_go_on_bit_for_bit(tmp_path: Path) -> None:
@@ -66,13 +70,11 @@ def test_resumed_engines_go_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 def test_schedules(kind: str) -> None:
-    from overtok_megatron.training.schedules import Schedule
-
     schedule = Schedule(kind, peak=2.0, minimum=0.5, warmup_iters=4, total_iters=20, decay_iters=6)  # type: ignore[arg-type]
     rates = [schedule.at(step) for step in range(20)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[-1] == pytest.approx(0.5)
-    assert all(later <= earlier for earlier, later in zip(rates[3:], rates[4:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[3:]))
     flat = [rate for rate in rates[4:] if rate == 2.0]
     assert len(flat) == (10 if kind == "wsd" else 0)
     if kind == "cosine":

@@ -1,0 +1,181 @@
+"""The compiled loops against torch's operators, forward and in every gradient; threads, NaN, odd sizes; the choice itself."""
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from overtok_megatron.errors import ConfigError
+from overtok_megatron.kernels import build, choice, reference
+from overtok_megatron.kernels.choice import Kernels, apex_parts, choose_kernels
+
+CPU = torch.device("cpu")
+# relative to the norm of the float64 result; bfloat16 keeps 8 bits of mantissa
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture
+def loops() -> Kernels:
+    kernels = choose_kernels("auto", CPU)
+    assert kernels.name == "cpu", "this machine has no C++ compiler"
+    return kernels
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def angles(length: int, size: int) -> tuple[Tensor, Tensor]:
+    turn = normal(length, 1, size // 2, seed=9)
+    return turn.cos().float(), turn.sin().float()
+
+
+def check_swiglu(kernels: Kernels, dtype: torch.dtype, x: Tensor) -> None:
+    """The loop in `dtype` against the reference in float64, on the same rounded input."""
+    results = []
+    for chosen, kind in ((kernels, dtype), (Kernels(), torch.float64)):
+        leaf = x.to(dtype).to(kind).requires_grad_()
+        out = chosen.swiglu(leaf)
+        results.append([out, *torch.autograd.grad(out, leaf, normal(*out.shape, seed=5).to(dtype).to(kind))])
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 6, 34, 600])
+def test_passes(loops: Kernels, dtype: torch.dtype, size: int) -> None:
+    # RMSNorm's reference computes in float32 whatever comes in
+    x, weight = normal(3, 5, size), normal(size, seed=1)
+    out, grads = _norm(loops, dtype, x, weight)
+    exact, exact_grads = _norm(Kernels(), dtype, x, weight)
+    for ours, wanted in zip([out, *grads], [exact, *exact_grads], strict=True):
+        assert (ours.double() - wanted.double()).norm() <= TOLERANCE[dtype] * wanted.double().norm()
+    check_swiglu(loops, dtype, normal(3, 5, size))
+
+
+def _norm(kernels: Kernels, dtype: torch.dtype, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    leaves = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    wide = torch.cat([leaves[0], leaves[0]], dim=-1)[..., : x.shape[-1]]  # strided: a part of a larger row
+    out = kernels.rms_norm(wide, leaves[1], 1e-6)
+    return out, torch.autograd.grad(out, leaves, normal(*out.shape, seed=5).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 63, 256, 257, 520])
+def test_attention_of_any_length(loops: Kernels, dtype: torch.dtype, length: int) -> None:
+    inputs = [normal(2, 3, length, 8, seed=seed) for seed in range(3)]
+    tolerance = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 2)  # scores and probabilities are rounded, too
+    results = []
+    for kernels, kind in ((loops, dtype), (Kernels(), torch.float64)):
+        leaves = [
+            value.to(dtype).to(kind).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for value in inputs
+        ]
+        out = kernels.causal_attention(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, normal(*out.shape, seed=7).to(dtype).to(kind))])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_and_back(loops: Kernels, dtype: torch.dtype) -> None:
+    x = normal(2, 7, 3, 10).to(dtype).requires_grad_()
+    cos, sin = angles(7, 10)
+    for turn in ((cos, sin), (cos.expand(2, 7, 1, 5).contiguous(), sin.expand(2, 7, 1, 5).contiguous())):
+        ours, theirs = loops.rotate(x, *turn), reference.rotate(x, *turn)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+        grads = [torch.autograd.grad(out, x, torch.ones_like(out))[0] for out in (ours, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0, 1, 31, 33, 1000])
+def test_softmax(loops: Kernels, dtype: torch.dtype, size: int) -> None:
+    logits = (20 * normal(4, size)).to(dtype)
+    largest, exp_sum = loops.softmax_statistics(logits)
+    wanted, wanted_sum = reference.softmax_statistics(logits)
+    assert torch.equal(largest, wanted)
+    torch.testing.assert_close(exp_sum, wanted_sum, rtol=2e-6, atol=0)
+    target, scale = torch.tensor([0, size, -1, size - 1]), torch.tensor([1.0, 1.3, 0.0, 0.5])
+    log_sum = exp_sum.log() + largest
+    theirs = reference.softmax_gradient(logits.clone(), log_sum, scale, target)
+    ours = loops.softmax_gradient(logits.clone(), log_sum, scale, target)
+    torch.testing.assert_close(ours, theirs, rtol=3e-6 if dtype == torch.float32 else 1e-2, atol=3e-7)
+
+
+def everything(kernels: Kernels) -> list[Tensor]:
+    x = normal(40, 3, 70).float().requires_grad_()
+    weight = normal(70).float().requires_grad_()
+    out = kernels.swiglu(kernels.rms_norm(x, weight, 1e-6)).unflatten(-1, (7, 5))[..., :4].transpose(1, 2)
+    out = kernels.causal_attention(out, out, kernels.rotate(out, *angles(7, 4)))
+    return [out, *torch.autograd.grad(out.square().sum(), [x, weight])]
+
+
+def test_threads_change_nothing(loops: Kernels) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = everything(loops)
+        torch.set_num_threads(2)
+        two = everything(loops)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_nan_stays_nan(loops: Kernels) -> None:
+    x = torch.ones(2, 3, 4, 8)
+    x[0, 1, 2, 3] = torch.nan
+    assert loops.rms_norm(x, torch.ones(8), 1e-6).isnan().any()
+    assert loops.swiglu(x).isnan().any()
+    assert loops.rotate(x, *angles(3, 8)).isnan().any()
+    assert loops.causal_attention(x, x, x).isnan().any()
+    assert loops.softmax_statistics(x.flatten(0, 2))[1].isnan().sum() == 1
+
+
+@pytest.fixture
+def forgotten_library() -> Iterator[None]:
+    build.load_library.cache_clear()
+    yield
+    build.load_library.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten_library")
+def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert choose_kernels("auto", CPU).name == "torch"
+
+
+def test_apex_is_recognised_or_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        choose_kernels("apex", CPU)
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # the web toolkit of that name
+    assert apex_parts() is None
+
+
+@pytest.mark.skipif(apex_parts() is None or not torch.cuda.is_available(), reason="NVIDIA apex and CUDA are needed")
+def test_apex_gives_torchs_numbers() -> None:
+    device = torch.device("cuda")
+    x, weight = normal(64, 512).to(device, torch.float32), normal(512, seed=1).to(device, torch.float32)
+    apex, torch_kernels = choose_kernels("apex", device), choose_kernels("torch", device)
+    torch.testing.assert_close(
+        apex.rms_norm(x, weight, 1e-6), torch_kernels.rms_norm(x, weight, 1e-6), rtol=1e-5, atol=1e-6
+    )
+    weights = [torch.nn.Parameter(weight.clone()) for _ in "ab"]
+    optimizers = [
+        kernels.adamw([{"params": [p]}], 1e-2, (0.9, 0.95), 1e-8)
+        for kernels, p in zip((apex, torch_kernels), weights, strict=True)
+    ]
+    for step in range(5):
+        for parameter, optimizer in zip(weights, optimizers, strict=True):
+            parameter.grad = normal(512, seed=step).to(device, torch.float32)
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_choice_names_itself() -> None:
+    assert choose_kernels("torch", CPU) == Kernels()
+    assert choice.Kernels().rms_norm is reference.rms_norm
