@@ -37,8 +37,17 @@ def _prepare(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer("sentencepiece", options.tokenizer)
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(options.output), disable=None) as bar:
-        manifest = prepare(files, options.output, tokenizer, bar.update)
+        manifest = prepare(files, options.output, tokenizer, bar.update, options.separator)
     print(f"{options.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from overtok_megatron.data.indexed import IndexedDataset
+
+    for prefix in options.prefixes:
+        IndexedDataset(prefix).verify()
+        print(f"{prefix}: as it was written")
     return 0
 
 
@@ -80,6 +89,12 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _separator(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty separator splits nothing")
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -111,10 +126,20 @@ def build_parser() -> argparse.ArgumentParser:
     verb.set_defaults(work=_train_tokenizer)
 
     verb = verbs.add_parser("prepare", help="turn text files into an indexed dataset")
-    verb.add_argument("inputs", nargs="+", help="text files, or folders of .txt files; one document a file")
+    verb.add_argument("inputs", nargs="+", help="text files, patterns, or folders of .txt files; one document a file")
     verb.add_argument("--tokenizer", required=True, help="sentencepiece model file")
     verb.add_argument("--output", required=True, help="prefix of the dataset's files")
+    verb.add_argument(
+        "--separator",
+        type=_separator,
+        default=None,
+        help=r"text between documents of a file, as '\n\n\n' (default: none)",
+    )
     verb.set_defaults(work=_prepare)
+
+    verb = verbs.add_parser("verify", help="hash datasets again and compare with what was written")
+    verb.add_argument("prefixes", nargs="+", metavar="prefix", help="prefix of a dataset's files")
+    verb.set_defaults(work=_verify)
 
     verb = verbs.add_parser("generate", help="continue prompts with a trained model")
     verb.add_argument("run", help="a run's output folder, or one of its checkpoints")

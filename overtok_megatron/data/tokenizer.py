@@ -2,8 +2,9 @@
 
 import hashlib
 import io
+import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +12,10 @@ import sentencepiece
 
 from overtok_megatron.errors import DataError
 
-_MAX_SENTENCE_BYTES = 1 << 16
+_MAX_SENTENCE_BYTES = 1 << 16  # the trainer drops longer ones without a word
+_MAX_LINE_CHARACTERS = _MAX_SENTENCE_BYTES // 4  # so longer lines are cut: a character takes at most 4 bytes
 _SENTENCES = 100_000  # sampled for training a tokenizer: more changes a vocabulary of this size little, and costs time
+_SPACE_MARK = "\u2581"  # sentencepiece's own sign for a space: as text it would come back as one
 
 
 class Tokenizer(Protocol):
@@ -46,15 +49,36 @@ class SentencePieceTokenizer:
         self._digest = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.eod_id: int = self._processor.eos_id()
-        if self.eod_id < 0:
-            raise DataError(f"tokenizer {path}: has no end-of-sentence piece to end documents with; train one that has")
+        if self.eod_id < 0 or not self._processor.IsControl(self.eod_id):
+            raise DataError(
+                f"tokenizer {path}: has no end-of-sentence control piece to end documents with; train one with "
+                "`overtok train-tokenizer`"
+            )
+        self._space_mark_bytes = self._bytes_of_space_mark()
+
+    def _bytes_of_space_mark(self) -> list[int]:
+        """The byte pieces that spell the sign for a space; none where the model prefixes a text or has no bytes."""
+        pieces: list[int] = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        exact = all(map(self._processor.IsByte, pieces)) and self._processor.EncodeAsPieces("a")[0][0] != _SPACE_MARK
+        return pieces if exact else []
 
     def encode(self, text: str) -> list[int]:
+        if self._space_mark_bytes and _SPACE_MARK in text:
+            first, *others = text.split(_SPACE_MARK)
+            result = self.encode(first)
+            for part in others:
+                result += self._space_mark_bytes + self.encode(part)
+            return result
         tokens: list[int] = self._processor.EncodeAsIds(text)
         return tokens
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """As `encode` for each text, on all cores."""
         tokens: list[list[int]] = self._processor.Encode(texts, num_threads=-1)
+        if self._space_mark_bytes:
+            for index, text in enumerate(texts):
+                if _SPACE_MARK in text:
+                    tokens[index] = self.encode(text)
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
@@ -87,12 +111,12 @@ def train_sentencepiece(files: Iterable[Path], vocab_size: int, output: Path) ->
     """Train a BPE model of `vocab_size` pieces on text files and write it to `output`, whole or not at all.
 
     The text is taken as it is (no normalisation, spaces kept, unknown characters as bytes), so that decoding gives it
-    back. Raises DataError on an empty corpus, or one too small for the vocabulary.
+    back. At most 100,000 lines, drawn evenly from the whole corpus, are looked at; the same files give the same
+    model byte for byte. Raises DataError on an empty corpus, one too small for the vocabulary, or a failing disk.
     """
-    lines = [line for path in files for line in read_text(path).splitlines() if line.strip()]
+    lines = _sample(_lines(files), _SENTENCES)
     if not lines:
         raise DataError("the corpus for the tokenizer is empty: the files hold no text")
-    output.parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()  # not a file: its path would become part of the model, and of its fingerprint
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -119,8 +143,37 @@ def train_sentencepiece(files: Iterable[Path], vocab_size: int, output: Path) ->
     except (RuntimeError, OSError) as error:
         raise DataError(_explain(str(error), vocab_size)) from None
     aside = output.with_name(output.name + ".partial")
-    aside.write_bytes(model.getvalue())
-    aside.replace(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(model.getvalue())
+            aside.replace(output)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"tokenizer {output}: cannot be written ({error.strerror or error}); free space or name another file"
+        ) from None
+
+
+def _lines(files: Iterable[Path]) -> Iterator[str]:
+    for path in files:
+        for line in read_text(path).splitlines():
+            if line.strip():
+                for begin in range(0, len(line), _MAX_LINE_CHARACTERS):
+                    yield line[begin : begin + _MAX_LINE_CHARACTERS]
+
+
+def _sample(lines: Iterable[str], size: int) -> list[str]:
+    """At most `size` lines, each as likely as any other (reservoir sampling): memory is that of the sample."""
+    generator = random.Random(0)
+    kept: list[str] = []
+    for seen, line in enumerate(lines):
+        if seen < size:
+            kept.append(line)
+        elif (place := generator.randrange(seen + 1)) < size:
+            kept[place] = line
+    return kept
 
 
 def _explain(text: str, vocab_size: int) -> str:
