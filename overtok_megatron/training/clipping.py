@@ -68,7 +68,7 @@ class JointNorm:
 
     def _tables(self) -> Tensor:
         if self._square is None:
-            zero = torch.zeros((), dtype=torch.float64)
+            zero = torch.zeros((), dtype=torch.float64, device=next(self.engine.module.parameters()).device)
             self._square = zero if self._table_square is None else self._table_square()
         return self._square
 
@@ -78,6 +78,7 @@ class JointNorm:
         self._clips_itself = isinstance(optimizer, torch.optim.Optimizer)
         if self._clips_itself:
             self._parameters = lambda: self.engine.module.parameters()
+            self.engine.clip_fp32_gradients = lambda: None  # DeepSpeed's knows the dense gradients only
         elif kind == "DeepSpeedZeroOptimizer_Stage3":
             groups = optimizer._get_norm_groups
             optimizer._get_norm_groups = lambda: [*groups(), self._tables().sqrt().float()]
