@@ -5,13 +5,28 @@ only these.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.errors import CheckpointError
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file of a checkpoint for reading. Raises CheckpointError where it is missing, damaged or foreign."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: unreadable ({why}); the file is damaged or not one of a checkpoint") from None
 
 
 def dense_files(tensor_ranks: int) -> list[str]:
@@ -30,11 +45,11 @@ def save_dense(folder: Path, state: dict[str, torch.Tensor], splits: dict[str, i
 
 
 def load_dense(folder: Path, tensor_ranks: int) -> dict[str, torch.Tensor]:
-    """The full dense weights of a checkpoint, whatever tensor-parallel size wrote them."""
+    """The full dense weights of a checkpoint, whatever tensor-parallel size wrote them. Raises CheckpointError."""
     parts: dict[str, list[torch.Tensor]] = {}
     splits: dict[str, int] = {}
     for name in dense_files(tensor_ranks):
-        with safe_open(folder / name, framework="pt") as file:
+        with open_tensors(folder / name) as file:
             splits = json.loads(file.metadata()["splits"])
             for key in file.keys():  # noqa: SIM118  # a safetensors file is no mapping
                 parts.setdefault(key, []).append(file.get_tensor(key))

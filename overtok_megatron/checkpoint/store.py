@@ -90,12 +90,20 @@ class CheckpointStore:
         for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
             sync(folder)
         final = partial.with_name(partial.name.removesuffix(_PARTIAL))
-        if final.exists():  # a run that was resumed from an earlier step comes by again
-            shutil.rmtree(final)
+        old = self._aside(final) if final.exists() else None  # a resumed run comes by again
         os.replace(partial, final)
         sync(self.root)
         write_atomically(self.root / LATEST, final.name)
+        if old is not None:
+            shutil.rmtree(old)
         return final
+
+    def _aside(self, path: Path) -> Path:
+        """Make a complete checkpoint invisible before it is removed: removing takes long and may be cut."""
+        aside = path.with_name(f"{path.name}.old{_PARTIAL}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        return aside
 
     def clean(self) -> list[str]:
         """Remove what killed saves left behind; returns the names."""
@@ -110,19 +118,22 @@ class CheckpointStore:
         """All complete checkpoints, oldest first."""
         if not self.root.is_dir():
             return []
-        return sorted(path for path in self.root.glob("step_*") if not path.name.endswith(_PARTIAL))
+        return sorted(path.parent for path in self.root.glob(f"step_*/{MANIFEST}") if path.parent.suffix != _PARTIAL)
 
     def keep_last(self, count: int) -> None:
-        """Remove all but the `count` newest complete checkpoints."""
+        """Remove all but the `count` newest complete checkpoints and the one that `latest` names."""
+        latest = self.latest()  # older than others where a user has turned the pointer back
         for path in self.complete()[:-count]:
-            shutil.rmtree(path)
+            if path != latest:
+                shutil.rmtree(self._aside(path))
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None if there is none. Raises CheckpointError on a dangling pointer."""
         pointer = self.root / LATEST
         if not pointer.is_file():
             return None
-        path = self.root / pointer.read_text(encoding="utf-8").strip()
+        text = pointer.read_text(encoding="utf-8", errors="replace")
+        path = self.root / " ".join(text.split())  # in one line, for the message
         if not (path / MANIFEST).is_file():
             raise CheckpointError(
                 f"{pointer}: names {path.name}, which is not there or has no {MANIFEST}; "
@@ -138,11 +149,11 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if raw["format"] != _FORMAT:  # first: another format may have other keys
+            raise CheckpointError(f"{path / MANIFEST}: format {raw['format']}, this version reads {_FORMAT}")
         manifest = Manifest(**{**raw, "files": {name: (entry[0], entry[1]) for name, entry in raw["files"].items()}})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}); is this a checkpoint folder?") from None
-    if manifest.format != _FORMAT:
-        raise CheckpointError(f"{path / MANIFEST}: format {manifest.format}, this version reads {_FORMAT}")
     for name, (size, _) in manifest.files.items():
         file = path / name
         if not file.is_file():

@@ -6,9 +6,9 @@ state. Its metadata states the range and the optimizer's step count.
 
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from overtok_megatron.checkpoint.dense import open_tensors
 from overtok_megatron.checkpoint.store import sync
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.embedding import OverTables
@@ -38,7 +38,8 @@ def save_tables(folder: Path, tables: OverTables) -> list[str]:
 def load_tables(folder: Path, tables: OverTables, *, with_optimizer: bool) -> None:
     """Fill this rank's rows from whichever files hold them.
 
-    Raises CheckpointError where rows are missing or of another width, or the optimizer's state is another one.
+    Raises CheckpointError where rows are missing or of another width, the optimizer's state is another one, or a file is
+    damaged.
     """
     shard, optimizer = tables.shard, tables.optimizer
     columns = {"weight": shard.weight, "touched": shard.touched}
@@ -46,7 +47,7 @@ def load_tables(folder: Path, tables: OverTables, *, with_optimizer: bool) -> No
         columns |= optimizer.state
     filled = 0
     for path in sorted((folder / FOLDER).glob("rows-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata()
             start, stop = int(metadata["start"]), int(metadata["stop"])
             begin, end = max(start, shard.start), min(stop, shard.stop)

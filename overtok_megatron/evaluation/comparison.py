@@ -1,5 +1,6 @@
 """Runs side by side: a table of their ends and a picture of their curves, from the records that they wrote."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -33,7 +34,10 @@ def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCu
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: no such file; train the run first")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line cut by a kill
+            records.append(json.loads(line))
     validation = [(record["step"], record["validation/loss"]) for record in records if "validation/loss" in record]
     if not validation:
         raise DataError(f"{path}: holds no validation loss; set data.validation")
@@ -100,8 +104,9 @@ def draw_curves(runs: Sequence[RunCurve], path: Path) -> None:
         axes.plot(*zip(*run.validation, strict=True), color=color, marker="o", markersize=4, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats a token (thin: training)")
-    low = min(loss for run in runs for _, loss in run.validation + run.training)
-    axes.set_ylim(low - 0.1, low + 3.0)
+    losses = [loss for run in runs for _, loss in run.validation + run.training if math.isfinite(loss)]
+    if losses:  # a run that diverged has others than finite ones
+        axes.set_ylim(min(losses) - 0.1, min(losses) + 3.0)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()

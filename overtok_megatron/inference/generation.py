@@ -31,6 +31,7 @@ class Sampling:
             ("temperature", self.temperature >= 0.0, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("seed", -(2**63) <= self.seed < 2**64, "a number of 64 bits"),
         )
         for name, holds, rule in rules:
             if not holds:
@@ -101,6 +102,8 @@ def generate_tokens(trained: TrainedModel, prompts: Sequence[Sequence[int]], sam
 
     Raises InputError for an empty prompt, or one that with max_new_tokens does not fit the context that was trained.
     """
+    if not prompts:
+        return []
     context = trained.config.data.seq_length
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -133,7 +136,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """Next token of each row of logits [b, V] float32 -> [b] int64."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
+    best = logits.amax(dim=-1, keepdim=True)
+    logits = (logits - best).double() / sampling.temperature  # so that no small temperature overflows
     if sampling.top_k:
         kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))

@@ -1,5 +1,7 @@
 """Decoding with a cache and an n-gram history gives the ids and logits of the full forward pass."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import InputError
-from overtok_megatron.inference.generation import Decoder, Sampling, generate, generate_tokens, pad_left
+from overtok_megatron.inference.generation import Decoder, Sampling, choose, generate, generate_tokens, pad_left
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.model.assembly import build_tables, build_transformer
 
@@ -84,6 +86,23 @@ def test_pieces_give_the_full_logits(trained: TrainedModel, cuts: list[int]) -> 
     torch.testing.assert_close(torch.cat(pieces, dim=1), full_logits(trained, tokens), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_of_any_size_in_a_padded_batch(trained: TrainedModel, seed: int) -> None:
+    """Random sizes, ends of documents in the text and in the padding's place, single tokens among long pieces."""
+    draw = random.Random(seed)
+    sequences = [[draw.choice([0, *range(VOCAB)]) for _ in range(draw.randint(1, 24))] for _ in range(4)]
+    tokens = pad_left(sequences, CPU)
+    decoder, begin, pieces = Decoder(trained, 4, tokens.shape[1]), 0, []
+    while begin < tokens.shape[1]:
+        end = begin + draw.choice([1, 1, 2, 3, 7])
+        pieces.append(decoder.feed(tokens[:, begin:end]))
+        begin = end
+    logits = torch.cat(pieces, dim=1)
+    for index, sequence in enumerate(sequences):
+        own = full_logits(trained, torch.tensor([sequence]))[0]
+        torch.testing.assert_close(logits[index, -len(sequence) :], own, rtol=1e-5, atol=1e-5 * own.abs().max().item())
+
+
 def test_greedy_is_the_argmax_of_the_full_forward(trained: TrainedModel) -> None:
     prompt = trained.tokenizer.encode("the people")
     chosen = generate_tokens(trained, [prompt], Sampling(max_new_tokens=12))[0]
@@ -116,12 +135,69 @@ def test_sampling(trained: TrainedModel) -> None:
     assert sample(temperature=1.0, top_p=1e-9) == greedy
 
 
+def test_a_text_stops_at_its_end_of_document(trained: TrainedModel) -> None:
+    """One prompt of a batch ends early, and does not change the others."""
+    prompts = [trained.tokenizer.encode(text) for text in ("the union", "a", "people of")]
+    prompts.append([*trained.tokenizer.encode("the "), 0, *trained.tokenizer.encode("we")])
+    tokenizer = Letters()
+    tokenizer.eod_id = -5  # no token: nothing stops
+    endless = replace(trained, tokenizer=tokenizer)
+    sampling = Sampling(max_new_tokens=12)
+    whole = generate_tokens(endless, prompts, sampling)
+    assert [len(tokens) for tokens in whole] == [12] * 4
+    for eod in {token for tokens in whole for token in tokens}:
+        tokenizer.eod_id = eod
+        expected = [tokens[: tokens.index(eod)] if eod in tokens else tokens for tokens in whole]
+        assert any(len(tokens) < 12 for tokens in expected)
+        assert generate_tokens(endless, prompts, sampling) == expected
+        assert generate_tokens(endless, prompts[:1], sampling) == expected[:1]
+
+
+def test_choices_keep_to_their_candidates() -> None:
+    """Frequencies of a known distribution: truncated by top_k and top_p, sharpened by temperature."""
+    shares = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1])
+    logits = (shares.log() + 300.0).expand(20_000, -1)
+
+    def frequencies(**settings: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        sampling = Sampling(**{"temperature": 1.0, **settings})  # type: ignore[arg-type]
+        return torch.bincount(choose(logits, sampling, generator), minlength=5) / 20_000
+
+    def near(actual: torch.Tensor, candidates: list[int], power: float = 1.0) -> None:
+        expected = torch.zeros(5)
+        expected[candidates] = shares[candidates] ** power
+        torch.testing.assert_close(actual, expected / expected.sum(), rtol=0, atol=0.015)
+        assert set(actual.nonzero().flatten().tolist()) == set(candidates)
+
+    near(frequencies(), [0, 1, 2, 3, 4])
+    near(frequencies(temperature=0.5), [0, 1, 2, 3, 4], 2.0)
+    near(frequencies(top_k=3), [1, 2, 3])
+    near(frequencies(top_k=50), [0, 1, 2, 3, 4])
+    near(frequencies(top_p=0.6), [1, 2])
+    near(frequencies(top_p=0.7), [1, 2, 3])
+    near(frequencies(top_p=0.7, top_k=2), [1, 2])
+    near(frequencies(top_p=0.01), [1])
+    for temperature in (1e-3, 1e-40, 1e-300):
+        near(frequencies(temperature=temperature), [1])
+
+
+def test_what_just_fits_the_context_is_served(trained: TrainedModel) -> None:
+    tokenizer = Letters()
+    tokenizer.eod_id = -5
+    assert len(generate_tokens(replace(trained, tokenizer=tokenizer), [[5] * 30], Sampling(max_new_tokens=10))[0]) == 10
+    assert generate_tokens(trained, [], Sampling()) == []
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings", "part"),
     [
         ("", {}, "prompt 1: empty"),
         ("x" * 30, {"max_new_tokens": 11}, "context of 40 tokens; shorten it, or ask for at most 10"),
         ("x", {"temperature": -0.1}, "temperature: -0.1"),
+        ("x" * 50, {"max_new_tokens": 1}, "prompt 1: 50 tokens and max_new_tokens 1 pass the context of 40 tokens"),
+        ("x", {"temperature": float("nan")}, "temperature: nan"),
+        ("x", {"top_p": 1.1}, "top_p: 1.1"),
+        ("x", {"seed": 2**64}, "seed: 18446744073709551616"),
         ("x", {"top_p": 0.0}, "top_p: 0.0"),
         ("x", {"top_k": -1}, "top_k: -1"),
         ("x", {"max_new_tokens": 0}, "max_new_tokens: 0"),
@@ -133,6 +209,7 @@ def test_requests_that_cannot_be_served(
     with pytest.raises(InputError) as caught:
         generate(trained, [prompt], Sampling(**settings))  # type: ignore[arg-type]
     assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_run_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Parameter counts and bytes by formula equal the built model's and its tables' real ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from overtok_megatron.config.counts import bytes_per_rank, parameter_counts
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.model.assembly import build_tables, build_transformer
+
+CPU = torch.device("cpu")
+
+
+def configuration(model: dict[str, Any], over: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 72, "num_layers": 2,
+                      "num_attention_heads": 4} | model,
+            "over_encoding": over,
+            "tokenizer": {"path": "none"},
+            "data": {"train": "none", "seq_length": 8},
+            "parallel": {"zero_stage": 0},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"output_directory": "none", "micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1,
+                         "precision": "fp32"},
+        }
+    )  # fmt: skip
+
+
+def size_of(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+OVER = {"enabled": True, "table_rows": 53}
+
+
+@pytest.mark.parametrize(
+    ("model", "over"),
+    [
+        ({}, {}),
+        ({"tie_word_embeddings": True}, {}),
+        ({"num_key_value_heads": 1, "num_layers": 3}, {}),
+        ({"num_key_value_heads": 2, "vocab_size": 7}, OVER),
+        ({"num_key_value_heads": 2, "tie_word_embeddings": True}, OVER | {"ngram_order": 2, "num_slices": 1}),
+        ({"num_attention_heads": 2, "intermediate_size": 5}, OVER | {"ngram_order": 4, "optimizer": "rowwise_adagrad"}),
+        ({}, OVER | {"num_slices": 4, "table_rows": 1, "optimizer": "sgd"}),
+        ({}, OVER | {"state_dtype": "bfloat16"}),
+    ],
+)
+def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, Any]) -> None:
+    config = configuration(model, over)
+    counts = parameter_counts(config)
+    built = build_transformer(config, device=CPU)
+    encoder = built.embedding.over_encoding
+    assert counts.blocks == size_of(built.blocks) + size_of(built.head.norm)
+    assert counts.embedding == built.embedding.word.weight.numel()
+    assert counts.head == (0 if config.model.tie_word_embeddings else built.head.output.weight.numel())
+    assert counts.encoder == (0 if encoder is None else size_of(encoder))
+    assert counts.dense == size_of(built)
+    needed = bytes_per_rank(config, 1)
+    assert needed.weights == needed.gradients == 4 * size_of(built)
+    assert needed.optimizer == 8 * size_of(built)
+    if encoder is None:
+        assert counts.tables == needed.table_rows == needed.table_state == 0
+        return
+    tables = build_tables(config, built, 0, device=CPU)
+    assert counts.tables == tables.shard.weight.numel() == counts.total - counts.dense
+    assert needed.table_rows == tables.shard.weight.nbytes + tables.shard.touched.nbytes
+    assert needed.table_state == sum(state.nbytes for state in tables.optimizer.state.values())
