@@ -98,6 +98,6 @@ def test_the_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_diverged_run_is_drawn(tmp_path: Path, loss: float) -> None:
-    records = [record(1) | {"train/loss": loss}, record(2, loss=4.0), record(3, loss=loss)]
+    records = [record(1, loss=loss) | {"train/loss": loss}, record(2, loss=4.0), record(3, loss=loss)]
     draw_curves([read_curve("run", write(tmp_path, records), COUNTS)], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
