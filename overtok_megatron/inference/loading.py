@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from overtok_megatron.checkpoint.dense import load_dense
-from overtok_megatron.checkpoint.store import MANIFEST, CheckpointStore, Manifest, read_manifest
+from overtok_megatron.checkpoint.store import MANIFEST, CheckpointStore, Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import load_tables
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,6 +46,9 @@ def load_trained(run: Path, device: torch.device) -> TrainedModel:
     """
     path = find_checkpoint(run)
     manifest = read_manifest(path)
+    for name in manifest.files:
+        if name.endswith(".safetensors"):  # what is read here; a flipped byte would be a wrong text, not an error
+            verify_file(path, name, manifest)
     config = RunConfig.model_validate(manifest.config)
     tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path)
     _check_tokenizer(tokenizer, manifest, config, path)

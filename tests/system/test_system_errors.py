@@ -127,6 +127,12 @@ def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str])
     assert "not the tokenizer" in one_line(capsys, *generate, "x")
     manifest.write_text(original)
 
+    weights = next((run / "checkpoints" / "step_00000004" / "tables").glob("*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert f"{weights}: SHA-256 differs" in one_line(capsys, *generate, "x")
+    weights.write_bytes(content)
+
     full_disk(workspace, train, run)
 
 
