@@ -3,7 +3,6 @@
 import io
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -11,12 +10,7 @@ from typing import Any
 
 import torch
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+from overtok_megatron.launch import free_port
 
 
 def _rank_main(

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.sampler import SampleOrder
-
-IGNORED = -100
+from overtok_megatron.parallel.cross_entropy import IGNORED
 
 Tokens = npt.NDArray[np.int64]
 

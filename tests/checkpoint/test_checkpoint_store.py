@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_line import fails
 
 from overtok_megatron.checkpoint import store as store_module
 from overtok_megatron.checkpoint.store import (
@@ -18,7 +18,6 @@ from overtok_megatron.checkpoint.store import (
     verify_file,
     write_atomically,
 )
-from overtok_megatron.errors import CheckpointError
 from overtok_megatron.inference.loading import find_checkpoint, load_trained
 
 CONTENT = bytes(range(64))
@@ -51,16 +50,6 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -
         return real(*arguments, **options)
 
     monkeypatch.setattr(owner, name, killed)
-
-
-def fails(action: Callable[[], Any], *parts: str) -> None:
-    """CheckpointError of one line that names the parts."""
-    with pytest.raises(CheckpointError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text
 
 
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:

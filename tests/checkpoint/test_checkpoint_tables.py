@@ -1,18 +1,17 @@
 """Rows and weights written by some ranks come back bit for bit on any other number; what does not fit is named."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_line import fails
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.dense import dense_files, load_dense, save_dense
 from overtok_megatron.checkpoint.tables import load_tables, save_tables
-from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.embedding import OverEncoding, OverTables
 from overtok_megatron.ngram.exchange import RowExchange
 from overtok_megatron.ngram.ids import NgramHash
@@ -70,16 +69,6 @@ def columns(parts: list[OverTables]) -> dict[str, torch.Tensor]:
     state = {name: torch.cat([tables.optimizer.state[name] for tables in parts]) for name in names}
     weight = torch.cat([tables.shard.weight for tables in parts])
     return state | {"weight": weight, "touched": torch.cat([tables.shard.touched for tables in parts])}
-
-
-def fails(action: Callable[[], Any], *parts: str) -> None:
-    """CheckpointError of one line that names the parts."""
-    with pytest.raises(CheckpointError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text
 
 
 @pytest.mark.parametrize("readers", [1, 2, 5])

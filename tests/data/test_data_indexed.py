@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_datasets import write
 
-from overtok_megatron.data.indexed import IndexedDataset, IndexedWriter
+from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import DataError
-
-
-def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> IndexedDataset:
-    with IndexedWriter(prefix, vocab_size, 0, "fingerprint") as writer:
-        for document in documents:
-            writer.add(document, len(document))
-        writer.finish()
-    return IndexedDataset(prefix)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_datasets import write
 
 from overtok_megatron.data.batches import IGNORED, TrainBatches, validation_batches
 from overtok_megatron.data.corpus import hold_out_last, sotu_files
@@ -23,14 +24,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     train_sentencepiece(sotu_files()[:8], 600, path)
     return load_tokenizer("sentencepiece", path)
-
-
-def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> IndexedDataset:
-    with IndexedWriter(prefix, vocab_size, 0, "fingerprint") as writer:
-        for document in documents:
-            writer.add(document, len(document))
-        writer.finish()
-    return IndexedDataset(prefix)
 
 
 @settings(max_examples=200, deadline=None)
