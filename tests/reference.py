@@ -144,6 +144,12 @@ class Reference:
         combined = {"sum": total + ngrams, "mean": (total + ngrams) * share, "scaled": total + ngrams * share}
         return combined[over.combine], asked
 
+    @torch.no_grad()
+    def loss(self, batch: Tensor) -> float:
+        """Mean cross entropy of [G, s + 1] without a step."""
+        logits = self.model(inputs_embeds=self.embed(batch[:, :-1])[0]).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
+
     def step(self, batch: Tensor) -> float:
         embedded, asked = self.embed(batch[:, :-1])
         logits = self.model(inputs_embeds=embedded).logits

@@ -123,7 +123,7 @@ def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object
     """Whole optimizer steps through DeepSpeed, a new batch each time."""
     from overtok_megatron.training.engine import TrainingEngine, start_processes
 
-    trainer = TrainingEngine(config, start_processes(1), DEVICE, eod_id=0)
+    trainer = TrainingEngine(config, start_processes(config), DEVICE, eod_id=0)
     turn = iter(range(10**9))
     return lambda: trainer.step(tokens[next(turn) % len(tokens)], 1e-3)
 

@@ -12,7 +12,8 @@ _REFUSED = {
     "scheduler": "use optimizer.schedule",
     "fp16": "use training.precision (bf16 or fp32)",
     "tensorboard": "use logging.tensorboard",
-    "pipeline": "it has no counterpart in this run",
+    "pipeline": "use the parallel section",
+    "activation_checkpointing": "use training.recompute",
 }
 # Our key for each derived one, named when a raw key contradicts it.
 _OURS = {
@@ -22,6 +23,7 @@ _OURS = {
     "gradient_clipping": "optimizer.gradient_clipping",
     "bf16.enabled": "training.precision",
     "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
     "data_types.grad_accum_dtype": "parallel.zero_stage (0 accumulates in the model's dtype)",
 }
 
@@ -34,7 +36,8 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
     stage = config.parallel.zero_stage
     bf16 = config.training.precision == "bf16"
     result: dict[str, Any] = {
-        "train_batch_size": config.training.global_batch_size,
+        # to DeepSpeed context-parallel ranks are data-parallel ones, each with a batch of its own
+        "train_batch_size": config.training.global_batch_size * config.parallel.context_parallel_size,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         "gradient_clipping": config.optimizer.gradient_clipping,
@@ -45,6 +48,8 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if config.parallel.offload_optimizer == "cpu":
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if bf16 and stage > 0:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     for key, way_out in _REFUSED.items():

@@ -5,9 +5,40 @@ import math
 from overtok_megatron.config.schema import RunConfig
 
 
+def model_ranks(config: RunConfig) -> int:
+    """Ranks that together hold one copy of the model and see the same samples."""
+    parallel = config.parallel
+    return parallel.pipeline_parallel_size * parallel.context_parallel_size * parallel.tensor_parallel_size
+
+
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that see different data."""
-    return world_size // config.parallel.tensor_parallel_size
+    """Copies of the model that see different samples."""
+    return world_size // model_ranks(config)
+
+
+def blocks_per_stage(config: RunConfig) -> list[int]:
+    """How many blocks each pipeline stage holds, by parallel.pipeline_partition.
+
+    "uniform": as even as can be, earlier stages one more. "parameters": the largest stage is as small as can be, the
+    embedding counted on the first and the head on the last.
+    """
+    model, parallel = config.model, config.parallel
+    stages, partition = parallel.pipeline_parallel_size, parallel.pipeline_partition
+    if isinstance(partition, list):
+        return partition
+    if partition == "uniform":
+        base, remainder = divmod(model.num_layers, stages)
+        return [base + (index < remainder) for index in range(stages)]
+    kv = model.hidden_size // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
+    block = 2 * model.hidden_size * (model.hidden_size + kv) + 3 * model.hidden_size * model.intermediate_size
+    counts, loads = [0] * stages, [0] * stages
+    loads[0] += model.vocab_size * model.hidden_size
+    loads[-1] += model.vocab_size * model.hidden_size
+    for _ in range(model.num_layers):  # equal blocks: giving each to the lightest stage is optimal
+        lightest = loads.index(min(loads))
+        counts[lightest] += 1
+        loads[lightest] += block
+    return counts
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

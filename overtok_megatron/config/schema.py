@@ -69,7 +69,13 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     tensor_parallel_size: Positive = Field(1, description="ranks that split every layer")
     sequence_parallel: bool = Field(False, description="split norms and residuals along the sequence as well")
+    pipeline_parallel_size: Positive = Field(1, description="stages over which the layers are spread")
+    pipeline_partition: Literal["uniform", "parameters"] | list[NonNegative] = Field(
+        "uniform", description="blocks a stage: as even as can be, by parameters, or the numbers themselves"
+    )
+    context_parallel_size: Positive = Field(1, description="ranks that split every sequence, for long ones")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="DeepSpeed's ZeRO stage, 0 to 3")
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="where DeepSpeed keeps dense optimizer state")
 
 
 class OptimizerConfig(Section):
@@ -96,6 +102,9 @@ class TrainingConfig(Section):
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
     resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
+    )
     kernels: Literal["auto", "apex", "torch"] = Field("auto", description="whose fused RMSNorm and AdamW run on CUDA")
     num_threads: Positive | None = Field(None, description="CPU threads a rank; none = cores over ranks")
 
@@ -103,12 +112,17 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     interval: Positive | None = Field(None, description="steps between checkpoints; always one at the end")
     keep_last: Positive | None = Field(None, description="how many to keep; none = all")
+    keep_every: Positive | None = Field(None, description="checkpoints of steps that this divides are kept forever")
+    asynchronous: bool = Field(True, description="write tables while training goes on")
+    incremental: NonNegative = Field(0, description="saves between full ones that write only rows changed since the last")
 
 
 class LoggingConfig(Section):
     interval: Positive = Field(1, description="steps between reports")
     tensorboard: bool = Field(True, description="write TensorBoard events")
     progress_bar: Literal["auto", "on", "off"] = Field("auto", description="auto draws it on a terminal")
+    trace_steps: list[Positive] = Field([], description="steps of which a profiler's trace is written, [first, last]")
+    trace_ranks: list[NonNegative] = Field([0], description="ranks that write one")
 
 
 class RunConfig(Section):

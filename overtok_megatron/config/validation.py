@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from overtok_megatron.config import deepspeed_config
 from overtok_megatron.config.collisions import collision_problem
-from overtok_megatron.config.derived import accumulation_steps, data_parallel_size, train_iters
+from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size, train_iters
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import ConfigError
 
@@ -34,6 +34,7 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     if config.over_encoding.enabled:
         _check_over_encoding(config, check, locate)
     _check_schedule(config, check)
+    _check_trace(config, world_size, check)
     _check_precision(config, world_size, check)
     deepspeed_config.derive(config, world_size)
 
@@ -50,32 +51,50 @@ def _nearest(wanted: int, limit: int, works: Callable[[int], bool]) -> str:
 
 
 def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None:
-    tensor = config.parallel.tensor_parallel_size
-    key = "parallel.tensor_parallel_size"
+    parallel = config.parallel
+    tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
+    taken = 1
+    for key, size in (
+        ("tensor_parallel_size", tensor),
+        ("context_parallel_size", context),
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size),
+    ):
+        left = world_size // taken
+        beside = f" left by the other axes of {world_size}" if taken > 1 else ""
+        check.need(
+            left % size == 0,
+            f"parallel.{key}",
+            size,
+            f"does not divide the {left} ranks{beside}; {_nearest_divisor(left, size)} does",
+        )
+        taken *= size
     check.need(
-        world_size % tensor == 0,
-        key,
-        tensor,
-        f"does not divide the {world_size} ranks; {_nearest_divisor(world_size, tensor)} does",
-    )
-    check.need(
-        not config.parallel.sequence_parallel or tensor > 1,
+        not parallel.sequence_parallel or tensor > 1,
         "parallel.sequence_parallel",
         True,
         "splits nothing with parallel.tensor_parallel_size 1; write false",
     )
+    _check_pipeline(config, check)
+    stage = parallel.zero_stage
     check.need(
-        tensor == 1 or config.parallel.zero_stage < 3,
+        tensor == 1 or stage < 3,
         "parallel.zero_stage",
-        config.parallel.zero_stage,
+        stage,
         "does not go with parallel.tensor_parallel_size > 1: both split the weights; use 2, or tensor_parallel_size 1",
     )
-    length = config.data.seq_length
     check.need(
-        length % tensor == 0,
+        parallel.offload_optimizer == "none" or stage > 0,
+        "parallel.offload_optimizer",
+        parallel.offload_optimizer,
+        "needs parallel.zero_stage 1 or more, which owns the state that moves; use zero_stage 1, or none",
+    )
+    length, slices = config.data.seq_length, tensor * context
+    names = "parallel.tensor_parallel_size" + (" x context_parallel_size" if context > 1 else "")
+    check.need(
+        length % slices == 0,
         "data.seq_length",
         length,
-        f"must be a multiple of parallel.tensor_parallel_size {tensor}; {math.ceil(length / tensor) * tensor} is",
+        f"must be a multiple of {names} {slices}; {math.ceil(length / slices) * slices} is",
     )
     data = data_parallel_size(config, world_size)
     batch, unit = config.training.global_batch_size, config.training.micro_batch_size * data
@@ -88,15 +107,56 @@ def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None
     )
 
 
+def _check_pipeline(config: RunConfig, check: _Checker) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    stages, partition = parallel.pipeline_parallel_size, parallel.pipeline_partition
+    if isinstance(partition, list):
+        check.need(
+            len(partition) == stages and sum(partition) == layers,
+            "parallel.pipeline_partition",
+            partition,
+            f"must be {stages} numbers (pipeline_parallel_size) with the sum {layers} (model.num_layers); uniform is "
+            f"{[layers // stages + (index < layers % stages) for index in range(stages)]}",
+        )
+    if stages == 1:
+        return
+    check.need(
+        all(blocks_per_stage(config)[1:-1]) and (isinstance(partition, list) or layers >= stages),
+        "parallel.pipeline_parallel_size",
+        stages,
+        f"leaves stages without a block: there are {layers} (model.num_layers); {min(stages, layers)} is the most",
+    )
+    check.need(
+        parallel.zero_stage < 2,
+        "parallel.zero_stage",
+        parallel.zero_stage,
+        "does not go with pipeline_parallel_size > 1: gradients of all micro-batches stay on the stage until the step "
+        "ends, so DeepSpeed cannot split them; use 1",
+    )
+    check.need(
+        config.training.precision == "fp32" or parallel.zero_stage == 1,
+        "parallel.zero_stage",
+        parallel.zero_stage,
+        "with bf16 and a pipeline adds the gradients of micro-batches in bfloat16, which loses small ones; use 1",
+    )
+    check.need(
+        parallel.offload_optimizer == "none",
+        "parallel.offload_optimizer",
+        parallel.offload_optimizer,
+        "is not offered by DeepSpeed's pipeline engine for this optimizer; use none, or pipeline_parallel_size 1",
+    )
+
+
 def _check_model(config: RunConfig, check: _Checker) -> None:
     model, tensor = config.model, config.parallel.tensor_parallel_size
+    split = tensor * config.parallel.context_parallel_size
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
 
     def heads_work(number: int) -> bool:
-        return model.hidden_size % (2 * number) == 0 and number % tensor == 0
+        return model.hidden_size % (2 * number) == 0 and number % split == 0
 
     def kv_heads_work(number: int) -> bool:
-        return heads % number == 0 and number % tensor == 0
+        return heads % number == 0 and number % split == 0
 
     better_heads = _nearest(heads, model.hidden_size, heads_work)
     better_kv_heads = _nearest(kv_heads, heads, kv_heads_work)
@@ -119,13 +179,13 @@ def _check_model(config: RunConfig, check: _Checker) -> None:
         kv_heads,
         f"does not divide num_attention_heads {heads}; {better_kv_heads}",
     )
-    rule = f"must be a multiple of parallel.tensor_parallel_size {tensor}"
-    for key, size, way_out in (
-        ("model.num_attention_heads", heads, better_heads),
-        ("model.num_key_value_heads", kv_heads, better_kv_heads),
-        ("model.intermediate_size", model.intermediate_size, better_width),
+    both = "parallel.tensor_parallel_size" + (" x context_parallel_size" if split > tensor else "")
+    for key, size, parts, names, way_out in (
+        ("model.num_attention_heads", heads, split, both, better_heads),
+        ("model.num_key_value_heads", kv_heads, split, both, better_kv_heads),
+        ("model.intermediate_size", model.intermediate_size, tensor, "parallel.tensor_parallel_size", better_width),
     ):
-        check.need(size % tensor == 0, key, size, f"{rule}; {way_out}")
+        check.need(size % parts == 0, key, size, f"must be a multiple of {names} {parts}; {way_out}")
 
 
 def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> None:
@@ -225,4 +285,20 @@ def _check_precision(config: RunConfig, world_size: int, check: _Checker) -> Non
         "parallel.zero_stage",
         stage,
         f"with bf16 adds the gradients of {steps} micro-batches in bfloat16, which loses small ones; use 1",
+    )
+
+
+def _check_trace(config: RunConfig, world_size: int, check: _Checker) -> None:
+    steps, ranks = config.logging.trace_steps, config.logging.trace_ranks
+    check.need(
+        not steps or (len(steps) == 2 and steps[0] <= steps[1]),
+        "logging.trace_steps",
+        steps,
+        "must be the first and the last step to trace, as [3, 4]",
+    )
+    check.need(
+        not steps or (bool(ranks) and max(ranks) < world_size),
+        "logging.trace_ranks",
+        ranks,
+        f"must name ranks of this run; 0 to {world_size - 1} are",
     )

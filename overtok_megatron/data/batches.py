@@ -38,10 +38,15 @@ class TrainBatches:
         self._accumulation = accumulation_steps
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what a step yields: [A, b, s + 1]."""
+        return self._accumulation, self._micro, self._length + 1
+
     def step(self, step: int) -> Tokens:
         """This rank's samples of optimizer step 0, 1, ...: [A, b, s + 1] int64."""
         first = step * self._accumulation * self._ranks * self._micro
-        result = np.empty((self._accumulation, self._micro, self._length + 1), dtype=np.int64)
+        result = np.empty(self.shape, dtype=np.int64)
         for micro_batch in range(self._accumulation):
             begin = first + (micro_batch * self._ranks + self._rank) * self._micro
             for row in range(self._micro):
@@ -50,16 +55,21 @@ class TrainBatches:
 
 
 def validation_batches(
-    dataset: IndexedDataset, seq_length: int, batch: int, data_parallel_rank: int, data_parallel_size: int
+    dataset: IndexedDataset, seq_length: int, batch: int, data_parallel_rank: int, data_parallel_size: int,
+    *, read: bool = True,
 ) -> Iterator[tuple[Tokens, Tokens]]:
     """(inputs, targets) [b, s] so that every token of the set but its first is scored once over all ranks.
 
-    Windows follow each other without overlap; what pads the last ones has the target -100. All ranks yield equally many.
+    Windows follow each other without overlap; what pads the last ones has the target -100. All ranks yield equally many; those
+    with read=False, which get the values from another rank, yield empty arrays.
     """
     scored = dataset.num_tokens - 1
     windows = -(-scored // seq_length)
     rounds = -(-windows // (batch * data_parallel_size))
     for turn in range(rounds):
+        if not read:
+            yield np.empty((0, seq_length), dtype=np.int64), np.empty((0, seq_length), dtype=np.int64)
+            continue
         inputs = np.zeros((batch, seq_length), dtype=np.int64)
         targets = np.full((batch, seq_length), IGNORED, dtype=np.int64)
         for row in range(batch):

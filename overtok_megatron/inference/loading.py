@@ -59,7 +59,7 @@ def load_trained(run: Path, device: torch.device) -> TrainedModel:
     _copy_weights(model, weights, path)
     tables = None
     if config.over_encoding.enabled:
-        tables = build_tables(config, model, manifest.eod_id, device=device)
+        tables = build_tables(config, model.embedding.over_encoding, manifest.eod_id, device=device)
         load_tables(path, tables, with_optimizer=False)
     return TrainedModel(config, model.eval(), tables, tokenizer, manifest.step)
 

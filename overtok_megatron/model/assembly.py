@@ -5,10 +5,10 @@ import torch.distributed as dist
 
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
-from overtok_megatron.model.block import Block
+from overtok_megatron.model.block import Block, Recompute
 from overtok_megatron.model.heads import InputEmbedding, OutputHead
 from overtok_megatron.model.rotary import Rotary
-from overtok_megatron.model.transformer import Transformer
+from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.embedding import OverEncoding, OverTables
 from overtok_megatron.ngram.exchange import RowExchange
 from overtok_megatron.ngram.ids import NgramHash
@@ -32,20 +32,26 @@ def build_layers(
     over: OverEncodingConfig,
     *,
     kernels: Kernels,
+    stage: Stage | None = None,
     group: dist.ProcessGroup | None = None,
+    context_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-) -> tuple[InputEmbedding, list[Block], OutputHead]:
-    """All layers in order, weights not yet initialised. `group` is the tensor-parallel group."""
-    encoder = None
-    if over.enabled:
-        num_tables = row_space(model, over).num_tables
-        encoder = OverEncoding(model.hidden_size, num_tables, combine=over.combine, group=group)
-    embedding = InputEmbedding(
-        model.vocab_size, model.hidden_size, over_encoding=encoder, group=group, sequence_parallel=sequence_parallel
-    )
+    recompute: Recompute = "none",
+) -> Layers:
+    """The layers of a stage (None = all), weights not yet initialised. `group` is the tensor-parallel group."""
+    stage = stage or Stage.of(0, [model.num_layers])
+    embedding = head = None
+    if stage.first or (stage.last and model.tie_word_embeddings):
+        encoder = None
+        if over.enabled and stage.first:
+            num_tables = row_space(model, over).num_tables
+            encoder = OverEncoding(model.hidden_size, num_tables, combine=over.combine, group=group)
+        embedding = InputEmbedding(
+            model.vocab_size, model.hidden_size, over_encoding=encoder, group=group, sequence_parallel=sequence_parallel
+        )
     rotary = Rotary(model.hidden_size // model.num_attention_heads, model.rope_theta)
-    blocks = [
-        Block(
+    blocks = {
+        index: Block(
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
             num_attention_heads=model.num_attention_heads,
@@ -54,21 +60,50 @@ def build_layers(
             rotary=rotary,
             layer_index=index,
             group=group,
+            context_group=context_group,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            kernels=kernels,
+        )
+        for index in range(stage.start, stage.stop)
+    }
+    if stage.last:
+        head = OutputHead(
+            model.vocab_size,
+            model.hidden_size,
+            norm_epsilon=model.norm_epsilon,
+            tied=embedding.word if embedding is not None and model.tie_word_embeddings else None,
+            group=group,
             sequence_parallel=sequence_parallel,
             kernels=kernels,
         )
-        for index in range(model.num_layers)
-    ]
-    head = OutputHead(
-        model.vocab_size,
-        model.hidden_size,
-        norm_epsilon=model.norm_epsilon,
-        tied=embedding.word if model.tie_word_embeddings else None,
+    return Layers(embedding, blocks, head)
+
+
+def build_run_layers(
+    config: RunConfig,
+    *,
+    device: torch.device,
+    stage: Stage | None = None,
+    group: dist.ProcessGroup | None = None,
+    context_group: dist.ProcessGroup | None = None,
+) -> Layers:
+    """The layers of a run's stage with their initial weights, in the run's precision."""
+    layers = build_layers(
+        config.model,
+        config.over_encoding,
+        stage=stage,
         group=group,
-        sequence_parallel=sequence_parallel,
-        kernels=kernels,
+        context_group=context_group,
+        sequence_parallel=config.parallel.sequence_parallel and group is not None,
+        recompute=config.training.recompute,
+        kernels=choose_kernels(config.training.kernels, device),
     )
-    return embedding, blocks, head
+    layers.reset(config.training.seed, config.model.init_std)
+    for layer in (layers.embedding, *layers.blocks.values(), layers.head):
+        if layer is not None:
+            layer.to(device=device, dtype=DTYPES[config.training.precision])
+    return layers
 
 
 def build_transformer(
@@ -76,37 +111,27 @@ def build_transformer(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    context_group: dist.ProcessGroup | None = None,
 ) -> Transformer:
     """The model of a run with its initial weights, in the run's precision."""
-    model = Transformer(
-        *build_layers(
-            config.model,
-            config.over_encoding,
-            group=group,
-            sequence_parallel=config.parallel.sequence_parallel and group is not None,
-            kernels=choose_kernels(config.training.kernels, device),
-        )
-    )
-    model.reset(config.training.seed, config.model.init_std)
-    return model.to(device=device, dtype=DTYPES[config.training.precision])
+    layers = build_run_layers(config, device=device, group=group, context_group=context_group)
+    return Transformer(layers)
 
 
 def build_tables(
     config: RunConfig,
-    model: Transformer,
+    encoder: OverEncoding | None,
     eod_id: int,
     *,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
     sequence_slice: tuple[int, int] = (0, 1),
 ) -> OverTables:
-    """This rank's tables for `model`, with initial rows. group: the table group; None = all rows are here.
+    """This rank's tables with initial rows. group: the table group; None = all rows are here.
 
-    sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
+    encoder: the module that the rows feed; None on a pipeline stage that has none and only serves rows. sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
     """
     over = config.over_encoding
-    encoder = model.embedding.over_encoding
-    assert encoder is not None
     space = row_space(config.model, over)
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     bounds = row_bounds(space.total_rows, size)

@@ -1,7 +1,8 @@
 """Causal self-attention of OLMo2: grouped queries, RMSNorm over all of q and of k, rotary positions, no biases.
 
 Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, h query heads, g key/value heads,
-e head size. Heads are split over the tensor-parallel group.
+e head size. Heads are split over the tensor-parallel group; under context parallelism s is a slice, and one all-to-all on
+either side of the core exchanges it for a slice of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 """
 
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
-from overtok_megatron.parallel.collectives import group_size
+from overtok_megatron.parallel.collectives import exchange_dims, group_rank, group_size
 from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
 
 
@@ -46,9 +48,13 @@ class Attention(nn.Module):
         layer_index: int,
         kernels: Kernels,
         group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
+        recompute_core: bool = False,
     ) -> None:
         super().__init__()
+        self.context_group = context_group
+        self.recompute_core = recompute_core
         self.head_size = hidden_size // num_attention_heads
         ranks = group_size(group)
         assert num_attention_heads % ranks == 0 and num_key_value_heads % ranks == 0
@@ -78,21 +84,34 @@ class Attention(nn.Module):
         q = self.q_norm(q).view(batch, length, self.heads_shard, self.head_size)
         k = self.k_norm(k).view(batch, length, self.kv_heads_shard, self.head_size)
         v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g, s, e]
-        rotary = self.rotary
-        angles = rotary.leading_angles(length, x.device) if decode is None else rotary.angles(decode.positions)
+        if decode is None:
+            angles = self.rotary.range_angles(group_rank(self.context_group) * length, length, x.device)
+        else:
+            angles = self.rotary.angles(decode.positions)
         q = self.kernels.rotate(q, *angles).transpose(1, 2)  # [b, h, s, e]
         k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g, s, e]
         if decode is not None:
             k, v = self._remember(k, v, decode)
-        if self.kv_heads_shard != self.heads_shard:
-            repeats = self.heads_shard // self.kv_heads_shard
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        if decode is None:
-            mixed = self.kernels.causal_attention(q, k, v)
+            mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=decode.mask)
+        elif self.recompute_core and torch.is_grad_enabled():
+            mixed = checkpoint(self._core, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=decode.mask)
+            mixed = self._core(q, k, v)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; positions of all context ranks take part."""
+        q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
+        mixed = self.kernels.causal_attention(q, *self._repeat(k, v))
+        return exchange_dims(mixed, self.context_group, split=2, join=1)
+
+    def _repeat(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values once for every query head that shares them."""
+        repeats = self.heads_shard // self.kv_heads_shard
+        if repeats == 1:
+            return k, v
+        return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
 
     def _remember(self, k: Tensor, v: Tensor, decode: DecodeStep) -> tuple[Tensor, Tensor]:
         end = decode.begin + k.shape[2]

@@ -1,7 +1,11 @@
 """One transformer layer of OLMo2: the norms stand after attention and after the feed-forward, before the residual sum."""
 
+from typing import Literal
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.attention import Attention, DecodeStep
@@ -10,8 +14,15 @@ from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 class Block(nn.Module):
-    """x + norm(attention(x)), then x + norm(mlp(x)); x is [b, s_shard, d]."""
+    """x + norm(attention(x)), then x + norm(mlp(x)); x is [b, s_shard, d].
+
+    recompute: what backward computes again instead of keeping it: nothing, the core of attention (from q, k and v), or
+    all of the layer (from its input).
+    """
 
     def __init__(
         self,
@@ -25,10 +36,13 @@ class Block(nn.Module):
         layer_index: int,
         kernels: Kernels,
         group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.layer_index = layer_index
+        self.recompute = recompute
         self.attention = Attention(
             hidden_size=hidden_size,
             num_attention_heads=num_attention_heads,
@@ -38,7 +52,9 @@ class Block(nn.Module):
             layer_index=layer_index,
             kernels=kernels,
             group=group,
+            context_group=context_group,
             sequence_parallel=sequence_parallel,
+            recompute_core=recompute == "selective",
         )
         self.mlp = SwiGLU(
             hidden_size=hidden_size,
@@ -57,5 +73,11 @@ class Block(nn.Module):
         self.mlp.reset(seed, f"blocks.{self.layer_index}.mlp", std)
 
     def forward(self, x: Tensor, decode: DecodeStep | None = None) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._layer, x, decode, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return self._layer(x, decode)
+
+    def _layer(self, x: Tensor, decode: DecodeStep | None) -> Tensor:
         x = x + self.attention_norm(self.attention(x, decode))
         return x + self.mlp_norm(self.mlp(x))

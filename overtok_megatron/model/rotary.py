@@ -12,7 +12,7 @@ class Rotary:
         self.head_size = head_size
         self.theta = theta
         self._frequencies: Tensor | None = None
-        self._training_angles: tuple[Tensor, Tensor] | None = None
+        self._kept: tuple[tuple[int, int, torch.device], tuple[Tensor, Tensor]] | None = None
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [..., s, 1, e/2] float32 of positions [..., s] int64."""
@@ -22,9 +22,9 @@ class Rotary:
         angles = positions.float().unsqueeze(-1) * self._frequencies  # [..., s, e/2]
         return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
-    def leading_angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Angles of positions 0 .. length-1, kept from call to call."""
-        kept = self._training_angles
-        if kept is None or kept[0].shape[0] != length or kept[0].device != device:
-            kept = self._training_angles = self.angles(torch.arange(length, device=device))
-        return kept
+    def range_angles(self, begin: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Angles of positions begin .. begin + length - 1, kept from call to call."""
+        place = (begin, length, device)
+        if self._kept is None or self._kept[0] != place:
+            self._kept = place, self.angles(torch.arange(begin, begin + length, device=device))
+        return self._kept[1]

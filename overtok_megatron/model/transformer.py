@@ -3,6 +3,11 @@
 Shapes: b batch, s sequence, d hidden, T tables, V vocabulary.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from overtok_megatron.model.attention import DecodeStep
@@ -10,22 +15,47 @@ from overtok_megatron.model.block import Block
 from overtok_megatron.model.heads import InputEmbedding, OutputHead
 
 
-class Transformer(nn.Module):
-    """Embedding, blocks and head, called one after the other."""
+@dataclass(frozen=True)
+class Stage:
+    """Blocks [start, stop) of the model; the embedding if `first`, the head if `last`."""
 
-    def __init__(self, embedding: InputEmbedding, blocks: list[Block], head: OutputHead) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.blocks = nn.ModuleList(blocks)
-        self.head = head
+    first: bool
+    last: bool
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, index: int, blocks_per_stage: Sequence[int]) -> "Stage":
+        ends = list(accumulate(blocks_per_stage, initial=0))
+        return cls(index == 0, index == len(blocks_per_stage) - 1, ends[index], ends[index + 1])
+
+
+class Layers(NamedTuple):
+    """What one pipeline stage holds, blocks by their number in the model; without a pipeline everything.
+
+    The last stage of a tied model holds a copy of the word embedding in `embedding`, which it does not run.
+    """
+
+    embedding: InputEmbedding | None
+    blocks: dict[int, Block]
+    head: OutputHead | None
 
     def reset(self, seed: int, std: float) -> None:
         """Initial weights: each a slice of the full weight drawn from (seed, its name), whatever the layout."""
-        self.embedding.reset(seed, std)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.reset(seed, std)
-        self.head.reset(seed, std)
+        for layer in (self.embedding, *self.blocks.values(), self.head):
+            if layer is not None:
+                layer.reset(seed, std)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and head, called one after the other."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        assert layers.embedding is not None and layers.head is not None, "a part of a pipeline is no whole model"
+        self.embedding = layers.embedding
+        self.blocks = nn.ModuleList(layers.blocks.values())
+        self.head = layers.head
 
     def hidden(self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None) -> Tensor:
         """tokens [b, s] int64, slots [b, s / ranks, T] -> the last hidden states, before the final norm."""

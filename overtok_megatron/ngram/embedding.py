@@ -20,7 +20,7 @@ from overtok_megatron.ngram.exchange import ExchangePlan, RowExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.table import TableShard
-from overtok_megatron.parallel.collectives import copy_to_group
+from overtok_megatron.parallel.collectives import copy_to_group, named
 from overtok_megatron.parallel.sharding import initialise
 
 Combine = Literal["sum", "mean", "scaled"]
@@ -111,11 +111,12 @@ class OverTables:
 
     Order of calls in a training step: `begin(tokens)`, the forward and backward passes, `collect(scale)`, `apply(...)`.
     In evaluation: `begin(tokens, training=False)` and forward passes. All are collectives of the table group.
+    module None: a rank that looks nothing up; it serves its rows all the same, and begins with tokens None.
     """
 
     def __init__(
         self,
-        module: OverEncoding,
+        module: OverEncoding | None,
         ngram_hash: NgramHash,
         shard: TableShard,
         optimizer: RowOptimizer,
@@ -132,35 +133,46 @@ class OverTables:
         self.dtype = dtype
         self.slice_index, self.num_slices = sequence_slice
         self.last_plan: ExchangePlan | None = None
+        self.step: StepRows | None = None
         self._touched: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, tokens: Tensor, *, training: bool = True, history: Tensor | None = None) -> Tensor:
+    def begin(self, tokens: Tensor | None, *, training: bool = True, history: Tensor | None = None) -> Tensor:
         """Fetch the rows of all of a step's micro-batches: tokens [A, b, s] -> slots [A, b, s / slices, T] int64.
 
-        history [A, b, n - 1]: the tokens before, in decoding. Leading axes are free.
+        history [A, b, n - 1]: the tokens before, in decoding. Leading axes are free. tokens None: this rank looks nothing
+        up, and gets no slots [0].
         """
-        ids = self.ngram_hash.rows(tokens, history)
-        ids = ids.chunk(self.num_slices, dim=-2)[self.slice_index]
+        if tokens is None:
+            ids = torch.empty(0, dtype=torch.int64, device=self.shard.weight.device)
+        else:
+            ids = self.ngram_hash.rows(tokens, history)
+            ids = ids.chunk(self.num_slices, dim=-2)[self.slice_index]
         plan = self.exchange.plan(ids)
         rows = self.exchange.fetch(plan, self.shard.weight).requires_grad_(training)
         grad = torch.zeros_like(rows, requires_grad=False) if training else None
-        self.module.step = StepRows(rows, grad, rows.detach().to(self.dtype))
+        self._keep(StepRows(rows, grad, rows.detach().to(self.dtype)))
         self.last_plan = plan
         return plan.slots
+
+    def _keep(self, step: StepRows | None) -> None:
+        self.step = step
+        if self.module is not None:
+            self.module.step = step
 
     def collect(self, scale: float) -> Tensor:
         """After the last backward: gradients, times `scale`, to their owners.
 
         Returns the sum of squares over all ranks, float64 scalar, the tables' part of the global norm (contract C5).
         """
-        step = self.module.step
+        step = self.step
         assert step is not None and step.grad is not None and self.last_plan is not None
         rows, grad = self.exchange.return_gradients(self.last_plan, step.grad)
         grad.mul_(scale)
         self._touched = (rows, grad)
         square = grad.double().square().sum()
         if self.exchange.group is not None:
-            dist.all_reduce(square, group=self.exchange.group)
+            with named("all-reduce of squares", self.exchange.group):
+                dist.all_reduce(square, group=self.exchange.group)
         return square
 
     def apply(self, learning_rate: float, clip_factor: float) -> None:
@@ -168,15 +180,18 @@ class OverTables:
         assert self._touched is not None, "apply() before collect()"
         rows, grad = self._touched
         self._touched = None
-        self.module.step = None
+        self._keep(None)
         if clip_factor != 1.0:
             grad.mul_(clip_factor)
         self.optimizer.update(rows, grad, learning_rate)
         self.shard.touched[rows] = True
 
-    def contribution_norms(self, tokens: Tensor) -> list[float]:
-        """Mean L2 norm of each order's projected contribution over tokens [A, b, s], before combination; 2-grams first."""
+    def contribution_norms(self, tokens: Tensor | None) -> list[float]:
+        """Mean L2 norm of each order's projected contribution over tokens [A, b, s], before combination; 2-grams first.
+
+        A collective, as begin() is; a rank without a module gets nothing.
+        """
         slots = self.begin(tokens, training=False)
-        norms = self.module.order_norms(slots, self.ngram_hash.space.num_slices)
-        self.module.step = None
-        return norms.tolist()
+        norms = [] if self.module is None else self.module.order_norms(slots, self.ngram_hash.space.num_slices).tolist()
+        self._keep(None)
+        return norms

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overtok_megatron.parallel.collectives import named
+
 
 @dataclass(frozen=True)
 class ExchangePlan:
@@ -47,10 +49,12 @@ class RowExchange:
         edges = torch.searchsorted(unique, torch.tensor(self.bounds, device=unique.device))
         counts = edges.diff()  # [ranks]
         their_counts = torch.empty_like(counts)
-        dist.all_to_all_single(their_counts, counts, group=self.group)
+        with named("all-to-all of counts", self.group):
+            dist.all_to_all_single(their_counts, counts, group=self.group)
         sent, received = counts.tolist(), their_counts.tolist()
         asked = unique.new_empty(sum(received))
-        dist.all_to_all_single(asked, unique, received, sent, group=self.group)
+        with named("all-to-all of ids", self.group):
+            dist.all_to_all_single(asked, unique, received, sent, group=self.group)
         return ExchangePlan(unique, slots, sent, received, asked - self.bounds[self.rank])
 
     def fetch(self, plan: ExchangePlan, weight: Tensor) -> Tensor:
@@ -59,7 +63,8 @@ class RowExchange:
         if self.group is None:
             return answer
         rows = weight.new_empty(plan.unique.numel(), weight.shape[1])
-        dist.all_to_all_single(rows, answer, plan.sent, plan.received, group=self.group)
+        with named("all-to-all of rows", self.group):
+            dist.all_to_all_single(rows, answer, plan.sent, plan.received, group=self.group)
         return rows
 
     def return_gradients(self, plan: ExchangePlan, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +76,8 @@ class RowExchange:
         if self.group is None:
             return plan.asked, grad
         inbox = grad.new_empty(plan.asked.numel(), grad.shape[1])
-        dist.all_to_all_single(inbox, grad, plan.received, plan.sent, group=self.group)
+        with named("all-to-all of gradients", self.group):
+            dist.all_to_all_single(inbox, grad, plan.received, plan.sent, group=self.group)
         rows, place = torch.unique(plan.asked, return_inverse=True)
         total = grad.new_zeros(rows.numel(), grad.shape[1])
         begin = 0

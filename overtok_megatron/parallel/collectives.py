@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 Group = dist.ProcessGroup | None
 
@@ -20,15 +21,22 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def named(operation: str, group: dist.ProcessGroup) -> record_function:
+    """A span of a profiler's trace: every collective runs within one, named by its group and what it does."""
+    return record_function(f"{group.group_desc}: {operation}")
+
+
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    with named("all-reduce", group):
+        dist.all_reduce(total, group=group)
     return total
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
+    with named("all-gather", group):
+        dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=dim)
 
 
@@ -46,8 +54,17 @@ def _own_slice(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 def _sum_slices(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     parts = [part.contiguous() for part in _slices(x, group, dim)]
     total = torch.empty_like(parts[0])
-    dist.reduce_scatter(total, parts, group=group)
+    with named("reduce-scatter", group):
+        dist.reduce_scatter(total, parts, group=group)
     return total
+
+
+def _all_to_all(x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
+    parts = torch.stack(_slices(x, group, split))  # [ranks, ...]
+    received = torch.empty_like(parts)
+    with named("all-to-all", group):
+        dist.all_to_all_single(received, parts, group=group)
+    return torch.cat(received.unbind(), dim=join)
 
 
 class _Copy(torch.autograd.Function):
@@ -115,6 +132,19 @@ class _ReduceScatter(torch.autograd.Function):
         return _gather(grad, ctx.group, ctx.dim), None, None
 
 
+class _ExchangeDims(torch.autograd.Function):
+    """| forward | split along `split`, joined along `join` | backward | the same with both dimensions swapped |"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
+        ctx.group, ctx.split, ctx.join = group, split, join
+        return _all_to_all(x, group, split, join)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.group, ctx.join, ctx.split), None, None, None
+
+
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
     """Enter a split region: identity forward, gradients summed over the group."""
     return x if group is None else _Copy.apply(x, group)
@@ -143,3 +173,11 @@ def all_gather_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
 def reduce_scatter_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
     """Leave a split region into sequence slices: reduce-scatter forward, all-gather backward. `dim` must divide."""
     return x if group is None else _ReduceScatter.apply(x, group, dim)
+
+
+def exchange_dims(x: Tensor, group: Group, *, split: int, join: int) -> Tensor:
+    """Slices of dimension `join`, whole in `split`, become whole in `join` and slices of `split` (one all-to-all).
+
+    What DeepSpeed-Ulysses does before and after attention (arXiv 2309.14509), with heads and sequence. `split` must divide.
+    """
+    return x if group is None else _ExchangeDims.apply(x, group, split, join)

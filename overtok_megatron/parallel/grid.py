@@ -1,78 +1,115 @@
 """The process grid: rank arithmetic as pure functions, and the groups made from it, which are never globals."""
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch.distributed as dist
 
-Axis = Literal["pipe", "data", "model"]
+Axis = Literal["pipe", "data", "context", "model"]
+AXES: tuple[Axis, ...] = ("pipe", "data", "context", "model")  # outermost first: tensor-parallel ranks are neighbours
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GridShape:
-    """Sizes of the axes. Ranks run pipe-major, then data, with model innermost: `rank_at` is the formula."""
+    """Sizes of the axes. Ranks run pipe-major, then data, context, with model innermost: `rank_at` is the formula."""
 
-    pipe: int
-    data: int
-    model: int
+    pipe: int = 1
+    data: int = 1
+    context: int = 1
+    model: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.pipe * self.data * self.model
+        return self.pipe * self.data * self.context * self.model
+
+    def size(self, axis: Axis) -> int:
+        return int(getattr(self, axis))
 
     def coordinates(self, rank: int) -> dict[Axis, int]:
         """Place of a rank on every axis."""
         assert 0 <= rank < self.world_size
-        return {
-            "pipe": rank // (self.data * self.model),
-            "data": rank // self.model % self.data,
-            "model": rank % self.model,
-        }
+        place: dict[Axis, int] = {}
+        for axis in reversed(AXES):
+            rank, place[axis] = divmod(rank, self.size(axis))
+        return {axis: place[axis] for axis in AXES}
 
     def rank_at(self, place: dict[Axis, int]) -> int:
-        return (place["pipe"] * self.data + place["data"]) * self.model + place["model"]
+        rank = 0
+        for axis in AXES:
+            rank = rank * self.size(axis) + place[axis]
+        return rank
 
-    def size(self, axis: Axis) -> int:
-        return {"pipe": self.pipe, "data": self.data, "model": self.model}[axis]
-
-    def ranks_along(self, axis: Axis, rank: int) -> list[int]:
-        """The ranks that differ from `rank` only on `axis`, itself included, in order."""
+    def ranks_along(self, rank: int, *axes: Axis) -> list[int]:
+        """The ranks that differ from `rank` only on `axes`, itself included, in order."""
         place = self.coordinates(rank)
-        return [self.rank_at({**place, axis: index}) for index in range(self.size(axis))]
+        spans = [range(self.size(axis)) for axis in AXES if axis in axes]
+        ordered = [axis for axis in AXES if axis in axes]
+        return [self.rank_at({**place, **dict(zip(ordered, spot, strict=True))}) for spot in product(*spans)]
 
-    def all_groups(self, axis: Axis) -> list[list[int]]:
-        """Every group of an axis once, by first rank."""
-        return [self.ranks_along(axis, rank) for rank in range(self.world_size) if self.coordinates(rank)[axis] == 0]
+    def all_groups(self, *axes: Axis) -> list[list[int]]:
+        """Every group along `axes` once, by first rank."""
+        groups = (self.ranks_along(rank, *axes) for rank in range(self.world_size))
+        return [ranks for rank, ranks in enumerate(groups) if ranks[0] == rank]
+
+    def pipe_ends(self, ranks: list[int]) -> list[int]:
+        """Those of `ranks` that are on the first or the last pipeline stage."""
+        return [rank for rank in ranks if self.coordinates(rank)["pipe"] in (0, self.pipe - 1)]
 
 
 @dataclass(frozen=True)
 class ProcessGrid:
     """This process's place and groups. A group of one rank is None: the layers then take the plain path.
 
-    tensor_group: ranks that split one layer. data_group: ranks that hold the same shard for other data. table_group:
-    the whole world, over which the n-gram tables are sharded. engine_groups: the same tensor and data groups where
+    tensor_group: ranks that split one layer. context_group: ranks that split a sequence. data_group: ranks that hold the
+    same shard, for other data or another part of the sequence, over which gradients are averaged. model_group: ranks that
+    together hold one copy of the weights. ends_group: the first and
+    the last pipeline stage's rank of the same place. batch_group: the ranks that need the same samples, that is the ends of one
+    pipeline with all its tensor and context ranks; None as well where this rank, in the middle of a pipeline, needs
+    none. table_group: the whole world, over which the n-gram tables are sharded. engine_groups: the tensor and data groups where
     DeepSpeed needs them even with one member; None without a process group.
     """
 
     shape: GridShape
     rank: int
     tensor_group: dist.ProcessGroup | None
+    context_group: dist.ProcessGroup | None
     data_group: dist.ProcessGroup | None
+    model_group: dist.ProcessGroup | None
+    ends_group: dist.ProcessGroup | None
+    batch_group: dist.ProcessGroup | None
     table_group: dist.ProcessGroup | None
     engine_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
 
+    def place(self, axis: Axis) -> int:
+        """This rank's coordinate on an axis."""
+        return self.shape.coordinates(self.rank)[axis]
+
     @property
     def tensor_rank(self) -> int:
-        return self.shape.coordinates(self.rank)["model"]
+        return self.place("model")
 
     @property
     def data_rank(self) -> int:
-        return self.shape.coordinates(self.rank)["data"]
+        return self.place("data")
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.place("pipe") == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.place("pipe") == self.shape.pipe - 1
+
+    @property
+    def batch_source(self) -> int:
+        """The rank that reads this pipeline's samples and hands them to the others of batch_group."""
+        return self.shape.rank_at({"pipe": 0, "data": self.data_rank, "context": 0, "model": 0})
 
     @classmethod
     def single(cls) -> "ProcessGrid":
         """One process, no process group."""
-        return cls(GridShape(1, 1, 1), 0, None, None, None, None)
+        return cls(GridShape(), 0, None, None, None, None, None, None, None, None)
 
     @classmethod
     def create(cls, shape: GridShape) -> "ProcessGrid":
@@ -80,21 +117,29 @@ class ProcessGrid:
         rank, world = dist.get_rank(), dist.get_world_size()
         assert world == shape.world_size, (world, shape)
 
-        def own_group(axis: Axis) -> dist.ProcessGroup:
+        def own_group(name: str, groups: list[list[int]]) -> dist.ProcessGroup | None:
             mine = None
-            for ranks in shape.all_groups(axis):  # every rank makes every group, in the same order
-                group = dist.new_group(ranks)
+            for ranks in groups:  # every rank makes every group, in the same order
+                group = dist.new_group(ranks, group_desc=name)
                 if rank in ranks:
                     mine = group
-            assert mine is not None
             return mine
 
-        tensor, data = own_group("model"), own_group("data")
+        def split_group(name: str, groups: list[list[int]]) -> dist.ProcessGroup | None:
+            return own_group(name, groups) if len(groups[0]) > 1 else None
+
+        tensor = own_group("tensor", shape.all_groups("model"))
+        data = own_group("data", shape.all_groups("data", "context"))
+        assert tensor is not None and data is not None
         return cls(
             shape,
             rank,
             tensor if shape.model > 1 else None,
-            data if shape.data > 1 else None,
-            dist.group.WORLD if world > 1 else None,
+            split_group("context", shape.all_groups("context")),
+            data if shape.data * shape.context > 1 else None,
+            split_group("model", shape.all_groups("pipe", "model")),
+            split_group("pipeline ends", [shape.pipe_ends(ranks) for ranks in shape.all_groups("pipe")]),
+            split_group("batch", [shape.pipe_ends(ranks) for ranks in shape.all_groups("pipe", "context", "model")]),
+            own_group("tables", [list(range(world))]) if world > 1 else None,
             (tensor, data),
         )

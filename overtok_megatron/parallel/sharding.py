@@ -58,6 +58,15 @@ def shard_of(parameter: nn.Parameter) -> Shard | None:
     return getattr(parameter, "shard", None)
 
 
+def mark_pipeline_replica(parameter: nn.Parameter) -> None:
+    """Record that another pipeline stage holds the same weight and counts it; in the name that DeepSpeed's norms look for."""
+    parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
+
+
+def is_pipeline_replica(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "ds_pipe_replicated", False)
+
+
 def named_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator for one weight, from (seed, name): no global random stream moves."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -8,7 +8,7 @@ that its own clipping already uses the joint norm. Where it comes in:
 | any, 3 | DeepSpeedZeroOptimizer_Stage3 | _get_norm_groups |
 | bf16, 1 | BF16_Optimizer | get_grads_for_norm |
 | bf16, 0 | FP16_UnfusedOptimizer, FP16_Optimizer | unscale_and_clip_grads |
-| fp32, 0 | none, the torch optimizer itself | clipped here, before the step |
+| fp32, 0 | none, the torch optimizer itself | a hook before its step, which clips here |
 
 Every hook runs once a step on every rank after the last backward, so the gradient exchange can sit in it.
 """
@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overtok_megatron.parallel.collectives import named
 from overtok_megatron.parallel.grid import ProcessGrid
-from overtok_megatron.parallel.sharding import shard_of
+from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
 
 
 class JointNorm:
@@ -43,10 +44,8 @@ class JointNorm:
         self._own_norm: float | None = None
         self._install()
 
-    def clip_before_step(self) -> None:
+    def _clip_before_step(self, *_: Any) -> None:
         """For float32 without ZeRO, where nobody else does it: the joint norm, and the clipping of dense gradients."""
-        if not self._clips_itself:
-            return
         dense = self._dense_square()
         self._own_norm = math.sqrt(dense + float(self._tables()))
         factor = self._factor(self._own_norm)
@@ -68,7 +67,7 @@ class JointNorm:
 
     def _tables(self) -> Tensor:
         if self._square is None:
-            zero = torch.zeros((), dtype=torch.float64, device=next(self.engine.module.parameters()).device)
+            zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
             self._square = zero if self._table_square is None else self._table_square()
         return self._square
 
@@ -79,6 +78,7 @@ class JointNorm:
         if self._clips_itself:
             self._parameters = lambda: self.engine.module.parameters()
             self.engine.clip_fp32_gradients = lambda: None  # DeepSpeed's knows the dense gradients only
+            optimizer.register_step_pre_hook(self._clip_before_step)
         elif kind == "DeepSpeedZeroOptimizer_Stage3":
             groups = optimizer._get_norm_groups
             optimizer._get_norm_groups = lambda: [*groups(), self._tables().sqrt().float()]
@@ -96,7 +96,7 @@ class JointNorm:
         return joint
 
     def _wrap_gradient_list(self, optimizer: Any) -> None:
-        """The tables' norm joins as one more tensor; DeepSpeed sums over tensor-parallel ranks, so on the first only."""
+        """The tables' norm joins as one more tensor; DeepSpeed sums over the ranks of a model, so on the first only."""
         original = optimizer.get_grads_for_norm
 
         def gradients(for_clipping: bool = False) -> Any:
@@ -104,7 +104,7 @@ class JointNorm:
                 return original(for_clipping=True)
             dense, experts = original()
             square = self._tables()
-            first = self.grid.tensor_rank == 0
+            first = self.grid.tensor_rank == 0 and self.grid.is_first_stage
             return ([*dense, square.sqrt().float().reshape(1)] if first else dense), experts
 
         optimizer.get_grads_for_norm = gradients
@@ -121,12 +121,16 @@ class JointNorm:
         optimizer.unscale_and_clip_grads = unscale
 
     def _dense_square(self) -> float:
-        """Sum of squares of dense gradients, a shard counted on every tensor-parallel rank, a replica on the first."""
-        device = next(iter(self._parameters())).device
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        """Sum of squares of dense gradients over the ranks of a model, each value once.
+
+        A shard counts on every tensor-parallel rank, a replica on the first; the second copy of a tied weight does not.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for parameter in self._parameters():
-            if parameter.grad is not None and (self.grid.tensor_rank == 0 or shard_of(parameter) is not None):
+            counts = self.grid.tensor_rank == 0 or shard_of(parameter) is not None
+            if parameter.grad is not None and counts and not is_pipeline_replica(parameter):
                 total += parameter.grad.double().square().sum()
-        if self.grid.tensor_group is not None:
-            dist.all_reduce(total, group=self.grid.tensor_group)
+        if self.grid.model_group is not None:
+            with named("all-reduce of squares", self.grid.model_group):
+                dist.all_reduce(total, group=self.grid.model_group)
         return float(total)

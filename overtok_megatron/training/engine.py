@@ -1,6 +1,6 @@
 """DeepSpeed around the model, the tables around DeepSpeed: one training step, one evaluation. Knows no files, no logs.
 
-The only file that imports deepspeed. Shapes: A micro-batches of a step, b micro batch, s sequence, T tables.
+Only this file and pipeline.py import deepspeed. Shapes: A micro-batches of a step, b micro batch, s sequence, T tables.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import deepspeed
@@ -25,19 +26,21 @@ from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.model.assembly import build_tables, build_transformer
-from overtok_megatron.model.transformer import Transformer
+from overtok_megatron.model.assembly import build_run_layers, build_tables, build_transformer
+from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.embedding import OverTables
+from overtok_megatron.parallel.collectives import named
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.topology import DeepSpeedTopology
 from overtok_megatron.training.clipping import JointNorm
 from overtok_megatron.training.engine_files import EngineFiles
+from overtok_megatron.training.pipeline import PipelineStage
 
 # Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
 _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
 
 
-def start_processes(tensor_parallel_size: int) -> ProcessGrid:
+def start_processes(config: RunConfig) -> ProcessGrid:
     """Join the process group that the launcher described, and build the grid."""
     # DeepSpeed logs much and calls collectives by old names; neither concerns a user.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -45,8 +48,14 @@ def start_processes(tensor_parallel_size: int) -> ProcessGrid:
     # DeepSpeed would compile a shared-memory all-reduce (half a minute, and a compiler) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    world = dist.get_world_size()
-    return ProcessGrid.create(GridShape(pipe=1, data=world // tensor_parallel_size, model=tensor_parallel_size))
+    parallel = config.parallel
+    shape = GridShape(
+        pipe=parallel.pipeline_parallel_size,
+        data=derived.data_parallel_size(config, dist.get_world_size()),
+        context=parallel.context_parallel_size,
+        model=parallel.tensor_parallel_size,
+    )
+    return ProcessGrid.create(shape)
 
 
 def local_device() -> torch.device:
@@ -59,11 +68,15 @@ def local_device() -> torch.device:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, the same on every rank. Norms are before clipping; loss is the mean cross entropy."""
+    """What one optimizer step did, the same on every rank. Norms are before clipping; loss is the mean cross entropy.
+
+    stop: some rank was asked to stop after this step.
+    """
 
     loss: float
     grad_norm: float
     table_grad_norm: float
+    stop: bool
     unique_rows: int
     looked_up_rows: int
     exchange_bytes: int
@@ -76,13 +89,16 @@ class TrainingEngine:
         self.config = config
         self.grid = grid
         self.device = device
+        self.stop_asked = False
         self.micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
-        model = build_transformer(config, device=device, group=grid.tensor_group)
+        model = self._build_model()
+        encoder = None if model.embedding is None else model.embedding.over_encoding
         self.tables: OverTables | None = None
         if config.over_encoding.enabled:
-            tensor_slice = (grid.tensor_rank, grid.shape.model)
+            shape = grid.shape  # the ranks that see a sequence divide it among them: context slices, then tensor slices
+            own_slice = grid.place("context") * shape.model + grid.tensor_rank, shape.context * shape.model
             self.tables = build_tables(
-                config, model, eod_id, device=device, group=grid.table_group, sequence_slice=tensor_slice
+                config, encoder, eod_id, device=device, group=grid.table_group, sequence_slice=own_slice
             )
         self.optimizer = self._build_optimizer(model)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
@@ -90,21 +106,31 @@ class TrainingEngine:
                 model=model,
                 optimizer=self.optimizer,
                 config=deepspeed_config.derive(config, grid.shape.world_size),
-                mpu=DeepSpeedTopology(grid),
+                mpu=None if grid.shape.pipe > 1 else DeepSpeedTopology(grid),
                 dist_init_required=False,
             )
         if type(self.engine.optimizer).__name__.startswith("FP16_"):
             # These two step once on zero gradients to make Adam's state, which would put its bias correction a step ahead.
             self.optimizer.state.clear()
-        self.model: Transformer = self.engine.module
+        self.model: Transformer | PipelineStage = self.engine.module
         self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, _PLAIN_CLASSES)
         table_square = None if self.tables is None else self._collect_tables
         self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping, table_square)
 
-    def _build_optimizer(self, model: Transformer) -> torch.optim.Optimizer:
+    def _build_model(self) -> Transformer | PipelineStage:
+        config, grid = self.config, self.grid
+        groups = {"group": grid.tensor_group, "context_group": grid.context_group}
+        if grid.shape.pipe == 1:
+            return build_transformer(config, device=self.device, **groups)
+        counts = derived.blocks_per_stage(config)
+        layers = build_run_layers(config, device=self.device, stage=Stage.of(grid.place("pipe"), counts), **groups)
+        tied, z_loss = config.model.tie_word_embeddings, config.training.z_loss
+        return PipelineStage(layers, counts, grid, tied=tied, z_loss=z_loss)
+
+    def _build_optimizer(self, model: Transformer | PipelineStage) -> torch.optim.Optimizer:
         """Weight decay on matrices; not on norms, nor on the word embedding unless it is the head as well (OLMo2)."""
         settings = self.config.optimizer
-        word = model.embedding.word.weight
+        word = None if model.embedding is None else model.embedding.word.weight
         free = [
             p for p in model.parameters() if p.ndim < 2 or (p is word and not self.config.model.tie_word_embeddings)
         ]
@@ -120,57 +146,115 @@ class TrainingEngine:
 
     def _collect_tables(self) -> Tensor:
         assert self.tables is not None
-        # The loss is already divided by the micro-batches; the mean over data-parallel ranks is still to be taken.
-        return self.tables.collect(1.0 / self.grid.shape.data)
+        # The loss is already divided by the micro-batches; the mean over the ranks with other tokens is still to be taken.
+        return self.tables.collect(1.0 / (self.grid.shape.data * self.grid.shape.context))
 
-    def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
-        """One optimizer step on this rank's tokens [A, b, s + 1] int64.
+    def step(self, tokens: Tensor | None, learning_rate: float) -> StepResult:
+        """One optimizer step on this pipeline's tokens [A, b, s + 1] int64; None on stages that see none.
 
         Raises OvertokError where the gradient norm is not finite; nothing is saved after that.
         """
-        assert tokens.shape[0] == self.micro_batches
-        inputs, targets = tokens[..., :-1], tokens[..., 1:]  # [A, b, s]
-        slots = None if self.tables is None else self.tables.begin(inputs)
+        assert tokens is None or tokens.shape[0] == self.micro_batches
+        inputs, targets = (None, None) if tokens is None else (tokens[..., :-1], tokens[..., 1:])  # [A, b, s]
+        slots = self._begin(inputs)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        per_micro_batch = targets[0].numel()
-        for index in range(self.micro_batches):
-            micro_slots = None if slots is None else slots[index]
-            objective, cross_entropy = self.engine(
-                inputs[index], micro_slots, targets[index], self.config.training.z_loss
-            )
-            total += cross_entropy / per_micro_batch
-            self.engine.backward(objective / per_micro_batch)
-            if index == self.micro_batches - 1:
-                self.norm.clip_before_step()
-            self.engine.step()
+        inputs, targets = self._own_part(inputs), self._own_part(targets)
+        if self.is_pipeline:
+            scored = self._train_pipeline(inputs, slots, targets)
+        else:
+            assert inputs is not None and targets is not None
+            scored = [self._micro_batch(*parts) for parts in self._parts(inputs, slots, targets)]
         grad_norm, table_norm, factor = self.norm.finish()
         if not torch.isfinite(torch.tensor(grad_norm)):
             raise OvertokError(
                 f"gradient norm is {grad_norm} at optimizer step {self.engine.global_steps}: stopped before"
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
-        counts = (0, 0, 0)
+        counts = [0, 0, 0]
         if self.tables is not None:
             counts = self._table_counts(slots)
             self.tables.apply(learning_rate * self.config.over_encoding.learning_rate_factor, factor)
-        return StepResult(self._mean_loss(total / self.micro_batches), grad_norm, table_norm, *counts)
+        return self._joined(scored, counts, grad_norm, table_norm)
 
-    def _table_counts(self, slots: Tensor | None) -> tuple[int, int, int]:
-        assert self.tables is not None and self.tables.last_plan is not None and slots is not None
+    @property
+    def is_pipeline(self) -> bool:
+        return self.grid.shape.pipe > 1
+
+    def _begin(self, inputs: Tensor | None, *, training: bool = True) -> Tensor | None:
+        """Fetch the rows of all micro-batches, for which every rank is needed; slots on the first stage, else None."""
+        if self.tables is None:
+            return None
+        first = self.grid.is_first_stage
+        slots = self.tables.begin(inputs if first else None, training=training)
+        return slots if first else None
+
+    def _own_part(self, tokens: Tensor | None) -> Tensor | None:
+        """The part of each sequence that this context-parallel rank handles: [.., s] -> [.., s / ranks]."""
+        if tokens is None or self.grid.context_group is None:
+            return tokens
+        return tokens.chunk(self.grid.shape.context, dim=-1)[self.grid.place("context")]
+
+    def _parts(
+        self, inputs: Tensor, slots: Tensor | None, targets: Tensor
+    ) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+        return [(inputs[i], None if slots is None else slots[i], targets[i]) for i in range(inputs.shape[0])]
+
+    def _micro_batch(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch, the optimizer's step after the last; its summed cross entropy."""
+        objective, cross_entropy = self.engine(inputs, slots, targets, self.config.training.z_loss)
+        self.engine.backward(objective / targets.numel())
+        self.engine.step()
+        scored: Tensor = cross_entropy
+        return scored
+
+    def _train_pipeline(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> list[Tensor]:
+        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage."""
+        assert isinstance(self.model, PipelineStage)
+        self.engine.train_batch(iter(self._pipeline_batches(inputs, slots, targets)))
+        return self.model.take_scored()
+
+    def _evaluate_pipeline(
+        self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None, count: int
+    ) -> list[Tensor]:
+        assert isinstance(self.model, PipelineStage)
+        batches = iter(self._pipeline_batches(inputs, slots, targets))
+        self.engine.eval_batch(batches, num_micro_batches=count, reduce_output=None, bcast_loss=False)
+        return self.model.take_scored()
+
+    def _pipeline_batches(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> list[Any]:
+        """What the engine's ends ask for, a micro-batch each: ((tokens, slots), targets)."""
+        if inputs is None or targets is None:
+            return []
+        parts = self._parts(inputs, slots, targets)
+        return [((tokens,) if slot is None else (tokens, slot), target) for tokens, slot, target in parts]
+
+    def _table_counts(self, slots: Tensor | None) -> list[int]:
+        """This rank's unique rows, rows looked up, and bytes sent."""
+        assert self.tables is not None and self.tables.last_plan is not None
         plan = self.tables.last_plan
         sent = self.tables.exchange.payload_bytes(plan, 4 * self.tables.shard.weight.shape[1])
-        counts = torch.tensor([plan.unique.numel(), slots.numel(), sent], dtype=torch.int64, device=self.device)
-        if self.grid.table_group is not None:
-            dist.all_reduce(counts, group=self.grid.table_group)
-        unique, looked_up, sent = counts.tolist()
-        return unique, looked_up, sent
+        return [plan.unique.numel(), 0 if slots is None else slots.numel(), sent]
 
-    def _mean_loss(self, loss: Tensor) -> float:
-        if self.grid.data_group is not None:
-            dist.all_reduce(loss, group=self.grid.data_group)
-        return float(loss) / self.grid.shape.data
+    def _joined(self, scored: list[Tensor], counts: list[int], grad_norm: float, table_norm: float) -> StepResult:
+        """The step's figures over all ranks, and whether any of them was asked to stop: one small reduction."""
+        tokens = self.config.training.global_batch_size * self.config.data.seq_length
+        stop = float(self.stop_asked)
+        values = torch.tensor([self._own_loss(scored), stop, *counts], dtype=torch.float64, device=self.device)
+        self._sum_over_ranks(values)
+        total, stops, *sums = values.tolist()
+        return StepResult(total / tokens, grad_norm, table_norm, stops > 0, *map(int, sums))
+
+    def _own_loss(self, scored: list[Tensor]) -> float:
+        """Tensor-parallel ranks of the last stage hold the same sums: the first one's count."""
+        if not scored or self.grid.tensor_rank > 0:
+            return 0.0
+        return float(torch.stack(scored).double().sum())
+
+    def _sum_over_ranks(self, values: Tensor) -> None:
+        if self.grid.table_group is not None:  # the whole world
+            with named("all-reduce of figures", self.grid.table_group):
+                dist.all_reduce(values, group=self.grid.table_group)
 
     def dense_state(self) -> dict[str, Tensor]:
         """This tensor-parallel rank's dense weights by name, whole also under ZeRO 3; the tied head appears once."""
@@ -183,19 +267,32 @@ class TrainingEngine:
         return state
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None]) -> tuple[float, int]:
         """Mean cross entropy and the number of scored tokens over batches of (inputs, targets) [b, s] int64.
 
-        Every rank must bring the same number of batches; a target of -100 is not scored.
+        Every rank must bring the same number of batches, stages that see none None; a target of -100 is not scored.
         """
         self.engine.eval()
+        if self.is_pipeline:
+            self.engine.reset_activation_shape()  # its buffers remember the last batch's
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for inputs, targets in batches:
-            slots = None if self.tables is None else self.tables.begin(inputs.unsqueeze(0), training=False)[0]
-            _, cross_entropy = self.engine(inputs, slots, targets)
-            sums += torch.stack([cross_entropy.double(), (targets >= 0).sum().double()])
+        stream = iter(batches)
+        while group := list(islice(stream, self.grid.shape.pipe)):  # as many at once as keep every stage busy
+            seen = [batch for batch in group if batch is not None]
+            inputs, targets = (torch.stack(parts) for parts in zip(*seen, strict=True)) if seen else (None, None)
+            slots = self._begin(inputs, training=False)
+            inputs, targets = self._own_part(inputs), self._own_part(targets)
+            if self.is_pipeline:
+                scored = self._evaluate_pipeline(inputs, slots, targets, len(group))
+            else:
+                assert inputs is not None and targets is not None
+                scored = [self.engine(*parts)[1] for parts in self._parts(inputs, slots, targets)]
+            if scored and self.grid.tensor_rank == 0:
+                assert targets is not None
+                sums += torch.stack([torch.stack(scored).double().sum(), (targets >= 0).sum().double()])
         self.engine.train()
-        if self.grid.data_group is not None:
-            dist.all_reduce(sums, group=self.grid.data_group)
+        if self.is_pipeline:
+            self.engine.reset_activation_shape()
+        self._sum_over_ranks(sums)
         total, count = sums.tolist()
         return total / count, int(count)

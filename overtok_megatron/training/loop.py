@@ -6,9 +6,10 @@ Shapes: A micro-batches a step, b micro batch, s sequence.
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,7 @@ from overtok_megatron.config.validation import validate
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
 from overtok_megatron.model.assembly import DTYPES
+from overtok_megatron.parallel.collectives import named
 from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine, local_device, start_processes
 from overtok_megatron.training.metrics import Reporter
@@ -39,7 +41,7 @@ class TrainingRun:
         if device.type == "cpu":
             torch.set_num_threads(config.training.num_threads or num_threads)
         torch.use_deterministic_algorithms(config.training.deterministic)
-        self.grid = start_processes(config.parallel.tensor_parallel_size)
+        self.grid = start_processes(config)
         world = self.grid.shape.world_size
         validate(config, world, lambda key: "resolved")
         self.data = open_run_data(config)
@@ -89,7 +91,7 @@ class TrainingRun:
             dynamic_ncols=True,
         ) as bar:
             for step in range(begin, self.total_steps):
-                values = self._one_step(step)
+                values, stop = self._one_step(step)
                 done = step + 1
                 if self._due(done, self.config.training.validation_interval) and self.data.validation is not None:
                     values |= self._validate()
@@ -121,13 +123,30 @@ class TrainingRun:
             log.info("resumed from %s", path)
         return manifest.step
 
-    def _one_step(self, step: int) -> dict[str, float]:
+    def _one_step(self, step: int) -> tuple[dict[str, float], bool]:
+        """Train one step: what to report, and whether to stop after it."""
         begin = time.perf_counter()
-        tokens = torch.from_numpy(self.batches.step(step)).to(self.trainer.device)  # [A, b, s + 1]
+        tokens = self._shared(lambda: torch.from_numpy(self.batches.step(step)), self.batches.shape)  # [A, b, s + 1]
         learning_rate = self.schedule.at(step)
         result = self.trainer.step(tokens, learning_rate)
         seconds = time.perf_counter() - begin
-        return self._figures(result, learning_rate, seconds)
+        return self._figures(result, learning_rate, seconds), result.stop
+
+    def _shared(self, read: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor | None:
+        """What one rank of a pipeline reads, int64 of `shape`, on all that need it; None on stages that do not.
+
+        A collective of the batch group.
+        """
+        grid, device = self.grid, self.trainer.device
+        if not (grid.is_first_stage or grid.is_last_stage):
+            return None
+        if grid.batch_group is None:
+            return read().to(device)
+        reads = grid.rank == grid.batch_source
+        tokens = read().to(device) if reads else torch.empty(shape, dtype=torch.int64, device=device)
+        with named("broadcast of tokens", grid.batch_group):
+            dist.broadcast(tokens, src=grid.batch_source, group=grid.batch_group)
+        return tokens
 
     def _figures(self, result: StepResult, learning_rate: float, seconds: float) -> dict[str, float]:
         speed = self.tokens_per_step / seconds
@@ -155,19 +174,20 @@ class TrainingRun:
         loss, _ = self.trainer.evaluate(self._validation_batches())
         return {"validation/loss": loss}
 
-    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor] | None]:
         assert self.data.validation is not None
+        length, size = self.config.data.seq_length, self.config.training.micro_batch_size
         for inputs, targets in validation_batches(
             self.data.validation,
-            self.config.data.seq_length,
-            self.config.training.micro_batch_size,
+            length,
+            size,
             self.grid.data_rank,
             self.grid.shape.data,
+            read=self.grid.rank == self.grid.batch_source,
         ):
-            yield (
-                torch.from_numpy(inputs).to(self.trainer.device),
-                torch.from_numpy(targets).to(self.trainer.device),
-            )
+            pair = torch.from_numpy(np.stack([inputs, targets]))
+            both = self._shared(lambda pair=pair: pair, (2, size, length))  # type: ignore[misc]  # a default's type
+            yield None if both is None else (both[0], both[1])
 
     def _table_figures(self, step: int) -> dict[str, float]:
         """Figures that sweep the tables or look at n-grams twice: taken where validation is, not every step."""
@@ -175,12 +195,12 @@ class TrainingRun:
         if tables is None:
             return {}
         touched = metrics.over_ranks(float(tables.shard.touched.sum()), dist.ReduceOp.SUM)
-        sample = torch.from_numpy(self.batches.step(step)).to(self.trainer.device)[:, :, :-1]
-        values = {
-            "tables/touched_share": touched / tables.ngram_hash.space.total_rows,
-            "tables/collision_share": tables.ngram_hash.collision_share(sample),
-        }
-        norms = tables.contribution_norms(sample[:1])
+        tokens = self._shared(lambda: torch.from_numpy(self.batches.step(step)), self.batches.shape)
+        sample = tokens[:, :, :-1] if tokens is not None and self.grid.is_first_stage else None
+        norms = tables.contribution_norms(None if sample is None else sample[:1])
+        values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
+        if sample is not None:
+            values["tables/collision_share"] = tables.ngram_hash.collision_share(sample)
         return values | {f"tables/norm_{order + 2}gram": norm for order, norm in enumerate(norms)}
 
     def _report(self, reporter: Reporter, done: int, values: dict[str, float]) -> None:

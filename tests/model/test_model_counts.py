@@ -65,7 +65,7 @@ def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, A
     if encoder is None:
         assert counts.tables == needed.table_rows == needed.table_state == 0
         return
-    tables = build_tables(config, built, 0, device=CPU)
+    tables = build_tables(config, built.embedding.over_encoding, 0, device=CPU)
     assert counts.tables == tables.shard.weight.numel() == counts.total - counts.dense
     assert needed.table_rows == tables.shard.weight.nbytes + tables.shard.touched.nbytes
     assert needed.table_state == sum(state.nbytes for state in tables.optimizer.state.values())

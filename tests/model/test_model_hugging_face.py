@@ -24,8 +24,9 @@ def test_logits_and_gradients(kernels: str, kv_heads: int, tied: bool) -> None:
         tie_word_embeddings=tied,
     )
     chosen = choose_kernels(kernels, torch.device("cpu"))
-    model = Transformer(*build_layers(config, OverEncodingConfig(), kernels=chosen))
-    model.reset(seed=1, std=0.05)
+    layers = build_layers(config, OverEncodingConfig(), kernels=chosen)
+    layers.reset(seed=1, std=0.05)
+    model = Transformer(layers)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:

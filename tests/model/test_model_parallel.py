@@ -67,7 +67,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
     if config.over_encoding.enabled:
         tables = build_tables(
             config,
-            model,
+            model.embedding.over_encoding,
             EOD,
             device=CPU,
             group=grid.table_group,
@@ -93,7 +93,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
 
 def rank_work() -> list[dict[str, Any]]:
     dist.init_process_group("gloo")
-    grid = ProcessGrid.create(GridShape(pipe=1, data=1, model=2))
+    grid = ProcessGrid.create(GridShape(model=2))
     results = [evaluate(name, sequence, grid) for name in CASES for sequence in (False, True)]
     dist.destroy_process_group()
     return results

@@ -61,14 +61,15 @@ def train_cases(cases: list[Case]) -> list[Result]:
     results = []
     for case in cases:
         config = configuration(case)
-        grid = start_processes(config.parallel.tensor_parallel_size)
+        grid = start_processes(config)
         trainer = TrainingEngine(config, grid, torch.device("cpu"), EOD)
         ranks = grid.shape.data
         tokens = stream(config.model.vocab_size)
         losses, norms = [], []
         for step in range(STEPS):
             own = tokens[step].view(trainer.micro_batches, ranks, -1, SEQ + 1)[:, grid.data_rank]
-            result = trainer.step(own, config.optimizer.learning_rate)
+            sees_tokens = grid.is_first_stage or grid.is_last_stage
+            result = trainer.step(own if sees_tokens else None, config.optimizer.learning_rate)
             losses.append(result.loss)
             norms.append(result.grad_norm)
         assert trainer.tables is not None

@@ -38,7 +38,7 @@ def run(trainer: TrainingEngine, steps: range) -> list[float]:
 def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], bool]:
     """Losses of an unbroken run, of one that went through a checkpoint, and whether all weights agree in the end."""
     config = configuration(case)
-    grid = start_processes(config.parallel.tensor_parallel_size)
+    grid = start_processes(config)
     whole, store = TrainingEngine(config, grid, CPU, EOD), CheckpointStore(folder)
     losses = run(whole, range(2))
     save_state(whole, store, step=2, consumed_samples=0, eod_id=EOD, tokenizer_fingerprint="none")

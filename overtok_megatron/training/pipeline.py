@@ -1,0 +1,91 @@
+"""One stage of the model as DeepSpeed's pipeline engine wants it: the same layers, names and weights as the whole model's.
+
+Knows no data and no optimizer. Shapes: b batch, s sequence, d hidden, T tables.
+"""
+
+import contextlib
+import io
+from typing import Any
+
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from overtok_megatron.model.transformer import Layers
+from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.parallel.sharding import mark_pipeline_replica
+
+
+class PipelineStage(PipelineModule):
+    """This rank's stage. Input of the first: (tokens [b, s], slots [b, s, T]) int64; between stages hidden [b, s, d].
+
+    Parameters are called as in `Transformer`, whatever the stage, so that nothing that goes by names (checkpoints, the
+    optimizer's groups) knows of pipelines. The loss is the mean objective of a micro-batch; `scored` collects the summed
+    cross entropies on the last stage.
+    """
+
+    def __init__(
+        self, layers: Layers, blocks_per_stage: list[int], grid: ProcessGrid, *, tied: bool, z_loss: float
+    ) -> None:
+        # plain values and a tuple only: modules can be attributes after DeepSpeed's constructor has begun
+        self._layers = layers
+        self._counts = [*blocks_per_stage]
+        self._counts[0] += 1  # the embedding
+        self._counts[-1] += 1  # the head
+        self._place = grid
+        self._tied = tied
+        self._z_loss = z_loss
+        self.scored: list[Tensor] = []
+        shape = grid.shape
+        topology = PipeModelDataParallelTopology(
+            num_pp=shape.pipe, num_mp=shape.model, num_dp=shape.data * shape.context
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
+            super().__init__([None] * sum(self._counts), topology=topology, loss_fn=self._loss)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = [sum(self._counts[:stage]) for stage in range(len(self._counts) + 1)]
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _build(self) -> None:
+        self.embedding = self._layers.embedding
+        self.blocks = nn.ModuleDict({str(index): block for index, block in self._layers.blocks.items()})
+        self.head = self._layers.head
+        first, last = self._place.is_first_stage, self._place.is_last_stage
+        layers = [*([self.embedding] if first else []), *self.blocks.values(), *([self.head] if last else [])]
+        self.forward_funcs = layers  # what DeepSpeed's checkpoints hold, a file a layer
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """The word embedding and its copy beside the head: equal from the start, their gradients summed before a step."""
+        if not self._tied or self.embedding is None:
+            return {}
+        word = self.embedding.word
+        if not self._place.is_first_stage:
+            mark_pipeline_replica(word.weight)
+        ranks = self._place.shape.pipe_ends(self._place.shape.ranks_along(self._place.rank, "pipe"))
+        return {"word": {"ranks": ranks, "group": self._place.ends_group, "weight_attr": ["weight"], "module": word}}
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """What the engine sums over the ends; not registered a second time, which would change its name."""
+        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+
+    def forward(self, x: Any) -> Tensor:
+        """The engine's forward: this stage's layers but for the head, whose work is the loss."""
+        if self._place.is_first_stage:
+            assert self.embedding is not None
+            x = self.embedding(*x)
+        for block in self.blocks.values():
+            x = block(x)
+        hidden: Tensor = x
+        return hidden
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        assert self.head is not None
+        objective, cross_entropy = self.head.loss(hidden, targets, self._z_loss if self.training else 0.0)
+        self.scored.append(cross_entropy)
+        return objective / targets.numel()
+
+    def take_scored(self) -> list[Tensor]:
+        """The cross entropies since the last call; empty on all stages but the last."""
+        scored, self.scored = self.scored, []
+        return scored
