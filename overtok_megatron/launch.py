@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -84,4 +85,9 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         "overtok_megatron.training.entry",
         str(resolved),
     ]
-    return subprocess.run(command, env={**os.environ, **extra}, check=False).returncode
+    process = subprocess.Popen(command, env={**os.environ, **extra})
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # the ranks save and leave
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""The rooms know each other in one direction only, and only one file knows DeepSpeed."""
+"""The rooms know each other in one direction only, and only the engine's files know DeepSpeed."""
 
 import ast
 from pathlib import Path
@@ -49,10 +49,10 @@ def test_rooms_import_in_one_direction() -> None:
     assert not wrong, wrong
 
 
-def test_only_the_engine_imports_deepspeed() -> None:
+def test_only_what_touches_the_engine_imports_deepspeed() -> None:
     users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
              if any(name.split(".")[0] == "deepspeed" for name in imported(path))}  # fmt: skip
-    assert users == {"training/engine.py"}
+    assert users == {"training/engine.py", "training/pipeline.py", "training/dense_state.py"}
 
 
 def test_models_do_not_touch_torch_distributed_but_for_its_types() -> None:

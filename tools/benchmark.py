@@ -144,7 +144,7 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
              "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
         )  # fmt: skip
         batches = TrainBatches(dataset, config.data.seq_length, 32, 1, 0, 1, seed=1)
-        tokens = [torch.from_numpy(batches.step(step)).to(DEVICE) for step in range(options.rounds + 2)]
+        tokens = [torch.from_numpy(batches.read(32 * step)).to(DEVICE) for step in range(options.rounds + 2)]
         contenders[f"2^{power}"] = trainer_step(config, tokens)
     seconds = alternate(contenders, options.rounds)
     first = next(iter(seconds.values()))

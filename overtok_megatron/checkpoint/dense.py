@@ -1,11 +1,11 @@
-"""The model's dense weights as safetensors, one file a tensor-parallel rank, readable at any other size.
+"""The model's dense weights as safetensors, one file a model-parallel rank, readable at any other size.
 
 What training needs beyond them (master weights, moments) is in the engine's own files; generation and conversion read
 only these.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: unreadable ({why}); the file is damaged or not one of a checkpoint") from None
 
 
-def dense_files(tensor_ranks: int) -> list[str]:
-    """Names of the dense weights' files, one a tensor-parallel rank."""
-    return [f"dense/model-{rank:05d}-of-{tensor_ranks:05d}.safetensors" for rank in range(tensor_ranks)]
+def dense_files(ranks: int) -> list[str]:
+    """Names of the dense weights' files, one a model-parallel rank: pipeline stages in order, each with its tensor ranks."""
+    return [f"dense/model-{rank:05d}-of-{ranks:05d}.safetensors" for rank in range(ranks)]
 
 
 def save_dense(folder: Path, state: dict[str, torch.Tensor], splits: dict[str, int], rank: int, ranks: int) -> str:
-    """Write one tensor-parallel rank's weights; `splits` names the dimension along which a weight is a shard."""
+    """Write one model-parallel rank's weights; `splits` names the dimension along which a weight is a shard."""
     name = dense_files(ranks)[rank]
     (folder / name).parent.mkdir(exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -44,13 +44,24 @@ def save_dense(folder: Path, state: dict[str, torch.Tensor], splits: dict[str, i
     return name
 
 
-def load_dense(folder: Path, tensor_ranks: int) -> dict[str, torch.Tensor]:
-    """The full dense weights of a checkpoint, whatever tensor-parallel size wrote them. Raises CheckpointError."""
+def read_weights(path: Path, wanted: Container[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The weights of one file as they are (of them those `wanted`), and along which dimension each is a shard.
+
+    Raises CheckpointError.
+    """
+    with open_tensors(path) as file:
+        splits: dict[str, int] = json.loads(file.metadata()["splits"])
+        names = [key for key in file.keys() if wanted is None or key in wanted]  # noqa: SIM118  # no mapping
+        return {key: file.get_tensor(key) for key in names}, splits
+
+
+def load_dense(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """The full dense weights of a checkpoint, whatever layout of `ranks` model-parallel ranks wrote them. Raises CheckpointError."""
     parts: dict[str, list[torch.Tensor]] = {}
     splits: dict[str, int] = {}
-    for name in dense_files(tensor_ranks):
-        with open_tensors(folder / name) as file:
-            splits = json.loads(file.metadata()["splits"])
-            for key in file.keys():  # noqa: SIM118  # a safetensors file is no mapping
-                parts.setdefault(key, []).append(file.get_tensor(key))
+    for name in dense_files(ranks):
+        weights, own_splits = read_weights(folder / name)
+        splits |= own_splits
+        for key, weight in weights.items():
+            parts.setdefault(key, []).append(weight)
     return {key: torch.cat(tensors, dim=splits[key]) if key in splits else tensors[0] for key, tensors in parts.items()}

@@ -1,7 +1,8 @@
 """Where checkpoints live on disk and how one becomes visible: written aside, synced, renamed, then named in `latest`.
 
 Layout of `<run>/checkpoints/`: `step_00000100/` complete ones, `step_00000100.partial/` one being written (or cut),
-`latest` the name of the newest complete one. Each holds `manifest.json` with the size and SHA-256 of every file.
+`latest` the name of the newest complete one. Each holds `manifest.json` with the size and SHA-256 of every file, and
+`manifest.sha256` with that of the manifest, in the form that `sha256sum -c` reads.
 This file knows no tensors; it is what a killed process may leave behind in any state.
 """
 
@@ -16,9 +17,13 @@ from typing import Any
 from overtok_megatron.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
 LATEST = "latest"
 _PARTIAL = ".partial"
-_FORMAT = 1
+_REPLACED = ".replaced.partial"  # a complete one that makes room for another of its step
+_FORMAT = 2
+
+Digest = tuple[int, str]  # size in bytes, SHA-256
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,11 @@ class Manifest:
     layout: dict[str, int]
     eod_id: int
     tokenizer_fingerprint: str
-    files: dict[str, tuple[int, str]]
+    files: dict[str, Digest]
     format: int = _FORMAT
 
 
-def file_digest(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file."""
+def file_digest(path: Path) -> Digest:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return path.stat().st_size, digest
@@ -62,6 +66,15 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def step_of(path: Path) -> int:
+    """The step of a complete checkpoint's folder."""
+    return int(path.name.removeprefix("step_"))
+
+
+def _digest_line(manifest: str) -> str:
+    return f"{hashlib.sha256(manifest.encode()).hexdigest()}  {MANIFEST}\n"
+
+
 class CheckpointStore:
     """The checkpoints of one run. Only the first rank calls the methods that change anything."""
 
@@ -70,7 +83,11 @@ class CheckpointStore:
 
     def partial(self, step: int) -> Path:
         """The folder in which the checkpoint of `step` is being written."""
-        return self.root / f"step_{step:08d}{_PARTIAL}"
+        return self.root / f"{self.final(step).name}{_PARTIAL}"
+
+    def final(self, step: int) -> Path:
+        """The folder of a complete checkpoint of `step`."""
+        return self.root / f"step_{step:08d}"
 
     def begin(self, step: int) -> Path:
         """Make an empty partial folder."""
@@ -86,29 +103,37 @@ class CheckpointStore:
     def publish(self, manifest: Manifest) -> Path:
         """Make the partial folder of `manifest.step` a complete checkpoint and the latest one."""
         partial = self.partial(manifest.step)
-        write_atomically(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        text = json.dumps(asdict(manifest), indent=1)
+        write_atomically(partial / MANIFEST, text)
+        write_atomically(partial / MANIFEST_DIGEST, _digest_line(text))
         for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
             sync(folder)
-        final = partial.with_name(partial.name.removesuffix(_PARTIAL))
-        old = self._aside(final) if final.exists() else None  # a resumed run comes by again
+        final = self.final(manifest.step)
+        old = final.with_name(final.name + _REPLACED)
+        if final.exists():  # a resumed run comes by again; clean() puts it back if we are killed before the next line
+            os.replace(final, old)
         os.replace(partial, final)
         sync(self.root)
         write_atomically(self.root / LATEST, final.name)
-        if old is not None:
-            shutil.rmtree(old)
+        if old.exists():
+            self._remove(old)
         return final
 
-    def _aside(self, path: Path) -> Path:
-        """Make a complete checkpoint invisible before it is removed: removing takes long and may be cut."""
-        aside = path.with_name(f"{path.name}.old{_PARTIAL}")
+    def _remove(self, path: Path) -> None:
+        """Make a complete checkpoint invisible, then remove it: removing takes long and may be cut."""
+        aside = path.with_name(f"{path.name.removesuffix(_REPLACED)}.removed{_PARTIAL}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
-        return aside
+        shutil.rmtree(aside)
 
     def clean(self) -> list[str]:
         """Remove what killed saves left behind; returns the names."""
         if not self.root.is_dir():
             return []
+        for path in self.root.glob(f"*{_REPLACED}"):
+            final = path.with_name(path.name.removesuffix(_REPLACED))
+            if not final.exists():  # killed between two renames: the old one is the only one
+                os.replace(path, final)
         leftovers = [path for path in self.root.iterdir() if path.name.endswith(_PARTIAL)]
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -120,12 +145,18 @@ class CheckpointStore:
             return []
         return sorted(path.parent for path in self.root.glob(f"step_*/{MANIFEST}") if path.parent.suffix != _PARTIAL)
 
-    def keep_last(self, count: int) -> None:
-        """Remove all but the `count` newest complete checkpoints and the one that `latest` names."""
+    def prune(self, keep_last: int, keep_every: int | None = None) -> list[Path]:
+        """Remove all but the `keep_last` newest complete checkpoints, those of steps that `keep_every` divides, and the one
+        that `latest` names; returns what was removed."""
         latest = self.latest()  # older than others where a user has turned the pointer back
-        for path in self.complete()[:-count]:
-            if path != latest:
-                shutil.rmtree(self._aside(path))
+        doomed = [
+            path
+            for path in self.complete()[:-keep_last]
+            if path != latest and (keep_every is None or step_of(path) % keep_every)
+        ]
+        for path in doomed:
+            self._remove(path)
+        return doomed
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None if there is none. Raises CheckpointError on a dangling pointer."""
@@ -148,12 +179,16 @@ def read_manifest(path: Path) -> Manifest:
     Raises CheckpointError naming the file.
     """
     try:
-        raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        raw = json.loads(text)
         if raw["format"] != _FORMAT:  # first: another format may have other keys
             raise CheckpointError(f"{path / MANIFEST}: format {raw['format']}, this version reads {_FORMAT}")
         manifest = Manifest(**{**raw, "files": {name: (entry[0], entry[1]) for name, entry in raw["files"].items()}})
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}); is this a checkpoint folder?") from None
+    digest = path / MANIFEST_DIGEST
+    if not digest.is_file() or digest.read_bytes() != _digest_line(text).encode():
+        raise CheckpointError(f"{digest}: does not fit {MANIFEST}; the checkpoint is damaged, resume from another one")
     for name, (size, _) in manifest.files.items():
         file = path / name
         if not file.is_file():

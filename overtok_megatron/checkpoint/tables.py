@@ -1,38 +1,124 @@
 """Table rows as safetensors files by global row range: written by any number of ranks, read by any other number.
 
-A file `tables/rows-<start>-<stop>.safetensors` holds rows [start, stop) of `weight`, `touched` and every optimizer
-state. Its metadata states the range and the optimizer's step count.
+`tables/rows-<start>-<stop>.safetensors` holds rows [start, stop): `weight`, `touched` and every optimizer state.
+`tables/changed-<n>-<start>-<stop>.safetensors` holds, beside their global numbers in `rows`, only those of [start, stop)
+that changed since the save before; n = 1, 2, ... counts them. A checkpoint has all files that it needs: what an incremental
+save does not write again it links, so that removing the older checkpoint takes nothing away.
+Metadata: the range and the optimizer's step count, of which the last file's holds.
 """
 
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
-from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.checkpoint.store import Digest, file_digest, sync
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.embedding import OverTables
+from overtok_megatron.ngram.snapshot import RowSnapshot
 
 FOLDER = "tables"
-_FILE_BYTES = 1 << 29  # rows are written in files of about this size, which bounds the memory of a save
+_FILE_BYTES = 1 << 28  # rows are written in files of about this size, which bounds the memory of a save
+_PIECE_BYTES = 1 << 24  # copied at a time, during which no row can change
 
 
-def save_tables(folder: Path, tables: OverTables) -> list[str]:
-    """Write this rank's rows below `folder`; returns the file names relative to it. Needs no other rank."""
+@dataclass(frozen=True)
+class Chain:
+    """The files that a rank's rows are in after a save: the full ones and the increments on them, with their digests."""
+
+    folder: Path
+    files: dict[str, Digest]
+    increments: int
+
+
+class TableWriter:
+    """Saves one rank's rows, all of them or those that changed, in two halves.
+
+    `begin` notes what is to be written and takes no time that grows with the tables but for one flag a row; the function that
+    it returns writes, on any thread, while rows go on changing. increments: how many saves may build on a full one.
+    """
+
+    def __init__(self, tables: OverTables, increments: int) -> None:
+        self._tables = tables
+        self._limit = increments
+        self._chain: Chain | None = None
+
+    def forget(self) -> None:
+        """The next save is a full one: the last was not completed, so it is not known what has changed since."""
+        self._chain = None
+
+    def begin(self, folder: Path) -> Callable[[], dict[str, Digest]]:
+        """Start a save below `folder`; call what is returned once, to write: it returns the files with their digests."""
+        shard = self._tables.shard
+        chain, self._chain = self._chain, None
+        changed = shard.changed.nonzero().squeeze(1)
+        full = chain is None or chain.increments >= self._limit or 2 * changed.numel() > shard.num_rows
+        shard.changed.zero_()
+        if shard.num_rows == 0:
+            return lambda: {}
+        metadata = {"start": str(shard.start), "stop": str(shard.stop), "steps": str(self._tables.optimizer.steps)}
+        if full or chain is None:
+            snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns())
+            return lambda: self._finish(folder, self._write_all(folder, snapshot, metadata), 0)
+        values = {name: column[changed].cpu() for name, column in self._tables.columns().items()}
+        values["rows"] = changed.cpu() + shard.start
+        return lambda: self._finish(folder, self._write_changed(folder, chain, values, metadata), chain.increments + 1)
+
+    def _finish(self, folder: Path, files: dict[str, Digest], increments: int) -> dict[str, Digest]:
+        self._tables.snapshot = None
+        self._chain = Chain(folder, files, increments)
+        return files
+
+    def _write_all(self, folder: Path, snapshot: RowSnapshot, metadata: dict[str, str]) -> dict[str, Digest]:
+        shard, columns = self._tables.shard, self._tables.columns()
+        row_bytes = sum(tensor[:1].nbytes for tensor in columns.values())
+        step, piece = max(1, _FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
+        files: dict[str, Digest] = {}
+        for begin in range(0, shard.num_rows, step):
+            end = min(begin + step, shard.num_rows)
+            parts = [snapshot.take(min(place + piece, end)) for place in range(begin, end, piece)]
+            values = {name: torch.cat([part[name] for part in parts]) for name in columns}
+            own = metadata | {"start": str(shard.start + begin), "stop": str(shard.start + end)}
+            files |= write_rows(folder, f"rows-{shard.start + begin:012d}-{shard.start + end:012d}", values, own)
+        return files
+
+    def _write_changed(
+        self, folder: Path, chain: Chain, values: dict[str, Tensor], metadata: dict[str, str]
+    ) -> dict[str, Digest]:
+        (folder / FOLDER).mkdir(exist_ok=True)
+        for name in chain.files:
+            os.link(chain.folder / name, folder / name)
+        number, shard = chain.increments + 1, self._tables.shard
+        name = f"changed-{number:04d}-{shard.start:012d}-{shard.stop:012d}"
+        return chain.files | write_rows(folder, name, values, metadata)
+
+    def published(self, folder: Path) -> None:
+        """The save's folder has got its final name, by which the next increment finds the files to link."""
+        if self._chain is not None:
+            self._chain = Chain(folder, self._chain.files, self._chain.increments)
+
+
+def write_rows(folder: Path, stem: str, values: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Digest]:
+    """Write one file of rows below `folder` and sync it; its name with its digest."""
     (folder / FOLDER).mkdir(exist_ok=True)
-    shard, optimizer = tables.shard, tables.optimizer
-    columns = {"weight": shard.weight, "touched": shard.touched, **optimizer.state}
-    row_bytes = sum(tensor[:1].nbytes for tensor in columns.values()) if shard.num_rows else 1
-    step = max(1, _FILE_BYTES // row_bytes)
-    names = []
-    for begin in range(0, shard.num_rows, step):
-        end = min(begin + step, shard.num_rows)
-        name = f"{FOLDER}/rows-{shard.start + begin:012d}-{shard.start + end:012d}.safetensors"
-        metadata = {"start": str(shard.start + begin), "stop": str(shard.start + end), "steps": str(optimizer.steps)}
-        save_file({key: tensor[begin:end].cpu() for key, tensor in columns.items()}, folder / name, metadata)
-        sync(folder / name)
-        names.append(name)
-    return names
+    name = f"{FOLDER}/{stem}.safetensors"
+    save_file(values, folder / name, metadata)
+    sync(folder / name)
+    return {name: file_digest(folder / name)}
+
+
+def table_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's tables in the order in which they apply: full ones, then increments as they were made."""
+    return [
+        *sorted((folder / FOLDER).glob("rows-*.safetensors")),
+        *sorted((folder / FOLDER).glob("changed-*.safetensors")),
+    ]
 
 
 def load_tables(folder: Path, tables: OverTables, *, with_optimizer: bool) -> None:
@@ -42,35 +128,50 @@ def load_tables(folder: Path, tables: OverTables, *, with_optimizer: bool) -> No
     damaged.
     """
     shard, optimizer = tables.shard, tables.optimizer
-    columns = {"weight": shard.weight, "touched": shard.touched}
-    if with_optimizer:
-        columns |= optimizer.state
+    columns = tables.columns()
+    if not with_optimizer:
+        columns = {name: columns[name] for name in ("weight", "touched")}
     filled = 0
-    for path in sorted((folder / FOLDER).glob("rows-*.safetensors")):
-        with open_tensors(path) as file:
-            metadata = file.metadata()
-            start, stop = int(metadata["start"]), int(metadata["stop"])
-            begin, end = max(start, shard.start), min(stop, shard.stop)
-            if begin >= end:
-                continue
-            missing = sorted(columns.keys() - set(file.keys()))
-            if missing:
-                raise CheckpointError(
-                    f"{path}: holds no {missing[0]}; over_encoding.optimizer differs from the run that wrote it"
-                )
+    for path, file, begin, end in _overlapping(folder, shard.start, shard.stop):
+        _check_columns(path, file, columns)
+        if path.name.startswith("rows-"):
+            start = int(file.metadata()["start"])
             for key, target in columns.items():
-                values = file.get_slice(key)[begin - start : end - start]
-                place = target[begin - shard.start : end - shard.start]
-                if values.shape != place.shape:
-                    raise CheckpointError(
-                        f"{path}: {key} has rows of shape {list(values.shape[1:])}, this model needs "
-                        f"{list(place.shape[1:])}"
-                    )
-                place.copy_(values)
-            optimizer.steps = int(metadata["steps"])
+                target[begin - shard.start : end - shard.start].copy_(file.get_slice(key)[begin - start : end - start])
             filled += end - begin
+        else:
+            rows = file.get_tensor("rows")
+            ours = ((rows >= shard.start) & (rows < shard.stop)).nonzero().squeeze(1)
+            place = (rows[ours] - shard.start).to(shard.weight.device)
+            for key, target in columns.items():
+                target[place] = file.get_tensor(key)[ours].to(target.device)
+        optimizer.steps = int(file.metadata()["steps"])
     if filled != shard.num_rows:
         raise CheckpointError(
             f"{folder / FOLDER}: holds {filled} of the rows {shard.start} to {shard.stop}; the "
             "checkpoint is of a model with other tables, or damaged"
         )
+
+
+def _overlapping(folder: Path, start: int, stop: int) -> Iterator[tuple[Path, Any, int, int]]:
+    """(path, open file, begin, end) of the files that hold rows of [start, stop), in order."""
+    for path in table_files(folder):
+        with open_tensors(path) as file:
+            metadata = file.metadata()
+            begin, end = max(int(metadata["start"]), start), min(int(metadata["stop"]), stop)
+            if begin < end:
+                yield path, file, begin, end
+
+
+def _check_columns(path: Path, file: Any, columns: dict[str, Tensor]) -> None:
+    missing = sorted(columns.keys() - set(file.keys()))
+    if missing:
+        raise CheckpointError(
+            f"{path}: holds no {missing[0]}; over_encoding.optimizer differs from the run that wrote it"
+        )
+    for key, target in columns.items():
+        shape = file.get_slice(key).get_shape()
+        if shape[1:] != list(target.shape[1:]):
+            raise CheckpointError(
+                f"{path}: {key} has rows of shape {shape[1:]}, this model needs {list(target.shape[1:])}"
+            )

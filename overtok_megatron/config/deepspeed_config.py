@@ -48,6 +48,9 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if config.parallel.sequence_parallel:
+        # between stages DeepSpeed would send a part from each tensor-parallel rank, as if all held the same activations
+        result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.parallel.offload_optimizer == "cpu":
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if bf16 and stage > 0:

@@ -114,7 +114,9 @@ class CheckpointConfig(Section):
     keep_last: Positive | None = Field(None, description="how many to keep; none = all")
     keep_every: Positive | None = Field(None, description="checkpoints of steps that this divides are kept forever")
     asynchronous: bool = Field(True, description="write tables while training goes on")
-    incremental: NonNegative = Field(0, description="saves between full ones that write only rows changed since the last")
+    incremental: NonNegative = Field(
+        0, description="saves between full ones that write only rows changed since the last"
+    )
 
 
 class LoggingConfig(Section):

@@ -18,7 +18,7 @@ Tokens = npt.NDArray[np.int64]
 class TrainBatches:
     """A step's global batch is the next `global batch` samples in order; every layout divides the same ones.
 
-    Micro-batch j of data-parallel rank r holds samples first + (j ranks + r) b ... + b. Stateless: step in, arrays out.
+    Micro-batch j of data-parallel rank r holds samples first + (j ranks + r) b ... + b. Stateless: position in, arrays out.
     """
 
     def __init__(
@@ -43,9 +43,8 @@ class TrainBatches:
         """Of what a step yields: [A, b, s + 1]."""
         return self._accumulation, self._micro, self._length + 1
 
-    def step(self, step: int) -> Tokens:
-        """This rank's samples of optimizer step 0, 1, ...: [A, b, s + 1] int64."""
-        first = step * self._accumulation * self._ranks * self._micro
+    def read(self, first: int) -> Tokens:
+        """This rank's samples of the step that begins with sample `first` of the order: [A, b, s + 1] int64."""
         result = np.empty(self.shape, dtype=np.int64)
         for micro_batch in range(self._accumulation):
             begin = first + (micro_batch * self._ranks + self._rank) * self._micro
@@ -55,8 +54,13 @@ class TrainBatches:
 
 
 def validation_batches(
-    dataset: IndexedDataset, seq_length: int, batch: int, data_parallel_rank: int, data_parallel_size: int,
-    *, read: bool = True,
+    dataset: IndexedDataset,
+    seq_length: int,
+    batch: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    *,
+    read: bool = True,
 ) -> Iterator[tuple[Tokens, Tokens]]:
     """(inputs, targets) [b, s] so that every token of the set but its first is scored once over all ranks.
 

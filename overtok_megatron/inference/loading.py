@@ -53,7 +53,7 @@ def load_trained(run: Path, device: torch.device) -> TrainedModel:
     tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path)
     _check_tokenizer(tokenizer, manifest, config, path)
     model = build_transformer(config, device=device)
-    weights = load_dense(path, manifest.layout["tensor_parallel_size"])
+    weights = load_dense(path, manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"])
     if config.model.tie_word_embeddings:
         weights = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}
     _copy_weights(model, weights, path)

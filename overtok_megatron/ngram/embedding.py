@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from overtok_megatron.ngram.exchange import ExchangePlan, RowExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
+from overtok_megatron.ngram.snapshot import RowSnapshot
 from overtok_megatron.ngram.table import TableShard
 from overtok_megatron.parallel.collectives import copy_to_group, named
 from overtok_megatron.parallel.sharding import initialise
@@ -134,6 +135,7 @@ class OverTables:
         self.slice_index, self.num_slices = sequence_slice
         self.last_plan: ExchangePlan | None = None
         self.step: StepRows | None = None
+        self.snapshot: RowSnapshot | None = None  # being written by a save
         self._touched: tuple[Tensor, Tensor] | None = None
 
     def begin(self, tokens: Tensor | None, *, training: bool = True, history: Tensor | None = None) -> Tensor:
@@ -153,6 +155,10 @@ class OverTables:
         self._keep(StepRows(rows, grad, rows.detach().to(self.dtype)))
         self.last_plan = plan
         return plan.slots
+
+    def columns(self) -> dict[str, Tensor]:
+        """Everything that belongs to a row, by name: tensors with one row for each of the shard's."""
+        return {"weight": self.shard.weight, "touched": self.shard.touched, **self.optimizer.state}
 
     def _keep(self, step: StepRows | None) -> None:
         self.step = step
@@ -183,8 +189,11 @@ class OverTables:
         self._keep(None)
         if clip_factor != 1.0:
             grad.mul_(clip_factor)
+        if self.snapshot is not None:
+            self.snapshot.preserve(rows)
         self.optimizer.update(rows, grad, learning_rate)
         self.shard.touched[rows] = True
+        self.shard.changed[rows] = True
 
     def contribution_norms(self, tokens: Tensor | None) -> list[float]:
         """Mean L2 norm of each order's projected contribution over tokens [A, b, s], before combination; 2-grams first.

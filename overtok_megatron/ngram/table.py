@@ -34,7 +34,8 @@ def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Te
 class TableShard:
     """Rows [start, stop) of the row space, held by one rank; not a module parameter, so no engine sweeps over it.
 
-    weight: [stop - start, width] float32. touched: [stop - start] bool, whether a row was ever updated.
+    weight: [stop - start, width] float32. touched: [stop - start] bool, whether a row was ever updated; changed: the same
+    since the last save began.
     """
 
     def __init__(self, start: int, stop: int, width: int, *, std: float, seed: int, device: torch.device) -> None:
@@ -42,6 +43,7 @@ class TableShard:
         self.stop = stop
         self.weight = initial_rows(start, stop, width, std, seed).to(device)
         self.touched = torch.zeros(stop - start, dtype=torch.bool, device=device)
+        self.changed = torch.zeros(stop - start, dtype=torch.bool, device=device)
 
     @property
     def num_rows(self) -> int:

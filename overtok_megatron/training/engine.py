@@ -140,6 +140,8 @@ class TrainingEngine:
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": free, "weight_decay": 0.0},
         ]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.optimizer_order = [names[id(parameter)] for parameter in [*decayed, *free]]
         kernels = choose_kernels(self.config.training.kernels, self.device)
         # step() sets the rate; until then it is 0, so that nothing DeepSpeed does at start moves a weight
         return kernels.adamw(groups, 0.0, settings.betas, settings.eps)

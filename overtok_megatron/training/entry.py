@@ -6,6 +6,7 @@ It prepares logging, runs the loop, and turns a user's mistake into one line and
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,14 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse_resolved(options.config)
         set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
-        TrainingRun(config, num_threads=max(1, (os.cpu_count() or 1) // local_ranks)).run()
+        finished = TrainingRun(config, num_threads=max(1, (os.cpu_count() or 1) // local_ranks)).run()
     except OvertokError as error:
         if rank > 0:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     torch.distributed.barrier()  # nobody leaves while another still waits for it
-    return 0
+    return 0 if finished else 128 + signal.SIGTERM
 
 
 def run_and_leave() -> None:

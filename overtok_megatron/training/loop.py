@@ -4,6 +4,7 @@ Shapes: A micro-batches a step, b micro batch, s sequence.
 """
 
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,9 @@ from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine, local_device, start_processes
 from overtok_megatron.training.metrics import Reporter
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.state import load_state, save_state
+from overtok_megatron.training.saving import Saver
+from overtok_megatron.training.state import load_state
+from overtok_megatron.training.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,15 @@ class TrainingRun:
         self.data = open_run_data(config)
         self.trainer = TrainingEngine(config, self.grid, device, self.data.eod_id)
         self.store = CheckpointStore(Path(config.training.output_directory))
+        self.saver = Saver(
+            self.trainer,
+            self.store,
+            eod_id=self.data.eod_id,
+            tokenizer_fingerprint=self.data.tokenizer_fingerprint,
+            published=self._saved,
+        )
+        self.consumed = 0  # samples, of which the position in the data follows
+        signal.signal(signal.SIGTERM, self._stop_after_step)
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule(
             kind=config.optimizer.schedule,
@@ -71,39 +83,52 @@ class TrainingRun:
         rate = metrics.matmul_rate(device, DTYPES[config.training.precision])
         self.peak_flops = metrics.over_ranks(rate, dist.ReduceOp.SUM)
 
-    def run(self) -> None:
-        """Train to the end. Raises OvertokError for what the user can mend; the latest checkpoint then stands."""
+    def run(self) -> bool:
+        """Train to the end, or to where SIGTERM asked to stop: False then, with a checkpoint of that step.
+
+        Raises OvertokError for what the user can mend; the latest checkpoint then stands.
+        """
         begin = self._resume()
         if begin >= self.total_steps:
             if self.first:
                 log.info("nothing to do: the latest checkpoint is at step %d of %d", begin, self.total_steps)
-            return
+            return True
         reporter = None
+        directory = Path(self.config.training.output_directory)
         if self.first:
-            directory = Path(self.config.training.output_directory)
             reporter = Reporter(directory, tensorboard=self.config.logging.tensorboard, first_step=begin)
+        tracer = Tracer(directory / "traces", self.config.logging.trace_steps, self.config.logging.trace_ranks)
+        stop = False
         with tqdm(
             total=self.total_steps,
             initial=begin,
             unit="step",
-            desc=Path(self.config.training.output_directory).name,
+            desc=directory.name,
             disable=not (self.first and show_bar(self.config)),
             dynamic_ncols=True,
         ) as bar:
             for step in range(begin, self.total_steps):
-                values, stop = self._one_step(step)
                 done = step + 1
+                with tracer.step(done, self.grid.rank):
+                    values, stop = self._one_step(step)
                 if self._due(done, self.config.training.validation_interval) and self.data.validation is not None:
                     values |= self._validate()
-                    values |= self._table_figures(step)
+                    values |= self._table_figures()
+                self.consumed += self.config.training.global_batch_size
                 if reporter is not None:
                     self._report(reporter, done, values)
                     bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
                     bar.update()
-                if self._due(done, self.config.checkpoint.interval):
+                if stop or self._due(done, self.config.checkpoint.interval):
                     self._save(done)
+                if stop:
+                    break
+        self.saver.finish()
         if reporter is not None:
             reporter.close()
+        if stop and self.first:
+            log.warning("asked to stop (SIGTERM): step %d of %d is saved", done, self.total_steps)
+        return not stop or done == self.total_steps
 
     def _due(self, done: int, interval: int | None) -> bool:
         return done == self.total_steps or (interval is not None and done % interval == 0)
@@ -121,12 +146,15 @@ class TrainingRun:
             self.data.refuse_tokenizer(path)
         if self.first:
             log.info("resumed from %s", path)
+        self.consumed = manifest.consumed_samples
         return manifest.step
 
     def _one_step(self, step: int) -> tuple[dict[str, float], bool]:
         """Train one step: what to report, and whether to stop after it."""
         begin = time.perf_counter()
-        tokens = self._shared(lambda: torch.from_numpy(self.batches.step(step)), self.batches.shape)  # [A, b, s + 1]
+        tokens = self._shared(
+            lambda: torch.from_numpy(self.batches.read(self.consumed)), self.batches.shape
+        )  # [A, b, s + 1]
         learning_rate = self.schedule.at(step)
         result = self.trainer.step(tokens, learning_rate)
         seconds = time.perf_counter() - begin
@@ -189,13 +217,13 @@ class TrainingRun:
             both = self._shared(lambda pair=pair: pair, (2, size, length))  # type: ignore[misc]  # a default's type
             yield None if both is None else (both[0], both[1])
 
-    def _table_figures(self, step: int) -> dict[str, float]:
+    def _table_figures(self) -> dict[str, float]:
         """Figures that sweep the tables or look at n-grams twice: taken where validation is, not every step."""
         tables = self.trainer.tables
         if tables is None:
             return {}
         touched = metrics.over_ranks(float(tables.shard.touched.sum()), dist.ReduceOp.SUM)
-        tokens = self._shared(lambda: torch.from_numpy(self.batches.step(step)), self.batches.shape)
+        tokens = self._shared(lambda: torch.from_numpy(self.batches.read(self.consumed)), self.batches.shape)
         sample = tokens[:, :, :-1] if tokens is not None and self.grid.is_first_stage else None
         norms = tables.contribution_norms(None if sample is None else sample[:1])
         values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
@@ -212,18 +240,20 @@ class TrainingRun:
 
     def _save(self, done: int) -> None:
         begin = time.perf_counter()
-        path = save_state(
-            self.trainer,
-            self.store,
-            step=done,
-            consumed_samples=done * self.config.training.global_batch_size,
-            eod_id=self.data.eod_id,
-            tokenizer_fingerprint=self.data.tokenizer_fingerprint,
-        )
+        self.saver.save(done, self.consumed)
         if self.first:
-            log.info("saved %s in %.1f s", path.name, time.perf_counter() - begin)
-            if self.config.checkpoint.keep_last is not None:
-                self.store.keep_last(self.config.checkpoint.keep_last)
+            log.info("saving step %d: training waited %.2f s", done, time.perf_counter() - begin)
+
+    def _saved(self, path: Path, seconds: float) -> None:
+        """On the thread that completed a checkpoint."""
+        log.info("saved %s in %.1f s", path.name, seconds)
+        settings = self.config.checkpoint
+        if settings.keep_last is not None:
+            self.store.prune(settings.keep_last, settings.keep_every)
+
+    def _stop_after_step(self, *_: object) -> None:
+        """SIGTERM: finish the step, save, and leave."""
+        self.trainer.stop_asked = True
 
 
 def show_bar(config: RunConfig) -> bool:

@@ -1,35 +1,25 @@
-"""Saving and resuming a run: the engine's files, the dense weights and the tables become one checkpoint, or none.
+"""Resuming a run from a checkpoint of any layout, after checking that it is of the same model and undamaged.
 
 All functions are collectives: every rank calls them, and every rank learns of a failure on any other.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.store import (
-    MANIFEST,
-    CheckpointStore,
-    Manifest,
-    file_digest,
-    read_manifest,
-    verify_file,
-)
-from overtok_megatron.checkpoint.tables import load_tables, save_tables
+from overtok_megatron.checkpoint.engine_state import read_dense_states
+from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
+from overtok_megatron.checkpoint.tables import load_tables
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.sharding import shard_of
+from overtok_megatron.training.dense_state import set_parameter_state
 from overtok_megatron.training.engine import TrainingEngine
-from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
 
 ENGINE_FOLDER = "engine"
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """One object from every rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -37,106 +27,22 @@ def _gather(value: Any) -> list[Any]:
 
 
 def layout_of(trainer: TrainingEngine) -> dict[str, int]:
-    """What must be equal for a resume: the engine's files are written per rank."""
+    """Who wrote the engine's files: on the same layout DeepSpeed reads them back, on another they are taken apart."""
     shape = trainer.grid.shape
     return {
         "pipeline_parallel_size": shape.pipe,
         "data_parallel_size": shape.data,
+        "context_parallel_size": shape.context,
         "tensor_parallel_size": shape.model,
         "zero_stage": trainer.config.parallel.zero_stage,
     }
 
 
-def save_state(
-    trainer: TrainingEngine,
-    store: CheckpointStore,
-    *,
-    step: int,
-    consumed_samples: int,
-    eod_id: int,
-    tokenizer_fingerprint: str,
-) -> Path:
-    """Write a complete checkpoint of this moment and make it the latest.
-
-    Raises CheckpointError on every rank if any rank could not write; the previous checkpoint stays the latest.
-    """
-    first = dist.get_rank() == 0
-    folder = store.partial(step)
-    written: list[str] = []
-
-    def guarded(work: Callable[[], Any]) -> str | None:
-        try:
-            work()
-        except WRITE_ERRORS as error:
-            return reason(error)
-        return None
-
-    def write_ours() -> None:
-        if trainer.grid.data_rank == 0:
-            written.append(_write_dense(trainer, folder, dense))
-        if trainer.tables is not None:
-            written.extend(save_tables(folder, trainer.tables))
-
-    _agree(store, step, guarded(lambda: store.begin(step)) if first else None)
-    dense = trainer.dense_state()
-    _agree(store, step, guarded(write_ours))
-    files = trainer.engine_files
-    files.failure = None
-    try:
-        trainer.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, client_state={"step": step}, save_latest=False)
-    except WRITE_ERRORS as error:  # what DeepSpeed writes beside its checkpoint engine
-        files.failure = files.failure or reason(error)
-    _agree(store, step, files.failure)
-    digests = {name: file_digest(folder / name) for name in written}
-    everyone: dict[str, tuple[int, str]] = {}
-    for part in _gather(digests):
-        everyone |= part
-    if first:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder).as_posix()
-            if name not in everyone and name != MANIFEST:
-                everyone[name] = file_digest(path)
-    manifest = Manifest(
-        step=step,
-        consumed_samples=consumed_samples,
-        config=trainer.config.model_dump(mode="json"),
-        layout=layout_of(trainer),
-        eod_id=eod_id,
-        tokenizer_fingerprint=tokenizer_fingerprint,
-        files=everyone,
-    )
-    _agree(store, step, guarded(lambda: store.publish(manifest)) if first else None)
-    return folder.with_name(folder.name.split(".")[0])
-
-
-def _write_dense(trainer: TrainingEngine, folder: Path, dense: dict[str, torch.Tensor]) -> str:
-    splits = {}
-    for name, parameter in trainer.model.named_parameters():
-        shard = shard_of(parameter)
-        if shard is not None:
-            splits[name] = shard.dim
-    shape = trainer.grid.shape
-    return save_dense(folder, dense, splits, trainer.grid.tensor_rank, shape.model)
-
-
-def _agree(store: CheckpointStore, step: int, failure: str | None) -> None:
-    failures = [(rank, text) for rank, text in enumerate(_gather(failure)) if text]
-    if failures:
-        if dist.get_rank() == 0:
-            with suppress(OSError):
-                store.discard(step)
-        dist.barrier()
-        rank, text = failures[0]
-        raise CheckpointError(
-            f"could not save step {step} on rank {rank}: {text}; the previous checkpoint is intact, "
-            "make room or change training.output_directory and start again to resume from it"
-        )
-
-
 def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
-    """Bring everything back from a complete checkpoint of the same layout and model.
+    """Bring everything back from a complete checkpoint of the same model, whatever layout wrote it.
 
-    Raises CheckpointError naming the first difference of shape or layout, or the first damaged file.
+    On the same layout the next step has the same bits, on another the same numbers to rounding. Raises CheckpointError naming
+    the first difference of the model, or the first damaged file.
     """
     manifest = read_manifest(path)
     _check_same(trainer, manifest, path)
@@ -147,27 +53,40 @@ def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
             verify_file(path, name, manifest)
     except CheckpointError as error:
         damage = str(error)
-    for text in _gather(damage):
+    for text in gather(damage):
         if text:
             raise CheckpointError(text)
-    loaded, _ = trainer.engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
-    if loaded is None:
-        raise CheckpointError(f"{path / ENGINE_FOLDER}: DeepSpeed found no state to load")
+    if manifest.layout == layout_of(trainer):
+        loaded, _ = trainer.engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
+        if loaded is None:
+            raise CheckpointError(f"{path / ENGINE_FOLDER}: DeepSpeed found no state to load")
+    else:
+        _load_other_layout(trainer, path, manifest)
     if trainer.tables is not None:
         load_tables(path, trainer.tables, with_optimizer=True)
     return manifest
 
 
+def _load_other_layout(trainer: TrainingEngine, path: Path, manifest: Manifest) -> None:
+    """Dense weights and optimizer state from files that other ranks wrote, parameter by parameter."""
+    parameters = dict(trainer.model.named_parameters())
+    shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
+    failure: str | None = None
+    try:
+        for name, state in read_dense_states(path, manifest.layout, shards, trainer.engine_files.load, ENGINE_FOLDER):
+            set_parameter_state(trainer.engine, parameters[name], state)
+    except CheckpointError as error:
+        failure = str(error)
+    for text in gather(failure):
+        if text:
+            raise CheckpointError(text)
+    trainer.engine.global_steps = manifest.step
+    trainer.engine.global_samples = manifest.consumed_samples
+
+
 def _check_same(trainer: TrainingEngine, manifest: Manifest, path: Path) -> None:
     ours = trainer.config.model_dump(mode="json")
     check_same_model(ours, manifest, path)
-    for key, theirs in manifest.layout.items():
-        mine = layout_of(trainer)[key]
-        if mine != theirs:
-            raise CheckpointError(
-                f"{path}: written with {key} {theirs}, this run has {mine}; resume with the same "
-                "layout, or set another training.output_directory"
-            )
     if ours["training"]["precision"] != manifest.config["training"]["precision"]:
         raise CheckpointError(
             f"{path}: written with training.precision {manifest.config['training']['precision']}, "

@@ -64,7 +64,9 @@ def trained(request: pytest.FixtureRequest) -> TrainedModel:
         }
     )
     model = build_transformer(config, device=CPU).eval()
-    tables = build_tables(config, model.embedding.over_encoding, 0, device=CPU) if config.over_encoding.enabled else None
+    tables = (
+        build_tables(config, model.embedding.over_encoding, 0, device=CPU) if config.over_encoding.enabled else None
+    )
     return TrainedModel(config, model, tables, Letters(), 0)
 
 

@@ -10,8 +10,9 @@ from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
 
 from overtok_megatron.checkpoint.store import CheckpointStore
 from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.state import load_state, save_state
+from overtok_megatron.training.state import load_state
 
 CPU = torch.device("cpu")
 
@@ -23,6 +24,9 @@ CASES = [
     Case("zero 3, float32, tied", model={"tie_word_embeddings": True}, parallel={"zero_stage": 3}),
     Case("zero 0", parallel={"zero_stage": 0}, training={"precision": "bf16", "micro_batch_size": 4}),
     Case("tensor parallel", parallel={"tensor_parallel_size": 2, "zero_stage": 1}, training={"precision": "bf16"}),
+    Case("pipeline", parallel={"pipeline_parallel_size": 2, "zero_stage": 1}, training={"precision": "bf16"}),
+    Case("pipeline, tied", model={"tie_word_embeddings": True}, parallel={"pipeline_parallel_size": 2}),
+    Case("context", parallel={"context_parallel_size": 2, "zero_stage": 2}, training={"precision": "bf16"}),
     Case("no tables here", {"ngram_order": 2, "num_slices": 1, "table_rows": 1}, parallel={"zero_stage": 1}),
 ]
 
@@ -41,8 +45,10 @@ def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], boo
     grid = start_processes(config)
     whole, store = TrainingEngine(config, grid, CPU, EOD), CheckpointStore(folder)
     losses = run(whole, range(2))
-    save_state(whole, store, step=2, consumed_samples=0, eod_id=EOD, tokenizer_fingerprint="none")
-    losses += run(whole, range(2, STEPS))
+    saver = Saver(whole, store, eod_id=EOD, tokenizer_fingerprint="none")
+    saver.save(2, 0)
+    losses += run(whole, range(2, STEPS))  # while the tables are being written
+    saver.finish()
     fresh = TrainingEngine(config, grid, CPU, EOD)
     path = store.latest()
     assert path is not None

@@ -1,0 +1,43 @@
+"""The rows of a shard as they were at one moment, handed out piece by piece while training goes on changing them.
+
+Copy on write in software: whoever changes rows first lets the snapshot keep their old values, once a row and only of rows that
+were not handed out yet. A snapshot therefore costs nothing when it is made, and memory by what changes while it is read.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class RowSnapshot:
+    """columns: name -> tensor [rows, ...], live; pieces are taken in ascending order of rows, by another thread."""
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self._columns = columns
+        self._begin = 0
+        self._lock = threading.Lock()
+        any_column = next(iter(columns.values()))
+        self._kept_flags = torch.zeros(any_column.shape[0], dtype=torch.bool, device=any_column.device)
+        self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def preserve(self, rows: Tensor) -> None:
+        """Keep the values of `rows` [r] int64, distinct, which are about to change."""
+        with self._lock:
+            ahead = rows[(rows >= self._begin) & ~self._kept_flags[rows]]
+            if ahead.numel():
+                self._kept_flags[ahead] = True
+                self._kept.append((ahead, {name: column[ahead] for name, column in self._columns.items()}))
+
+    def take(self, end: int) -> dict[str, Tensor]:
+        """The next rows, up to `end`, as CPU tensors."""
+        with self._lock:
+            begin, self._begin = self._begin, end
+            part = {name: column[begin:end].to("cpu", copy=True) for name, column in self._columns.items()}
+            for rows, values in self._kept:
+                inside = (rows >= begin) & (rows < end)
+                place = (rows[inside] - begin).cpu()
+                for name, old in values.items():
+                    part[name][place] = old[inside].cpu()
+            self._kept = [(rows, values) for rows, values in self._kept if bool((rows >= end).any())]
+            return part

@@ -1,0 +1,200 @@
+"""Saving a run: the engine's files, the dense weights and the tables become one checkpoint, or none.
+
+Dense state is written at once, tables by a thread of each rank while training goes on. The checkpoint becomes visible when
+the last rank is done: each leaves a note in its folder, and the first rank's thread waits for all of them. The methods of
+`Saver` are collectives: every rank calls them, and every rank learns of a failure on any other.
+"""
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from overtok_megatron.checkpoint.dense import save_dense
+from overtok_megatron.checkpoint.engine_state import ORDER
+from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, write_atomically
+from overtok_megatron.checkpoint.tables import TableWriter
+from overtok_megatron.errors import CheckpointError
+from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
+from overtok_megatron.training.state import ENGINE_FOLDER, gather, layout_of
+
+_NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
+
+
+class Saver:
+    """Makes the checkpoints of one run, one at a time.
+
+    published: called by the first rank's thread after each, with its folder and seconds from begin to end.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainingEngine,
+        store: CheckpointStore,
+        *,
+        eod_id: int,
+        tokenizer_fingerprint: str,
+        published: Callable[[Path, float], None] | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self.store = store
+        self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint}
+        self._published = published
+        self._rank = dist.get_rank()
+        self._writer: TableWriter | None = None
+        if trainer.tables is not None:
+            self._writer = TableWriter(trainer.tables, trainer.config.checkpoint.incremental)
+        self._thread: threading.Thread | None = None
+        self._abandoned = threading.Event()
+        self._step = 0
+        self._failure: str | None = None
+
+    def save(self, step: int, consumed_samples: int) -> None:
+        """Begin a checkpoint of this moment; it is complete after the next call of save() or finish().
+
+        Raises CheckpointError on every rank if any rank could not write this one or the last; the one before stays the latest.
+        """
+        self.finish()
+        begin = time.perf_counter()
+        self._step, self._failure = step, None
+        folder = self.store.partial(step)
+        self._agree(self._guarded(lambda: self.store.begin(step)) if self._rank == 0 else None)
+        files = self._write_dense_state(folder)
+        write_tables = None if self._writer is None else self._writer.begin(folder)
+        manifest = {"step": step, "consumed_samples": consumed_samples, **self._identity}
+
+        def complete() -> None:
+            self._failure = self._guarded(lambda: self._complete(folder, files, write_tables, manifest, begin))
+            if self._failure is not None:
+                self.trainer.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
+
+        self._abandoned.clear()
+        self._thread = threading.Thread(target=complete, name=f"save of step {step}", daemon=True)
+        self._thread.start()
+        if not self.trainer.config.checkpoint.asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun last is complete. Raises CheckpointError as save() does."""
+        if self._thread is None:
+            return
+        if self._rank > 0:
+            self._thread.join()
+        if any(gather(self._failure if self._rank > 0 else None)):
+            self._abandoned.set()  # the first rank waits for a note that does not come
+        self._thread.join()
+        self._thread = None
+        self._agree(self._failure)
+        if self._writer is not None:
+            self._writer.published(self.store.final(self._step))
+
+    def _guarded(self, work: Callable[[], Any]) -> str | None:
+        try:
+            work()
+        except WRITE_ERRORS as error:
+            return reason(error)
+        return None
+
+    def _agree(self, failure: str | None) -> None:
+        failures = [(rank, text) for rank, text in enumerate(gather(failure)) if text]
+        if not failures:
+            return
+        if self._writer is not None:
+            self._writer.forget()
+        if self._rank == 0:
+            with suppress(OSError):
+                self.store.discard(self._step)
+        dist.barrier()
+        rank, text = failures[0]
+        raise CheckpointError(
+            f"could not save step {self._step} on rank {rank}: {text}; the previous checkpoint is intact, "
+            "make room or change training.output_directory and start again to resume from it"
+        )
+
+    def _write_dense_state(self, folder: Path) -> list[str]:
+        """Our weights and DeepSpeed's files; the names of those that this rank wrote and has to hash."""
+        trainer, written = self.trainer, []
+        dense = trainer.dense_state()
+        extras = self._engine_extras()
+        writes = trainer.grid.place("data") == trainer.grid.place("context") == 0
+        self._agree(self._guarded(lambda: written.append(self._write_dense(folder, dense))) if writes else None)
+        files = trainer.engine_files
+        files.failure = None
+        try:
+            trainer.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, client_state=extras, save_latest=False)
+        except WRITE_ERRORS as error:  # what DeepSpeed writes beside its checkpoint engine
+            files.failure = files.failure or reason(error)
+        self._agree(files.failure)
+        return written
+
+    def _write_dense(self, folder: Path, dense: dict[str, torch.Tensor]) -> str:
+        parameters = dict(self.trainer.model.named_parameters())
+        dense = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
+        grid = self.trainer.grid
+        rank = grid.place("pipe") * grid.shape.model + grid.tensor_rank
+        return save_dense(folder, dense, self._splits(), rank, grid.shape.pipe * grid.shape.model)
+
+    def _splits(self) -> dict[str, int]:
+        """Along which dimension each split parameter of this rank is a shard."""
+        shards = ((name, shard_of(parameter)) for name, parameter in self.trainer.model.named_parameters())
+        return {name: shard.dim for name, shard in shards if shard is not None}
+
+    def _engine_extras(self) -> dict[str, Any]:
+        """What goes into DeepSpeed's files for readers of them: `ds_to_universal`, and a resume on another layout."""
+        own: dict[str, int | None] = {name: None for name, _ in self.trainer.model.named_parameters()}
+        everyone: dict[str, int | None] = {}
+        for names in gather(own | self._splits()):
+            everyone |= names
+        kinds = {"parameter_with_row_parallelism_patterns": 1, "tp_replicated_parameter_patterns": None}
+        info: dict[str, Any] = {"universal_checkpoint_version": 0.2}
+        for key, dim in kinds.items():
+            info[key] = [f"^{re.escape(name)}$" for name, split in everyone.items() if split == dim]
+        return {"step": self._step, "universal_checkpoint_info": info, ORDER: self.trainer.optimizer_order}
+
+    def _complete(
+        self,
+        folder: Path,
+        files: list[str],
+        write_tables: Callable[[], dict[str, Digest]] | None,
+        manifest: dict[str, Any],
+        begin: float,
+    ) -> None:
+        """On the rank's thread: write and hash what is left, leave a note, and on the first rank publish."""
+        digests = {name: file_digest(folder / name) for name in files}
+        if write_tables is not None:
+            digests |= write_tables()
+        notes = folder / _NOTES
+        notes.mkdir(exist_ok=True)
+        write_atomically(notes / f"{self._rank}.json", json.dumps(digests))
+        if self._rank == 0:
+            self._publish(folder, manifest, begin)
+
+    def _publish(self, folder: Path, manifest: dict[str, Any], begin: float) -> None:
+        """Wait for all notes, then make the checkpoint visible."""
+        files: dict[str, Digest] = {}
+        for rank in range(dist.get_world_size()):
+            note = folder / _NOTES / f"{rank}.json"
+            while not note.is_file():  # a rank that dies ends the run, and this thread with it
+                if self._abandoned.wait(0.02):
+                    return
+            content = json.loads(note.read_text(encoding="utf-8"))
+            files |= {name: (size, digest) for name, (size, digest) in content.items()}
+        shutil.rmtree(folder / _NOTES)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            if name not in files:  # DeepSpeed's
+                files[name] = file_digest(path)
+        layout, config = layout_of(self.trainer), self.trainer.config.model_dump(mode="json")
+        path = self.store.publish(Manifest(config=config, layout=layout, files=files, **manifest))
+        if self._published is not None:
+            self._published(path, time.perf_counter() - begin)
