@@ -56,7 +56,7 @@ def read_weights(path: Path, wanted: Container[str] | None = None) -> tuple[dict
 
 
 def load_dense(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
-    """The full dense weights of a checkpoint, whatever layout of `ranks` model-parallel ranks wrote them. Raises CheckpointError."""
+    """The full dense weights that `ranks` model-parallel ranks of any layout wrote. Raises CheckpointError."""
     parts: dict[str, list[torch.Tensor]] = {}
     splits: dict[str, int] = {}
     for name in dense_files(ranks):

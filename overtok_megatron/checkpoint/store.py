@@ -207,3 +207,15 @@ def verify_file(path: Path, name: str, manifest: Manifest) -> None:
         raise CheckpointError(
             f"{path / name}: SHA-256 differs from the manifest; the file is damaged, resume from another checkpoint"
         )
+
+
+def verify_checkpoint(path: Path) -> Manifest:
+    """Hash every file of a complete checkpoint again. Raises CheckpointError naming the first that is not what was written."""
+    manifest = read_manifest(path)
+    for name in sorted(manifest.files):
+        verify_file(path, name, manifest)
+    strangers = [file for file in path.rglob("*") if file.is_file() and file.relative_to(path).as_posix() not in
+                 {*manifest.files, MANIFEST, MANIFEST_DIGEST}]  # fmt: skip
+    if strangers:
+        raise CheckpointError(f"{min(strangers)}: no file of this checkpoint; remove it")
+    return manifest

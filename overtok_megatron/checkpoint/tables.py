@@ -61,7 +61,7 @@ class TableWriter:
         full = chain is None or chain.increments >= self._limit or 2 * changed.numel() > shard.num_rows
         shard.changed.zero_()
         if shard.num_rows == 0:
-            return lambda: {}
+            return dict
         metadata = {"start": str(shard.start), "stop": str(shard.stop), "steps": str(self._tables.optimizer.steps)}
         if full or chain is None:
             snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns())

@@ -129,7 +129,8 @@ def build_tables(
 ) -> OverTables:
     """This rank's tables with initial rows. group: the table group; None = all rows are here.
 
-    encoder: the module that the rows feed; None on a pipeline stage that has none and only serves rows. sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
+    encoder: the module that the rows feed; None on a pipeline stage that has none and only serves rows.
+    sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
     """
     over = config.over_encoding
     space = row_space(config.model, over)

@@ -13,7 +13,6 @@ from overtok_megatron.model.mlp import SwiGLU
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 
-
 Recompute = Literal["none", "selective", "full"]
 
 

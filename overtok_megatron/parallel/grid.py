@@ -49,8 +49,8 @@ class GridShape:
 
     def all_groups(self, *axes: Axis) -> list[list[int]]:
         """Every group along `axes` once, by first rank."""
-        groups = (self.ranks_along(rank, *axes) for rank in range(self.world_size))
-        return [ranks for rank, ranks in enumerate(groups) if ranks[0] == rank]
+        places = ((rank, self.coordinates(rank)) for rank in range(self.world_size))
+        return [self.ranks_along(rank, *axes) for rank, place in places if not any(place[axis] for axis in axes)]
 
     def pipe_ends(self, ranks: list[int]) -> list[int]:
         """Those of `ranks` that are on the first or the last pipeline stage."""
@@ -62,12 +62,12 @@ class ProcessGrid:
     """This process's place and groups. A group of one rank is None: the layers then take the plain path.
 
     tensor_group: ranks that split one layer. context_group: ranks that split a sequence. data_group: ranks that hold the
-    same shard, for other data or another part of the sequence, over which gradients are averaged. model_group: ranks that
-    together hold one copy of the weights. ends_group: the first and
-    the last pipeline stage's rank of the same place. batch_group: the ranks that need the same samples, that is the ends of one
-    pipeline with all its tensor and context ranks; None as well where this rank, in the middle of a pipeline, needs
-    none. table_group: the whole world, over which the n-gram tables are sharded. engine_groups: the tensor and data groups where
-    DeepSpeed needs them even with one member; None without a process group.
+    same shard, for other data or another part of the sequence, over which gradients are averaged. model_group: ranks
+    that together hold one copy of the weights. ends_group: the first and the last pipeline stage's rank of the same
+    place. batch_group: the ranks that need the same samples, which are the ends of one pipeline with all its tensor and
+    context ranks; ends and batch are None, too, for a rank in the middle of a pipeline. table_group: the whole world, over
+    which the n-gram tables are sharded. engine_groups: the tensor and data groups where DeepSpeed needs them even with
+    one member; None without a process group.
     """
 
     shape: GridShape

@@ -27,8 +27,8 @@ from overtok_megatron.parallel.collectives import named
 from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine, local_device, start_processes
 from overtok_megatron.training.metrics import Reporter
-from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.saving import Saver
+from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.state import load_state
 from overtok_megatron.training.tracing import Tracer
 

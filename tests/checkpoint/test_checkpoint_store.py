@@ -15,6 +15,7 @@ from overtok_megatron.checkpoint.store import (
     Manifest,
     file_digest,
     read_manifest,
+    verify_checkpoint,
     verify_file,
     write_atomically,
 )
@@ -91,7 +92,7 @@ def test_begin_empties_and_discard_removes(tmp_path: Path) -> None:
     assert list(store.root.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", [0, 1, 2])  # the manifest, the folder, the pointer
+@pytest.mark.parametrize("call", [0, 1, 2, 3])  # the manifest, its digest, the folder, the pointer
 def test_a_kill_while_publishing_keeps_the_previous_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
@@ -105,7 +106,7 @@ def test_a_kill_while_publishing_keeps_the_previous_one(
     assert store.latest() == first
     for path in store.complete():
         verify_file(path, "tables/rows", read_manifest(path))
-    assert len(store.complete()) == (2 if call == 2 else 1)
+    assert len(store.complete()) == (2 if call == 3 else 1)
     store.clean()
     assert not list(store.root.glob("*.partial"))
     assert store.latest() == first
@@ -114,12 +115,15 @@ def test_a_kill_while_publishing_keeps_the_previous_one(
 
 @pytest.mark.parametrize(
     ("function", "call", "content"),
-    # Not the third replacement: between the old folder's rename and the new one's, neither has the name.
+    # at the third replacement neither folder has the name: the next start puts the old one back
     [
         ("replace", 0, b"old"),
         ("replace", 1, b"old"),
-        ("replace", 3, b"new"),
-        ("rmtree", 0, b"old"),
+        ("replace", 2, b"old"),
+        ("replace", 3, b"old"),
+        ("replace", 4, b"new"),
+        ("replace", 5, b"new"),
+        ("rmtree", 0, b"new"),
         ("rmtree", 1, b"new"),
     ],
 )
@@ -133,12 +137,12 @@ def test_a_step_published_again_replaces_the_old_one(
         kill_at(patch, store_module.os if function == "replace" else shutil, function, call)
         with pytest.raises(Killed):
             store.publish(manifest)
+    store.clean()  # what the next start does first
     latest = store.latest()
     assert latest is not None
     assert (latest / "tables" / "rows").read_bytes() == content
     verify_file(latest, "tables/rows", read_manifest(latest))
     assert store.complete() == [latest]
-    store.clean()
     assert publish(store, 5, b"newer") == latest
     verify_file(latest, "tables/rows", read_manifest(latest))
     assert sorted(entry.name for entry in store.root.iterdir()) == ["latest", latest.name]
@@ -148,15 +152,22 @@ def test_keep_last(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     paths = [publish(store, step) for step in (1, 9, 10, 100)]
     (store.root / "step_notes.txt").write_text("not a checkpoint")
-    store.keep_last(9)
+    store.prune(9)
     assert store.complete() == paths
-    store.keep_last(2)
+    store.prune(2)
     assert store.complete() == paths[2:]
-    store.keep_last(1)
+    store.prune(1)
     assert store.complete() == paths[3:]
     assert store.latest() == paths[3]
     assert (store.root / "step_notes.txt").exists()
     assert not list(store.root.glob("*.partial"))
+
+
+def test_keep_every(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    paths = {step: publish(store, step) for step in (5, 10, 15, 20, 25, 30)}
+    assert store.prune(2, 10) == [paths[5], paths[15]]
+    assert store.complete() == [paths[step] for step in (10, 20, 25, 30)]
 
 
 def test_keep_last_spares_the_latest_of_a_pointer_turned_back(tmp_path: Path) -> None:
@@ -165,7 +176,7 @@ def test_keep_last_spares_the_latest_of_a_pointer_turned_back(tmp_path: Path) ->
         publish(store, step)
     (store.root / "latest").write_text("step_00000002")
     path = publish(store, 3)
-    store.keep_last(1)
+    store.prune(1)
     assert store.latest() == path
     assert [kept.name for kept in store.complete()] == ["step_00000003", "step_00000009"]
 
@@ -182,7 +193,7 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", halfway)
         with pytest.raises(Killed):
-            store.keep_last(1)
+            store.prune(1)
     assert store.complete() == paths[1:]
     store.clean()
     assert sorted(entry.name for entry in store.root.iterdir()) == ["latest", paths[1].name]
@@ -224,12 +235,12 @@ def test_a_dangling_pointer_is_named(tmp_path: Path, text: str) -> None:
         (b"7", "unreadable"),
         (b"null", "unreadable"),
         (b'{"name": "left-pad", "version": "1.0.0", "files": ["index.js"]}', "unreadable"),
-        (b'{"format": 1, "files": ["index.js"]}', "unreadable"),
-        (b'{"format": 1, "files": {"rows": []}}', "unreadable"),
-        (b'{"format": 1, "files": {"rows": 3}}', "unreadable"),
-        (b'{"format": 1, "files": {}}', "unreadable"),
-        (b'{"format": 2, "pieces": {}}', "format 2, this version reads 1"),
-        (b'{"format": "pt"}', "format pt, this version reads 1"),
+        (b'{"format": 2, "files": ["index.js"]}', "unreadable"),
+        (b'{"format": 2, "files": {"rows": []}}', "unreadable"),
+        (b'{"format": 2, "files": {"rows": 3}}', "unreadable"),
+        (b'{"format": 2, "files": {}}', "unreadable"),
+        (b'{"format": 3, "pieces": {}}', "format 3, this version reads 2"),
+        (b'{"format": "pt"}', "format pt, this version reads 2"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
@@ -243,9 +254,9 @@ def test_a_foreign_manifest_is_refused(tmp_path: Path, content: bytes | None, re
 def test_another_format_is_named_whatever_else_changed(tmp_path: Path) -> None:
     path = publish(CheckpointStore(tmp_path), 1)
     raw = json.loads((path / "manifest.json").read_text())
-    for extra in ({"format": 2}, {"format": 2, "parts": []}):
+    for extra in ({"format": 3}, {"format": 3, "parts": []}):
         (path / "manifest.json").write_text(json.dumps(raw | extra))
-        fails(lambda: read_manifest(path), "manifest.json: format 2, this version reads 1")
+        fails(lambda: read_manifest(path), "manifest.json: format 3, this version reads 2")
     (path / "manifest.json").write_text(json.dumps(raw | {"parts": []}))
     fails(lambda: read_manifest(path), "manifest.json: unreadable", "parts")
     cut = json.dumps(raw)[:-20]
@@ -268,14 +279,13 @@ def test_missing_and_cut_files_are_named(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_is_found_anywhere(tmp_path: Path) -> None:
     path = publish(CheckpointStore(tmp_path), 1)
-    manifest = read_manifest(path)
-    file = path / "tables" / "rows"
-    verify_file(path, "tables/rows", manifest)
-    for place in range(len(CONTENT)):
-        damaged = bytearray(CONTENT)
-        damaged[place] ^= 1 << place % 8
-        file.write_bytes(bytes(damaged))
-        read_manifest(path)  # sizes only
-        fails(lambda: verify_file(path, "tables/rows", manifest), str(file), "SHA-256 differs")
-    file.write_bytes(CONTENT)
-    verify_file(path, "tables/rows", manifest)
+    verify_checkpoint(path)
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        for place in range(len(content)):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            file.write_bytes(bytes(damaged))
+            fails(lambda: verify_checkpoint(path), str(path))
+        file.write_bytes(content)
+    verify_checkpoint(path)

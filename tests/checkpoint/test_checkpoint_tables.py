@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.dense import dense_files, load_dense, save_dense
-from overtok_megatron.checkpoint.tables import load_tables, save_tables
+from overtok_megatron.checkpoint.tables import TableWriter, load_tables
 from overtok_megatron.ngram.embedding import OverEncoding, OverTables
 from overtok_megatron.ngram.exchange import RowExchange
 from overtok_megatron.ngram.ids import NgramHash
@@ -48,6 +48,11 @@ def make_tables(
         RowExchange((0, space.total_rows), None),
         dtype=torch.float32,
     )
+
+
+def save_tables(folder: Path, tables: OverTables) -> list[str]:
+    """A full save at once; the names of its files."""
+    return list(TableWriter(tables, 0).begin(folder)())
 
 
 def trained_tables(ranks: int, **settings: Any) -> list[OverTables]:
