@@ -5,6 +5,7 @@ that rank (master weight and both moments). What belongs to which file follows f
 Tensor-parallel shards are joined by the caller, who knows along which dimension.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from overtok_megatron.checkpoint.dense import dense_files, read_weights
+from overtok_megatron.checkpoint.dense import dense_files, open_tensors, read_weights
+from overtok_megatron.checkpoint.store import sync
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.sharding import Shard
 
 ORDER = "optimizer_parameters"  # names in the optimizer's order, beside the state of an engine without ZeRO
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ENGINE_FOLDER = "engine"  # of DeepSpeed's files, in a checkpoint
+WHOLE = -1  # in place of a ZeRO stage: the state of whole parameters, which no rank of an engine wrote
 Load = Callable[[str], Any]
 
 
@@ -126,38 +131,92 @@ def _read_plain(content: dict[str, Any], weights: dict[str, Tensor]) -> Iterator
 
 
 def read_dense_states(
-    path: Path, layout: dict[str, int], wanted: dict[str, Shard | None], load: Load, engine_folder: str
+    folder: Path, layout: dict[str, int], wanted: dict[str, Shard | None], load: Load
 ) -> Iterator[tuple[str, ParameterState]]:
     """The state of the `wanted` parameters from a checkpoint of any layout, each as the part that its shard says (None = all).
 
-    Raises CheckpointError where one is missing. Memory: what one pipeline stage's tensor-parallel ranks held, at a time.
+    Raises CheckpointError where one is missing. Memory: what one pipeline stage's ranks held, at a time.
     """
-    tensor_ranks, pipes = layout["tensor_parallel_size"], layout["pipeline_parallel_size"]
-    names = dense_files(tensor_ranks * pipes)
     missing = set(wanted)
-    for pipe in range(pipes):
-        own = range(pipe * tensor_ranks, (pipe + 1) * tensor_ranks)
-        weights, splits = zip(*(read_weights(path / names[rank], wanted) for rank in own), strict=True)
-        if not weights[0]:
-            continue
-        states = [
-            dict(
-                read_engine_state(
-                    path / engine_folder,
-                    load,
-                    zero_stage=layout["zero_stage"],
-                    model_rank=rank,
-                    data_ranks=layout["data_parallel_size"] * layout["context_parallel_size"],
-                    weights=held,
-                )
-            )
-            for rank, held in zip(own, weights, strict=True)
-        ]
-        for name in weights[0]:
-            yield name, _join([state[name] for state in states], splits[0].get(name), wanted[name])
+    for stage in range(layout["pipeline_parallel_size"]):
+        read = _read_whole if layout["zero_stage"] == WHOLE else _read_stage
+        for name, state in read(folder, stage, layout, wanted, load):
+            yield name, state
             missing.discard(name)
     if missing:
-        raise CheckpointError(f"{path}: holds no {min(missing)}; written by another version?")
+        raise CheckpointError(f"{folder}: holds no {min(missing)}; written by another version?")
+
+
+def stage_names(folder: Path, stage: int, layout: dict[str, int]) -> list[str]:
+    """The parameters that a pipeline stage held."""
+    first = stage * layout["tensor_parallel_size"]
+    name = dense_files(layout["tensor_parallel_size"] * layout["pipeline_parallel_size"])[first]
+    with open_tensors(folder / name) as file:
+        return list(file.keys())
+
+
+def _read_stage(
+    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, Shard | None], load: Load
+) -> Iterator[tuple[str, ParameterState]]:
+    tensor_ranks = layout["tensor_parallel_size"]
+    names = dense_files(tensor_ranks * layout["pipeline_parallel_size"])
+    own = range(stage * tensor_ranks, (stage + 1) * tensor_ranks)
+    weights, splits = zip(*(read_weights(folder / names[rank], wanted) for rank in own), strict=True)
+    if not weights[0]:
+        return
+    data_ranks = layout["data_parallel_size"] * layout["context_parallel_size"]
+    states = [
+        dict(
+            read_engine_state(
+                folder / ENGINE_FOLDER,
+                load,
+                zero_stage=layout["zero_stage"],
+                model_rank=rank,
+                data_ranks=data_ranks,
+                weights=held,
+            )
+        )
+        for rank, held in zip(own, weights, strict=True)
+    ]
+    for name in weights[0]:
+        yield name, _join([state[name] for state in states], splits[0].get(name), wanted[name])
+
+
+def whole_file(stage: int) -> str:
+    """Name of the file with the whole optimizer state of a stage's parameters, in a checkpoint written anew."""
+    return f"dense/optimizer-{stage:05d}.safetensors"
+
+
+def write_whole(folder: Path, stage: int, states: dict[str, ParameterState]) -> str:
+    """Write the whole state of a stage's parameters; returns the file's name."""
+    name = whole_file(stage)
+    tensors = {
+        f"{parameter}/{key}": value.contiguous()
+        for parameter, state in states.items()
+        for key, value in state.values.items()
+    }
+    steps = json.dumps({parameter: state.steps for parameter, state in states.items()})
+    (folder / name).parent.mkdir(exist_ok=True)
+    save_file(tensors, folder / name, {"steps": steps})
+    sync(folder / name)
+    return name
+
+
+def _read_whole(
+    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, Shard | None], load: Load
+) -> Iterator[tuple[str, ParameterState]]:
+    with open_tensors(folder / whole_file(stage)) as file:
+        for name, steps in json.loads(file.metadata()["steps"]).items():
+            if name not in wanted:
+                continue
+            shard, values = wanted[name], {}
+            for key in ("master", *MOMENTS):
+                part = file.get_slice(f"{name}/{key}")
+                if shard is None:
+                    values[key] = part[:]
+                else:
+                    values[key] = part[(slice(None),) * shard.dim + (slice(shard.start, shard.stop),)]
+            yield name, ParameterState(values, steps)
 
 
 def _join(parts: list[ParameterState], dim: int | None, shard: Shard | None) -> ParameterState:

@@ -173,6 +173,18 @@ class CheckpointStore:
         return path
 
 
+def find_checkpoint(run: Path) -> Path:
+    """The checkpoint that `run` means: itself, or the latest one of a run's folder. Raises CheckpointError."""
+    if (run / MANIFEST).is_file():
+        return run
+    path = CheckpointStore(run).latest()
+    if path is None:
+        raise CheckpointError(
+            f"{run}: no checkpoint here; name a run's output folder or one of its checkpoints/step_* folders"
+        )
+    return path
+
+
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint folder, after checking that every file is there with its size.
 

@@ -175,3 +175,21 @@ def _check_columns(path: Path, file: Any, columns: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{path}: {key} has rows of shape {shape[1:]}, this model needs {list(target.shape[1:])}"
             )
+
+
+def merged_rows(folder: Path) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
+    """The arguments of write_rows for a checkpoint's full files with all increments applied, one after the other."""
+    full = sorted((folder / FOLDER).glob("rows-*.safetensors"))
+    for path in full:
+        with open_tensors(path) as file:
+            metadata = file.metadata()
+            values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        start, stop = int(metadata["start"]), int(metadata["stop"])
+        for other, changed, _, _ in _overlapping(folder, start, stop):
+            if other.name.startswith("changed-"):
+                rows = changed.get_tensor("rows")
+                ours = ((rows >= start) & (rows < stop)).nonzero().squeeze(1)
+                for key, target in values.items():
+                    target[rows[ours] - start] = changed.get_tensor(key)[ours]
+                metadata["steps"] = changed.metadata()["steps"]
+        yield path.stem, values, metadata

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from overtok_megatron.checkpoint.dense import load_dense
-from overtok_megatron.checkpoint.store import MANIFEST, CheckpointStore, Manifest, read_manifest, verify_file
+from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import load_tables
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,18 +25,6 @@ class TrainedModel:
     tables: OverTables | None
     tokenizer: Tokenizer
     step: int
-
-
-def find_checkpoint(run: Path) -> Path:
-    """The checkpoint that `run` means: itself, or the latest one of a run's folder. Raises CheckpointError."""
-    if (run / MANIFEST).is_file():
-        return run
-    path = CheckpointStore(run).latest()
-    if path is None:
-        raise CheckpointError(
-            f"{run}: no checkpoint here; name a run's output folder or one of its checkpoints/step_* folders"
-        )
-    return path
 
 
 def load_trained(run: Path, device: torch.device) -> TrainedModel:

@@ -1,15 +1,29 @@
-"""Master weights and moments by parameter name: put into the engine's optimizer, whatever ZeRO stage it runs.
+"""DeepSpeed's checkpoint files read safely, and their master weights and moments put back, whatever ZeRO stage runs.
 
 Needed where a checkpoint comes from another layout; on the same layout DeepSpeed loads its own files.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
+
+
+# Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
+_PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
+
+
+def load_engine_file(path: str, map_location: Any = "cpu") -> Any:
+    """One of DeepSpeed's files, without executing what it holds."""
+    with torch.serialization.safe_globals(_PLAIN_CLASSES):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 @torch.no_grad()

@@ -14,12 +14,8 @@ from itertools import islice
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from overtok_megatron.config import deepspeed_config, derived
@@ -33,11 +29,9 @@ from overtok_megatron.parallel.collectives import named
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.topology import DeepSpeedTopology
 from overtok_megatron.training.clipping import JointNorm
+from overtok_megatron.training.dense_state import load_engine_file
 from overtok_megatron.training.engine_files import EngineFiles
 from overtok_megatron.training.pipeline import PipelineStage
-
-# Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
-_PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
 
 
 def start_processes(config: RunConfig) -> ProcessGrid:
@@ -113,7 +107,7 @@ class TrainingEngine:
             # These two step once on zero gradients to make Adam's state, which would put its bias correction a step ahead.
             self.optimizer.state.clear()
         self.model: Transformer | PipelineStage = self.engine.module
-        self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, _PLAIN_CLASSES)
+        self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, load_engine_file)
         table_square = None if self.tables is None else self._collect_tables
         self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping, table_square)
 

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import ORDER
+from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, write_atomically
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
-from overtok_megatron.training.state import ENGINE_FOLDER, gather, layout_of
+from overtok_megatron.training.state import gather, layout_of
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 

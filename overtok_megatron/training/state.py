@@ -8,15 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from overtok_megatron.checkpoint.engine_state import read_dense_states
+from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, read_dense_states
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import load_tables
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.sharding import shard_of
-from overtok_megatron.training.dense_state import set_parameter_state
+from overtok_megatron.training.dense_state import load_engine_file, set_parameter_state
 from overtok_megatron.training.engine import TrainingEngine
-
-ENGINE_FOLDER = "engine"
 
 
 def gather(value: Any) -> list[Any]:
@@ -73,7 +71,7 @@ def _load_other_layout(trainer: TrainingEngine, path: Path, manifest: Manifest) 
     shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
     failure: str | None = None
     try:
-        for name, state in read_dense_states(path, manifest.layout, shards, trainer.engine_files.load, ENGINE_FOLDER):
+        for name, state in read_dense_states(path, manifest.layout, shards, load_engine_file):
             set_parameter_state(trainer.engine, parameters[name], state)
     except CheckpointError as error:
         failure = str(error)

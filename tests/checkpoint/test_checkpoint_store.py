@@ -14,12 +14,13 @@ from overtok_megatron.checkpoint.store import (
     CheckpointStore,
     Manifest,
     file_digest,
+    find_checkpoint,
     read_manifest,
     verify_checkpoint,
     verify_file,
     write_atomically,
 )
-from overtok_megatron.inference.loading import find_checkpoint, load_trained
+from overtok_megatron.inference.loading import load_trained
 
 CONTENT = bytes(range(64))
 

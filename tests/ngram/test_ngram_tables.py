@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from overtok_megatron.ngram.exchange import RowExchange
 from overtok_megatron.ngram.optimizer import RowOptimizer, build_row_optimizer
 from overtok_megatron.ngram.sizing import RowSpace, row_bounds
 from overtok_megatron.ngram.table import initial_rows
+from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 
 
 def test_the_row_space() -> None:
@@ -118,9 +120,8 @@ ASKED = {  # per case, what each rank asks for out of 11 rows; with 3 ranks boun
 
 def exchange_cases(total: int) -> dict[str, list[Tensor]]:
     """One rank's work: rows fetched, rows touched, their gradients, and the bytes counted, for every case."""
-    from overtok_megatron.training.engine import start_processes
-
-    grid = start_processes(1)
+    dist.init_process_group("gloo")
+    grid = ProcessGrid.create(GridShape(data=dist.get_world_size()))
     size = grid.shape.world_size
     bounds = row_bounds(total, size)
     table = initial_rows(0, total, WIDTH, 0.1, seed=0)

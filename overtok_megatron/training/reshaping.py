@@ -1,0 +1,43 @@
+"""A checkpoint written anew without a layout: whole weights and optimizer state, tables with their increments merged.
+
+Any layout loads it, each rank reading only its own part; resuming from a checkpoint of other ranks without this step works
+too, but every rank then reads whole files.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from overtok_megatron.checkpoint.dense import save_dense
+from overtok_megatron.checkpoint.engine_state import WHOLE, read_dense_states, stage_names, write_whole
+from overtok_megatron.checkpoint.store import CheckpointStore, Digest, file_digest, verify_checkpoint
+from overtok_megatron.checkpoint.tables import merged_rows, write_rows
+from overtok_megatron.errors import CheckpointError
+from overtok_megatron.model.assembly import DTYPES
+from overtok_megatron.training.dense_state import load_engine_file
+
+
+def reshape(source: Path, output: Path) -> Path:
+    """Write the checkpoint folder `source` anew below the run folder `output` and make it the latest there.
+
+    `output` may be the run that `source` belongs to: it is replaced when the new one is complete. Raises CheckpointError where
+    `source` is damaged. Memory: the weights and state of one pipeline stage, or one file of rows.
+    """
+    manifest = verify_checkpoint(source)
+    if manifest.layout["zero_stage"] == WHOLE:
+        raise CheckpointError(f"{source}: written anew already; any layout loads it as it is")
+    store = CheckpointStore(output)
+    store.clean()
+    folder = store.begin(manifest.step)
+    stages = manifest.layout["pipeline_parallel_size"]
+    dtype = DTYPES[manifest.config["training"]["precision"]]
+    names: list[str] = []
+    for stage in range(stages):
+        wanted = dict.fromkeys(stage_names(source, stage, manifest.layout))
+        states = dict(read_dense_states(source, manifest.layout, wanted, load_engine_file))
+        weights = {name: state.values["master"].to(dtype) for name, state in states.items()}
+        names += [save_dense(folder, weights, {}, stage, stages), write_whole(folder, stage, states)]
+    files: dict[str, Digest] = {name: file_digest(folder / name) for name in names}
+    for stem, values, metadata in merged_rows(source):
+        files |= write_rows(folder, stem, values, metadata)
+    layout = dict.fromkeys(manifest.layout, 1) | {"pipeline_parallel_size": stages, "zero_stage": WHOLE}
+    return store.publish(replace(manifest, layout=layout, files=files))
