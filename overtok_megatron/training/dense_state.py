@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
 
-
 # Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
 _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
 
