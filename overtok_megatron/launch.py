@@ -6,12 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.validation import validate
 from overtok_megatron.errors import ConfigError
 
+ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 # glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -82,12 +86,27 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         "--log_level",
         "critical",
         "--module",
-        "overtok_megatron.training.entry",
+        ENTRY,
         str(resolved),
     ]
     process = subprocess.Popen(command, env={**os.environ, **extra})
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # the ranks save and leave
+    before = signal.signal(signal.SIGTERM, lambda *_: stop_ranks(process.pid))
     try:
-        return process.wait()
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the ranks got it too: they save and leave; a second one goes through
+            return process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def stop_ranks(launcher: int) -> None:
+    """Ask the ranks below a launcher to save and leave.
+
+    Not the launcher itself: DeepSpeed's dies of SIGTERM at once, and its part for each host kills after half a minute.
+    """
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if ENTRY in words and any(word.startswith("--local_rank") for word in words):
+                process.terminate()

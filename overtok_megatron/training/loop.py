@@ -58,7 +58,8 @@ class TrainingRun:
             published=self._saved,
         )
         self.consumed = 0  # samples, of which the position in the data follows
-        signal.signal(signal.SIGTERM, self._stop_after_step)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop_after_step)
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule(
             kind=config.optimizer.schedule,
@@ -127,7 +128,7 @@ class TrainingRun:
         if reporter is not None:
             reporter.close()
         if stop and self.first:
-            log.warning("asked to stop (SIGTERM): step %d of %d is saved", done, self.total_steps)
+            log.warning("asked to stop: step %d of %d is saved", done, self.total_steps)
         return not stop or done == self.total_steps
 
     def _due(self, done: int, interval: int | None) -> bool:
@@ -251,9 +252,11 @@ class TrainingRun:
         if settings.keep_last is not None:
             self.store.prune(settings.keep_last, settings.keep_every)
 
-    def _stop_after_step(self, *_: object) -> None:
-        """SIGTERM: finish the step, save, and leave."""
+    def _stop_after_step(self, number: int, _: object) -> None:
+        """SIGTERM, or Ctrl-C once: finish the step, save, and leave."""
         self.trainer.stop_asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def show_bar(config: RunConfig) -> bool:

@@ -1,5 +1,6 @@
 """Every mistake of a user ends in one line that names it, and a non-zero exit code; nothing is lost by it."""
 
+import hashlib
 import resource
 import shutil
 from pathlib import Path
@@ -109,7 +110,6 @@ def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str])
         ("model.num_layers=3", ["model.num_layers is 2 there and 3 in this run"]),
         ("over_encoding.table_rows=40757", ["over_encoding.table_rows is 40756 there"]),
         ("over_encoding.optimizer=adam", ["over_encoding.optimizer"]),
-        ("parallel.zero_stage=2", ["zero_stage 1", "this run has 2"]),
     ):
         code, output = workspace.run(*train, override)
         errors = [line for line in output.splitlines() if line.startswith("error")]
@@ -123,15 +123,24 @@ def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str])
     train_sentencepiece(sotu_files()[3:8], 512, other)
     manifest = run / "checkpoints" / "step_00000004" / "manifest.json"
     original = manifest.read_text()
-    manifest.write_text(original.replace(str(workspace.data / "tokenizer.model"), str(other)))
+    changed = original.replace(str(workspace.data / "tokenizer.model"), str(other))
+    manifest.write_text(changed)
+    assert "manifest.sha256: does not fit manifest.json" in one_line(capsys, *generate, "x")
+    digest = manifest.with_name("manifest.sha256")
+    kept = digest.read_text()
+    digest.write_text(f"{hashlib.sha256(changed.encode()).hexdigest()}  manifest.json\n")
     assert "not the tokenizer" in one_line(capsys, *generate, "x")
     manifest.write_text(original)
+    digest.write_text(kept)
 
     weights = next((run / "checkpoints" / "step_00000004" / "tables").glob("*.safetensors"))
     content = weights.read_bytes()
     weights.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     assert f"{weights}: SHA-256 differs" in one_line(capsys, *generate, "x")
+    assert f"{weights}: SHA-256 differs" in one_line(capsys, "checkpoint", "verify", str(run))
     weights.write_bytes(content)
+    assert main(("checkpoint", "verify", str(run))) == 0
+    assert "step_00000004: as it was written" in capsys.readouterr().out
 
     full_disk(workspace, train, run)
 
