@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from overtok_megatron.config.derived import data_parallel_size
+from overtok_megatron.config.derived import blocks_per_stage, data_parallel_size
 from overtok_megatron.config.schema import RunConfig
 
 _STATE_VALUES = {"rowwise_adagrad": (1, 0), "adam": (0, 2), "sgd": (0, 0)}  # per row, per element
@@ -54,13 +54,19 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
 
 
 def _dense_shard(config: RunConfig) -> int:
-    """Dense parameters of the first tensor-parallel rank, the fullest: the vocabulary is cut unevenly; the norms of the
-    residual stream and the n-gram projection are on every rank."""
+    """Dense parameters of the fullest rank: the first tensor-parallel rank (the vocabulary is cut unevenly; the norms of the
+    residual stream and the n-gram projection are on every rank) of the fullest pipeline stage."""
     model, tensor, count = config.model, config.parallel.tensor_parallel_size, parameter_counts(config)
-    norms = (2 * model.num_layers + 1) * model.hidden_size
-    matrices = 1 if model.tie_word_embeddings else 2  # of the vocabulary
-    vocabulary = -(-model.vocab_size // tensor) * model.hidden_size * matrices
-    return (count.blocks - norms) // tensor + norms + vocabulary + count.encoder
+    stages = blocks_per_stage(config)
+    norms = 2 * model.hidden_size
+    block = (count.blocks - model.hidden_size) // model.num_layers
+    vocabulary = -(-model.vocab_size // tensor) * model.hidden_size
+    loads = [blocks * ((block - norms) // tensor + norms) for blocks in stages]
+    loads[0] += vocabulary + count.encoder
+    loads[-1] += model.hidden_size  # the final norm
+    if not model.tie_word_embeddings or len(stages) > 1:  # a tied head on another stage is a copy
+        loads[-1] += vocabulary
+    return max(loads)
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,12 @@ class RankBytes:
 def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     """bf16: 2 bytes a weight, 4 a gradient (2 without ZeRO), 12 of master and moments; fp32: 4, 4 and 8.
 
-    ZeRO 1 divides the last by the data-parallel size, 2 the gradients too, 3 the weights too. Tables are divided by the
+    ZeRO 1 divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are divided by the
     whole world.
     """
     dense = _dense_shard(config)
-    stage, ranks = config.parallel.zero_stage, data_parallel_size(config, world_size)
+    stage = config.parallel.zero_stage
+    ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     bf16 = config.training.precision == "bf16"
     rows, width = table_shape(config)
     own_rows = -(-rows // world_size)

@@ -4,8 +4,15 @@ import json
 
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.deepspeed_config import derive
-from overtok_megatron.config.derived import accumulation_steps, data_parallel_size, tokens_per_step, train_iters
+from overtok_megatron.config.derived import (
+    accumulation_steps,
+    blocks_per_stage,
+    data_parallel_size,
+    tokens_per_step,
+    train_iters,
+)
 from overtok_megatron.config.loading import LoadedConfig
+from overtok_megatron.config.schema import RunConfig
 
 
 def describe(loaded: LoadedConfig, world_size: int) -> str:
@@ -21,10 +28,8 @@ def describe(loaded: LoadedConfig, world_size: int) -> str:
     count, size = parameter_counts(config), bytes_per_rank(config, world_size)
     steps = train_iters(config)
     derived = [
-        (
-            "ranks",
-            f"{world_size} = {data_parallel_size(config, world_size)} data x {config.parallel.tensor_parallel_size} tensor",
-        ),
+        ("ranks", f"{world_size} = {_axes(config, world_size)}"),
+        ("blocks a pipeline stage", ", ".join(map(str, blocks_per_stage(config)))),
         ("micro-batches a step", str(accumulation_steps(config, world_size))),
         ("tokens a step", f"{tokens_per_step(config):,}"),
         ("steps", f"{steps:,}"),
@@ -47,3 +52,14 @@ def describe(loaded: LoadedConfig, world_size: int) -> str:
     label = max(len(name) for name, _ in derived)
     lines += ["", *(f"{name:<{label}}  {value}" for name, value in derived)]
     return "\n".join([*lines, "", "DeepSpeed:", json.dumps(derive(config, world_size), indent=2)])
+
+
+def _axes(config: RunConfig, world_size: int) -> str:
+    parallel = config.parallel
+    sizes = {
+        "pipeline": parallel.pipeline_parallel_size,
+        "data": data_parallel_size(config, world_size),
+        "context": parallel.context_parallel_size,
+        "tensor": parallel.tensor_parallel_size,
+    }
+    return " x ".join(f"{size} {axis}" for axis, size in sizes.items() if size > 1 or axis == "data")

@@ -189,8 +189,9 @@ class OverTables:
         self._keep(None)
         if clip_factor != 1.0:
             grad.mul_(clip_factor)
-        if self.snapshot is not None:
-            self.snapshot.preserve(rows)
+        snapshot = self.snapshot  # once: the thread that writes it takes it away when it is done
+        if snapshot is not None:
+            snapshot.preserve(rows)
         self.optimizer.update(rows, grad, learning_rate)
         self.shard.touched[rows] = True
         self.shard.changed[rows] = True

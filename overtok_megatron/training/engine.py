@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -207,23 +207,23 @@ class TrainingEngine:
     def _train_pipeline(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> list[Tensor]:
         """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage."""
         assert isinstance(self.model, PipelineStage)
-        self.engine.train_batch(iter(self._pipeline_batches(inputs, slots, targets)))
+        self.engine.train_batch(self._fed(inputs, slots, targets))
         return self.model.take_scored()
 
     def _evaluate_pipeline(
         self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None, count: int
     ) -> list[Tensor]:
         assert isinstance(self.model, PipelineStage)
-        batches = iter(self._pipeline_batches(inputs, slots, targets))
+        batches = self._fed(inputs, slots, targets)
         self.engine.eval_batch(batches, num_micro_batches=count, reduce_output=None, bcast_loss=False)
         return self.model.take_scored()
 
-    def _pipeline_batches(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> list[Any]:
-        """What the engine's ends ask for, a micro-batch each: ((tokens, slots), targets)."""
-        if inputs is None or targets is None:
-            return []
-        parts = self._parts(inputs, slots, targets)
-        return [((tokens,) if slot is None else (tokens, slot), target) for tokens, slot, target in parts]
+    def _fed(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> Iterator[Any]:
+        """What the engine's ends ask for, a micro-batch each: ((tokens, slots), targets). The stage gets its targets itself."""
+        assert isinstance(self.model, PipelineStage)
+        parts = [] if inputs is None or targets is None else self._parts(inputs, slots, targets)
+        self.model.expect([target for *_, target in parts] if self.grid.is_last_stage else [])
+        return iter([((tokens,) if slot is None else (tokens, slot), target) for tokens, slot, target in parts])
 
     def _table_counts(self, slots: Tensor | None) -> list[int]:
         """This rank's unique rows, rows looked up, and bytes sent."""

@@ -5,8 +5,11 @@ Knows no data and no optimizer. Shapes: b batch, s sequence, d hidden, T tables.
 
 import contextlib
 import io
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -20,8 +23,7 @@ class PipelineStage(PipelineModule):
     """This rank's stage. Input of the first: (tokens [b, s], slots [b, s, T]) int64; between stages hidden [b, s, d].
 
     Parameters are called as in `Transformer`, whatever the stage, so that nothing that goes by names (checkpoints, the
-    optimizer's groups) knows of pipelines. The loss is the mean objective of a micro-batch; `scored` collects the summed
-    cross entropies on the last stage.
+    optimizer's groups) knows of pipelines. The last stage's output is the mean objective of a micro-batch.
     """
 
     def __init__(
@@ -35,13 +37,13 @@ class PipelineStage(PipelineModule):
         self._place = grid
         self._tied = tied
         self._z_loss = z_loss
-        self.scored: list[Tensor] = []
+        self._targets: deque[Tensor] = deque()
         shape = grid.shape
         topology = PipeModelDataParallelTopology(
             num_pp=shape.pipe, num_mp=shape.model, num_dp=shape.data * shape.context
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
-            super().__init__([None] * sum(self._counts), topology=topology, loss_fn=self._loss)
+            super().__init__([None] * sum(self._counts), topology=topology)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = [sum(self._counts[:stage]) for stage in range(len(self._counts) + 1)]
@@ -65,27 +67,41 @@ class PipelineStage(PipelineModule):
         ranks = self._place.shape.pipe_ends(self._place.shape.ranks_along(self._place.rank, "pipe"))
         return {"word": {"ranks": ranks, "group": self._place.ends_group, "weight_attr": ["weight"], "module": word}}
 
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        """Equal already; without autograd, which would otherwise note DeepSpeed's broadcast as part of the forward pass."""
+        super()._synchronize_tied_weights()
+
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """What the engine sums over the ends; not registered a second time, which would change its name."""
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
+    def expect(self, targets: Iterable[Tensor]) -> None:
+        """The targets [b, s] of the micro-batches to come, on the last stage, which runs them in order."""
+        self._targets = deque(targets)
+        self._scored: list[Tensor] = []
+
     def forward(self, x: Any) -> Tensor:
-        """The engine's forward: this stage's layers but for the head, whose work is the loss."""
+        """This stage's layers on what the engine hands over; the loss on the last.
+
+        The loss is a part of the forward pass, not DeepSpeed's `loss_fn` behind it: with bf16 the engine clears gradients
+        when backward reaches the module's output, and what ran behind it would lose its own.
+        """
         if self._place.is_first_stage:
             assert self.embedding is not None
             x = self.embedding(*x)
         for block in self.blocks.values():
             x = block(x)
-        hidden: Tensor = x
-        return hidden
-
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        assert self.head is not None
-        objective, cross_entropy = self.head.loss(hidden, targets, self._z_loss if self.training else 0.0)
-        self.scored.append(cross_entropy)
+        if self.head is None:
+            hidden: Tensor = x
+            return hidden
+        targets = self._targets.popleft()
+        objective, cross_entropy = self.head.loss(x, targets, self._z_loss if self.training else 0.0)
+        self._scored.append(cross_entropy)
         return objective / targets.numel()
 
     def take_scored(self) -> list[Tensor]:
-        """The cross entropies since the last call; empty on all stages but the last."""
-        scored, self.scored = self.scored, []
+        """The summed cross entropies since expect(); empty on all stages but the last."""
+        assert not self._targets, "micro-batches that never arrived"
+        scored, self._scored = self._scored, []
         return scored

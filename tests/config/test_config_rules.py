@@ -7,7 +7,7 @@ import pytest
 from overtok_megatron.config.collisions import collision_problem
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.deepspeed_config import derive
-from overtok_megatron.config.derived import accumulation_steps, train_iters
+from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, train_iters
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.errors import ConfigError
@@ -77,6 +77,39 @@ def test_a_valid_one(world: int) -> None:
         ({"optimizer__schedule": "wsd"}, "optimizer.decay_iters", "needs it"),
         ({"optimizer__decay_iters": 3}, "optimizer.decay_iters", "remove it"),
         ({"parallel__zero_stage": 0}, "parallel.zero_stage", "use 1"),
+        ({"parallel__pipeline_parallel_size": 3}, "parallel.pipeline_parallel_size", "2 does"),
+        (
+            {"parallel__pipeline_parallel_size": 4, "parallel__tensor_parallel_size": 2},
+            "parallel.pipeline_parallel_size",
+            "the 2 ranks left by the other axes of 4; 2 does",
+        ),
+        ({"parallel__pipeline_parallel_size": 4}, "parallel.pipeline_parallel_size", "2 is the most"),
+        ({"parallel__pipeline_parallel_size": 2, "parallel__zero_stage": 2}, "parallel.zero_stage", "use 1"),
+        ({"parallel__pipeline_parallel_size": 2, "parallel__zero_stage": 0}, "parallel.zero_stage", "use 1"),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__pipeline_partition": [2, 1]},
+            "parallel.pipeline_partition",
+            "2 numbers (pipeline_parallel_size) with the sum 2 (model.num_layers); uniform is [1, 1]",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__offload_optimizer": "cpu"},
+            "parallel.offload_optimizer",
+            "use none",
+        ),
+        (
+            {"parallel__offload_optimizer": "cpu", "parallel__zero_stage": 0, "training__precision": "fp32"},
+            "parallel.offload_optimizer",
+            "use zero_stage 1",
+        ),
+        ({"parallel__context_parallel_size": 3}, "parallel.context_parallel_size", "2 does"),
+        ({"parallel__context_parallel_size": 4, "data__seq_length": 18}, "data.seq_length", "20 is"),
+        (
+            {"parallel__context_parallel_size": 4, "model__num_key_value_heads": 2},
+            "model.num_key_value_heads",
+            "multiple of parallel.tensor_parallel_size x context_parallel_size 4",
+        ),
+        ({"logging__trace_steps": [3]}, "logging.trace_steps", "as [3, 4]"),
+        ({"logging__trace_steps": [3, 3], "logging__trace_ranks": [4]}, "logging.trace_ranks", "0 to 3 are"),
     ],
 )
 def test_rules(changes: dict[str, Any], key: str, way_out: str) -> None:
@@ -149,3 +182,34 @@ def test_bytes_fall_with_the_stage() -> None:
 def test_flops_count_the_head_and_no_look_up() -> None:
     small, large = make(), make(model__vocab_size=2000)
     assert flops_per_token(large) - flops_per_token(small) == 6 * 1000 * 48
+
+
+@pytest.mark.parametrize(
+    ("stages", "partition", "expected"),
+    [
+        (1, "uniform", [5]),
+        (2, "uniform", [3, 2]),
+        (3, "uniform", [2, 2, 1]),
+        (3, "parameters", [1, 3, 1]),  # the embedding and the head weigh about two blocks each
+        (3, [1, 4, 0], [1, 4, 0]),
+    ],
+)
+def test_blocks_of_a_stage(stages: int, partition: Any, expected: list[int]) -> None:
+    config = make(model__num_layers=5, parallel__pipeline_parallel_size=stages, parallel__pipeline_partition=partition,
+                  model__vocab_size=700)  # fmt: skip
+    assert blocks_per_stage(config) == expected
+
+
+def test_context_ranks_are_data_ranks_to_deepspeed() -> None:
+    config = make(parallel__context_parallel_size=2)
+    assert accumulation_steps(config, 4) == 4
+    derived = derive(config, 4)
+    batch = derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 4
+    assert derived["train_batch_size"] == batch == 32
+
+
+def test_stages_of_sequence_parallel_ranks_send_all_of_their_activations() -> None:
+    config = make(
+        parallel__tensor_parallel_size=2, parallel__pipeline_parallel_size=2, parallel__sequence_parallel=True
+    )
+    assert derive(config, 4)["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}

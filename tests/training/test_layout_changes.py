@@ -1,13 +1,18 @@
 """A run saved on one layout goes on, on any other, with the losses of the run that was never interrupted (float32, 1e-5)."""
 
+import subprocess
+import sys
 from itertools import permutations
 from pathlib import Path
 
 import pytest
+import torch
 from distributed_harness import run_ranks
 from test_layout_matrix import CPU, EOD, TIED, Layout, configuration, layout, own_tokens, reference_run, stream
 
-from overtok_megatron.checkpoint.store import CheckpointStore
+from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, read_dense_states, stage_names
+from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
+from overtok_megatron.training.dense_state import load_engine_file
 from overtok_megatron.training.engine import TrainingEngine, start_processes
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.state import load_state
@@ -80,6 +85,30 @@ def check_pairs(layouts: dict[str, tuple[int, Layout]], pairs: list[tuple[str, s
 def test_some_pairs_of_layouts(tmp_path: Path) -> None:
     pairs = [("TP2xPP2", "DP4, ZeRO 3"), ("DP4, ZeRO 3", "DP2, ZeRO 1"), ("DP2, ZeRO 1", "TP2xPP2")]
     check_pairs(LAYOUTS, pairs, tmp_path)
+    for name in ("TP2xPP2", "DP4, ZeRO 3"):
+        check_universal(tmp_path / name, tmp_path / "universal" / name)
+
+
+def check_universal(run: Path, output: Path) -> None:
+    """DeepSpeed's own converter reads the engine's files and finds what we find: whole weights and both moments."""
+    checkpoint = CheckpointStore(run).latest()
+    assert checkpoint is not None
+    words = ["--input_folder", str(checkpoint / ENGINE_FOLDER), "--output_folder", str(output)]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words]
+    done = subprocess.run(
+        [*command, "--num_extract_workers", "1", "--num_merge_workers", "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    layout_ = read_manifest(checkpoint).layout
+    names = {
+        name for stage in range(layout_["pipeline_parallel_size"]) for name in stage_names(checkpoint, stage, layout_)
+    }
+    assert {path.name for path in (output / "zero").iterdir() if path.is_dir()} == names
+    for name, state in read_dense_states(checkpoint, layout_, dict.fromkeys(names), load_engine_file):
+        for ours, theirs in (("master", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+            content = torch.load(output / "zero" / name / f"{theirs}.pt", weights_only=True)
+            tensor = content["param"] if isinstance(content, dict) else content
+            assert torch.equal(tensor.flatten(), state.values[ours].flatten()), (name, ours)
 
 
 @pytest.mark.slow
