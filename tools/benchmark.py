@@ -1,15 +1,18 @@
-"""Measured speed, alternating between the contenders in one process: `dense` and `rows`. Ratios of medians are the figures.
+"""Measured speed, contenders alternating in one process: `dense`, `rows`, `saves`. Ratios of medians are the figures.
 
 dense: the baseline model's training step against Hugging Face's Olmo2ForCausalLM of the same shape.
 rows: an over-encoded training step at growing table sizes; flat is the aim, since cost follows tokens.
+saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
 Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +131,8 @@ def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object
     return lambda: trainer.step(tokens[next(turn) % len(tokens)], 1e-3)
 
 
-def rows(options: argparse.Namespace) -> dict[str, Any]:
+def single_process() -> None:
+    """What a launcher would put into the environment for one rank."""
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -136,6 +140,10 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
+
+
+def rows(options: argparse.Namespace) -> dict[str, Any]:
+    single_process()
     dataset = IndexedDataset(options.data)
     contenders = {}
     for power in options.powers:
@@ -155,6 +163,77 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def saves(options: argparse.Namespace) -> dict[str, Any]:
+    """What a save of big tables costs training: blocking, in the background, and of changed rows alone."""
+    from overtok_megatron.checkpoint.tables import TableWriter
+    from overtok_megatron.training.engine import TrainingEngine, start_processes
+    from overtok_megatron.training.saving import in_background
+
+    single_process()
+    config = configuration(
+        ["over_encoding.init_std=0.02", f"over_encoding.table_rows={options.rows}", "over_encoding.collision_check=warn",
+         "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
+    )  # fmt: skip
+    batches = TrainBatches(IndexedDataset(options.data), config.data.seq_length, 32, 1, 0, 1, seed=1)
+    trainer = TrainingEngine(config, start_processes(config), DEVICE, eod_id=0)
+    assert trainer.tables is not None
+    done = iter(range(10**9))
+
+    def step() -> float:
+        begin = time.perf_counter()
+        trainer.step(torch.from_numpy(batches.read(32 * next(done))).to(DEVICE), 1e-3)
+        return time.perf_counter() - begin
+
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
+
+    alone = statistics.median([step() for _ in range(10)])
+    writer = TableWriter(trainer.tables, 2)
+    rounds: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        for turn in range(options.rounds):
+            folders = [Path(scratch) / f"{turn}-{kind}" for kind in ("background", "blocking", "changed")]
+            for folder in folders:
+                folder.mkdir()
+            begin = time.perf_counter()
+            thread = in_background(writer.begin(folders[0]))
+            stall, during = time.perf_counter() - begin, []
+            while thread.is_alive():
+                during.append(step())
+            background = time.perf_counter() - begin
+            writer.forget()
+            begin = time.perf_counter()
+            writer.begin(folders[1])()
+            blocking = time.perf_counter() - begin
+            for _ in range(10):
+                step()
+            begin = time.perf_counter()
+            write = writer.begin(folders[2])
+            changed_stall = time.perf_counter() - begin
+            write()
+            rounds.append(
+                {
+                    "full_bytes": size(folders[0]),
+                    "blocking_seconds": blocking,
+                    "background_stall_seconds": stall,
+                    "background_seconds": background,
+                    "step_seconds_alone": alone,
+                    "step_seconds_during": statistics.median(during),
+                    "changed_bytes": size(folders[2]),
+                    "changed_stall_seconds": changed_stall,
+                    "changed_seconds": time.perf_counter() - begin,
+                }
+            )
+            for folder in folders:
+                shutil.rmtree(folder)
+            writer.forget()
+    figures: dict[str, Any] = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    return figures | {
+        "stall_over_blocking": figures["background_stall_seconds"] / figures["blocking_seconds"],
+        "changed_over_full_bytes": figures["changed_bytes"] / figures["full_bytes"],
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -169,6 +248,10 @@ def main() -> int:
     verb = verbs.add_parser("rows", help="over table sizes")
     verb.add_argument("--powers", type=int, nargs="+", default=[16, 20, 24], help="table_rows as powers of two")
     verb.set_defaults(run=rows)
+    verb = verbs.add_parser("saves", help="checkpoints of big tables")
+    verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows; four tables of 133 bytes a row")
+    verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
+    verb.set_defaults(run=saves)
     options = parser.parse_args()
     missing = process_environment(1, deterministic=False, cuda=DEVICE.type == "cuda")
     if missing:  # the allocator reads its settings when a process starts

@@ -87,8 +87,8 @@ class RankBytes:
 def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     """bf16: 2 bytes a weight, 4 a gradient (2 without ZeRO), 12 of master and moments; fp32: 4, 4 and 8.
 
-    ZeRO 1 divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are divided by the
-    whole world.
+    ZeRO 1 divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are
+    divided by the whole world.
     """
     dense = _dense_shard(config)
     stage = config.parallel.zero_stage

@@ -6,6 +6,7 @@ the last rank is done: each leaves a note in its folder, and the first rank's th
 """
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -29,6 +30,19 @@ from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
 from overtok_megatron.training.state import gather, layout_of
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
+
+
+def in_background(work: Callable[[], Any]) -> threading.Thread:
+    """Run `work` on a thread that gets the processor when training leaves it idle."""
+
+    def run() -> None:
+        with suppress(OSError, AttributeError):  # a thread's own priority is a thing of Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        work()
+
+    thread = threading.Thread(target=run, name="save", daemon=True)
+    thread.start()
+    return thread
 
 
 class Saver:
@@ -74,13 +88,14 @@ class Saver:
         manifest = {"step": step, "consumed_samples": consumed_samples, **self._identity}
 
         def complete() -> None:
-            self._failure = self._guarded(lambda: self._complete(folder, files, write_tables, manifest, begin))
-            if self._failure is not None:
+            try:
+                self._complete(folder, files, write_tables, manifest, begin)
+            except Exception as error:  # whatever it is, it must not end with the thread
+                self._failure = reason(error)
                 self.trainer.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
 
         self._abandoned.clear()
-        self._thread = threading.Thread(target=complete, name=f"save of step {step}", daemon=True)
-        self._thread.start()
+        self._thread = in_background(complete)
         if not self.trainer.config.checkpoint.asynchronous:
             self.finish()
 
