@@ -48,6 +48,8 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if stage > 0 and config.parallel.pipeline_parallel_size == 1:
+        result["zero_optimization"]["overlap_comm"] = True  # gradients are reduced while backward goes on
     if config.parallel.sequence_parallel:
         # between stages DeepSpeed would send a part from each tensor-parallel rank, as if all held the same activations
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}

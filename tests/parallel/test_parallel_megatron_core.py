@@ -62,7 +62,8 @@ def _megatron(sequence_parallel: bool) -> dict[str, Any]:
 
 def _linears(group: dist.ProcessGroup, sequence_parallel: bool) -> None:
     """Column-parallel into row-parallel, the two halves of every block."""
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear as TheirRow
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.tensor_parallel.layers import RowParallelLinear as TheirRow
 
     column = ColumnParallelLinears(WIDTH, {"up": INNER}, group=group, sequence_parallel=sequence_parallel)
     row = RowParallelLinear(INNER, WIDTH, group=group, sequence_parallel=sequence_parallel)
