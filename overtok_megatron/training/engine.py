@@ -131,8 +131,9 @@ class TrainingEngine:
         spared = {id(parameter) for parameter in free}
         decayed = [parameter for parameter in model.parameters() if id(parameter) not in spared]
         groups = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": free, "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((decayed, settings.weight_decay), (free, 0.0))
+            if parameters  # a stage may hold only an embedding, and DeepSpeed flattens no empty group
         ]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.optimizer_order = [names[id(parameter)] for parameter in [*decayed, *free]]
