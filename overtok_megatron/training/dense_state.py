@@ -14,6 +14,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
+from overtok_megatron.errors import CheckpointError
 
 # Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
 _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
@@ -41,8 +42,13 @@ def set_parameter_state(engine: Any, parameter: nn.Parameter, state: ParameterSt
     elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
         parameter.data.copy_(state.values["master"])
         _set_fragment(optimizer, parameter, state)
+    elif kind == "FP16_Optimizer":
+        raise CheckpointError(
+            "parallel.zero_stage: 0; with bf16 and apex's AdamW it resumes on the layout that wrote the checkpoint only; "
+            "use 1, or training.kernels: torch"
+        )
     else:
-        assert kind in ("FP16_UnfusedOptimizer", "FP16_Optimizer"), f"unknown DeepSpeed optimizer {kind}"
+        assert kind == "FP16_UnfusedOptimizer", f"unknown DeepSpeed optimizer {kind}"
         parameter.data.copy_(state.values["master"])
         _set_master(optimizer, parameter, state)
 
@@ -69,7 +75,7 @@ def _set_plain(optimizer: torch.optim.Optimizer, key: Tensor, state: ParameterSt
 
 
 def _set_master(optimizer: Any, parameter: nn.Parameter, state: ParameterState) -> None:
-    """bf16 without ZeRO: float32 masters in lists beside the parameters, or flat ones with apex."""
+    """bf16 without ZeRO: float32 masters in lists beside the parameters."""
     for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for low, master in zip(lows, masters, strict=True):
             if low is parameter:

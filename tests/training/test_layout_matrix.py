@@ -166,7 +166,9 @@ SLOW = {
         "DP2, ZeRO 3, offload": layout("z3 offload"),
         "CP2, ZeRO 1, offload": layout("cp2 z1 offload", micro=6),
         "PP2, embedding alone": Layout({"pipeline_parallel_size": 2, "pipeline_partition": [0, 4], "zero_stage": 1}),
-        "PP2, by parameters": Layout({"pipeline_parallel_size": 2, "pipeline_partition": "parameters", "zero_stage": 0}),
+        "PP2, by parameters": Layout(
+            {"pipeline_parallel_size": 2, "pipeline_partition": "parameters", "zero_stage": 0}
+        ),
         "PP2, tied head": layout("pp2", model=TIED),
         "TP2, tied head, ZeRO 2": layout("tp2 z2", micro=6, model=TIED),
         "recomputation of attention": layout("tp2", micro=6, training={"recompute": "selective"}),
