@@ -1,4 +1,4 @@
-"""Compiles cpu.cpp with the machine's C++ compiler, once; the library is kept in the user's cache folder."""
+"""Compiles cpu.cpp and rows.cpp with the machine's C++ compiler, once; the library is kept in the user's cache folder."""
 
 import ctypes
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "rows.cpp")]
 # NaN must stay NaN, or a diverged run would look healthy: finite-math is taken out of fast-math again.
 _FLAGS = ["-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-shared", "-std=c++17"]
 
@@ -34,7 +34,8 @@ def load_library() -> ctypes.CDLL | None:
     if compiler is None:
         log.warning("no C++ compiler: torch's own operators are used on CPU, which are slower")
         return None
-    content = _SOURCE.read_bytes() + " ".join([compiler, *_FLAGS]).encode() + _processor().encode()
+    text = b"".join(source.read_bytes() for source in _SOURCES)
+    content = text + " ".join([compiler, *_FLAGS]).encode() + _processor().encode()
     folder = Path.home() / ".cache" / "overtok_megatron"
     path = folder / f"cpu-{hashlib.sha256(content).hexdigest()[:16]}.so"
     try:
@@ -42,7 +43,8 @@ def load_library() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several ranks may build at once: each its own
                 built = Path(scratch) / path.name
-                subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True)
+                command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True)
                 os.replace(built, path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:

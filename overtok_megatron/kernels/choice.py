@@ -3,6 +3,7 @@
 The PyPI package called `apex` is a web toolkit without any of this; it is told apart by what it lacks, and ignored.
 """
 
+import ctypes
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.kernels import cpu, reference
 from overtok_megatron.kernels.build import load_library
+from overtok_megatron.kernels.rows import CpuRowKernels, RowKernels
 
 Groups = list[dict[str, Any]]
 
@@ -35,6 +37,7 @@ class Kernels:
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
     adamw: Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer] = torch_adamw
+    rows: RowKernels = RowKernels()  # noqa: RUF009  # without state
 
 
 def apex_parts() -> tuple[Callable[..., Tensor], Callable[..., torch.optim.Optimizer]] | None:
@@ -67,7 +70,7 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
         raise ConfigError(f"training.kernels: apex, but {why}; write torch or auto, or build NVIDIA's apex from source")
     if not cuda:
         library = load_library() if choice == "auto" else None
-        return Kernels() if library is None else _cpu_kernels(cpu.CpuLoops(library))
+        return Kernels() if library is None else _cpu_kernels(library)
     torch_kernels = replace(Kernels(), rms_norm=_cuda_rms_norm)
     if parts is None:
         return torch_kernels
@@ -80,7 +83,8 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
     )
 
 
-def _cpu_kernels(loops: cpu.CpuLoops) -> Kernels:
+def _cpu_kernels(library: ctypes.CDLL) -> Kernels:
+    loops = cpu.CpuLoops(library)
     return Kernels(
         name="cpu",
         rms_norm=loops.rms_norm,
@@ -89,4 +93,5 @@ def _cpu_kernels(loops: cpu.CpuLoops) -> Kernels:
         causal_attention=loops.causal_attention,
         softmax_statistics=loops.softmax_statistics,
         softmax_gradient=loops.softmax_gradient,
+        rows=CpuRowKernels(library),
     )

@@ -139,6 +139,7 @@ def build_tables(
     shard = TableShard(
         bounds[rank], bounds[rank + 1], space.width, std=over.init_std, seed=config.training.seed, device=device
     )
+    kernels = choose_kernels(config.training.kernels, device).rows
     optimizer = build_row_optimizer(
         over.optimizer,
         shard.weight,
@@ -146,13 +147,14 @@ def build_tables(
         betas=over.betas,
         eps=over.eps,
         state_dtype=STATE_DTYPES[over.state_dtype],
+        kernels=kernels,
     )
     return OverTables(
         encoder,
         NgramHash(space, over.hash_base or config.model.vocab_size, over.pad_id, over.boundary, eod_id),
         shard,
         optimizer,
-        RowExchange(bounds, group),
+        RowExchange(bounds, group, kernels),
         dtype=DTYPES[config.training.precision],
         sequence_slice=sequence_slice,
     )

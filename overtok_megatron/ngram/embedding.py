@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.ngram.exchange import ExchangePlan, RowExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
@@ -34,6 +35,7 @@ class StepRows:
     rows: Tensor
     grad: Tensor | None
     cast: Tensor  # the rows in the dtype of the model, made once a step
+    kernels: RowKernels
 
 
 class _GatherRows(torch.autograd.Function):
@@ -50,7 +52,7 @@ class _GatherRows(torch.autograd.Function):
         (slots,) = ctx.saved_tensors
         step: StepRows = ctx.step
         assert step.grad is not None, "backward through rows that were fetched without a gradient"
-        step.grad.index_add_(0, slots.reshape(-1), grad.reshape(-1, grad.shape[-1]).float())
+        step.kernels.add(step.grad, slots.reshape(-1), grad.reshape(-1, grad.shape[-1]))
         return None, None, None
 
 
@@ -152,7 +154,7 @@ class OverTables:
         plan = self.exchange.plan(ids)
         rows = self.exchange.fetch(plan, self.shard.weight).requires_grad_(training)
         grad = torch.zeros_like(rows, requires_grad=False) if training else None
-        self._keep(StepRows(rows, grad, rows.detach().to(self.dtype)))
+        self._keep(StepRows(rows, grad, rows.detach().to(self.dtype), self.exchange.kernels))
         self.last_plan = plan
         return plan.slots
 

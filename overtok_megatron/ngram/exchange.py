@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.parallel.collectives import named
 
 
@@ -35,15 +36,18 @@ class RowExchange:
     Every method is a collective of the group: all ranks call it, also those with nothing to ask.
     """
 
-    def __init__(self, bounds: Sequence[int], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, bounds: Sequence[int], group: dist.ProcessGroup | None, kernels: RowKernels | None = None
+    ) -> None:
         self.bounds = tuple(bounds)
+        self.kernels = kernels or RowKernels()
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         assert len(self.bounds) == 1 + (1 if group is None else dist.get_world_size(group))
 
     def plan(self, ids: Tensor) -> ExchangePlan:
         """ids: int64 of any shape, global rows. Two all-to-alls: counts, then ids."""
-        unique, slots = torch.unique(ids, return_inverse=True)
+        unique, slots = self.kernels.unique(ids, self.bounds[-1])
         if self.group is None:
             return ExchangePlan(unique, slots, [unique.numel()], [unique.numel()], unique)
         edges = torch.searchsorted(unique, torch.tensor(self.bounds, device=unique.device))
@@ -78,12 +82,12 @@ class RowExchange:
         inbox = grad.new_empty(plan.asked.numel(), grad.shape[1])
         with named("all-to-all of gradients", self.group):
             dist.all_to_all_single(inbox, grad, plan.received, plan.sent, group=self.group)
-        rows, place = torch.unique(plan.asked, return_inverse=True)
+        rows, place = self.kernels.unique(plan.asked, self.bounds[self.rank + 1] - self.bounds[self.rank])
         total = grad.new_zeros(rows.numel(), grad.shape[1])
         begin = 0
         for count in plan.received:  # one rank's rows are distinct, so each add is free of duplicates
             end = begin + count
-            total.index_add_(0, place[begin:end], inbox[begin:end])
+            self.kernels.add(total, place[begin:end], inbox[begin:end])
             begin = end
         return rows, total
 
