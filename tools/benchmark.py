@@ -1,7 +1,8 @@
-"""Measured speed, contenders alternating in one process: `dense`, `rows`, `saves`. Ratios of medians are the figures.
+"""Measured speed, contenders alternating in one process: `dense`, `rows`, `tables`, `saves`. Ratios of medians are the figures.
 
 dense: the baseline model's training step against Hugging Face's Olmo2ForCausalLM of the same shape.
 rows: an over-encoded training step at growing table sizes; flat is the aim, since cost follows tokens.
+tables: look-up, backward and update in four tables against fbgemm, SparseAdam, AdamW and the memory traffic alone.
 saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
 Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
 """
@@ -234,6 +235,134 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def our_tables(ids: Tensor, rows: int, width: int, grad: Tensor) -> tuple[Callable[[], object], Tensor]:
+    """A training step of this project's tables (exchange, gather, backward, row-wise update), and the rows themselves."""
+    from overtok_megatron.ngram.embedding import OverEncoding, OverTables, gather_rows
+    from overtok_megatron.ngram.exchange import RowExchange
+    from overtok_megatron.ngram.ids import NgramHash
+    from overtok_megatron.ngram.optimizer import build_row_optimizer
+    from overtok_megatron.ngram.sizing import RowSpace
+    from overtok_megatron.ngram.table import TableShard
+
+    kernels = choose_kernels("auto", DEVICE).rows
+    total = ids.shape[-1] * rows
+    shard = TableShard(0, total, width, std=0.02, seed=0, device=DEVICE)
+    optimizer = build_row_optimizer(
+        "rowwise_adagrad", shard.weight, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32,
+        kernels=kernels,
+    )  # fmt: skip
+    module = OverEncoding(ids.shape[-1] * width, ids.shape[-1], combine="sum")
+    space = RowSpace(3, 2, rows, width)
+    exchange = RowExchange((0, total), None, kernels)
+    tables = OverTables(module, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, exchange, dtype=torch.float32)
+
+    def step() -> None:
+        slots = tables.begin_rows(ids)
+        assert tables.step is not None
+        gather_rows(tables.step, slots).backward(grad)
+        tables.collect(1.0)
+        tables.apply(0.01, 1.0)
+
+    return step, shard.weight
+
+
+def fbgemm_tables(ids: Tensor, rows: int, width: int, grad: Tensor) -> Callable[[], object] | None:
+    """fbgemm's table-batched embedding with exact row-wise Adagrad; None where it is not installed."""
+    try:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+    except ImportError:
+        return None
+    cuda = DEVICE.type == "cuda"
+    place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    layer = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, width, *place)] * ids.shape[-1],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.01,
+        eps=1e-8,
+        pooling_mode=PoolingMode.SUM,  # of bags of one
+    )
+    own = (ids - rows * torch.arange(ids.shape[-1], device=ids.device)).t().contiguous().flatten()
+    offsets = torch.arange(own.numel() + 1, device=ids.device)
+    flat = grad.flatten(1)
+    return lambda: layer(own, offsets).backward(flat)
+
+
+def torch_tables(ids: Tensor, rows: int, width: int, grad: Tensor, *, sparse: bool) -> Callable[[], object]:
+    """nn.Embedding with SparseAdam, or dense with AdamW."""
+    total = ids.shape[-1] * rows
+    layer = torch.nn.Embedding(total, width, sparse=sparse, device=DEVICE)
+    kind: Any = torch.optim.SparseAdam if sparse else torch.optim.AdamW
+    optimizer = kind(layer.parameters(), lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        layer(ids).backward(grad)
+        optimizer.step()
+
+    return step
+
+
+def traffic(ids: Tensor, weight: Tensor, grad: Tensor) -> Callable[[], object]:
+    """The machine's limit: distinct rows read, modified and written, look-ups written and their gradients read, no work."""
+    distinct, out = ids.unique(), torch.empty_like(grad)
+
+    def step() -> None:
+        touched = weight.index_select(0, distinct)
+        weight.index_copy_(0, distinct, touched.mul_(1.0))
+        out.copy_(grad)
+
+    return step
+
+
+def tables(options: argparse.Namespace) -> dict[str, Any]:
+    """Forward, backward and update of look-ups in four tables: ours, the peers, and the memory traffic alone."""
+    from overtok_megatron.ngram.ids import NgramHash
+    from overtok_megatron.ngram.sizing import RowSpace
+
+    dataset = IndexedDataset(options.data)
+    count = options.tokens // 128
+    text = torch.stack([torch.from_numpy(dataset.tokens(index * 128, 128).astype("int64")) for index in range(count)])
+    cases: dict[str, Any] = {}
+    for power in options.powers:
+        rows = 2**power
+        hashed = NgramHash(RowSpace(3, 2, rows - 7, 1), 8192, 0, "ignore", 0).rows(text).flatten(0, 1)  # [N, 4]
+        offsets = torch.tensor(RowSpace(3, 2, rows - 7, 1).offsets)
+        spread = rows * torch.arange(4)
+        kinds = {
+            "text": (hashed - offsets + spread).to(DEVICE),
+            "uniform": (torch.randint(0, rows, hashed.shape) + spread).to(DEVICE),
+        }
+        for kind, ids in kinds.items():
+            grad = torch.randn(*ids.shape, options.width, device=DEVICE)
+            arguments = (ids, rows, options.width, grad)
+            ours, weight = our_tables(*arguments)
+            contenders = {"ours": ours, "traffic": traffic(ids, weight, grad)}
+            if (peer := fbgemm_tables(*arguments)) is not None:
+                contenders["fbgemm"] = peer
+            if power <= options.sparse_up_to:
+                contenders["SparseAdam"] = torch_tables(*arguments, sparse=True)
+            if power <= options.dense_up_to:
+                contenders["AdamW"] = torch_tables(*arguments, sparse=False)
+            seconds = alternate(contenders, options.rounds)
+            distinct = ids.unique().numel()
+            cases[f"2^{power}, {kind}"] = {
+                "seconds": seconds,
+                "times_ours": {name: value / seconds["ours"] for name, value in seconds.items()},
+                "distinct_share": distinct / ids.numel(),
+                "rows_per_second": ids.numel() / seconds["ours"],
+                "gigabytes_per_second": 4 * options.width * (2 * ids.numel() + 4 * distinct) / seconds["ours"] / 1e9,
+            }
+            times = "  ".join(f"{name} {1e3 * value:7.1f} ms" for name, value in seconds.items())
+            print(f"2^{power} rows, {kind:7}  {times}  ({distinct / ids.numel():.0%} distinct)", flush=True)
+            del contenders, ours, weight
+    return {"tokens": options.tokens, "width": options.width, "cases": cases}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -248,6 +377,17 @@ def main() -> int:
     verb = verbs.add_parser("rows", help="over table sizes")
     verb.add_argument("--powers", type=int, nargs="+", default=[16, 20, 24], help="table_rows as powers of two")
     verb.set_defaults(run=rows)
+    verb = verbs.add_parser("tables", help="look-up, backward and update against the peers")
+    verb.add_argument(
+        "--powers", type=int, nargs="+", default=[16, 18, 20, 22], help="rows of a table, as powers of two"
+    )
+    verb.add_argument("--tokens", type=int, default=65536, help="positions a step, four look-ups each")
+    verb.add_argument("--width", type=int, default=64, help="values a row")
+    verb.add_argument("--dense-up-to", type=int, default=18, help="largest power for the dense optimizer")
+    verb.add_argument(
+        "--sparse-up-to", type=int, default=22, help="largest power for SparseAdam, three times the table"
+    )
+    verb.set_defaults(run=tables)
     verb = verbs.add_parser("saves", help="checkpoints of big tables")
     verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows; four tables of 133 bytes a row")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")

@@ -112,12 +112,32 @@ extern "C" void add_rows_bf16(const void* grad, const int64_t* slots, int64_t n,
     add_rows(static_cast<const bfloat16*>(grad), slots, n, width, total);
 }
 
+// Sum of squares of values [n] in float64, by blocks of a fixed size whose sums are added in order.
+extern "C" double square_sum_f32(const float* values, int64_t n) {
+    constexpr int64_t block = 1 << 14;
+    const int64_t blocks = (n + block - 1) / block;
+    std::vector<double> sums(blocks);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t end = std::min(n, (b + 1) * block);
+        double sum = 0.0;
+        for (int64_t i = b * block; i < end; ++i) sum += static_cast<double>(values[i]) * values[i];
+        sums[b] = sum;
+    }
+    double total = 0.0;
+    for (double sum : sums) total += sum;
+    return total;
+}
+
 // Row-wise Adagrad of rows [n], distinct: square_sum[row] += mean(g^2), then the row moves. decay multiplies it first.
 extern "C" void adagrad_rows_f32(float* weight, float* square_sum, const int64_t* rows, const float* grad, int64_t n,
                                  int64_t width, float rate, float eps, float decay) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
-        if (i + 8 < n) __builtin_prefetch(weight + rows[i + 8] * width, 1);
+        if (i + 16 < n) {
+            for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(weight + rows[i + 16] * width + j, 1);
+            __builtin_prefetch(square_sum + rows[i + 16], 1);
+        }
         const float* __restrict g = grad + i * width;
         float* __restrict row = weight + rows[i] * width;
         float squares = 0.0f;

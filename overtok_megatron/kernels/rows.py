@@ -23,6 +23,10 @@ class RowKernels:
         """total [U, w] float32 += grad [N, w] float32 or bfloat16, row i of it to row slots[i]; slots [N] int64."""
         total.index_add_(0, slots, grad.float())
 
+    def square_sum(self, values: Tensor) -> Tensor:
+        """Sum of squares of a float32 tensor, float64 scalar, the same at every run."""
+        return values.double().square().sum()
+
     def adagrad(
         self, weight: Tensor, square_sum: Tensor, rows: Tensor, grad: Tensor, rate: float, eps: float, decay: float
     ) -> None:
@@ -49,6 +53,7 @@ class CpuRowKernels(RowKernels):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         library.unique_rows.restype = ctypes.c_int64
+        library.square_sum_f32.restype = ctypes.c_double
 
     def unique(self, ids: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         ids = ids.contiguous()
@@ -63,6 +68,11 @@ class CpuRowKernels(RowKernels):
         function = getattr(self._library, f"add_rows_{_SUFFIX[grad.dtype]}")
         sizes = (ctypes.c_int64(grad.shape[0]), ctypes.c_int64(grad.shape[1]))
         function(_pointer(grad), _pointer(slots), *sizes, _pointer(total))
+
+    def square_sum(self, values: Tensor) -> Tensor:
+        values = values.contiguous()
+        total = self._library.square_sum_f32(_pointer(values), ctypes.c_int64(values.numel()))
+        return torch.tensor(total, dtype=torch.float64)
 
     def adagrad(
         self, weight: Tensor, square_sum: Tensor, rows: Tensor, grad: Tensor, rate: float, eps: float, decay: float

@@ -56,6 +56,12 @@ class _GatherRows(torch.autograd.Function):
         return None, None, None
 
 
+def gather_rows(step: StepRows, slots: Tensor) -> Tensor:
+    """slots int64 of any shape into a step's rows -> [*slots, w] in the model's dtype; backward adds into the step."""
+    gathered: Tensor = _GatherRows.apply(step.rows, step, slots)
+    return gathered
+
+
 class OverEncoding(nn.Module):
     """Joins the gathered n-gram rows to the 1-gram embedding (paper section 3.2; METHOD of combination is a switch).
 
@@ -83,7 +89,7 @@ class OverEncoding(nn.Module):
     def forward(self, slots: Tensor) -> Tensor:
         """The n-gram part before combination: slots [b, s, T] int64 into the step's rows -> [b, s, d]."""
         assert self.step is not None, "no rows were fetched for this step"
-        gathered = _GatherRows.apply(self.step.rows, self.step, slots)  # [b, s, T, w]
+        gathered = gather_rows(self.step, slots)  # [b, s, T, w]
         weight = copy_to_group(self.projection, self.group)  # each rank saw a slice: the gradient is summed
         return F.linear(gathered.flatten(-2), weight)
 
@@ -151,6 +157,10 @@ class OverTables:
         else:
             ids = self.ngram_hash.rows(tokens, history)
             ids = ids.chunk(self.num_slices, dim=-2)[self.slice_index]
+        return self.begin_rows(ids, training=training)
+
+    def begin_rows(self, ids: Tensor, *, training: bool = True) -> Tensor:
+        """The same from global row numbers of any shape; returns slots of that shape."""
         plan = self.exchange.plan(ids)
         rows = self.exchange.fetch(plan, self.shard.weight).requires_grad_(training)
         grad = torch.zeros_like(rows, requires_grad=False) if training else None
@@ -175,9 +185,10 @@ class OverTables:
         step = self.step
         assert step is not None and step.grad is not None and self.last_plan is not None
         rows, grad = self.exchange.return_gradients(self.last_plan, step.grad)
-        grad.mul_(scale)
+        if scale != 1.0:
+            grad.mul_(scale)
         self._touched = (rows, grad)
-        square = grad.double().square().sum()
+        square = self.exchange.kernels.square_sum(grad)
         if self.exchange.group is not None:
             with named("all-reduce of squares", self.exchange.group):
                 dist.all_reduce(square, group=self.exchange.group)

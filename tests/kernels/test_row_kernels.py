@@ -78,3 +78,11 @@ def test_adagrad_moves_the_named_rows_alone(state: torch.dtype, decay: float) ->
     others = torch.ones(500, dtype=torch.bool).index_fill(0, rows, False)
     assert torch.equal(weight[others], start[others])
     assert torch.equal(square_sum[others], sums[others])
+
+
+@pytest.mark.parametrize("size", [0, 1, 16383, 16385, 100_003])
+def test_the_sum_of_squares(size: int) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 1e3
+    total = compiled().square_sum(values)
+    assert total.dtype == torch.float64
+    assert total.item() == pytest.approx(PLAIN.square_sum(values).item(), rel=1e-12)
