@@ -22,7 +22,7 @@ class RowSnapshot:
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def preserve(self, rows: Tensor) -> None:
-        """Keep the values of `rows` [r] int64, distinct, which are about to change."""
+        """Keep the values of `rows` [r] int64, distinct and ascending, which are about to change."""
         with self._lock:
             ahead = rows[(rows >= self._begin) & ~self._kept_flags[rows]]
             if ahead.numel():
@@ -34,10 +34,11 @@ class RowSnapshot:
         with self._lock:
             begin, self._begin = self._begin, end
             part = {name: column[begin:end].to("cpu", copy=True) for name, column in self._columns.items()}
+            edges = torch.tensor([begin, end], device=self._kept_flags.device)
             for rows, values in self._kept:
-                inside = (rows >= begin) & (rows < end)
-                place = (rows[inside] - begin).cpu()
+                first, last = torch.searchsorted(rows, edges).tolist()
+                place = (rows[first:last] - begin).cpu()
                 for name, old in values.items():
-                    part[name][place] = old[inside].cpu()
-            self._kept = [(rows, values) for rows, values in self._kept if bool((rows >= end).any())]
+                    part[name][place] = old[first:last].cpu()
+            self._kept = [(rows, values) for rows, values in self._kept if int(rows[-1]) >= end]
             return part
