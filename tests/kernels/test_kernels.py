@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -179,3 +180,10 @@ def test_apex_gives_torchs_numbers() -> None:
 def test_the_choice_names_itself() -> None:
     assert choose_kernels("torch", CPU) == Kernels()
     assert choice.Kernels().rms_norm is reference.rms_norm
+
+
+def test_loading_the_library_keeps_subnormal_numbers() -> None:
+    build.load_library()
+    tiny = float(np.finfo(np.float32).tiny)
+    assert float(np.float32(tiny) / np.float32(4.0)) > 0.0
+    assert (torch.tensor([tiny]) / 4).item() > 0.0
