@@ -76,7 +76,7 @@ def _generate(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained(Path(options.run), device)
+    trained = load_trained(Path(options.run), device, options.storage)
     for prompt, text in zip(options.prompt, generate(trained, options.prompt, sampling), strict=True):
         print(f"{prompt}{text}")
     return 0
@@ -220,6 +220,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-k", type=int, default=0, help="0 = off")
     verb.add_argument("--top-p", type=float, default=1.0, help="1 = off")
     verb.add_argument("--seed", type=int, default=0, help="of sampling")
+    verb.add_argument(
+        "--storage",
+        choices=("device", "host", "mapped"),
+        default="device",
+        help="n-gram tables beside the model, in host memory, or left on disk (memory then does not depend on their size)",
+    )
     verb.set_defaults(work=_generate)
     return parser
 

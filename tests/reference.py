@@ -4,12 +4,14 @@ One process, n-gram ids over Python's integers, autograd through whole tables, t
 package's numerics is used but its initial weights.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
+from overtok_megatron.config.derived import table_rate_factor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.model.assembly import build_transformer, row_space
 from overtok_megatron.model.transformer import Transformer
@@ -77,6 +79,19 @@ def python_ngram_row(
     return total % rows
 
 
+def python_place(table: int, row: int, sizes: Sequence[int], stripes: int) -> int:
+    """Where a row lies: the rows of all tables in one line, row by row, are dealt into heaps, which are laid end to end."""
+    smallest = min(sizes)
+    if row < smallest:
+        number = row * len(sizes) + table
+    else:
+        number = smallest * len(sizes) + sum(size - smallest for size in sizes[:table]) + row - smallest
+    length = sum(sizes) // stripes
+    if number >= length * stripes:
+        return number
+    return (number * 2533) % stripes * length + number // stripes
+
+
 class Reference:
     """A model that trains step by step on global batches [G, s + 1]; `step` returns the mean cross entropy."""
 
@@ -90,7 +105,7 @@ class Reference:
         rows = initial_rows(
             0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed
         )
-        self.tables = [nn.Parameter(part.clone()) for part in rows.split(list(self.space.sizes))]
+        self.tables = [nn.Parameter(rows[self.space.places(table)]) for table in range(self.space.num_tables)]
         assert ours.embedding.over_encoding is not None
         whole = ours.embedding.over_encoding.projection.detach()  # [d, T w]
         self.projections = nn.ParameterList([part.clone() for part in whole.split(self.space.width, dim=1)])
@@ -108,7 +123,7 @@ class Reference:
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         self.dense = [*decayed, *spared]
         self.adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
-        factor = settings.learning_rate * over.learning_rate_factor
+        factor = settings.learning_rate * table_rate_factor(self.config)
         self.table_optimizer: torch.optim.Optimizer | None = None
         if over.optimizer == "adam":
             self.table_optimizer = torch.optim.SparseAdam(self.tables, lr=factor, betas=over.betas, eps=over.eps)
@@ -168,7 +183,7 @@ class Reference:
     @torch.no_grad()
     def _update_tables(self, asked: list[Tensor]) -> None:
         over = self.config.over_encoding
-        rate = self.config.optimizer.learning_rate * over.learning_rate_factor
+        rate = self.config.optimizer.learning_rate * table_rate_factor(self.config)
         for table, rows in enumerate(self.tables):
             touched = asked[table].unique()
             assert rows.grad is not None

@@ -1,7 +1,7 @@
 """What `benchmark.py tables` compares: look-ups in tables with their backward and update, ours and others'.
 
-Each maker takes ids [N, T] int64 (rows [rows t, rows (t + 1)) of one row space are table t), the rows of a table, the width w
-and the gradient [N, T, w] float32, and returns one step.
+Each maker takes rows [N, T] int64, of each of T tables of `size` rows, the width w and the gradient [N, T, w] float32, and
+returns one step.
 """
 
 from collections.abc import Callable
@@ -11,27 +11,38 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.ngram.embedding import OverEncoding, OverTables, gather_rows
-from overtok_megatron.ngram.exchange import RowExchange
+from overtok_megatron.kernels.rows import RowStep, TableRows
+from overtok_megatron.ngram.embedding import OverTables, gather_rows
+from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import build_row_optimizer
+from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.sizing import RowSpace
 from overtok_megatron.ngram.table import TableShard
 
 
-def our_tables(ids: Tensor, rows: int, width: int, grad: Tensor) -> tuple[Callable[[], object], Tensor]:
-    """A training step of this project's tables (exchange, gather, backward, row-wise update), and the rows themselves."""
-    kernels = choose_kernels("auto", ids.device).rows
-    total = ids.shape[-1] * rows
-    shard = TableShard(0, total, width, std=0.02, seed=0, device=ids.device)
-    optimizer = build_row_optimizer(
-        "rowwise_adagrad", shard.weight, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32,
-        kernels=kernels,
+def places(rows: Tensor, space: RowSpace) -> Tensor:
+    """Where the rows [N, T] of the tables lie in our row space, [N, T]."""
+    return torch.stack([space.places(table, own) for table, own in enumerate(rows.unbind(1))], dim=1)
+
+
+def our_tables(
+    rows: Tensor, space: RowSpace, grad: Tensor, dtype: torch.dtype
+) -> tuple[Callable[[], object], OverTables]:
+    """A training step of this project's tables: distinct rows, look-up, backward, row-wise Adagrad.
+
+    dtype: of the stored rows and their optimizer's state, float32 or bfloat16; look-ups and gradients are of grad's.
+    """
+    device, ids = rows.device, places(rows, space)
+    kernels = choose_kernels("auto", device).rows
+    shard = TableShard(0, space.total_rows, space.width, std=0.0, seed=0, device=device, dtype=dtype, kernels=kernels)
+    shard.rows.weight[ids.unique()] = 0.02  # so that pages are there, as after some training
+    optimizer = RowOptimizer(
+        "rowwise_adagrad", shard.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=dtype, kernels=kernels
+    )
+    tables = OverTables(
+        None, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, FlatExchange((0, space.total_rows), None, kernels),
+        dtype=grad.dtype, device=device, kernels=kernels,
     )  # fmt: skip
-    module = OverEncoding(ids.shape[-1] * width, ids.shape[-1], combine="sum")
-    space = RowSpace(3, 2, rows, width)
-    exchange = RowExchange((0, total), None, kernels)
-    tables = OverTables(module, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, exchange, dtype=torch.float32)
 
     def step() -> None:
         slots = tables.begin_rows(ids)
@@ -40,10 +51,10 @@ def our_tables(ids: Tensor, rows: int, width: int, grad: Tensor) -> tuple[Callab
         tables.collect(1.0)
         tables.apply(0.01, 1.0)
 
-    return step, shard.weight
+    return step, tables
 
 
-def fbgemm_tables(ids: Tensor, rows: int, width: int, grad: Tensor) -> Callable[[], object] | None:
+def fbgemm_tables(rows: Tensor, size: int, grad: Tensor) -> Callable[[], object] | None:
     """fbgemm's table-batched embedding with exact row-wise Adagrad; None where it is not installed."""
     try:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -54,27 +65,28 @@ def fbgemm_tables(ids: Tensor, rows: int, width: int, grad: Tensor) -> Callable[
         )
     except ImportError:
         return None
-    cuda = ids.device.type == "cuda"
+    cuda = rows.device.type == "cuda"
     place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
     layer = SplitTableBatchedEmbeddingBagsCodegen(
-        [(rows, width, *place)] * ids.shape[-1],
+        [(size, grad.shape[2], *place)] * rows.shape[1],
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=0.01,
         eps=1e-8,
         pooling_mode=PoolingMode.SUM,  # of bags of one
     )
-    own = (ids - rows * torch.arange(ids.shape[-1], device=ids.device)).t().contiguous().flatten()
-    offsets = torch.arange(own.numel() + 1, device=ids.device)
+    own = rows.t().contiguous().flatten()
+    offsets = torch.arange(own.numel() + 1, device=rows.device)
     flat = grad.flatten(1)
     return lambda: layer(own, offsets).backward(flat)
 
 
-def torch_tables(ids: Tensor, rows: int, width: int, grad: Tensor, *, sparse: bool) -> Callable[[], object]:
+def torch_tables(rows: Tensor, size: int, grad: Tensor, *, sparse: bool) -> Callable[[], object]:
     """nn.Embedding with SparseAdam, or dense with AdamW."""
-    total = ids.shape[-1] * rows
-    layer = torch.nn.Embedding(total, width, sparse=sparse, device=ids.device)
+    count = rows.shape[1]
+    layer = torch.nn.Embedding(count * size, grad.shape[2], sparse=sparse, device=rows.device)
     kind: Any = torch.optim.SparseAdam if sparse else torch.optim.AdamW
     optimizer = kind(layer.parameters(), lr=0.01)
+    ids = rows + size * torch.arange(count, device=rows.device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -84,13 +96,16 @@ def torch_tables(ids: Tensor, rows: int, width: int, grad: Tensor, *, sparse: bo
     return step
 
 
-def traffic(ids: Tensor, weight: Tensor, grad: Tensor) -> Callable[[], object]:
-    """The machine's limit: distinct rows read, modified and written, look-ups written and their gradients read, no work."""
-    distinct, out = ids.unique(), torch.empty_like(grad)
+def limit(tables: OverTables, rows: Tensor, space: RowSpace, grad: Tensor) -> Callable[[], object]:
+    """The machine's limit: every distinct row read, modified and written in place, every look-up written, every gradient
+    read; nothing made unique, nothing summed, no optimizer state."""
+    distinct = places(rows, space).unique()
+    changes, out = grad.new_ones(distinct.numel(), grad.shape[2], dtype=torch.float32), torch.empty_like(grad)
+    stored, step = tables.shard.rows, RowStep("sgd", 1e-3, 1.0, (0.0, 0.0), 0.0, 1.0, 0)
+    assert isinstance(stored, TableRows)
 
-    def step() -> None:
-        touched = weight.index_select(0, distinct)
-        weight.index_copy_(0, distinct, touched.mul_(1.0))
+    def work() -> None:
+        tables.kernels.update(stored, {}, distinct, changes, step)
         out.copy_(grad)
 
-    return step
+    return work

@@ -21,7 +21,7 @@ MANIFEST_DIGEST = "manifest.sha256"
 LATEST = "latest"
 _PARTIAL = ".partial"
 _REPLACED = ".replaced.partial"  # a complete one that makes room for another of its step
-_FORMAT = 2
+_FORMAT = 3
 
 Digest = tuple[int, str]  # size in bytes, SHA-256
 

@@ -22,6 +22,7 @@ from overtok_megatron.checkpoint.store import Digest, file_digest, sync
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
+from overtok_megatron.ngram.table import TableShard
 
 FOLDER = "tables"
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size, which bounds the memory of a save
@@ -45,7 +46,10 @@ class TableWriter:
     """
 
     def __init__(self, tables: OverTables, increments: int) -> None:
+        assert isinstance(tables.shard, TableShard) and tables.optimizer is not None
         self._tables = tables
+        self._shard = tables.shard
+        self._optimizer = tables.optimizer
         self._limit = increments
         self._chain: Chain | None = None
 
@@ -55,14 +59,13 @@ class TableWriter:
 
     def begin(self, folder: Path) -> Callable[[], dict[str, Digest]]:
         """Start a save below `folder`; call what is returned once, to write: it returns the files with their digests."""
-        shard = self._tables.shard
+        shard = self._shard
         chain, self._chain = self._chain, None
-        changed = shard.changed.nonzero().squeeze(1)
+        changed = shard.take_changed()
         full = chain is None or chain.increments >= self._limit or 2 * changed.numel() > shard.num_rows
-        shard.changed.zero_()
         if shard.num_rows == 0:
             return dict
-        metadata = {"start": str(shard.start), "stop": str(shard.stop), "steps": str(self._tables.optimizer.steps)}
+        metadata = {"start": str(shard.start), "stop": str(shard.stop), "steps": str(self._optimizer.steps)}
         if full or chain is None:
             snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns())
             return lambda: self._finish(folder, self._write_all(folder, snapshot, metadata), 0)
@@ -76,7 +79,7 @@ class TableWriter:
         return files
 
     def _write_all(self, folder: Path, snapshot: RowSnapshot, metadata: dict[str, str]) -> dict[str, Digest]:
-        shard, columns = self._tables.shard, self._tables.columns()
+        shard, columns = self._shard, self._tables.columns()
         row_bytes = sum(tensor[:1].nbytes for tensor in columns.values())
         step, piece = max(1, _FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
         files: dict[str, Digest] = {}
@@ -94,7 +97,7 @@ class TableWriter:
         (folder / FOLDER).mkdir(exist_ok=True)
         for name in chain.files:
             os.link(chain.folder / name, folder / name)
-        number, shard = chain.increments + 1, self._tables.shard
+        number, shard = chain.increments + 1, self._shard
         name = f"changed-{number:04d}-{shard.start:012d}-{shard.stop:012d}"
         return chain.files | write_rows(folder, name, values, metadata)
 
@@ -108,6 +111,7 @@ def write_rows(folder: Path, stem: str, values: dict[str, Tensor], metadata: dic
     """Write one file of rows below `folder` and sync it; its name with its digest."""
     (folder / FOLDER).mkdir(exist_ok=True)
     name = f"{FOLDER}/{stem}.safetensors"
+    values = {**values, "touched": values["touched"] > 0}  # in memory it is more than yes or no
     save_file(values, folder / name, metadata)
     sync(folder / name)
     return {name: file_digest(folder / name)}
@@ -121,16 +125,15 @@ def table_files(folder: Path) -> list[Path]:
     ]
 
 
-def load_tables(folder: Path, tables: OverTables, *, with_optimizer: bool) -> None:
-    """Fill this rank's rows from whichever files hold them.
+def load_tables(folder: Path, tables: OverTables) -> None:
+    """Fill this rank's rows, and their optimizer's state where there is one, from whichever files hold them.
 
     Raises CheckpointError where rows are missing or of another width, the optimizer's state is another one, or a file is
     damaged.
     """
     shard, optimizer = tables.shard, tables.optimizer
-    columns = tables.columns()
-    if not with_optimizer:
-        columns = {name: columns[name] for name in ("weight", "touched")}
+    assert isinstance(shard, TableShard)
+    columns = shard.columns() if optimizer is None else tables.columns()
     filled = 0
     for path, file, begin, end in _overlapping(folder, shard.start, shard.stop):
         _check_columns(path, file, columns)
@@ -142,10 +145,11 @@ def load_tables(folder: Path, tables: OverTables, *, with_optimizer: bool) -> No
         else:
             rows = file.get_tensor("rows")
             ours = ((rows >= shard.start) & (rows < shard.stop)).nonzero().squeeze(1)
-            place = (rows[ours] - shard.start).to(shard.weight.device)
+            place = (rows[ours] - shard.start).to(shard.device)
             for key, target in columns.items():
-                target[place] = file.get_tensor(key)[ours].to(target.device)
-        optimizer.steps = int(file.metadata()["steps"])
+                target[place] = file.get_tensor(key)[ours].to(target.device, target.dtype)
+        if optimizer is not None:
+            optimizer.steps = int(file.metadata()["steps"])
     if filled != shard.num_rows:
         raise CheckpointError(
             f"{folder / FOLDER}: holds {filled} of the rows {shard.start} to {shard.stop}; the "

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from overtok_megatron.config.derived import blocks_per_stage, data_parallel_size
 from overtok_megatron.config.schema import RunConfig
 
-_STATE_VALUES = {"rowwise_adagrad": (1, 0), "adam": (0, 2), "sgd": (0, 0)}  # per row, per element
+_STATE_VALUES = {"rowwise_adagrad": (1, 0), "rowwise_adam": (1, 1), "adam": (0, 2), "sgd": (0, 0)}  # a row, an element
+_ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     rows, width = table_shape(config)
     own_rows = -(-rows // world_size)
     per_row, per_element = _STATE_VALUES[config.over_encoding.optimizer]
+    scale_bytes, value_bytes = _ROW_BYTES[config.over_encoding.row_dtype]
     state_bytes = 4 if config.over_encoding.state_dtype == "float32" else 2
 
     def share(size: int, from_stage: int) -> int:
@@ -106,7 +108,7 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
         weights=share(dense * (2 if bf16 else 4), 3),
         gradients=share(dense * (2 if bf16 and stage == 0 else 4), 2),
         optimizer=share(dense * (12 if bf16 else 8), 1),
-        table_rows=own_rows * (width * 4 + 1),  # and one byte: whether it was touched
+        table_rows=own_rows * (width * value_bytes + scale_bytes + 1),  # and one byte: whether it was touched
         table_state=own_rows * (per_row + per_element * width) * state_bytes,
     )
 

@@ -47,6 +47,14 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
 
 
+def table_rate_factor(config: RunConfig) -> float:
+    """The rows' learning rate over the dense one."""
+    over = config.over_encoding
+    if over.learning_rate_factor is not None:
+        return over.learning_rate_factor
+    return 10.0 if over.optimizer == "rowwise_adagrad" else 1.0
+
+
 def tokens_per_step(config: RunConfig) -> int:
     return config.training.global_batch_size * config.data.seq_length
 

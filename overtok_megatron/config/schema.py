@@ -46,12 +46,28 @@ class OverEncodingConfig(Section):
         "error", description="what to do when table_rows / hash_base is close to an integer"
     )
     init_std: NonNegativeFloat = Field(0.02, description="deviation of the initial rows; 0 = rows begin at zero")
-    optimizer: Literal["rowwise_adagrad", "adam", "sgd"] = Field("adam", description="row optimizer, touched rows only")
-    learning_rate_factor: PositiveFloat = Field(1.0, description="rows' learning rate over the dense one")
+    optimizer: Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"] = Field(
+        "rowwise_adagrad", description="row optimizer, touched rows only"
+    )
+    learning_rate_factor: PositiveFloat | None = Field(
+        None, description="rows' learning rate over the dense one; none = 10 with rowwise_adagrad, else 1"
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of touched rows")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="adam's decay rates for rows")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment of rows")
-    state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the row optimizer's state")
+    row_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "bfloat16", description="how rows are stored; int8 with a scale a row; below float32 rounded stochastically"
+    )
+    state_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the row optimizer's state")
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what gradients of rows travel in; rows travel in the model's precision"
+    )
+    storage: Literal["device", "host"] = Field(
+        "device", description="where tables lie: beside the model, or in host memory, fetched a step ahead"
+    )
+    ranks_per_host: Positive | None = Field(
+        None, description="exchange in two levels: within hosts of so many ranks, then across; none = in one"
+    )
 
 
 class TokenizerConfig(Section):

@@ -33,6 +33,13 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     _check_model(config, check)
     if config.over_encoding.enabled:
         _check_over_encoding(config, check, locate)
+        per_host = config.over_encoding.ranks_per_host or 1
+        check.need(
+            world_size % per_host == 0,
+            "over_encoding.ranks_per_host",
+            per_host,
+            f"does not divide the {world_size} ranks; {_nearest_divisor(world_size, per_host)} does",
+        )
     _check_schedule(config, check)
     _check_trace(config, world_size, check)
     _check_precision(config, world_size, check)

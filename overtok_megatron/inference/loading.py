@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from overtok_megatron.checkpoint.dense import load_dense
+from overtok_megatron.checkpoint.mapped import MappedShard
 from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
-from overtok_megatron.checkpoint.tables import load_tables
+from overtok_megatron.checkpoint.tables import FOLDER, load_tables
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.model.assembly import build_tables, build_transformer
+from overtok_megatron.kernels.rows import RowKernels
+from overtok_megatron.model.assembly import build_tables, build_transformer, row_space, tables_over
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.embedding import OverTables
 
@@ -27,17 +30,27 @@ class TrainedModel:
     step: int
 
 
-def load_trained(run: Path, device: torch.device) -> TrainedModel:
+Storage = Literal["device", "host", "mapped"]
+
+
+def load_trained(run: Path, device: torch.device, storage: Storage = "device") -> TrainedModel:
     """Load the model that `run` names.
 
+    storage: tables beside the model, in host memory, or left on disk, where rows are read as they are needed; then the
+    checksums of their files, which are as large as the tables, are not compared (`overtok checkpoint verify` does).
     Raises CheckpointError where files are missing, damaged or do not fit, and where the tokenizer is another one.
     """
     path = find_checkpoint(run)
     manifest = read_manifest(path)
     for name in manifest.files:
+        if storage == "mapped" and name.startswith(FOLDER):
+            continue
         if name.endswith(".safetensors"):  # what is read here; a flipped byte would be a wrong text, not an error
             verify_file(path, name, manifest)
     config = RunConfig.model_validate(manifest.config)
+    if storage != "mapped":
+        over = config.over_encoding.model_copy(update={"storage": storage, "ranks_per_host": None})
+        config = config.model_copy(update={"over_encoding": over})
     tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path)
     _check_tokenizer(tokenizer, manifest, config, path)
     model = build_transformer(config, device=device)
@@ -47,8 +60,14 @@ def load_trained(run: Path, device: torch.device) -> TrainedModel:
     _copy_weights(model, weights, path)
     tables = None
     if config.over_encoding.enabled:
-        tables = build_tables(config, model.embedding.over_encoding, manifest.eod_id, device=device)
-        load_tables(path, tables, with_optimizer=False)
+        encoder, eod = model.embedding.over_encoding, manifest.eod_id
+        if storage == "mapped":
+            rows = row_space(config.model, config.over_encoding)
+            shard = MappedShard(path, rows.total_rows, rows.width, RowKernels())
+            tables = tables_over(config, encoder, eod, shard, device=device)
+        else:
+            tables = build_tables(config, encoder, eod, device=device, training=False)
+            load_tables(path, tables)
     return TrainedModel(config, model.eval(), tables, tokenizer, manifest.step)
 
 

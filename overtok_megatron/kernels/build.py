@@ -14,6 +14,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "rows.cpp")]
+_HEADER = Path(__file__).with_name("bfloat16.h")
 # The parts of fast-math that let loops be vectorised. Not all of it: NaN must stay NaN, or a diverged run would look healthy,
 # and a library linked with -ffast-math makes the whole process flush subnormal numbers when it is loaded.
 _MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]
@@ -36,7 +37,7 @@ def load_library() -> ctypes.CDLL | None:
     if compiler is None:
         log.warning("no C++ compiler: torch's own operators are used on CPU, which are slower")
         return None
-    text = b"".join(source.read_bytes() for source in _SOURCES)
+    text = b"".join(source.read_bytes() for source in [*_SOURCES, _HEADER])
     content = text + " ".join([compiler, *_FLAGS]).encode() + _processor().encode()
     folder = Path.home() / ".cache" / "overtok_megatron"
     path = folder / f"cpu-{hashlib.sha256(content).hexdigest()[:16]}.so"

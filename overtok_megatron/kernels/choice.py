@@ -16,7 +16,8 @@ from torch import Tensor
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.kernels import cpu, reference
 from overtok_megatron.kernels.build import load_library
-from overtok_megatron.kernels.rows import CpuRowKernels, RowKernels
+from overtok_megatron.kernels.cpu_rows import CpuRowKernels
+from overtok_megatron.kernels.rows import RowKernels
 
 Groups = list[dict[str, Any]]
 

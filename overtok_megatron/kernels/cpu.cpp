@@ -8,26 +8,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bfloat16.h"
+
 namespace {
 
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline float load(bfloat16 value) {
-    uint32_t wide = static_cast<uint32_t>(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &wide, 4);
-    return result;
-}
 inline void store(float& place, float value) { place = value; }
-inline void store(bfloat16& place, float value) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
-    place.bits = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
+inline void store(bfloat16& place, float value) { place = nearest(value); }
 
 // e^x to about 2e-7 relative (Cephes' polynomial), written so that the compiler vectorises loops over it; NaN stays NaN.
 inline float fast_exp(float x) {

@@ -1,5 +1,7 @@
 """From a run's configuration to a model and its tables: the root below which no config object is passed on."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
@@ -10,14 +12,16 @@ from overtok_megatron.model.heads import InputEmbedding, OutputHead
 from overtok_megatron.model.rotary import Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.embedding import OverEncoding, OverTables
-from overtok_megatron.ngram.exchange import RowExchange
+from overtok_megatron.ngram.exchange import Exchange, FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import build_row_optimizer
-from overtok_megatron.ngram.sizing import RowSpace, row_bounds
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.optimizer import RowOptimizer
+from overtok_megatron.ngram.placement import make_exchange, owned_range
+from overtok_megatron.ngram.prefetch import Prefetch
+from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.ngram.table import Shard, TableShard
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
@@ -126,35 +130,88 @@ def build_tables(
     device: torch.device,
     group: dist.ProcessGroup | None = None,
     sequence_slice: tuple[int, int] = (0, 1),
+    training: bool = True,
 ) -> OverTables:
-    """This rank's tables with initial rows. group: the table group; None = all rows are here.
+    """This rank's tables with initial rows. group: the table group, which is the world; None = all rows are here.
 
     encoder: the module that the rows feed; None on a pipeline stage that has none and only serves rows.
-    sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
+    sequence_slice: (index, count) of the slice of every sequence that this rank looks up. training: with an optimizer.
     """
-    over = config.over_encoding
+    over, seed = config.over_encoding, config.training.seed
     space = row_space(config.model, over)
+    host = over.storage == "host"
+    place = torch.device("cpu") if host else device
+    kernels = choose_kernels(config.training.kernels, place).rows
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    bounds = row_bounds(space.total_rows, size)
     shard = TableShard(
-        bounds[rank], bounds[rank + 1], space.width, std=over.init_std, seed=config.training.seed, device=device
-    )
-    kernels = choose_kernels(config.training.kernels, device).rows
-    optimizer = build_row_optimizer(
-        over.optimizer,
-        shard.weight,
-        weight_decay=over.weight_decay,
-        betas=over.betas,
-        eps=over.eps,
-        state_dtype=STATE_DTYPES[over.state_dtype],
+        *owned_range(space.total_rows, rank, size, over.ranks_per_host),
+        space.width,
+        std=over.init_std,
+        seed=seed,
+        device=place,
+        dtype=ROW_DTYPES[over.row_dtype],
         kernels=kernels,
     )
+    optimizer = None
+    if training:
+        optimizer = RowOptimizer(
+            over.optimizer,
+            shard.rows,
+            weight_decay=over.weight_decay,
+            betas=over.betas,
+            eps=over.eps,
+            state_dtype=ROW_DTYPES[over.state_dtype],
+            seed=seed,
+            kernels=kernels,
+        )
+
+    def exchange() -> Exchange:  # each has process groups of its own in host memory
+        return make_exchange(
+            space.total_rows,
+            group,
+            ranks_per_host=over.ranks_per_host,
+            kernels=kernels,
+            gradient_dtype=ROW_DTYPES[over.gradient_dtype],
+            backend="gloo" if host else None,
+        )
+
+    ahead = (
+        Prefetch(exchange(), partial(shard.read, dtype=DTYPES[config.training.precision]))
+        if host and training
+        else None
+    )
+    return tables_over(
+        config, encoder, eod_id, shard, device=device, group=group, sequence_slice=sequence_slice,
+        optimizer=optimizer, exchange=exchange(), ahead=ahead,
+    )  # fmt: skip
+
+
+def tables_over(
+    config: RunConfig,
+    encoder: OverEncoding | None,
+    eod_id: int,
+    shard: Shard,
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    sequence_slice: tuple[int, int] = (0, 1),
+    optimizer: RowOptimizer | None = None,
+    exchange: Exchange | None = None,
+    ahead: Prefetch | None = None,
+) -> OverTables:
+    """Tables over a shard that is there already; by default one that has all rows, to be read."""
+    over, space = config.over_encoding, row_space(config.model, config.over_encoding)
+    kernels = choose_kernels(config.training.kernels, device).rows
     return OverTables(
         encoder,
-        NgramHash(space, over.hash_base or config.model.vocab_size, over.pad_id, over.boundary, eod_id),
+        NgramHash(space, over.hash_base or config.model.vocab_size, over.pad_id, over.boundary, eod_id, kernels),
         shard,
         optimizer,
-        RowExchange(bounds, group, kernels),
+        exchange or FlatExchange((0, space.total_rows), None, shard.kernels),
         dtype=DTYPES[config.training.precision],
+        device=device,
+        kernels=kernels,
+        group=group,
         sequence_slice=sequence_slice,
+        ahead=ahead,
     )

@@ -1,11 +1,11 @@
 """The over-encoder: a small module that the model sees, and the sharded tables that feed it once a step.
 
 `OverEncoding` holds only the projection; `OverTables` holds this rank's rows, their optimizer and the exchange. They meet in
-`StepRows`, the unique rows of a step with one gradient buffer: forward gathers from it and backward adds into it, with
+`StepRows`, the distinct rows of a step with one gradient buffer: forward gathers from it and backward adds into it, with
 no communication in either (contract C3).
 
 Shapes: A micro-batches, b batch, s sequence (a slice of it under tensor parallelism), T tables, w row width,
-d hidden = T w, U unique rows.
+d hidden = T w, U distinct rows.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.ngram.exchange import ExchangePlan, RowExchange
+from overtok_megatron.kernels.rows import RowKernels, TableRows
+from overtok_megatron.ngram.exchange import Exchange, FlatPlan, Plan
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
+from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.snapshot import RowSnapshot
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.table import Shard, TableShard
 from overtok_megatron.parallel.collectives import copy_to_group, named
 from overtok_megatron.parallel.sharding import initialise
 
@@ -30,22 +31,29 @@ Combine = Literal["sum", "mean", "scaled"]
 
 @dataclass
 class StepRows:
-    """The rows of one step: rows [U, w] float32, a leaf; grad [U, w] float32, summed over micro-batches."""
+    """The rows of one step: row `index[slot]` of `rows` for a slot below U, or row `slot` without an index.
 
-    rows: Tensor
+    grad [U, w] float32, summed over micro-batches; None in evaluation. dtype: of the model.
+    """
+
+    rows: TableRows
+    index: Tensor | None
     grad: Tensor | None
-    cast: Tensor  # the rows in the dtype of the model, made once a step
+    dtype: torch.dtype
     kernels: RowKernels
+
+    def __post_init__(self) -> None:
+        self.leaf = torch.empty(0, requires_grad=self.grad is not None)  # what makes autograd call backward
 
 
 class _GatherRows(torch.autograd.Function):
-    """Forward: cast[slots]. Backward: adds into step.grad; the leaf itself receives no gradient."""
+    """Forward: the rows of slots. Backward: adds into step.grad; the leaf itself receives no gradient."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, step: StepRows, slots: Tensor) -> Tensor:
         ctx.step = step
         ctx.save_for_backward(slots)
-        return F.embedding(slots, step.cast)  # [b, s, T, w]
+        return step.kernels.gather(step.rows, step.index, slots, step.dtype)  # [b, s, T, w]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
@@ -58,7 +66,7 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(step: StepRows, slots: Tensor) -> Tensor:
     """slots int64 of any shape into a step's rows -> [*slots, w] in the model's dtype; backward adds into the step."""
-    gathered: Tensor = _GatherRows.apply(step.rows, step, slots)
+    gathered: Tensor = _GatherRows.apply(step.leaf, step, slots)
     return gathered
 
 
@@ -106,7 +114,7 @@ class OverEncoding(nn.Module):
     def order_norms(self, slots: Tensor, num_slices: int) -> Tensor:
         """Mean L2 norm of each order's projected contribution, [n-1] float32; slots [b, s, T]."""
         assert self.step is not None
-        gathered = F.embedding(slots, self.step.cast).flatten(-2)  # [b, s, d]
+        gathered = gather_rows(self.step, slots).flatten(-2)  # [b, s, d]
         width = gathered.shape[-1] // self.num_tables * num_slices
         parts = zip(gathered.split(width, dim=-1), self.projection.split(width, dim=1), strict=True)
         return torch.stack([F.linear(part, weight).float().norm(dim=-1).mean() for part, weight in parts])
@@ -121,18 +129,24 @@ class OverTables:
     Order of calls in a training step: `begin(tokens)`, the forward and backward passes, `collect(scale)`, `apply(...)`.
     In evaluation: `begin(tokens, training=False)` and forward passes. All are collectives of the table group.
     module None: a rank that looks nothing up; it serves its rows all the same, and begins with tokens None.
+    device: where the model computes, with its kernels; the shard may lie elsewhere, and has its own.
+    ahead: where given, `prefetch(tokens)` may announce the batches of coming steps; a step's numbers are the same without.
     """
 
     def __init__(
         self,
         module: OverEncoding | None,
         ngram_hash: NgramHash,
-        shard: TableShard,
-        optimizer: RowOptimizer,
-        exchange: RowExchange,
+        shard: Shard,
+        optimizer: RowOptimizer | None,
+        exchange: Exchange,
         *,
         dtype: torch.dtype,
+        device: torch.device,
+        kernels: RowKernels,
+        group: dist.ProcessGroup | None = None,
         sequence_slice: tuple[int, int] = (0, 1),
+        ahead: Prefetch | None = None,
     ) -> None:
         self.module = module
         self.ngram_hash = ngram_hash
@@ -140,11 +154,27 @@ class OverTables:
         self.optimizer = optimizer
         self.exchange = exchange
         self.dtype = dtype
+        self.device = device
+        self.kernels = kernels
+        self.group = group
         self.slice_index, self.num_slices = sequence_slice
-        self.last_plan: ExchangePlan | None = None
+        self.ahead = ahead
+        self.last_plan: Plan | None = None
         self.step: StepRows | None = None
         self.snapshot: RowSnapshot | None = None  # being written by a save
-        self._touched: tuple[Tensor, Tensor] | None = None
+        self._touched: tuple[Tensor, Tensor, float] | None = None
+
+    def _ids(self, tokens: Tensor | None, history: Tensor | None = None) -> Tensor:
+        """Places in the row space, on the model's device; none [0] for a rank that looks nothing up."""
+        if tokens is None:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        ids = self.ngram_hash.rows(tokens, history)
+        return ids.chunk(self.num_slices, dim=-2)[self.slice_index]
+
+    def prefetch(self, tokens: Tensor | None) -> None:
+        """Announce the tokens of a coming training step, in the order of the steps; `begin` then finds its rows here."""
+        if self.ahead is not None:
+            self.ahead.start(self._ids(tokens).to(self.shard.device))
 
     def begin(self, tokens: Tensor | None, *, training: bool = True, history: Tensor | None = None) -> Tensor:
         """Fetch the rows of all of a step's micro-batches: tokens [A, b, s] -> slots [A, b, s / slices, T] int64.
@@ -152,62 +182,86 @@ class OverTables:
         history [A, b, n - 1]: the tokens before, in decoding. Leading axes are free. tokens None: this rank looks nothing
         up, and gets no slots [0].
         """
-        if tokens is None:
-            ids = torch.empty(0, dtype=torch.int64, device=self.shard.weight.device)
-        else:
-            ids = self.ngram_hash.rows(tokens, history)
-            ids = ids.chunk(self.num_slices, dim=-2)[self.slice_index]
-        return self.begin_rows(ids, training=training)
+        if training and self.ahead is not None and self.ahead.pending:
+            return self._keep(*self.ahead.take(), training=True)
+        return self.begin_rows(self._ids(tokens, history), training=training)
 
     def begin_rows(self, ids: Tensor, *, training: bool = True) -> Tensor:
-        """The same from global row numbers of any shape; returns slots of that shape."""
-        plan = self.exchange.plan(ids)
-        rows = self.exchange.fetch(plan, self.shard.weight).requires_grad_(training)
-        grad = torch.zeros_like(rows, requires_grad=False) if training else None
-        self._keep(StepRows(rows, grad, rows.detach().to(self.dtype), self.exchange.kernels))
+        """The same from places in the row space, of any shape; returns slots of that shape."""
+        plan = self.exchange.plan(ids.to(self.shard.device))
+        rows, index = self.shard.rows, None
+        if self.group is None and rows is not None and self.shard.device == self.device:
+            assert isinstance(plan, FlatPlan)
+            index = plan.asked  # every row is here, in place
+        else:
+            rows = TableRows(self.exchange.fetch(plan, self._read))
+        return self._keep(plan, rows, index, training=training)
+
+    def _read(self, index: Tensor) -> Tensor:
+        return self.shard.read(index, self.dtype)
+
+    def _keep(self, plan: Plan, rows: TableRows, index: Tensor | None = None, *, training: bool) -> Tensor:
+        width = rows.weight.shape[1]
+        grad = torch.zeros(plan.count, width, device=self.device) if training else None
+        if index is None:
+            rows = TableRows(_moved(rows.weight, self.device))
+        self._set(StepRows(rows, index, grad, self.dtype, self.kernels))
         self.last_plan = plan
-        return plan.slots
+        return _moved(plan.slots, self.device)
 
     def columns(self) -> dict[str, Tensor]:
         """Everything that belongs to a row, by name: tensors with one row for each of the shard's."""
-        return {"weight": self.shard.weight, "touched": self.shard.touched, **self.optimizer.state}
+        assert isinstance(self.shard, TableShard) and self.optimizer is not None
+        return {**self.shard.columns(), **self.optimizer.state}
 
-    def _keep(self, step: StepRows | None) -> None:
+    def _set(self, step: StepRows | None) -> None:
         self.step = step
         if self.module is not None:
             self.module.step = step
 
     def collect(self, scale: float) -> Tensor:
-        """After the last backward: gradients, times `scale`, to their owners.
+        """After the last backward: gradients, to be taken times `scale`, to their owners.
 
         Returns the sum of squares over all ranks, float64 scalar, the tables' part of the global norm (contract C5).
         """
         step = self.step
         assert step is not None and step.grad is not None and self.last_plan is not None
-        rows, grad = self.exchange.return_gradients(self.last_plan, step.grad)
-        if scale != 1.0:
-            grad.mul_(scale)
-        self._touched = (rows, grad)
-        square = self.exchange.kernels.square_sum(grad)
-        if self.exchange.group is not None:
-            with named("all-reduce of squares", self.exchange.group):
-                dist.all_reduce(square, group=self.exchange.group)
+        index, grad = self.exchange.return_gradients(self.last_plan, _moved(step.grad, self.shard.device))
+        self._touched = (index, grad, scale)
+        square = (self.shard.kernels.square_sum(grad) * scale**2).to(self.device)
+        if self.group is not None:
+            with named("all-reduce of squares", self.group):
+                dist.all_reduce(square, group=self.group)
         return square
 
     def apply(self, learning_rate: float, clip_factor: float) -> None:
         """Update the touched rows with the collected gradients times `clip_factor` (1.0 = not clipped)."""
         assert self._touched is not None, "apply() before collect()"
-        rows, grad = self._touched
+        assert isinstance(self.shard, TableShard) and self.optimizer is not None
+        index, grad, scale = self._touched
         self._touched = None
-        self._keep(None)
-        if clip_factor != 1.0:
-            grad.mul_(clip_factor)
+        self._set(None)
+        if self.ahead is not None:
+            self.ahead.wait()  # what it still reads is about to change
         snapshot = self.snapshot  # once: the thread that writes it takes it away when it is done
         if snapshot is not None:
-            snapshot.preserve(rows)
-        self.optimizer.update(rows, grad, learning_rate)
-        self.shard.touched[rows] = True
-        self.shard.changed[rows] = True
+            snapshot.preserve(index)
+        self.optimizer.update(index, grad, learning_rate, scale * clip_factor)
+        self.shard.mark(index)
+        if self.ahead is not None:
+            self.ahead.refresh(index)
+
+    def num_touched(self) -> int:
+        """How many of this rank's rows were ever updated."""
+        assert isinstance(self.shard, TableShard)
+        return self.shard.num_touched()
+
+    def payload_bytes(self, plan: Plan) -> int:
+        """What this rank sends for a step to other ranks: rows travel in the model's dtype."""
+        width = self.ngram_hash.space.width
+        return self.exchange.payload_bytes(
+            plan, width * self.dtype.itemsize, width * self.exchange.gradient_dtype.itemsize
+        )
 
     def contribution_norms(self, tokens: Tensor | None) -> list[float]:
         """Mean L2 norm of each order's projected contribution over tokens [A, b, s], before combination; 2-grams first.
@@ -216,5 +270,14 @@ class OverTables:
         """
         slots = self.begin(tokens, training=False)
         norms = [] if self.module is None else self.module.order_norms(slots, self.ngram_hash.space.num_slices).tolist()
-        self._keep(None)
+        self._set(None)
         return norms
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On another device, by a copy that others may overlap; the tensor itself where it is there already."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

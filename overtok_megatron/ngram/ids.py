@@ -6,13 +6,15 @@ section 3.2). It is reduced at every Horner step: p^(q-1) overflows int64 from V
 Shapes: b batch (any number of leading axes), s sequence, n longest n-gram, T tables.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.kernels.rows import HashTables, RowKernels
+from overtok_megatron.ngram.sizing import STRIPES, RowSpace
 
 MISSING = -1  # stands in token tensors for "no token here" (before a sequence begins, left padding)
 
@@ -23,7 +25,7 @@ class NgramHash:
 
     base: p of the polynomial, the true vocabulary size unless configured. pad_id: the token that stands for missing
     history. boundary: "reset" hides everything up to and including the last end-of-document token before t, "ignore"
-    looks across documents. eod_id: that token.
+    looks across documents. eod_id: that token. kernels: the form that runs.
     """
 
     space: RowSpace
@@ -31,6 +33,21 @@ class NgramHash:
     pad_id: int
     boundary: Literal["reset", "ignore"]
     eod_id: int
+    kernels: RowKernels = field(default_factory=RowKernels)
+
+    @cached_property
+    def tables(self) -> HashTables:
+        """The same as the kernels take it."""
+        orders = tuple(self.space.order_of(table) for table in range(self.space.num_tables))
+        reset = self.boundary == "reset"
+        return HashTables(orders, self.space.sizes, self.base, self.pad_id, reset, self.eod_id, STRIPES)
+
+    def _extended(self, tokens: Tensor, history: Tensor | None) -> Tensor:
+        reach = self.space.ngram_order - 1
+        if history is None:
+            history = tokens.new_full((*tokens.shape[:-1], reach), MISSING)
+        assert history.shape == (*tokens.shape[:-1], reach), (history.shape, tokens.shape)
+        return torch.cat([history, tokens], dim=-1)  # [b, n-1+s]
 
     def windows(self, tokens: Tensor, history: Tensor | None = None) -> list[Tensor]:
         """x_t, x_{t-1}, ..., x_{t-n+1} for every position, with pad_id where history is missing or hidden.
@@ -38,38 +55,14 @@ class NgramHash:
         tokens [b, s] int64, MISSING allowed; history [b, n-1] int64, the tokens before tokens[:, 0], None = missing.
         Returns n tensors [b, s] int64.
         """
-        reach = self.space.ngram_order - 1
-        if history is None:
-            history = tokens.new_full((*tokens.shape[:-1], reach), MISSING)
-        assert history.shape == (*tokens.shape[:-1], reach), (history.shape, tokens.shape)
-        length = tokens.shape[-1]
-        extended = torch.cat([history, tokens], dim=-1)  # [b, n-1+s]
-        visible = torch.ones_like(tokens, dtype=torch.bool)
-        result = []
-        for back in range(reach + 1):
-            token = extended.narrow(-1, reach - back, length)  # [b, s]
-            present = token >= 0
-            if back > 0 and self.boundary == "reset":
-                visible = visible & present & (token != self.eod_id)
-                present = visible
-            result.append(torch.where(present, token, self.pad_id))
-        return result
+        return self.kernels.windows(self._extended(tokens, history), self.tables)
 
     def rows(self, tokens: Tensor, history: Tensor | None = None) -> Tensor:
-        """Global row numbers [b, s, T] int64 for tokens [b, s] int64 (history as in `windows`).
+        """Places in the row space [b, s, T] int64 for tokens [b, s] int64 (history as in `windows`).
 
-        Every intermediate is below 2^62: rows per table are below 2^31, which config validation ensures.
+        Rows per table are below 2^31, which config validation ensures: no intermediate passes 2^62.
         """
-        window = self.windows(tokens, history)
-        result = torch.empty((*tokens.shape, self.space.num_tables), dtype=torch.int64, device=tokens.device)
-        for table, (size, offset) in enumerate(zip(self.space.sizes, self.space.offsets, strict=True)):
-            order = self.space.order_of(table)
-            base = self.base % size
-            row = window[order - 1] % size
-            for back in range(order - 2, -1, -1):
-                row = (row * base + window[back]) % size
-            result[..., table] = row + offset
-        return result
+        return self.kernels.ngram_rows(self._extended(tokens, history), self.tables)
 
     def collision_share(self, tokens: Tensor) -> float:
         """Share of look-ups of tokens [b, s] whose row another n-gram among them uses too, over all tables, 0 to 1."""

@@ -1,12 +1,19 @@
-"""How many rows the n-gram tables have, where each begins, and which rank owns which. Pure arithmetic.
+"""How many rows the n-gram tables have, where each row lies, and which rank owns which. Pure arithmetic.
 
-All tables are one row space: table s has `table_rows + 2 s` rows and begins where table s-1 ends. Whether a
-table size makes the hash collide more than it must is judged in `overtok_megatron.config.collisions`.
+All tables are one row space: table s has `table_rows + 2 s` rows, and `kernels.rows.place` deals the rows of all of them
+over it, so that ranks, which own contiguous ranges of it, have equal shares of the look-ups. Whether a table size
+makes the hash collide more than it must is judged in `overtok_megatron.config.collisions`.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from overtok_megatron.kernels.rows import place
+
+STRIPES = 4099  # prime, so that every stripe has rows of every table; many, so that every rank has several
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,9 @@ class RowSpace:
         """Rows of each table: m + 2 s, so that the slices of an order hash differently."""
         return tuple(self.table_rows + 2 * s for s in range(self.num_tables))
 
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """First row of each table in the row space."""
-        return tuple(accumulate(self.sizes[:-1], initial=0))
+    def places(self, table: int, rows: Tensor | None = None) -> Tensor:
+        """Where rows [..] int64 of a table (None = all of them) lie in the row space."""
+        return place(table, torch.arange(self.sizes[table]) if rows is None else rows, self.sizes, STRIPES)
 
     @property
     def total_rows(self) -> int:

@@ -5,18 +5,21 @@ the row space: any rank can make any row, the tables are the same for every numb
 the program moves.
 """
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from overtok_megatron.kernels.rows import RowKernels, TableRows, round_int8
+
 _VALUES_PER_COUNT = 8  # one Philox count yields four 64-bit words, that is eight float32 draws
 _CHUNK_VALUES = 1 << 20  # drawn at a time: stays in cache
+_TOUCHED, _CHANGED = 1, 3  # a row's flag: ever updated; also since the last save began
 
 
 def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Tensor:
     """Rows [start, stop) of the row space, [stop - start, width] float32: uniform with mean 0 and deviation `std`."""
-    if std == 0.0:
-        return torch.zeros(stop - start, width)  # pages that are not there until a row is written
     result = torch.empty((stop - start) * width, dtype=torch.float32)
     flat = result.numpy()
     span = std * 12**0.5  # a uniform distribution of this width has deviation std
@@ -31,20 +34,88 @@ def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Te
     return result.view(stop - start, width)
 
 
+class Shard(Protocol):
+    """Rows [start, stop) of the row space, wherever they are; `rows` is None where they are not to be had as tensors."""
+
+    start: int
+    stop: int
+    kernels: RowKernels
+
+    @property
+    def rows(self) -> TableRows | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def read(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows index [r] int64, local and ascending -> [r, width] of a dtype."""
+
+
 class TableShard:
     """Rows [start, stop) of the row space, held by one rank; not a module parameter, so no engine sweeps over it.
 
-    weight: [stop - start, width] float32. touched: [stop - start] bool, whether a row was ever updated; changed: the same
-    since the last save began.
+    rows: their values, of dtype float32, bfloat16, or int8 with a scale each. flags [stop - start] uint8: whether a row
+    was ever updated, and since the last save began.
     """
 
-    def __init__(self, start: int, stop: int, width: int, *, std: float, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        width: int,
+        *,
+        std: float,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        kernels: RowKernels | None = None,
+    ) -> None:
         self.start = start
         self.stop = stop
-        self.weight = initial_rows(start, stop, width, std, seed).to(device)
-        self.touched = torch.zeros(stop - start, dtype=torch.bool, device=device)
-        self.changed = torch.zeros(stop - start, dtype=torch.bool, device=device)
+        self.kernels = kernels or RowKernels()
+        # pages of zeros are not there until a row is written
+        weight = torch.zeros(stop - start, width, dtype=dtype, device=device)
+        scale = torch.zeros(stop - start, device=device) if dtype == torch.int8 else None
+        self.rows = TableRows(weight, scale, start)
+        self.flags = torch.zeros(stop - start, dtype=torch.uint8, device=device)
+        chunk = max(1, _CHUNK_VALUES // width)
+        for begin in range(start, stop if std > 0.0 else start, chunk):
+            end = min(begin + chunk, stop)
+            self._fill(begin - start, initial_rows(begin, end, width, std, seed))
+
+    def _fill(self, begin: int, values: Tensor) -> None:
+        part = slice(begin, begin + values.shape[0])
+        if self.rows.scale is not None:
+            values, scale = round_int8(values, torch.full(values.shape, 2**31))  # half a unit: to nearest
+            self.rows.scale[part] = scale.to(self.rows.scale.device)
+        self.rows.weight[part] = values.to(self.rows.weight.device)
 
     @property
     def num_rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.weight.device
+
+    def read(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows index [r] int64, local -> [r, width] of a dtype."""
+        return self.kernels.fetch(self.rows, index, dtype)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The stored values by name: tensors with one row for each of the shard's."""
+        scale = {} if self.rows.scale is None else {"scale": self.rows.scale}
+        return {"weight": self.rows.weight, **scale, "touched": self.flags}
+
+    def mark(self, index: Tensor) -> None:
+        """Rows index [r] int64, local, were updated."""
+        self.flags.index_fill_(0, index, _CHANGED)
+
+    def num_touched(self) -> int:
+        return int(self.flags.count_nonzero())
+
+    def take_changed(self) -> Tensor:
+        """Local rows [c] int64, ascending, that were updated since this was last called."""
+        changed = (self.flags == _CHANGED).nonzero().squeeze(1)
+        self.flags.clamp_(max=_TOUCHED)
+        return changed

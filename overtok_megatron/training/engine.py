@@ -171,8 +171,13 @@ class TrainingEngine:
         counts = [0, 0, 0]
         if self.tables is not None:
             counts = self._table_counts(slots)
-            self.tables.apply(learning_rate * self.config.over_encoding.learning_rate_factor, factor)
+            self.tables.apply(learning_rate * derived.table_rate_factor(self.config), factor)
         return self._joined(scored, counts, grad_norm, table_norm)
+
+    def prefetch(self, tokens: Tensor | None) -> None:
+        """Announce the tokens [A, b, s + 1] of a coming step, in the order of the steps, where rows are fetched ahead."""
+        if self.tables is not None:
+            self.tables.prefetch(tokens[..., :-1] if tokens is not None and self.grid.is_first_stage else None)
 
     @property
     def is_pipeline(self) -> bool:
@@ -230,8 +235,7 @@ class TrainingEngine:
         """This rank's unique rows, rows looked up, and bytes sent."""
         assert self.tables is not None and self.tables.last_plan is not None
         plan = self.tables.last_plan
-        sent = self.tables.exchange.payload_bytes(plan, 4 * self.tables.shard.weight.shape[1])
-        return [plan.unique.numel(), 0 if slots is None else slots.numel(), sent]
+        return [plan.count, 0 if slots is None else slots.numel(), self.tables.payload_bytes(plan)]
 
     def _joined(self, scored: list[Tensor], counts: list[int], grad_norm: float, table_norm: float) -> StepResult:
         """The step's figures over all ranks, and whether any of them was asked to stop: one small reduction."""

@@ -7,7 +7,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ class TrainingRun:
             published=self._saved,
         )
         self.consumed = 0  # samples, of which the position in the data follows
+        self._announced: deque[Tensor | None] = deque()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_after_step)
         self.total_steps = derived.train_iters(config)
@@ -153,26 +155,43 @@ class TrainingRun:
     def _one_step(self, step: int) -> tuple[dict[str, float], bool]:
         """Train one step: what to report, and whether to stop after it."""
         begin = time.perf_counter()
-        tokens = self._shared(
-            lambda: torch.from_numpy(self.batches.read(self.consumed)), self.batches.shape
-        )  # [A, b, s + 1]
+        tokens = self._next_tokens(step)  # [A, b, s + 1]
         learning_rate = self.schedule.at(step)
         result = self.trainer.step(tokens, learning_rate)
         seconds = time.perf_counter() - begin
         return self._figures(result, learning_rate, seconds), result.stop
 
-    def _shared(self, read: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor | None:
-        """What one rank of a pipeline reads, int64 of `shape`, on all that need it; None on stages that do not.
+    def _next_tokens(self, step: int) -> Tensor | None:
+        """The tokens of a step; those of the step after it are read and announced, for their rows to be fetched meanwhile."""
+        last = step + 1 == self.total_steps
+        ahead = [self.consumed] if not self._announced else []
+        ahead += [] if last else [self.consumed + self.config.training.global_batch_size]
+        for place in ahead:
+            tokens = self._tokens(place)
+            self.trainer.prefetch(tokens)
+            self._announced.append(tokens)
+        return self._announced.popleft()
+
+    @property
+    def _reads(self) -> bool:
+        return self.grid.batch_group is None or self.grid.rank == self.grid.batch_source
+
+    def _tokens(self, consumed: int) -> Tensor | None:
+        """The samples after the first `consumed`, for one step: [A, b, s + 1], None on stages that see none."""
+        own = torch.from_numpy(self.batches.read(consumed)) if self._reads else None
+        return self._shared(own, self.batches.shape)
+
+    def _shared(self, own: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        """What one rank of a pipeline has read, int64 of `shape`, on all that need it; None on stages that do not.
 
         A collective of the batch group.
         """
         grid, device = self.grid, self.trainer.device
         if not (grid.is_first_stage or grid.is_last_stage):
             return None
+        tokens = torch.empty(shape, dtype=torch.int64, device=device) if own is None else own.to(device)
         if grid.batch_group is None:
-            return read().to(device)
-        reads = grid.rank == grid.batch_source
-        tokens = read().to(device) if reads else torch.empty(shape, dtype=torch.int64, device=device)
+            return tokens
         with named("broadcast of tokens", grid.batch_group):
             dist.broadcast(tokens, src=grid.batch_source, group=grid.batch_group)
         return tokens
@@ -190,7 +209,7 @@ class TrainingRun:
         }
         if self.trainer.tables is not None:
             values |= {
-                "train/table_learning_rate": learning_rate * self.config.over_encoding.learning_rate_factor,
+                "train/table_learning_rate": learning_rate * derived.table_rate_factor(self.config),
                 "train/table_grad_norm": result.table_grad_norm,
                 "tables/unique_rows": float(result.unique_rows),
                 "tables/duplicate_share": 1.0 - result.unique_rows / result.looked_up_rows,
@@ -212,10 +231,11 @@ class TrainingRun:
             size,
             self.grid.data_rank,
             self.grid.shape.data,
-            read=self.grid.rank == self.grid.batch_source,
+            read=self._reads,
         ):
-            pair = torch.from_numpy(np.stack([inputs, targets]))
-            both = self._shared(lambda pair=pair: pair, (2, size, length))  # type: ignore[misc]  # a default's type
+            both = self._shared(
+                torch.from_numpy(np.stack([inputs, targets])) if self._reads else None, (2, size, length)
+            )
             yield None if both is None else (both[0], both[1])
 
     def _table_figures(self) -> dict[str, float]:
@@ -223,8 +243,8 @@ class TrainingRun:
         tables = self.trainer.tables
         if tables is None:
             return {}
-        touched = metrics.over_ranks(float(tables.shard.touched.sum()), dist.ReduceOp.SUM)
-        tokens = self._shared(lambda: torch.from_numpy(self.batches.read(self.consumed)), self.batches.shape)
+        touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM)
+        tokens = self._tokens(self.consumed)
         sample = tokens[:, :, :-1] if tokens is not None and self.grid.is_first_stage else None
         norms = tables.contribution_norms(None if sample is None else sample[:1])
         values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}

@@ -61,7 +61,7 @@ def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
     else:
         _load_other_layout(trainer, path, manifest)
     if trainer.tables is not None:
-        load_tables(path, trainer.tables, with_optimizer=True)
+        load_tables(path, trainer.tables)
     return manifest
 
 
@@ -103,6 +103,7 @@ _SHAPE_KEYS = {
         "pad_id",
         "boundary",
         "hash_base",
+        "row_dtype",
     ),
 }
 

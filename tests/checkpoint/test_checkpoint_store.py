@@ -236,12 +236,12 @@ def test_a_dangling_pointer_is_named(tmp_path: Path, text: str) -> None:
         (b"7", "unreadable"),
         (b"null", "unreadable"),
         (b'{"name": "left-pad", "version": "1.0.0", "files": ["index.js"]}', "unreadable"),
-        (b'{"format": 2, "files": ["index.js"]}', "unreadable"),
-        (b'{"format": 2, "files": {"rows": []}}', "unreadable"),
-        (b'{"format": 2, "files": {"rows": 3}}', "unreadable"),
-        (b'{"format": 2, "files": {}}', "unreadable"),
-        (b'{"format": 3, "pieces": {}}', "format 3, this version reads 2"),
-        (b'{"format": "pt"}', "format pt, this version reads 2"),
+        (b'{"format": 3, "files": ["index.js"]}', "unreadable"),
+        (b'{"format": 3, "files": {"rows": []}}', "unreadable"),
+        (b'{"format": 3, "files": {"rows": 3}}', "unreadable"),
+        (b'{"format": 3, "files": {}}', "unreadable"),
+        (b'{"format": 9, "pieces": {}}', "format 9, this version reads 3"),
+        (b'{"format": "pt"}', "format pt, this version reads 3"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
@@ -255,9 +255,9 @@ def test_a_foreign_manifest_is_refused(tmp_path: Path, content: bytes | None, re
 def test_another_format_is_named_whatever_else_changed(tmp_path: Path) -> None:
     path = publish(CheckpointStore(tmp_path), 1)
     raw = json.loads((path / "manifest.json").read_text())
-    for extra in ({"format": 3}, {"format": 3, "parts": []}):
+    for extra in ({"format": 9}, {"format": 9, "parts": []}):
         (path / "manifest.json").write_text(json.dumps(raw | extra))
-        fails(lambda: read_manifest(path), "manifest.json: format 3, this version reads 2")
+        fails(lambda: read_manifest(path), "manifest.json: format 9, this version reads 3")
     (path / "manifest.json").write_text(json.dumps(raw | {"parts": []}))
     fails(lambda: read_manifest(path), "manifest.json: unreadable", "parts")
     cut = json.dumps(raw)[:-20]

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.dense import dense_files, load_dense, save_dense
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables
+from overtok_megatron.kernels.rows import RowKernels, RowRule
 from overtok_megatron.ngram.embedding import OverEncoding, OverTables
-from overtok_megatron.ngram.exchange import RowExchange
+from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import build_row_optimizer
+from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.sizing import RowSpace, row_bounds
 from overtok_megatron.ngram.table import TableShard
 
@@ -28,25 +29,26 @@ def make_tables(
     rank: int = 0,
     ranks: int = 1,
     table_rows: int = 40,
-    optimizer: str = "adam",
+    optimizer: RowRule = "adam",
     width: int = WIDTH,
     std: float = 0.0,
+    dtype: torch.dtype = torch.float32,
     state_dtype: torch.dtype = torch.float32,
 ) -> OverTables:
     """One rank's tables without its processes: saving and loading talk to nobody."""
     space = RowSpace(2, 2, table_rows, width)
     bounds = row_bounds(space.total_rows, ranks)
-    shard = TableShard(bounds[rank], bounds[rank + 1], width, std=std, seed=1, device=CPU)
-    rows = build_row_optimizer(
-        optimizer, shard.weight, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, state_dtype=state_dtype
-    )
+    shard = TableShard(bounds[rank], bounds[rank + 1], width, std=std, seed=1, device=CPU, dtype=dtype)
+    rows = RowOptimizer(optimizer, shard.rows, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, state_dtype=state_dtype)
     return OverTables(
         OverEncoding(2 * width, 2, combine="sum"),
         NgramHash(space, 50, 0, "reset", 0),
         shard,
         rows,
-        RowExchange((0, space.total_rows), None),
+        FlatExchange((0, space.total_rows), None),
         dtype=torch.float32,
+        device=CPU,
+        kernels=RowKernels(),
     )
 
 
@@ -62,9 +64,9 @@ def trained_tables(ranks: int, **settings: Any) -> list[OverTables]:
     for _ in range(3):
         for tables in result:
             (rows,) = torch.where(torch.rand(tables.shard.num_rows, generator=generator) < 0.3)
-            grad = torch.randn(len(rows), tables.shard.weight.shape[1], generator=generator)
+            grad = torch.randn(len(rows), tables.shard.rows.weight.shape[1], generator=generator)
             tables.optimizer.update(rows, grad, 0.1)
-            tables.shard.touched[rows] = True
+            tables.shard.mark(rows)
     return result
 
 
@@ -72,8 +74,8 @@ def columns(parts: list[OverTables]) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint of tables holds, over all ranks."""
     names = parts[0].optimizer.state.keys()
     state = {name: torch.cat([tables.optimizer.state[name] for tables in parts]) for name in names}
-    weight = torch.cat([tables.shard.weight for tables in parts])
-    return state | {"weight": weight, "touched": torch.cat([tables.shard.touched for tables in parts])}
+    weight = torch.cat([tables.shard.rows.weight for tables in parts])
+    return state | {"weight": weight, "touched": torch.cat([tables.shard.flags for tables in parts]) > 0}
 
 
 @pytest.mark.parametrize("readers", [1, 2, 5])
@@ -99,9 +101,9 @@ def test_any_number_of_ranks_reads_what_three_wrote(
                 assert file.get_slice("weight").get_shape()[0] * row_bytes <= 500
     read = [make_tables(rank=rank, ranks=readers, optimizer=optimizer, state_dtype=dtype) for rank in range(readers)]
     for tables in read:
-        load_tables(tmp_path, tables, with_optimizer=True)
+        load_tables(tmp_path, tables)
         assert tables.optimizer.steps == 3
-        assert tables.optimizer.weight is tables.shard.weight  # filled in place
+        assert tables.optimizer.rows is tables.shard.rows  # filled in place
     expected = columns(written)
     assert expected["touched"].any()
     assert not expected["touched"].all()
@@ -118,7 +120,7 @@ def test_more_ranks_than_rows(tmp_path: Path) -> None:
     for readers in (1, 7):
         read = [make_tables(rank=rank, ranks=readers, table_rows=1) for rank in range(readers)]
         for tables in read:
-            load_tables(tmp_path, tables, with_optimizer=True)
+            load_tables(tmp_path, tables)
         assert torch.equal(columns(read)["weight"], columns(written)["weight"])
 
 
@@ -126,7 +128,7 @@ def test_training_goes_on_alike(tmp_path: Path) -> None:
     (tables,) = trained_tables(1)
     save_tables(tmp_path, tables)
     fresh = make_tables()
-    load_tables(tmp_path, fresh, with_optimizer=True)
+    load_tables(tmp_path, fresh)
     rows, grad = torch.arange(0, 82, 2), torch.randn(41, WIDTH)
     for each in (tables, fresh):
         each.optimizer.update(rows, grad, 0.1)
@@ -137,10 +139,10 @@ def test_training_goes_on_alike(tmp_path: Path) -> None:
 def test_rows_without_their_optimizer(tmp_path: Path) -> None:
     (written,) = trained_tables(1)
     save_tables(tmp_path, written)
-    read = make_tables(optimizer="rowwise_adagrad")  # generation does not mind which
-    load_tables(tmp_path, read, with_optimizer=False)
-    assert torch.equal(read.shard.weight, written.shard.weight)
-    assert not read.optimizer.state["square_sum"].any()
+    read = make_tables()
+    read.optimizer = None  # as in generation, which does not mind which it was
+    load_tables(tmp_path, read)
+    assert torch.equal(read.shard.rows.weight, written.shard.rows.weight)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -149,20 +151,20 @@ def test_missing_rows_are_found(tmp_path: Path, lost: int) -> None:
     (tmp_path / names[lost]).unlink()
     held = 82 - [28, 27, 27][lost]
     whole = f"holds {held} of the rows 0 to 82"
-    fails(lambda: load_tables(tmp_path, make_tables(), with_optimizer=True), str(tmp_path / "tables"), whole)
+    fails(lambda: load_tables(tmp_path, make_tables()), str(tmp_path / "tables"), whole)
     for rank in range(3):
         own = make_tables(rank=rank, ranks=3)
         if rank == lost:
-            fails(lambda: load_tables(tmp_path, own, with_optimizer=True), "holds 0 of the rows")  # noqa: B023  # at once
+            fails(lambda: load_tables(tmp_path, own), "holds 0 of the rows")  # noqa: B023  # at once
         else:
-            load_tables(tmp_path, own, with_optimizer=True)
+            load_tables(tmp_path, own)
 
 
 def test_no_files_and_larger_tables(tmp_path: Path) -> None:
-    fails(lambda: load_tables(tmp_path, make_tables(), with_optimizer=True), "holds 0 of the rows 0 to 82")
+    fails(lambda: load_tables(tmp_path, make_tables()), "holds 0 of the rows 0 to 82")
     save_tables(tmp_path, make_tables())
     larger = make_tables(table_rows=50)
-    fails(lambda: load_tables(tmp_path, larger, with_optimizer=True), "holds 82 of the rows 0 to 102", "other tables")
+    fails(lambda: load_tables(tmp_path, larger), "holds 82 of the rows 0 to 102", "other tables")
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -170,7 +172,7 @@ def test_another_width_is_named(tmp_path: Path, width: int) -> None:
     names = save_tables(tmp_path, make_tables())
     other = make_tables(width=width)
     message = f"rows of shape [6], this model needs [{width}]"
-    fails(lambda: load_tables(tmp_path, other, with_optimizer=False), names[0], "weight", message)
+    fails(lambda: load_tables(tmp_path, other), names[0], "weight", message)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_another_optimizer_is_named(tmp_path: Path, written: str, wanted: str, s
     names = save_tables(tmp_path, make_tables(optimizer=written))
     other = make_tables(optimizer=wanted)
     message = f"holds no {state}; over_encoding.optimizer differs"
-    fails(lambda: load_tables(tmp_path, other, with_optimizer=True), names[0], message)
+    fails(lambda: load_tables(tmp_path, other), names[0], message)
 
 
 def damage(path: Path, kind: str) -> None:
@@ -200,7 +202,7 @@ def damage(path: Path, kind: str) -> None:
 def test_damaged_files_are_named(tmp_path: Path, kind: str) -> None:
     (name,) = save_tables(tmp_path, make_tables())
     damage(tmp_path / name, kind)
-    fails(lambda: load_tables(tmp_path, make_tables(), with_optimizer=True), str(tmp_path / name), "unreadable")
+    fails(lambda: load_tables(tmp_path, make_tables()), str(tmp_path / name), "unreadable")
     name = save_dense(tmp_path, {"weight": torch.ones(82, WIDTH)}, {}, 0, 1)
     damage(tmp_path / name, kind)
     fails(lambda: load_dense(tmp_path, 1), str(tmp_path / name), "unreadable")

@@ -9,6 +9,7 @@ from torch import nn
 from overtok_megatron.config.counts import bytes_per_rank, parameter_counts
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.model.assembly import build_tables, build_transformer
+from overtok_megatron.ngram.table import TableShard
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,8 @@ OVER = {"enabled": True, "table_rows": 53}
         ({"num_key_value_heads": 2, "tie_word_embeddings": True}, OVER | {"ngram_order": 2, "num_slices": 1}),
         ({"num_attention_heads": 2, "intermediate_size": 5}, OVER | {"ngram_order": 4, "optimizer": "rowwise_adagrad"}),
         ({}, OVER | {"num_slices": 4, "table_rows": 1, "optimizer": "sgd"}),
-        ({}, OVER | {"state_dtype": "bfloat16"}),
+        ({}, OVER | {"state_dtype": "float32", "row_dtype": "float32", "optimizer": "adam"}),
+        ({}, OVER | {"row_dtype": "int8", "optimizer": "rowwise_adam"}),
     ],
 )
 def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, Any]) -> None:
@@ -66,6 +68,15 @@ def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, A
         assert counts.tables == needed.table_rows == needed.table_state == 0
         return
     tables = build_tables(config, built.embedding.over_encoding, 0, device=CPU)
-    assert counts.tables == tables.shard.weight.numel() == counts.total - counts.dense
-    assert needed.table_rows == tables.shard.weight.nbytes + tables.shard.touched.nbytes
+    assert counts.tables == tables.shard.rows.weight.numel() == counts.total - counts.dense
+    assert isinstance(tables.shard, TableShard)
+    assert tables.optimizer is not None
+    assert needed.table_rows == sum(column.nbytes for column in tables.shard.columns().values())
     assert needed.table_state == sum(state.nbytes for state in tables.optimizer.state.values())
+
+
+@pytest.mark.parametrize("width", [32, 64, 256])
+def test_tables_cost_little_more_than_two_bytes_a_parameter_by_default(width: int) -> None:
+    config = configuration({"hidden_size": 4 * width, "num_attention_heads": 4}, OVER | {"table_rows": 10**6})
+    needed = bytes_per_rank(config, 1)
+    assert (needed.table_rows + needed.table_state) / parameter_counts(config).tables <= 2.1

@@ -85,7 +85,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
         "logits": logits,
         "objective": objective.item(),
         "cross_entropy": cross_entropy.item(),
-        "table_rows": None if tables is None else tables.shard.weight,
+        "table_rows": None if tables is None else tables.shard.rows.weight,
         "table_square": None if tables is None else tables.collect(1.0).item(),
         "printed": str(model),
     }

@@ -1,14 +1,16 @@
 """Rows of n-grams against loops over Python's integers; history, padding and splits change nothing."""
 
 from collections import defaultdict
+from typing import Literal
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import python_ngram_row
+from reference import python_ngram_row, python_place
 
+from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.ngram.ids import MISSING, NgramHash
-from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.ngram.sizing import STRIPES, RowSpace
 
 EOD = 2
 
@@ -21,7 +23,9 @@ def hashes(draw: st.DrawFn) -> tuple[NgramHash, int]:
         draw(st.integers(2, 5)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 7, 1009, 12_800_000, 2**31 - 64])), 8
     )
     base = draw(st.sampled_from([vocab, 2, 10**9 + 7]))
-    return NgramHash(space, base, draw(st.integers(0, 2)), draw(st.sampled_from(["reset", "ignore"])), EOD), vocab
+    kernels = choose_kernels(draw(st.sampled_from(["auto", "torch"])), torch.device("cpu")).rows
+    boundary: Literal["reset", "ignore"] = draw(st.sampled_from(["reset", "ignore"]))
+    return NgramHash(space, base, draw(st.integers(0, 2)), boundary, EOD, kernels), vocab
 
 
 def tokens_of(vocab: int, size: int, seed: int) -> torch.Tensor:
@@ -42,10 +46,9 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
             for table in range(space.num_tables):
                 order = 2 + table // space.num_slices
                 rows = space.table_rows + 2 * table
-                offset = sum(space.table_rows + 2 * earlier for earlier in range(table))
                 reset = ngram_hash.boundary == "reset"
                 wanted = python_ngram_row(row, t, order, ngram_hash.base, rows, ngram_hash.pad_id, EOD, reset)
-                assert result[line, t, table] == wanted + offset
+                assert result[line, t, table] == python_place(table, wanted, space.sizes, STRIPES)
 
 
 @settings(max_examples=60, deadline=None)

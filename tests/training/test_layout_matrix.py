@@ -61,6 +61,7 @@ def configuration(case: Layout) -> RunConfig:
                       "num_attention_heads": 8, "num_key_value_heads": 4, "init_std": 0.05} | case.model,
             "over_encoding": {"enabled": True, "ngram_order": 3, "num_slices": 2, "table_rows": 97, "pad_id": 1,
                               "collision_check": "warn", "learning_rate_factor": 2.5, "optimizer": "sgd",
+                              "row_dtype": "float32", "state_dtype": "float32",
                               "combine": "sum"} | case.over,
             "tokenizer": {"path": "none"},
             "data": {"train": "none", "seq_length": SEQ},
@@ -123,7 +124,7 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
                 [step.grad_norm for step in steps],
                 validation,
                 dense,
-                trainer.tables.shard.weight.clone(),
+                trainer.tables.shard.rows.weight.clone(),
             )
         )
     return results

@@ -34,7 +34,8 @@ def configuration(case: Case) -> RunConfig:
             "model": {"vocab_size": 59, "hidden_size": 48, "intermediate_size": 64, "num_layers": 2,
                       "num_attention_heads": 4, "num_key_value_heads": 2, "init_std": 0.05} | case.model,
             "over_encoding": {"enabled": True, "ngram_order": 3, "num_slices": 2, "table_rows": 97, "pad_id": 1,
-                              "collision_check": "warn", "learning_rate_factor": 2.5} | case.over,
+                              "collision_check": "warn", "learning_rate_factor": 2.5, "optimizer": "adam",
+                              "row_dtype": "float32", "state_dtype": "float32"} | case.over,
             "tokenizer": {"path": "none"},
             "data": {"train": "none", "seq_length": SEQ},
             "parallel": {"zero_stage": 0} | case.parallel,
@@ -74,7 +75,7 @@ def train_cases(cases: list[Case]) -> list[Result]:
             norms.append(result.grad_norm)
         assert trainer.tables is not None
         dense = {name: weight.clone() for name, weight in trainer.dense_state().items()}
-        results.append((losses, dense, trainer.tables.shard.weight.clone(), norms))
+        results.append((losses, dense, trainer.tables.shard.rows.weight.clone(), norms))
     return results
 
 

@@ -56,7 +56,7 @@ def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], boo
     resumed = losses[:2] + run(fresh, range(2, STEPS))
     assert whole.tables is not None
     assert fresh.tables is not None
-    same = torch.equal(whole.tables.shard.weight, fresh.tables.shard.weight)
+    same = torch.equal(whole.tables.shard.rows.weight, fresh.tables.shard.rows.weight)
     dense = fresh.dense_state()
     same &= all(torch.equal(weight, dense[name]) for name, weight in whole.dense_state().items())
     return losses, resumed, same

@@ -1,0 +1,126 @@
+"""Rows of the n-gram tables on CPU through the compiled loops of rows.cpp: same signatures and meaning as rows.py.
+
+A radix sort for unique ids, sums without copies, look-ups and updates in one pass over the rows that they touch.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from overtok_megatron.kernels.rows import HashTables, RowKernels, RowStep, TableRows
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_RULE = {"rowwise_adagrad": 0, "rowwise_adam": 1, "adam": 2, "sgd": 3}
+
+
+class _Update(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("rule", "format", "narrow_state")),
+        *((name, ctypes.c_float) for name in ("rate", "decay", "beta1", "beta2", "eps", "factor")),
+        ("noise", ctypes.c_uint32),
+        ("first", ctypes.c_int64),
+    ]
+
+
+class _Hash(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tables", "longest", "base", "pad_id", "reset", "eod_id", "stripes", "total", "smallest")
+        ),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("orders", "sizes", "beyond")),
+    ]
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class CpuRowKernels(RowKernels):
+    """The compiled loops. Results do not depend on the number of threads."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.unique_rows.restype = ctypes.c_int64
+        library.square_sum_f32.restype = ctypes.c_double
+
+    def ngram_rows(self, extended: Tensor, tables: HashTables) -> Tensor:
+        extended = extended.contiguous()
+        count, longest = len(tables.sizes), max(tables.orders)
+        length = extended.shape[-1] - longest + 1
+        out = torch.empty((*extended.shape[:-1], length, count), dtype=torch.int64)
+        if out.numel() == 0:
+            return out
+        smallest, numbers = min(tables.sizes), ctypes.c_int64 * count
+        beyond = [sum(tables.sizes[:t]) - t * smallest + (count - 1) * smallest for t in range(count)]
+        hashed = _Hash(
+            count, longest, tables.base, tables.pad_id, tables.reset, tables.eod_id, tables.stripes, sum(tables.sizes),
+            smallest, numbers(*tables.orders), numbers(*tables.sizes), numbers(*beyond),
+        )  # fmt: skip
+        lines = extended.numel() // extended.shape[-1]
+        sizes = (ctypes.c_int64(lines), ctypes.c_int64(length))
+        self._library.ngram_rows(_pointer(extended), *sizes, ctypes.byref(hashed), _pointer(out))
+        return out
+
+    def unique(self, ids: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        ids = ids.contiguous()
+        unique, slots = torch.empty(ids.numel(), dtype=torch.int64), torch.empty_like(ids)
+        sizes = (ctypes.c_int64(ids.numel()), ctypes.c_int64(limit.bit_length()))
+        count = self._library.unique_rows(_pointer(ids), *sizes, _pointer(unique), _pointer(slots))
+        return unique[:count].clone(), slots
+
+    def _gathered(
+        self, rows: TableRows, index: Tensor | None, slots: Tensor | None, count: int, dtype: torch.dtype
+    ) -> Tensor:
+        assert rows.weight.is_contiguous()
+        out = torch.empty(count, rows.weight.shape[1], dtype=dtype)
+        self._library.gather_rows(
+            _pointer(rows.weight),
+            ctypes.c_int64(_FORMAT[rows.weight.dtype]),
+            *map(_pointer, (rows.scale, index, slots)),
+            ctypes.c_int64(count),
+            ctypes.c_int64(rows.weight.shape[1]),
+            _pointer(out),
+            ctypes.c_int64(dtype == torch.bfloat16),
+        )
+        return out
+
+    def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._gathered(rows, index.contiguous(), None, index.numel(), dtype)
+
+    def gather(self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._gathered(rows, index, slots.contiguous(), slots.numel(), dtype).view(
+            *slots.shape, rows.weight.shape[1]
+        )
+
+    def add(self, total: Tensor, slots: Tensor, grad: Tensor) -> None:
+        grad, slots = grad.contiguous(), slots.contiguous()
+        assert total.is_contiguous() and total.dtype == torch.float32 and slots.numel() < 2**31
+        function = getattr(self._library, f"add_rows_{_SUFFIX[grad.dtype]}")
+        sizes = (ctypes.c_int64(grad.shape[0]), ctypes.c_int64(grad.shape[1]))
+        function(_pointer(grad), _pointer(slots), *sizes, _pointer(total), ctypes.c_int64(total.shape[0]))
+
+    def square_sum(self, values: Tensor) -> Tensor:
+        values = values.contiguous()
+        total = self._library.square_sum_f32(_pointer(values), ctypes.c_int64(values.numel()))
+        return torch.tensor(total, dtype=torch.float64)
+
+    def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
+        grad, index = grad.contiguous(), index.contiguous()
+        assert rows.weight.is_contiguous() and grad.dtype == torch.float32
+        states = [state.get(name) for name in ("exp_avg", "exp_avg_sq")]
+        if step.rule == "rowwise_adagrad":
+            states = [state["square_sum"], None]
+        narrow = any(tensor.dtype == torch.bfloat16 for tensor in state.values())
+        update = _Update(
+            _RULE[step.rule], _FORMAT[rows.weight.dtype], narrow, step.rate, step.decay, *step.betas, step.eps,
+            step.grad_factor, step.noise, rows.first,
+        )  # fmt: skip
+        self._library.update_rows(
+            *map(_pointer, (rows.weight, rows.scale, *states, index, grad)),
+            ctypes.c_int64(grad.shape[0]),
+            ctypes.c_int64(grad.shape[1]),
+            ctypes.byref(update),
+        )

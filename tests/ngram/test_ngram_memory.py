@@ -1,0 +1,62 @@
+"""Contract C3 measured: a step's memory beside the tables follows its look-ups, never the size of the tables."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_harness import run_ranks
+
+from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.ngram.embedding import OverTables, gather_rows
+from overtok_megatron.ngram.exchange import FlatExchange
+from overtok_megatron.ngram.ids import NgramHash
+from overtok_megatron.ngram.optimizer import RowOptimizer
+from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.ngram.table import TableShard
+
+CPU = torch.device("cpu")
+WIDTH = 64
+
+
+def peak_bytes() -> int:
+    """The most that this process ever held; getrusage would count what its parent held, too."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of(power: int, distinct: int) -> tuple[int, int]:
+    """(bytes of the tables and their state, peak bytes of steps with so many distinct rows beyond what was there before)."""
+    torch.set_num_threads(1)
+    space = RowSpace(3, 2, 2**power, WIDTH)
+    kernels = choose_kernels("auto", CPU).rows
+    shard = TableShard(0, space.total_rows, WIDTH, std=0.02, seed=0, device=CPU, dtype=torch.bfloat16, kernels=kernels)
+    optimizer = RowOptimizer(
+        "rowwise_adagrad", shard.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32,
+        kernels=kernels,
+    )  # fmt: skip
+    optimizer.state["square_sum"].fill_(1e-3)  # so that its pages are there, and those of the flags
+    shard.flags.fill_(1)
+    tables = OverTables(
+        None, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, FlatExchange((0, space.total_rows), None, kernels),
+        dtype=torch.float32, device=CPU, kernels=kernels,
+    )  # fmt: skip
+    held = sum(column.nbytes for column in tables.columns().values())
+    before = peak_bytes()
+    for turn in range(3):
+        generator = torch.Generator().manual_seed(turn)
+        start = int(torch.randint(0, space.total_rows - 40 * distinct, (), generator=generator))
+        ids = torch.arange(start, start + 40 * distinct, 40).repeat(2)  # spread; each looked up twice
+        slots = tables.begin_rows(ids)
+        assert tables.step is not None
+        gather_rows(tables.step, slots).square().sum().backward()
+        tables.collect(1.0)
+        tables.apply(0.01, 1.0)
+    return held, peak_bytes() - before
+
+
+def test_a_steps_memory_follows_tokens_alone() -> None:
+    small, large = (run_ranks(1, peak_of, power, 2**15)[0] for power in (19, 21))
+    assert large[0] > 3.9 * small[0] > 1e9  # the tables grow by 800 MB
+    assert large[1] == pytest.approx(small[1], rel=0.1)
+    more = run_ranks(1, peak_of, 19, 2**15 * 3 // 2)[0]
+    assert 1.2 < more[1] / small[1] < 1.8  # half as many tokens more
