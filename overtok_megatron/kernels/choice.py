@@ -60,7 +60,9 @@ def _cuda_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def choose_kernels(choice: str, device: torch.device) -> Kernels:
-    """`auto`: the compiled loops on CPU, apex on CUDA where it imports, else torch. `apex`, `torch`: that one.
+    """`auto`: the compiled loops on CPU; on CUDA Triton for rows, apex for the rest where it imports, else torch.
+
+    `torch`: torch's operators alone. `apex`: as auto, and an error without apex.
 
     Raises ConfigError where apex is asked for and is not to be had.
     """
@@ -72,7 +74,9 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
     if not cuda:
         library = load_library() if choice == "auto" else None
         return Kernels() if library is None else _cpu_kernels(library)
-    torch_kernels = replace(Kernels(), rms_norm=_cuda_rms_norm)
+    torch_kernels = replace(
+        Kernels(), rms_norm=_cuda_rms_norm, rows=RowKernels() if choice == "torch" else _cuda_row_kernels()
+    )
     if parts is None:
         return torch_kernels
     norm, fused_adam = parts
@@ -82,6 +86,15 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
         rms_norm=lambda x, weight, eps: norm(x, weight, (x.shape[-1],), eps),
         adamw=lambda groups, lr, betas, eps: fused_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True),
     )
+
+
+def _cuda_row_kernels() -> RowKernels:
+    """Triton's, where torch brought it along; the same sums in another order otherwise."""
+    try:
+        from overtok_megatron.kernels.triton_rows import TritonRowKernels
+    except ImportError:
+        return RowKernels()
+    return TritonRowKernels()
 
 
 def _cpu_kernels(library: ctypes.CDLL) -> Kernels:

@@ -58,8 +58,9 @@ def test_rows_fetched_ahead_change_nothing(ranks: int, parallel: dict[str, Any])
 
 def test_two_levels_give_the_flat_numbers() -> None:
     exact = {"row_dtype": "float32", "state_dtype": "float32"}
-    flat = run_ranks(4, train, exact, {}, timeout=240)
-    levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, {}, timeout=240)
+    parallel = {"tensor_parallel_size": 2, "sequence_parallel": True}
+    flat = run_ranks(4, train, exact, parallel, timeout=240)
+    levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, parallel, timeout=240)
     assert levels[0][0] == pytest.approx(flat[0][0], rel=1e-5)
     # owners are ordered by (place within the host, host): ranks 1 and 2 change places
     for mine, theirs in zip((0, 1, 2, 3), (0, 2, 1, 3), strict=True):

@@ -1,0 +1,64 @@
+"""The Triton kernels on a GPU: the same checks as on Triton's interpreter, and a step of whole tables."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from row_checks import CHECKS
+
+from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.kernels.rows import RowKernels
+from overtok_megatron.ngram.embedding import OverTables, gather_rows
+from overtok_megatron.ngram.exchange import FlatExchange
+from overtok_megatron.ngram.ids import NgramHash
+from overtok_megatron.ngram.optimizer import RowOptimizer
+from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.ngram.table import TableShard
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_kernels_do_what_torch_does(check: Callable[[RowKernels, torch.device], None]) -> None:
+    kernels = choose_kernels("auto", CUDA).rows
+    assert type(kernels) is not RowKernels
+    check(kernels, CUDA)
+
+
+def trained(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The rows [m, w] after some steps on made tokens."""
+    space = RowSpace(3, 2, 5003, 32)
+    kernels = choose_kernels("auto", device).rows
+    shard = TableShard(0, space.total_rows, 32, std=0.02, seed=1, device=device, dtype=dtype, kernels=kernels)
+    optimizer = RowOptimizer(
+        "rowwise_adagrad",
+        shard.rows,
+        weight_decay=0.01,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        state_dtype=dtype,
+        kernels=kernels,
+    )
+    tables = OverTables(
+        None, NgramHash(space, 97, 0, "reset", 3, kernels), shard, optimizer,
+        FlatExchange((0, space.total_rows), None, kernels), dtype=torch.float32, device=device, kernels=kernels,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        slots = tables.begin(torch.randint(0, 97, (1, 4, 128), generator=generator).to(device))
+        assert tables.step is not None
+        gather_rows(tables.step, slots).sin().sum().backward()
+        tables.collect(1.0)
+        tables.apply(0.01, 1.0)
+    return shard.rows.weight.cpu()
+
+
+def test_steps_of_tables_equal_those_on_cpu() -> None:
+    torch.testing.assert_close(
+        trained(CUDA, torch.float32), trained(torch.device("cpu"), torch.float32), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_same_run_gives_the_same_bits() -> None:
+    assert torch.equal(trained(CUDA, torch.bfloat16), trained(CUDA, torch.bfloat16))

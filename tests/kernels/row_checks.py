@@ -1,0 +1,167 @@
+"""What every compiled form of the row kernels must do, against torch's operators; run by the tests of each form.
+
+`python tests/kernels/row_checks.py` runs them on Triton's interpreter, where TRITON_INTERPRET=1 is set.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from overtok_megatron.kernels.rows import (
+    HashTables,
+    RowKernels,
+    RowRule,
+    RowStep,
+    TableRows,
+    noise_key,
+    round_int8,
+)
+
+PLAIN = RowKernels()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+STATES: dict[RowRule, dict[str, bool]] = {  # name -> one value an element
+    "rowwise_adagrad": {"square_sum": False},
+    "rowwise_adam": {"exp_avg": True, "exp_avg_sq": False},
+    "adam": {"exp_avg": True, "exp_avg_sq": True},
+    "sgd": {},
+}
+FORMATS = (torch.float32, torch.bfloat16, torch.int8)
+
+
+def stored(values: Tensor, dtype: torch.dtype) -> TableRows:
+    """Rows far into a row space of more than 2^32."""
+    if dtype == torch.int8:
+        return TableRows(*round_int8(values, torch.full_like(values, 2**31, dtype=torch.int64)), first=2**33 + 5)
+    return TableRows(values.to(dtype), first=2**33 + 5)
+
+
+def copy_of(rows: TableRows) -> TableRows:
+    return TableRows(rows.weight.clone(), None if rows.scale is None else rows.scale.clone(), rows.first)
+
+
+def check_ngram_rows(kernels: RowKernels, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(-1, 30, (3, 4, 41), generator=generator) * 3371  # up to V = 10^5, with missing ones
+    for reset in (False, True):
+        tables = HashTables((2, 2, 3, 4), (2**31 - 9, 70_001, 70_003, 2**31 - 1), 100_278, 7, reset, 2 * 3371, 4099)
+        extended = tokens.to(device)
+        assert torch.equal(kernels.ngram_rows(extended, tables), PLAIN.ngram_rows(extended, tables))
+
+
+def check_look_ups(kernels: RowKernels, device: torch.device) -> None:
+    for width in (1, 7, 24, 64):
+        generator = torch.Generator().manual_seed(width)
+        index = torch.randperm(500, generator=generator)[:123].to(device)
+        slots = torch.randint(0, 123, (5, 40), generator=generator).to(device)
+        values = torch.randn(500, width, generator=generator).to(device)
+        for dtype in FORMATS:
+            rows = stored(values, dtype)
+            for wanted in (torch.float32, torch.bfloat16):
+                # Triton's interpreter cuts float32 to bfloat16 where the GPU rounds to nearest
+                cut = INTERPRETED and wanted == torch.bfloat16 and dtype != wanted
+                close = {"rtol": 2.0**-7 if cut else 0.0, "atol": 0.0}
+                torch.testing.assert_close(
+                    kernels.fetch(rows, index, wanted), PLAIN.fetch(rows, index, wanted), **close
+                )
+                for where in (index, None):
+                    ours = kernels.gather(rows, where, slots, wanted)
+                    torch.testing.assert_close(ours, PLAIN.gather(rows, where, slots, wanted), **close)
+                assert kernels.gather(rows, None, slots[:0], wanted).shape == (0, 40, width)
+
+
+def check_sums(kernels: RowKernels, device: torch.device) -> None:
+    """Gradients added to rows of which one is hot, the same bits at a second turn; and the sum of squares."""
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.randint(0, 300, (3000,), generator=generator)
+    slots[:700] = 5
+    for width in (1, 7, 64):
+        for dtype in (torch.float32, torch.bfloat16):
+            grad = torch.randn(3000, width, generator=generator).to(dtype)
+            totals = []
+            for _ in range(2):
+                total = torch.ones(310, width, device=device)
+                kernels.add(total, slots.to(device), grad.to(device))
+                totals.append(total)
+            assert torch.equal(*totals)
+            expected = torch.ones(310, width, dtype=torch.float64).index_add_(0, slots, grad.double())
+            torch.testing.assert_close(totals[0].cpu().double(), expected, rtol=1e-5, atol=1e-4)
+    for size in (0, 1, 4097, 20_003):
+        values = torch.randn(size, generator=generator) * 1e3
+        total = kernels.square_sum(values.to(device))
+        assert total.dtype == torch.float64
+        expected = values.double().square().sum()
+        torch.testing.assert_close(total.cpu(), expected, rtol=1e-12, atol=0.0)
+
+
+def check_updates(kernels: RowKernels, device: torch.device) -> None:
+    for rule in STATES:
+        for state_dtype in (torch.float32, torch.bfloat16):
+            for dtype in FORMATS:
+                for width in (1, 24):
+                    _check_update(kernels, device, rule, state_dtype, dtype, width)
+
+
+def _check_update(
+    kernels: RowKernels, device: torch.device, rule: RowRule, state_dtype: torch.dtype, dtype: torch.dtype, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randperm(500, generator=generator)[:123].to(device)
+    start = stored(torch.randn(500, width, generator=generator).to(device), dtype)
+    states = {
+        name: torch.rand((500, width) if wide else (500,), generator=generator).to(device, state_dtype)
+        for name, wide in STATES[rule].items()
+    }
+    grad = torch.randn(123, width, generator=generator).to(device)
+    results = []
+    for each in (PLAIN, kernels):
+        rows, state = copy_of(start), {name: values.clone() for name, values in states.items()}
+        each.update(rows, state, index, grad, RowStep(rule, 0.1, 0.97, (0.8, 0.9), 1e-8, 0.5, noise_key(3, 17)))
+        results.append((rows, state))
+    (expected, expected_state), (rows, state) = results
+    # the last bit of the arithmetic may differ, and then, rarely, the way that a value is rounded
+    away = (rows.weight.double() - expected.weight.double()).abs()
+    if dtype == torch.float32:
+        torch.testing.assert_close(rows.weight, expected.weight, rtol=1e-5, atol=1e-6)
+    else:
+        assert (away > 0).double().mean() < 0.01
+        assert away.max() <= (1 if dtype == torch.int8 else 2**-6)
+    if rows.scale is not None and expected.scale is not None and start.scale is not None:
+        torch.testing.assert_close(rows.scale, expected.scale, rtol=1e-5, atol=0)
+    for name, values in state.items():
+        torch.testing.assert_close(values.float(), expected_state[name].float(), rtol=2**-7, atol=1e-7)
+        assert (values != expected_state[name]).double().mean() < (1 if state_dtype == torch.float32 else 0.01)
+    others = torch.ones(500, dtype=torch.bool, device=device).index_fill(0, index, False)
+    assert torch.equal(rows.weight[others], start.weight[others])
+    for name, values in state.items():
+        assert torch.equal(values[others], states[name][others])
+        assert not torch.equal(values, states[name])
+
+
+def check_rounding(kernels: RowKernels, device: torch.device) -> None:
+    """Multiples of 2^-10 and a power of two as rate: the arithmetic is exact, so only the rounding is in play."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randint(-4000, 4000, (60, 33), generator=generator) * 2.0**-10
+    grad = (torch.randint(-4000, 4000, (60, 33), generator=generator) * 2.0**-10).to(device)
+    start = stored(values.to(device), torch.bfloat16)
+    exact = start.weight.double() - 2.0**-6 * grad.double()
+    for key in (noise_key(5, 9), 1, 2**32 - 1):
+        step = RowStep("sgd", 2.0**-6, 1.0, (0.0, 0.0), 0.0, 1.0, key)
+        rows, plain = copy_of(start), copy_of(start)
+        kernels.update(rows, {}, torch.arange(60, device=device), grad, step)
+        PLAIN.update(plain, {}, torch.arange(60, device=device), grad, step)
+        assert torch.equal(rows.weight, plain.weight)
+        away = (rows.weight.double() - exact).abs()
+        assert (away < 2.0**-7 * exact.abs() + 1e-30).all()  # one of the two neighbours
+        assert (away > 0).any()
+
+
+CHECKS = [check_ngram_rows, check_look_ups, check_sums, check_updates, check_rounding]
+
+
+if __name__ == "__main__":
+    from overtok_megatron.kernels.triton_rows import TritonRowKernels
+
+    for check in CHECKS:
+        check(TritonRowKernels(), torch.device("cpu"))
+        print(check.__name__)
