@@ -11,7 +11,14 @@ from conftest import Workspace, kill_session, losses, ranks_of, records, wait_fo
 from overtok_megatron.cli import main
 
 STEPS = 40  # enough to be stopped on the way
-FP32 = ("training.precision=fp32", "checkpoint.incremental=2", "checkpoint.interval=1", f"training.train_iters={STEPS}")
+FP32 = (
+    "training.precision=fp32",
+    "over_encoding.row_dtype=float32",
+    "over_encoding.state_dtype=float32",
+    "checkpoint.incremental=2",
+    "checkpoint.interval=1",
+    f"training.train_iters={STEPS}",
+)
 
 
 def train(workspace: Workspace, name: str, ranks: int, *overrides: str) -> str:

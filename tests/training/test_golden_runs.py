@@ -28,6 +28,8 @@ def quickstart() -> RunConfig:
         "training.micro_batch_size=2",
         "training.global_batch_size=4",
         "data.seq_length=64",
+        "over_encoding.row_dtype=float32",
+        "over_encoding.state_dtype=float32",
     ]
     return load_config(str(CONFIGS / "quickstart_overtok.yaml"), overrides).config
 

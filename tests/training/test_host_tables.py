@@ -10,28 +10,29 @@ from torch import Tensor
 
 from overtok_megatron.training.engine import TrainingEngine, start_processes
 
-STEPS = 200
 STORED = {"optimizer": "rowwise_adagrad", "row_dtype": "bfloat16", "state_dtype": "bfloat16", "combine": "scaled"}
 
 
-def batches() -> list[Tensor]:
+def batches(steps: int) -> list[Tensor]:
     """[G, s + 1] each, whose n-grams come back from step to step."""
     generator = torch.Generator().manual_seed(11)
-    return [torch.randint(0, 8, (BATCH, SEQ + 1), generator=generator) * 3 % VOCAB for _ in range(STEPS)]
+    return [torch.randint(0, 8, (BATCH, SEQ + 1), generator=generator) * 3 % VOCAB for _ in range(steps)]
 
 
-def train(over: dict[str, Any], parallel: dict[str, Any]) -> tuple[list[float], list[float], Tensor, Tensor]:
+def train(
+    over: dict[str, Any], parallel: dict[str, Any], steps: int, rate: float
+) -> tuple[list[float], list[float], Tensor, Tensor]:
     """One rank's work: losses, validation losses on the way, and its rows and their state in the end."""
     config = configuration(Layout({"zero_stage": 1, **parallel}, over=STORED | over))
     trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
-    parts = [own_tokens(trainer, batch) for batch in batches()]
+    parts = [own_tokens(trainer, batch) for batch in batches(steps)]
     losses, validations = [], []
     trainer.prefetch(parts[0])
     for step, part in enumerate(parts):
         if step + 1 < len(parts):
             trainer.prefetch(parts[step + 1])
-        losses.append(trainer.step(part, 1e-2).loss)
-        if step % 70 == 0:
+        losses.append(trainer.step(part, rate).loss)
+        if step % 70 == 3:
             assert part is not None
             pair = (part.flatten(0, 1)[:, :-1], part.flatten(0, 1)[:, 1:])
             validations.append(trainer.evaluate([pair])[0])
@@ -41,26 +42,35 @@ def train(over: dict[str, Any], parallel: dict[str, Any]) -> tuple[list[float], 
     return losses, validations, columns["weight"], columns["square_sum"]
 
 
+TENSOR = {"tensor_parallel_size": 2, "sequence_parallel": True}
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(1, {}), (2, {}), (4, {"tensor_parallel_size": 2, "sequence_parallel": True})]
+    ("ranks", "parallel", "steps"),
+    [
+        (1, {}, 200),
+        (2, {}, 50),
+        (4, TENSOR, 25),
+        *(pytest.param(n, p, 200, marks=SLOW) for n, p in ((2, {}), (4, TENSOR))),
+    ],
 )
-def test_rows_fetched_ahead_change_nothing(ranks: int, parallel: dict[str, Any]) -> None:
-    device = run_ranks(ranks, train, {}, parallel, timeout=240)
-    host = run_ranks(ranks, train, {"storage": "host"}, parallel, timeout=240)
+def test_rows_fetched_ahead_change_nothing(ranks: int, parallel: dict[str, Any], steps: int) -> None:
+    device = run_ranks(ranks, train, {}, parallel, steps, 1e-2, timeout=230)
+    host = run_ranks(ranks, train, {"storage": "host"}, parallel, steps, 1e-2, timeout=230)
     for (losses, validations, *columns), (wanted, wanted_validations, *wanted_columns) in zip(
         host, device, strict=True
     ):
         assert losses == wanted
         assert validations == wanted_validations
         assert all(torch.equal(a, b) for a, b in zip(columns, wanted_columns, strict=True))
-    assert device[0][0][-1] < 0.8 * device[0][0][0]
+    assert device[0][0][-1] < 0.95 * device[0][0][0]
 
 
 def test_two_levels_give_the_flat_numbers() -> None:
     exact = {"row_dtype": "float32", "state_dtype": "float32"}
-    parallel = {"tensor_parallel_size": 2, "sequence_parallel": True}
-    flat = run_ranks(4, train, exact, parallel, timeout=240)
-    levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, parallel, timeout=240)
+    flat = run_ranks(4, train, exact, TENSOR, 20, 1e-3)
+    levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, TENSOR, 20, 1e-3)
     assert levels[0][0] == pytest.approx(flat[0][0], rel=1e-5)
     # owners are ordered by (place within the host, host): ranks 1 and 2 change places
     for mine, theirs in zip((0, 1, 2, 3), (0, 2, 1, 3), strict=True):
