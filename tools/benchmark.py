@@ -1,8 +1,9 @@
-"""Measured speed, contenders alternating in one process: `dense`, `rows`, `tables`, `saves`. Ratios of medians are the figures.
+"""Measured speed, contenders alternating in one process; ratios of medians are the figures.
 
 dense: the baseline model's training step against Hugging Face's Olmo2ForCausalLM of the same shape.
 rows: an over-encoded training step at growing table sizes; flat is the aim, since cost follows tokens.
 tables: look-up, backward and update in four tables against fbgemm, SparseAdam, AdamW and the memory traffic alone.
+mapped: generation with the tables in a file, beside the same in memory.
 saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
 Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
 """
@@ -20,43 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table_contenders import fbgemm_tables, limit, our_tables, places, torch_tables
+from measuring import DEVICE, alternate, configuration, single_process
+from table_benchmark import mapped, tables
 from torch import Tensor
 
 from overtok_megatron.config.counts import flops_per_token
-from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.batches import TrainBatches
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import DataError, OvertokError
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.kernels.rows import HashTables, RowKernels
-from overtok_megatron.launch import free_port, process_environment
+from overtok_megatron.launch import process_environment
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.sizing import RowSpace
 from overtok_megatron.training.metrics import matmul_rate, peak_memory
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def configuration(overrides: list[str], data: str) -> RunConfig:
-    """The quickstart's over-encoded configuration with overrides; only its shape matters here."""
-    path = Path(__file__).parent.parent / "configs" / "quickstart_overtok.yaml"
-    return load_config(path, [f"data.train={data}", "training.output_directory=unused", *overrides]).config
-
-
-def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after two warm-up rounds, in turn: the machine's drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 2):
-        for name, work in contenders.items():
-            begin = time.perf_counter()
-            work()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
@@ -133,17 +110,6 @@ def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object
     trainer = TrainingEngine(config, start_processes(config), DEVICE, eod_id=0)
     turn = iter(range(10**9))
     return lambda: trainer.step(tokens[next(turn) % len(tokens)], 1e-3)
-
-
-def single_process() -> None:
-    """What a launcher would put into the environment for one rank."""
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
 
 
 def rows(options: argparse.Namespace) -> dict[str, Any]:
@@ -238,102 +204,6 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def text_rows(options: argparse.Namespace, size: int) -> Tensor:
-    """Rows [tokens, 4] of the n-grams of real text in four tables, two of 2-grams and two of 3-grams."""
-    dataset = IndexedDataset(options.data)
-    count = options.tokens // 128
-    text = torch.stack([torch.from_numpy(dataset.tokens(index * 128, 128).astype("int64")) for index in range(count)])
-    extended = torch.cat([text.new_full((count, 2), -1), text], dim=1)
-    columns = [
-        RowKernels().ngram_rows(extended[:, 3 - order :], HashTables((order,), (size - odd,), 8192, 0, False, 0, 1))
-        for order, odd in ((2, 7), (2, 5), (3, 3), (3, 1))
-    ]
-    return torch.cat(columns, dim=-1).flatten(0, 1)
-
-
-def table_case(options: argparse.Namespace, size: int, width: int, rows: Tensor) -> dict[str, Any]:
-    """Every contender's seconds on one set of rows, and what they say per row and byte."""
-    space = RowSpace(3, 2, size - 7, width)
-    grad = torch.randn(*rows.shape, width, device=DEVICE)
-    distinct = sum(column.unique().numel() for column in rows.unbind(1))
-
-    def fits(*bytes_a_value: float) -> bool:
-        return space.total_rows * width * sum(bytes_a_value) < options.memory * 2**30
-
-    contenders: dict[str, Callable[[], object]] = {}
-    for name, dtype in (("ours", torch.float32), ("ours, bf16", torch.bfloat16)):
-        if fits(dtype.itemsize, 4 if "fbgemm" not in contenders and fits(8) else 0):
-            values = grad if dtype == torch.float32 else grad.to(dtype)
-            contenders[name], made = our_tables(rows, space, values, dtype)
-            contenders[f"limit{name[4:]}"] = limit(made, rows, space, values)
-    if fits(14) and (peer := fbgemm_tables(rows, size, grad)) is not None:
-        contenders["fbgemm"] = peer
-    if fits(26) and width <= 64:
-        contenders["SparseAdam"] = torch_tables(rows, size, grad, sparse=True)
-    if size <= 2**options.dense_up_to and width <= 64:
-        contenders["AdamW"] = torch_tables(rows, size, grad, sparse=False)
-    seconds = alternate(contenders, options.rounds)
-    first = next(iter(contenders))
-    value_bytes = 4 if first == "ours" else 2
-    moved = width * (value_bytes * (2 * rows.numel() + 3 * distinct) + 4 * 3 * distinct)
-    made.begin_rows(places(rows, space))  # once more by hand, to time the update alone
-    made.collect(1.0)
-    begin = time.perf_counter()
-    made.apply(0.01, 1.0)
-    return {
-        "seconds": seconds,
-        "times_first": {name: value / seconds[first] for name, value in seconds.items()},
-        "share_of_limit": {name: seconds["limit" + name[4:]] / seconds[name] for name in seconds if name[:4] == "ours"},
-        "distinct_share": distinct / rows.numel(),
-        "rows_per_second": rows.numel() / seconds[first],
-        "gigabytes_per_second": moved / seconds[first] / 1e9,
-        "optimizer_nanoseconds_per_row": (time.perf_counter() - begin) / distinct * 1e9,
-    }
-
-
-def tables(options: argparse.Namespace) -> dict[str, Any]:
-    """Forward, backward and update of look-ups in four tables: ours, the peers, and the machine's limit."""
-    cases: dict[str, Any] = {}
-    for width in options.widths:
-        for power in options.powers:
-            size = 2**power
-            uniform = torch.randint(0, size - 7, (options.tokens, 4))
-            for kind, rows in (("text", text_rows(options, size)), ("uniform", uniform)):
-                if size * 4 * width * 2 > options.memory * 2**30:
-                    print(f"w {width}, 2^{power} rows: more than --memory {options.memory} GiB, left out", flush=True)
-                    continue
-                case = cases[f"w {width}, 2^{power}, {kind}"] = table_case(options, size, width, rows.to(DEVICE))
-                times = "  ".join(f"{name} {1e3 * value:.1f}" for name, value in case["seconds"].items())
-                share = case["distinct_share"]
-                print(f"w {width:3}  2^{power}  {kind:7}  {share:.0%} distinct  ms: {times}", flush=True)
-    if options.png:
-        draw(cases, options)
-    return {"tokens": options.tokens, "cases": cases}
-
-
-def draw(cases: dict[str, Any], options: argparse.Namespace) -> None:
-    """Milliseconds over rows of a table, a panel for each width and kind of ids."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(options.widths), 7), layout="constrained")
-    axes = figure.subplots(2, len(options.widths), squeeze=False, sharex=True)
-    for column, width in enumerate(options.widths):
-        for row, kind in enumerate(("text", "uniform")):
-            panel = axes[row][column]
-            lines: dict[str, list[tuple[int, float]]] = {}
-            for power in options.powers:
-                case = cases.get(f"w {width}, 2^{power}, {kind}", {"seconds": {}})
-                for name, seconds in case["seconds"].items():
-                    lines.setdefault(name, []).append((power, 1e3 * seconds))
-            for name, points in lines.items():
-                panel.plot(*zip(*points, strict=True), "o-", label=name, linestyle="--" if "limit" in name else "-")
-            panel.set(
-                title=f"{kind} ids, w = {width}", yscale="log", ylabel="ms a step", xlabel="log2 of rows of a table"
-            )
-            panel.legend(fontsize=7)
-    figure.savefig(options.png, dpi=120)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -358,6 +228,12 @@ def main() -> int:
     verb.add_argument("--dense-up-to", type=int, default=18, help="largest power for the dense optimizer")
     verb.add_argument("--png", default=None, help="draw the times here")
     verb.set_defaults(run=tables)
+    verb = verbs.add_parser("mapped", help="generation with the rows left in a file")
+    verb.add_argument("--rows", type=int, default=2**26, help="of all four tables together")
+    verb.add_argument("--batch", type=int, default=4, help="texts at a time")
+    verb.add_argument("--new", type=int, default=64, help="tokens a text")
+    verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
+    verb.set_defaults(run=mapped)
     verb = verbs.add_parser("saves", help="checkpoints of big tables")
     verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows; four tables of 133 bytes a row")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")

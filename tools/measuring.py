@@ -1,0 +1,46 @@
+"""What the verbs of `benchmark.py` share: the device, the quickstart's configuration, and timing in turn."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from overtok_megatron.config.loading import load_config
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.launch import free_port
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def configuration(overrides: list[str], data: str) -> RunConfig:
+    """The quickstart's over-encoded configuration with overrides; only its shape matters here."""
+    path = Path(__file__).parent.parent / "configs" / "quickstart_overtok.yaml"
+    return load_config(path, [f"data.train={data}", "training.output_directory=unused", *overrides]).config
+
+
+def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after two warm-up rounds, in turn: the machine's drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 2):
+        for name, work in contenders.items():
+            begin = time.perf_counter()
+            work()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def single_process() -> None:
+    """What a launcher would put into the environment for one rank."""
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }

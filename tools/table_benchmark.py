@@ -1,0 +1,211 @@
+"""`benchmark.py tables` and `benchmark.py mapped`: the n-gram tables against their peers, and read from a file."""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from measuring import DEVICE, alternate, configuration
+from table_contenders import fbgemm_tables, limit, our_tables, places, torch_tables
+from torch import Tensor
+
+from overtok_megatron.checkpoint.mapped import MappedShard
+from overtok_megatron.checkpoint.tables import FOLDER, write_rows
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.tokenizer import load_tokenizer
+from overtok_megatron.inference.generation import Sampling, generate_tokens
+from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.kernels.rows import HashTables, RowKernels
+from overtok_megatron.model.assembly import build_transformer, row_space, tables_over
+from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.ngram.table import Shard, TableShard
+from overtok_megatron.training.metrics import peak_memory
+
+_PART = 2**22  # rows a file
+
+
+def text_rows(options: argparse.Namespace, size: int) -> Tensor:
+    """Rows [tokens, 4] of the n-grams of real text in four tables, two of 2-grams and two of 3-grams."""
+    dataset = IndexedDataset(options.data)
+    count = options.tokens // 128
+    text = torch.stack([torch.from_numpy(dataset.tokens(index * 128, 128).astype("int64")) for index in range(count)])
+    extended = torch.cat([text.new_full((count, 2), -1), text], dim=1)
+    columns = [
+        RowKernels().ngram_rows(extended[:, 3 - order :], HashTables((order,), (size - odd,), 8192, 0, False, 0, 1))
+        for order, odd in ((2, 7), (2, 5), (3, 3), (3, 1))
+    ]
+    return torch.cat(columns, dim=-1).flatten(0, 1)
+
+
+def table_case(options: argparse.Namespace, size: int, width: int, rows: Tensor) -> dict[str, Any]:
+    """Every contender's seconds on one set of rows, and what they say per row and byte."""
+    space = RowSpace(3, 2, size - 7, width)
+    grad = torch.randn(*rows.shape, width, device=DEVICE)
+    distinct = sum(column.unique().numel() for column in rows.unbind(1))
+
+    def fits(*bytes_a_value: float) -> bool:
+        return space.total_rows * width * sum(bytes_a_value) < options.memory * 2**30
+
+    contenders: dict[str, Callable[[], object]] = {}
+    for name, dtype in (("ours", torch.float32), ("ours, bf16", torch.bfloat16)):
+        if fits(dtype.itemsize, 4 if "fbgemm" not in contenders and fits(8) else 0):
+            values = grad if dtype == torch.float32 else grad.to(dtype)
+            contenders[name], made = our_tables(rows, space, values, dtype)
+            contenders[f"limit{name[4:]}"] = limit(made, rows, space, values)
+    if fits(14) and (peer := fbgemm_tables(rows, size, grad)) is not None:
+        contenders["fbgemm"] = peer
+    if fits(26) and width <= 64:
+        contenders["SparseAdam"] = torch_tables(rows, size, grad, sparse=True)
+    if size <= 2**options.dense_up_to and width <= 64:
+        contenders["AdamW"] = torch_tables(rows, size, grad, sparse=False)
+    seconds = alternate(contenders, options.rounds)
+    first = next(iter(contenders))
+    value_bytes = 4 if first == "ours" else 2
+    moved = width * (value_bytes * (2 * rows.numel() + 3 * distinct) + 4 * 3 * distinct)
+    made.begin_rows(places(rows, space))  # once more by hand, to time the update alone
+    made.collect(1.0)
+    begin = time.perf_counter()
+    made.apply(0.01, 1.0)
+    return {
+        "seconds": seconds,
+        "times_first": {name: value / seconds[first] for name, value in seconds.items()},
+        "share_of_limit": {name: seconds["limit" + name[4:]] / seconds[name] for name in seconds if name[:4] == "ours"},
+        "distinct_share": distinct / rows.numel(),
+        "rows_per_second": rows.numel() / seconds[first],
+        "gigabytes_per_second": moved / seconds[first] / 1e9,
+        "optimizer_nanoseconds_per_row": (time.perf_counter() - begin) / distinct * 1e9,
+    }
+
+
+def tables(options: argparse.Namespace) -> dict[str, Any]:
+    """Forward, backward and update of look-ups in four tables: ours, the peers, and the machine's limit."""
+    cases: dict[str, Any] = {}
+    for width in options.widths:
+        for power in options.powers:
+            size = 2**power
+            uniform = torch.randint(0, size - 7, (options.tokens, 4))
+            for kind, rows in (("text", text_rows(options, size)), ("uniform", uniform)):
+                if size * 4 * width * 2 > options.memory * 2**30:
+                    print(f"w {width}, 2^{power} rows: more than --memory {options.memory} GiB, left out", flush=True)
+                    continue
+                case = cases[f"w {width}, 2^{power}, {kind}"] = table_case(options, size, width, rows.to(DEVICE))
+                times = "  ".join(f"{name} {1e3 * value:.1f}" for name, value in case["seconds"].items())
+                share = case["distinct_share"]
+                print(f"w {width:3}  2^{power}  {kind:7}  {share:.0%} distinct  ms: {times}", flush=True)
+    if options.png:
+        draw(cases, options)
+    return {"tokens": options.tokens, "cases": cases}
+
+
+def draw(cases: dict[str, Any], options: argparse.Namespace) -> None:
+    """Milliseconds over rows of a table, a panel for each width and kind of ids."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(options.widths), 7), layout="constrained")
+    axes = figure.subplots(2, len(options.widths), squeeze=False, sharex=True)
+    for column, width in enumerate(options.widths):
+        for row, kind in enumerate(("text", "uniform")):
+            panel = axes[row][column]
+            lines: dict[str, list[tuple[int, float]]] = {}
+            for power in options.powers:
+                case = cases.get(f"w {width}, 2^{power}, {kind}", {"seconds": {}})
+                for name, seconds in case["seconds"].items():
+                    lines.setdefault(name, []).append((power, 1e3 * seconds))
+            for name, points in lines.items():
+                panel.plot(*zip(*points, strict=True), "o-", label=name, linestyle="--" if "limit" in name else "-")
+            panel.set(
+                title=f"{kind} ids, w = {width}", yscale="log", ylabel="ms a step", xlabel="log2 of rows of a table"
+            )
+            panel.legend(fontsize=7)
+    figure.savefig(options.png, dpi=120)
+
+
+def _synthetic_rows(folder: Path, config: RunConfig) -> None:
+    """Random bfloat16 rows in the files of a checkpoint's tables."""
+    space = row_space(config.model, config.over_encoding)
+    for start in range(0, space.total_rows, _PART):
+        stop = min(start + _PART, space.total_rows)
+        values = torch.empty(stop - start, space.width).uniform_(-0.03, 0.03).to(torch.bfloat16)
+        metadata = {"start": str(start), "stop": str(stop), "steps": "0"}
+        write_rows(folder, f"rows-{start:012d}", {"weight": values}, metadata)
+
+
+def _made_model(config: RunConfig, shard: Shard) -> TrainedModel:
+    torch.manual_seed(0)
+    model = build_transformer(config, device=DEVICE).eval()
+    tables = tables_over(config, model.embedding.over_encoding, 0, shard, device=DEVICE)
+    return TrainedModel(config, model, tables, load_tokenizer(config.tokenizer.type, config.tokenizer.path), 0)
+
+
+def _mapped_shard(folder: Path, config: RunConfig) -> MappedShard:
+    space = row_space(config.model, config.over_encoding)
+    return MappedShard(folder, space.total_rows, space.width, RowKernels())
+
+
+def _continuation(trained: TrainedModel, prompts: list[list[int]], new: int) -> Callable[[], list[list[int]]]:
+    return lambda: generate_tokens(trained, prompts, Sampling(max_new_tokens=new, temperature=1.0))
+
+
+def _from_cold_files(folder: Path, config: RunConfig, prompts: list[list[int]], new: int) -> dict[str, float]:
+    """In a process of its own: what it grows by beyond the dense model, and its seconds with no row in the page cache."""
+    shard = _mapped_shard(folder, config)
+    for path in (folder / FOLDER).iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    trained = _made_model(config, shard)
+    before = psutil.Process().memory_info().rss
+    begin = time.perf_counter()
+    _continuation(trained, prompts, new)()
+    return {
+        "cold_seconds": time.perf_counter() - begin,
+        "bytes_above_dense": max(0, peak_memory(torch.device("cpu")) - before),
+    }
+
+
+def mapped(options: argparse.Namespace) -> dict[str, Any]:
+    """Generation with the rows left in a file, and with the same rows in memory."""
+    config = configuration(
+        [f"over_encoding.table_rows={options.rows // 4 - 3}", "over_encoding.collision_check=warn"], options.data
+    )
+    space = row_space(config.model, config.over_encoding)
+    text = IndexedDataset(options.data)
+    prompts = [text.tokens(100 * number, 32).tolist() for number in range(options.batch)]
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        folder = Path(scratch)
+        _synthetic_rows(folder, config)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            cold = pool.submit(_from_cold_files, folder, config, prompts, options.new).result()
+        kernels = choose_kernels("auto", DEVICE).rows
+        memory = TableShard(
+            0, space.total_rows, space.width, std=0.0, seed=0, device=DEVICE, dtype=torch.bfloat16, kernels=kernels
+        )
+        on_disk = _mapped_shard(folder, config)
+        for start in range(0, space.total_rows, 2**16):
+            part = torch.arange(start, min(start + 2**16, space.total_rows))
+            memory.rows.weight[start : start + len(part)] = on_disk.read(part, torch.bfloat16).to(DEVICE)
+        contenders = {
+            name: _continuation(_made_model(config, shard), prompts, options.new)
+            for name, shard in (("mapped", on_disk), ("memory", memory))
+        }
+        assert contenders["mapped"]() == contenders["memory"]()
+        seconds = alternate(contenders, options.rounds)
+    tokens = options.batch * options.new
+    return {
+        "rows": space.total_rows,
+        "table_bytes": space.total_rows * space.width * 2,
+        "bytes_above_dense": cold["bytes_above_dense"],
+        "tokens_per_second": {name: tokens / value for name, value in seconds.items()}
+        | {"mapped, cold": tokens / cold["cold_seconds"]},
+        "memory_over_mapped": seconds["memory"] / seconds["mapped"],
+    }
