@@ -113,6 +113,13 @@ class Reference:
         self.norms: list[float] = []  # before clipping, a step each
         self.square_sums = [torch.zeros(size, dtype=torch.float64) for size in self.space.sizes]
 
+    def rows(self) -> Tensor:
+        """The rows of all tables, each where it lies in the row space."""
+        result = torch.empty(self.space.total_rows, self.space.width)
+        for number, table in enumerate(self.tables):
+            result[self.space.places(number)] = table.detach()
+        return result
+
     def _build_optimizers(self) -> None:
         settings, over = self.config.optimizer, self.config.over_encoding
         spared = [] if self.config.model.tie_word_embeddings else [self.model.model.embed_tokens.weight]

@@ -126,11 +126,12 @@ def test_losses_and_weights_equal_the_formula(world: int) -> None:
             assert ranks[rank][index][0] == pytest.approx(expected, rel=1e-5), (case.name, rank)
             assert ranks[rank][index][3] == pytest.approx(reference.norms, rel=1e-4), (case.name, rank)
         rows = torch.cat([result[index][2] for result in ranks])
-        # Adam divides by the root of a gradient that may be rounding noise; plain descent shows any wrong scale.
-        loose = 1e-6 if reference.config.over_encoding.optimizer == "sgd" else 1e-4
-        for number, table in enumerate(reference.tables):
-            own = rows[reference.space.places(number)]
-            torch.testing.assert_close(own, table.detach(), rtol=1e-4, atol=loose)
+        difference = (rows - reference.rows()).abs()
+        if reference.config.over_encoding.optimizer == "adam":
+            # It divides by the root of a gradient that may be rounding noise: a few numbers of those rows move freely.
+            assert difference.quantile(0.995) < 1e-5 and difference.max() < 1e-3, case.name
+        else:
+            assert difference.max() < 1e-6, case.name
         if case.parallel.get("tensor_parallel_size", 1) == 1:
             check_dense(case, ranks[0][index][1], reference)
 
