@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import HashTables, RowKernels, RowStep, TableRows
+from overtok_megatron.kernels.rows import Distinct, HashTables, RowKernels, RowStep, TableRows
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -64,22 +64,39 @@ class CpuRowKernels(RowKernels):
         self._library.ngram_rows(_pointer(extended), *sizes, ctypes.byref(hashed), _pointer(out))
         return out
 
-    def unique(self, ids: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        ids = ids.contiguous()
-        unique, slots = torch.empty(ids.numel(), dtype=torch.int64), torch.empty_like(ids)
-        sizes = (ctypes.c_int64(ids.numel()), ctypes.c_int64(limit.bit_length()))
-        count = self._library.unique_rows(_pointer(ids), *sizes, _pointer(unique), _pointer(slots))
-        return unique[:count].clone(), slots
+    def unique(self, ids: Tensor, limit: int) -> Distinct:
+        ids, bits, shift = ids.contiguous(), limit.bit_length(), ids.numel().bit_length()
+        if bits + shift > 64 or ids.numel() >= 2**31:  # an id and its place are sorted as one number
+            return super().unique(ids, limit)
+        unique, order = (torch.empty(ids.numel(), dtype=torch.int64) for _ in range(2))
+        slots = torch.empty_like(ids)
+        sizes = map(ctypes.c_int64, (ids.numel(), bits, shift))
+        count = self._library.unique_rows(_pointer(ids), *sizes, *map(_pointer, (unique, slots, order)))
+        return Distinct(unique[:count].clone(), slots, order)
+
+    def order(self, slots: Tensor, count: int) -> Tensor:
+        slots = slots.contiguous()
+        assert slots.numel() < 2**31 and count <= 2**31
+        order = torch.empty(slots.numel(), dtype=torch.int64)
+        sizes = map(ctypes.c_int64, (slots.numel(), count.bit_length()))
+        self._library.order_rows(_pointer(slots), *sizes, _pointer(order))
+        return order
 
     def _gathered(
-        self, rows: TableRows, index: Tensor | None, slots: Tensor | None, count: int, dtype: torch.dtype
+        self,
+        rows: TableRows,
+        index: Tensor | None,
+        slots: Tensor | None,
+        order: Tensor | None,
+        count: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         assert rows.weight.is_contiguous()
         out = torch.empty(count, rows.weight.shape[1], dtype=dtype)
         self._library.gather_rows(
             _pointer(rows.weight),
             ctypes.c_int64(_FORMAT[rows.weight.dtype]),
-            *map(_pointer, (rows.scale, index, slots)),
+            *map(_pointer, (rows.scale, index, slots, order)),
             ctypes.c_int64(count),
             ctypes.c_int64(rows.weight.shape[1]),
             _pointer(out),
@@ -88,19 +105,21 @@ class CpuRowKernels(RowKernels):
         return out
 
     def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._gathered(rows, index.contiguous(), None, index.numel(), dtype)
+        return self._gathered(rows, index.contiguous(), None, None, index.numel(), dtype)
 
-    def gather(self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._gathered(rows, index, slots.contiguous(), slots.numel(), dtype).view(
-            *slots.shape, rows.weight.shape[1]
-        )
+    def gather(
+        self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype, order: Tensor | None = None
+    ) -> Tensor:
+        gathered = self._gathered(rows, index, slots.contiguous(), order, slots.numel(), dtype)
+        return gathered.view(*slots.shape, rows.weight.shape[1])
 
-    def add(self, total: Tensor, slots: Tensor, grad: Tensor) -> None:
-        grad, slots = grad.contiguous(), slots.contiguous()
-        assert total.is_contiguous() and total.dtype == torch.float32 and slots.numel() < 2**31
+    def add(self, total: Tensor, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+        grad = grad.contiguous()
+        assert total.is_contiguous() and total.dtype == torch.float32
         function = getattr(self._library, f"add_rows_{_SUFFIX[grad.dtype]}")
         sizes = (ctypes.c_int64(grad.shape[0]), ctypes.c_int64(grad.shape[1]))
-        function(_pointer(grad), _pointer(slots), *sizes, _pointer(total), ctypes.c_int64(total.shape[0]))
+        ends = (ctypes.c_int64(total.shape[0]), ctypes.c_int64(fresh))
+        function(_pointer(grad), _pointer(order), *sizes, _pointer(total), *ends)
 
     def square_sum(self, values: Tensor) -> Tensor:
         values = values.contiguous()

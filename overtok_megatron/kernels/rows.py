@@ -6,7 +6,7 @@ Shapes: N look-ups, U distinct rows of them, m rows of a shard, w row width, T t
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,18 @@ class HashTables:
     reset: bool
     eod_id: int
     stripes: int
+
+
+class Distinct(NamedTuple):
+    """What is distinct among N look-ups.
+
+    ids [U] int64, ascending. slots int64: the place of each look-up's id there. order [N] int64: the look-ups of each
+    slot brought together, slot * 2^32 + look-up, ascending.
+    """
+
+    ids: Tensor
+    slots: Tensor
+    order: Tensor
 
 
 def place(table: int, row: Tensor, sizes: tuple[int, ...], stripes: int) -> Tensor:
@@ -157,10 +169,14 @@ class RowKernels:
             result.append(place(table, row, tables.sizes, tables.stripes))
         return torch.stack(result, dim=-1)
 
-    def unique(self, ids: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """ids int64 of any shape, in [0, limit) -> (distinct ones [U] ascending, the place of each id there [*ids])."""
-        unique, slots = torch.unique(ids, return_inverse=True)
-        return unique, slots
+    def unique(self, ids: Tensor, limit: int) -> Distinct:
+        """ids int64 of any shape, in [0, limit)."""
+        ascending, places = ids.reshape(-1).sort(stable=True)
+        first = torch.ones_like(ascending, dtype=torch.bool)
+        torch.ne(ascending[1:], ascending[:-1], out=first[1:])
+        slot = first.cumsum(0) - 1
+        slots = torch.empty_like(slot).scatter_(0, places, slot).view(ids.shape)
+        return Distinct(ascending[first], slots, slot << 32 | places)
 
     def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows index [r] int64 as [r, w] of a dtype, float32 or bfloat16."""
@@ -169,20 +185,37 @@ class RowKernels:
             values = values.float() * rows.scale.index_select(0, index).unsqueeze(1)
         return values.to(dtype)
 
-    def gather(self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """Row index[slots] (slots itself without an index) for slots int64 of any shape -> [*slots, w] of a dtype."""
+    def order(self, slots: Tensor, count: int) -> Tensor:
+        """The order, as in `Distinct`, of look-ups whose slots [N] int64, below count, are known."""
+        flat = slots.reshape(-1)
+        return (flat << 32 | torch.arange(flat.numel(), device=flat.device)).sort().values
+
+    def gather(
+        self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype, order: Tensor | None = None
+    ) -> Tensor:
+        """Row index[slots] (slots itself without an index) for slots int64 of any shape -> [*slots, w] of a dtype.
+
+        order: of these slots, where it is known; a form of these kernels may read each row just once then.
+        """
         where = slots if index is None else index[slots]
         if rows.scale is None:
             return F.embedding(where, rows.weight).to(dtype)
         return self.fetch(rows, where.reshape(-1), dtype).view(*slots.shape, rows.weight.shape[1])
 
-    def add(self, total: Tensor, slots: Tensor, grad: Tensor) -> None:
-        """total [U, w] float32 += grad [N, w] float32 or bfloat16, row i of it to row slots[i]; slots [N] int64."""
-        if slots.numel() == 0:
+    def add(self, total: Tensor, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+        """total [U, w] float32 += grad [N, w] float32 or bfloat16, row by row to the slots of `order`, in its order.
+
+        fresh: total holds nothing yet; rows without a look-up become zero.
+        """
+        if total.numel() == 0:
             return
-        order = slots.argsort(stable=True)  # index_add_ would add in any order on CUDA
-        counts = torch.bincount(slots, minlength=total.shape[0])
-        total.add_(torch.segment_reduce(grad[order].float(), "sum", lengths=counts, axis=0, initial=0.0))
+        counts = torch.bincount(order >> 32, minlength=total.shape[0])  # index_add_ would add in any order on CUDA
+        values = grad[order & _MASK].float()
+        added = torch.segment_reduce(values, "sum", lengths=counts, axis=0, initial=0.0)
+        if fresh:
+            total.copy_(added)
+        else:
+            total.add_(added)
 
     def square_sum(self, values: Tensor) -> Tensor:
         """Sum of squares of a float32 tensor, float64 scalar, the same at every run."""

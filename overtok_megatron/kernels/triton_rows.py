@@ -107,7 +107,7 @@ def gather_kernel(
 
 
 @triton.jit
-def add_kernel(grad, order, ends, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def add_kernel(grad, order, ends, total, FRESH: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """One row: its look-ups are order[ends[row - 1] : ends[row]]."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(ends + row - 1, mask=row > 0, other=0)
@@ -118,12 +118,14 @@ def add_kernel(grad, order, ends, total, WIDTH: tl.constexpr, COLUMNS: tl.conste
     added = tl.zeros([COLUMNS], dtype=tl.float32)
     for first in range(begin, end, _LOOK_UPS):
         here = first + lines < end
-        look_up = tl.load(order + first + lines, mask=here, other=0)
+        look_up = tl.load(order + first + lines, mask=here, other=0) & 0xFFFFFFFF
         mask = here[:, None] & inside[None, :]
         values = tl.load(grad + look_up[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
         added += tl.sum(values.to(tl.float32), axis=0)
     place = total + row * WIDTH + columns
-    tl.store(place, tl.load(place, mask=inside, other=0.0) + added, mask=inside)
+    if not FRESH:
+        added += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, added, mask=inside)
 
 
 @triton.jit
@@ -222,7 +224,9 @@ class TritonRowKernels(RowKernels):
     def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.gather(rows, None, index, dtype)
 
-    def gather(self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather(
+        self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype, order: Tensor | None = None
+    ) -> Tensor:
         assert rows.weight.is_contiguous()
         slots = slots.contiguous()
         out = torch.empty(*slots.shape, rows.weight.shape[1], dtype=dtype, device=rows.weight.device)
@@ -234,15 +238,15 @@ class TritonRowKernels(RowKernels):
             )  # fmt: skip
         return out
 
-    def add(self, total: Tensor, slots: Tensor, grad: Tensor) -> None:
-        if slots.numel() == 0:
+    def add(self, total: Tensor, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+        if total.shape[0] == 0:
             return
         assert total.is_contiguous() and total.dtype == torch.float32
-        ascending, order = slots.sort(stable=True)
-        ends = torch.searchsorted(ascending, torch.arange(total.shape[0], device=slots.device), right=True)
+        rows = torch.arange(1, total.shape[0] + 1, device=order.device)
+        ends = torch.searchsorted(order, rows << 32)
         columns = triton.next_power_of_2(grad.shape[1])
         add_kernel[(total.shape[0],)](
-            grad.contiguous(), order, ends, total, WIDTH=grad.shape[1], COLUMNS=columns, num_warps=1
+            grad.contiguous(), order, ends, total, FRESH=fresh, WIDTH=grad.shape[1], COLUMNS=columns, num_warps=1
         )
 
     def square_sum(self, values: Tensor) -> Tensor:

@@ -33,34 +33,53 @@ Combine = Literal["sum", "mean", "scaled"]
 class StepRows:
     """The rows of one step: row `index[slot]` of `rows` for a slot below U, or row `slot` without an index.
 
-    grad [U, w] float32, summed over micro-batches; None in evaluation. dtype: of the model.
+    count: U. order: of all the step's look-ups (kernels.rows.Distinct); None where no gradients are wanted. dtype: of
+    the model.
     """
 
     rows: TableRows
     index: Tensor | None
-    grad: Tensor | None
+    count: int
+    order: Tensor | None
     dtype: torch.dtype
     kernels: RowKernels
 
     def __post_init__(self) -> None:
-        self.leaf = torch.empty(0, requires_grad=self.grad is not None)  # what makes autograd call backward
+        self.leaf = torch.empty(0, requires_grad=self.order is not None)  # what makes autograd call backward
+        self._grad: Tensor | None = None
+
+    def order_of(self, slots: Tensor) -> Tensor | None:
+        """The order of one micro-batch's slots; where it is the only one, that of the step."""
+        if self.order is None or slots.numel() == self.order.numel():
+            return self.order
+        return self.kernels.order(slots, self.count)
+
+    def add(self, order: Tensor, grad: Tensor) -> None:
+        """Sum gradients [N, w] of the look-ups that `order` [N] brings together."""
+        fresh = self._grad is None
+        if self._grad is None:
+            self._grad = torch.empty(self.count, grad.shape[-1], device=grad.device)
+        self.kernels.add(self._grad, order, grad, fresh=fresh)
+
+    def grad(self, device: torch.device) -> Tensor:
+        """The sums [U, w] float32; zeros where nothing was looked up."""
+        if self._grad is None:
+            return torch.zeros(self.count, self.rows.weight.shape[1], device=device)
+        return self._grad
 
 
 class _GatherRows(torch.autograd.Function):
-    """Forward: the rows of slots. Backward: adds into step.grad; the leaf itself receives no gradient."""
+    """Forward: the rows of slots. Backward: adds into the step's gradient; the leaf itself receives no gradient."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, step: StepRows, slots: Tensor) -> Tensor:
-        ctx.step = step
-        ctx.save_for_backward(slots)
-        return step.kernels.gather(step.rows, step.index, slots, step.dtype)  # [b, s, T, w]
+        ctx.step, ctx.order = step, step.order_of(slots)
+        return step.kernels.gather(step.rows, step.index, slots, step.dtype, ctx.order)  # [b, s, T, w]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        (slots,) = ctx.saved_tensors
-        step: StepRows = ctx.step
-        assert step.grad is not None, "backward through rows that were fetched without a gradient"
-        step.kernels.add(step.grad, slots.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+        assert ctx.order is not None, "backward through rows that were fetched without a gradient"
+        ctx.step.add(ctx.order, grad.reshape(-1, grad.shape[-1]))
         return None, None, None
 
 
@@ -201,11 +220,10 @@ class OverTables:
         return self.shard.read(index, self.dtype)
 
     def _keep(self, plan: Plan, rows: TableRows, index: Tensor | None = None, *, training: bool) -> Tensor:
-        width = rows.weight.shape[1]
-        grad = torch.zeros(plan.count, width, device=self.device) if training else None
         if index is None:
             rows = TableRows(_moved(rows.weight, self.device))
-        self._set(StepRows(rows, index, grad, self.dtype, self.kernels))
+        order = _moved(plan.order, self.device) if training else None
+        self._set(StepRows(rows, index, plan.count, order, self.dtype, self.kernels))
         self.last_plan = plan
         return _moved(plan.slots, self.device)
 
@@ -225,8 +243,8 @@ class OverTables:
         Returns the sum of squares over all ranks, float64 scalar, the tables' part of the global norm (contract C5).
         """
         step = self.step
-        assert step is not None and step.grad is not None and self.last_plan is not None
-        index, grad = self.exchange.return_gradients(self.last_plan, _moved(step.grad, self.shard.device))
+        assert step is not None and step.order is not None and self.last_plan is not None
+        index, grad = self.exchange.return_gradients(self.last_plan, _moved(step.grad(self.device), self.shard.device))
         self._touched = (index, grad, scale)
         square = (self.shard.kernels.square_sum(grad) * scale**2).to(self.device)
         if self.group is not None:

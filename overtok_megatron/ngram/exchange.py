@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowKernels
+from overtok_megatron.kernels.rows import Distinct, RowKernels
 from overtok_megatron.parallel.collectives import named
 
 Read = Callable[[Tensor], Tensor]  # rows [r] int64, local to the shard -> their values [r, w]
@@ -19,9 +19,13 @@ Read = Callable[[Tensor], Tensor]  # rows [r] int64, local to the shard -> their
 
 @dataclass
 class Plan:
-    """Who asks whom for what in one step: slots int64 [*ids.shape], each id's place among the `count` distinct ones."""
+    """Who asks whom for what in one step: slots int64 [*ids.shape], each id's place among the `count` distinct ones.
+
+    order [N] int64: the look-ups of each slot brought together (kernels.rows.Distinct).
+    """
 
     slots: Tensor
+    order: Tensor
     count: int
 
 
@@ -62,7 +66,7 @@ class FlatPlan(Plan):
     sent: list[int]
     received: list[int]
     asked: Tensor
-    distinct: tuple[Tensor, Tensor] | None = None  # kept by distinct_asked
+    distinct: Distinct | None = None  # kept by distinct_asked
 
 
 class FlatExchange:
@@ -88,16 +92,16 @@ class FlatExchange:
 
     def plan(self, ids: Tensor) -> FlatPlan:
         """Two all-to-alls: counts, then ids."""
-        unique, slots = self.kernels.unique(ids, self.bounds[-1])
+        unique, slots, order = self.kernels.unique(ids, self.bounds[-1])
         count, first = unique.numel(), self.bounds[self.rank]
         if self.group is None:
-            return FlatPlan(slots, count, unique, [count], [count], unique - first if first else unique)
+            return FlatPlan(slots, order, count, unique, [count], [count], unique - first if first else unique)
         edges = torch.searchsorted(unique, torch.tensor(self.bounds, device=unique.device))
         counts = edges.diff()  # [ranks]
         received = self._all_to_all("counts", counts, None, None)
         sent, receives = counts.tolist(), received.tolist()
         asked = self._all_to_all("ids", unique, receives, sent)
-        return FlatPlan(slots, count, unique, sent, receives, asked - first)
+        return FlatPlan(slots, order, count, unique, sent, receives, asked - first)
 
     def fetch(self, plan: Plan, read: Read) -> Tensor:
         """One all-to-all."""
@@ -134,17 +138,13 @@ class FlatExchange:
         if self.group is None:
             return plan.asked, grad
         inbox = self._all_to_all("gradients", grad.to(self.gradient_dtype), plan.received, plan.sent)
-        rows, place = self.distinct_asked(plan)
-        total = grad.new_zeros(rows.numel(), grad.shape[1])
-        begin = 0
-        for count in plan.received:
-            end = begin + count
-            self.kernels.add(total, place[begin:end], inbox[begin:end])
-            begin = end
-        return rows, total
+        asked = self.distinct_asked(plan)
+        total = grad.new_empty(asked.ids.numel(), grad.shape[1])
+        self.kernels.add(total, asked.order, inbox, fresh=True)  # look-ups come in rank order
+        return asked.ids, total
 
-    def distinct_asked(self, plan: FlatPlan) -> tuple[Tensor, Tensor]:
-        """The distinct ones [r] of the rows asked here, ascending and local, and the place of each asked one there [R]."""
+    def distinct_asked(self, plan: FlatPlan) -> Distinct:
+        """What is distinct, and local, among the R rows asked here."""
         if plan.distinct is None:
             plan.distinct = self.kernels.unique(plan.asked, self.bounds[self.rank + 1] - self.bounds[self.rank])
         return plan.distinct
@@ -206,9 +206,9 @@ class TwoLevelExchange:
 
     def plan(self, ids: Tensor) -> TwoLevelPlan:
         within = self.within.plan(ids)
-        wanted, middle = self.within.distinct_asked(within)
+        wanted, middle, _ = self.within.distinct_asked(within)
         across = self.across.plan(wanted + self.within.bounds[self.within.rank])
-        return TwoLevelPlan(within.slots, within.count, within, across, middle, ids.new_empty(0))
+        return TwoLevelPlan(within.slots, within.order, within.count, within, across, middle, ids.new_empty(0))
 
     def fetch(self, plan: Plan, read: Read) -> Tensor:
         assert isinstance(plan, TwoLevelPlan)

@@ -65,27 +65,35 @@ def check_look_ups(kernels: RowKernels, device: torch.device) -> None:
                     kernels.fetch(rows, index, wanted), PLAIN.fetch(rows, index, wanted), **close
                 )
                 for where in (index, None):
-                    ours = kernels.gather(rows, where, slots, wanted)
-                    torch.testing.assert_close(ours, PLAIN.gather(rows, where, slots, wanted), **close)
+                    expected = PLAIN.gather(rows, where, slots, wanted)
+                    for order in (None, kernels.order(slots, 123)):
+                        ours = kernels.gather(rows, where, slots, wanted, order)
+                        torch.testing.assert_close(ours, expected, **close)
                 assert kernels.gather(rows, None, slots[:0], wanted).shape == (0, 40, width)
 
 
 def check_sums(kernels: RowKernels, device: torch.device) -> None:
-    """Gradients added to rows of which one is hot, the same bits at a second turn; and the sum of squares."""
+    """Gradients added to rows of which one is hot and some unused, the same bits again; and the sum of squares."""
     generator = torch.Generator().manual_seed(0)
-    slots = torch.randint(0, 300, (3000,), generator=generator)
+    slots = torch.randint(2, 300, (3000,), generator=generator)
     slots[:700] = 5
+    order = kernels.order(slots.to(device), 310)
+    assert torch.equal(order.cpu(), PLAIN.order(slots, 310))
     for width in (1, 7, 64):
         for dtype in (torch.float32, torch.bfloat16):
             grad = torch.randn(3000, width, generator=generator).to(dtype)
-            totals = []
-            for _ in range(2):
-                total = torch.ones(310, width, device=device)
-                kernels.add(total, slots.to(device), grad.to(device))
-                totals.append(total)
-            assert torch.equal(*totals)
-            expected = torch.ones(310, width, dtype=torch.float64).index_add_(0, slots, grad.double())
-            torch.testing.assert_close(totals[0].cpu().double(), expected, rtol=1e-5, atol=1e-4)
+            expected = torch.zeros(310, width, dtype=torch.float64).index_add_(0, slots, grad.double())
+            for fresh in (False, True):
+                totals = []
+                for filling in (1.0, float("nan") if fresh else 1.0):
+                    total = torch.full((310, width), filling, device=device)
+                    kernels.add(total, order, grad.to(device), fresh=fresh)
+                    totals.append(total.cpu())
+                assert torch.equal(*totals)
+                torch.testing.assert_close(totals[0].double(), expected + (not fresh), rtol=1e-5, atol=1e-4)
+            nothing = torch.ones(310, width, device=device)
+            kernels.add(nothing, order[:0], grad[:0].to(device), fresh=True)
+            assert not nothing.any()
     for size in (0, 1, 4097, 20_003):
         values = torch.randn(size, generator=generator) * 1e3
         total = kernels.square_sum(values.to(device))

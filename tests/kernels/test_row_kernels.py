@@ -26,20 +26,26 @@ def compiled() -> CpuRowKernels:
 @given(st.lists(st.integers(0, 2**40 - 1), max_size=60), st.integers(1, 3))
 def test_unique_ids_and_their_places(ids: list[int], repeats: int) -> None:
     tensor = torch.tensor(ids * repeats, dtype=torch.int64).view(repeats, -1)
-    unique, slots = compiled().unique(tensor, 2**40)
-    expected, places = PLAIN.unique(tensor, 2**40)
-    assert torch.equal(unique, expected)
-    assert torch.equal(slots, places)
-    assert slots.shape == tensor.shape
+    for kernels in (compiled(), PLAIN):
+        unique, slots, order = kernels.unique(tensor, 2**40)
+        expected, places = torch.unique(tensor, return_inverse=True)
+        assert torch.equal(unique, expected)
+        assert torch.equal(slots, places)
+        assert slots.shape == tensor.shape
+        assert torch.equal(order, kernels.order(slots, unique.numel()))
+        pairs = [slot << 32 | place for place, slot in enumerate(places.flatten().tolist())]
+        assert order.tolist() == sorted(pairs)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 2047, 2048, 2049, 10**6])
 def test_many_ids_on_several_threads(limit: int) -> None:
     ids = torch.randint(0, limit, (3, 20_011), generator=torch.Generator().manual_seed(limit))
     ids[0, 0] = limit - 1
-    unique, slots = compiled().unique(ids, limit)
+    unique, slots, order = compiled().unique(ids, limit)
     assert torch.equal(unique[slots], ids)
     assert torch.equal(unique, ids.unique())
+    assert torch.equal(order, PLAIN.unique(ids, limit).order)
+    assert torch.equal(order, compiled().order(slots, unique.numel()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,7 +60,7 @@ def test_rows_are_added_in_the_order_of_look_ups(dtype: torch.dtype, width: int)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         total = torch.ones(300, width)
-        compiled().add(total, slots, grad)
+        compiled().add(total, compiled().order(slots, 300), grad)
         totals.append(total)
     torch.set_num_threads(before)
     assert torch.equal(totals[0], totals[1])
@@ -69,9 +75,19 @@ def test_the_loops_do_what_torch_does(check: Callable[[RowKernels, torch.device]
 
 
 def test_look_ups_too_many_for_the_cache() -> None:
-    rows = stored(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)), torch.float32)
-    slots = torch.randint(0, 1000, (140_001,), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(compiled().gather(rows, None, slots, torch.float32), rows.weight[slots])
+    """They and their sums are written around it."""
+    rows = stored(torch.randn(150_000, 64, generator=torch.Generator().manual_seed(0)), torch.float32)
+    slots = torch.randint(0, 150_000, (140_001,), generator=torch.Generator().manual_seed(1))
+    order = compiled().order(slots, 150_000)
+    for each in (None, order):
+        gathered = compiled().gather(rows, None, slots, torch.float32, each)
+        assert torch.equal(gathered, rows.weight[slots])
+        rounded = compiled().gather(rows, None, slots, torch.bfloat16, each)
+        assert torch.equal(rounded, gathered.bfloat16())
+    total, expected = torch.empty(150_000, 64), torch.empty(150_000, 64)
+    compiled().add(total, order, gathered, fresh=True)
+    PLAIN.add(expected, order, gathered, fresh=True)
+    torch.testing.assert_close(total, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])

@@ -31,9 +31,9 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         (
             rows.add_kernel,
             {"grad": grad, "order": "*i64", "ends": "*i64", "total": "*fp32"},
-            {"WIDTH": 64, "COLUMNS": 64},
+            {"FRESH": fresh, "WIDTH": 64, "COLUMNS": 64},
         )
-        for grad in ("*fp32", "*bf16")
+        for grad, fresh in (("*fp32", True), ("*bf16", False))
     ),
     *(
         (
