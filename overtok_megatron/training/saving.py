@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from overtok_megatron.checkpoint.dense import save_dense
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
-from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, write_atomically
+from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
@@ -43,6 +43,14 @@ def in_background(work: Callable[[], Any]) -> threading.Thread:
     thread = threading.Thread(target=run, name="save", daemon=True)
     thread.start()
     return thread
+
+
+def leave_note(folder: Path, rank: int, digests: dict[str, Digest]) -> None:
+    """Tell the first rank that this one is done. From then on nothing here may be touched: the folder may be gone."""
+    (folder / _NOTES).mkdir(exist_ok=True)
+    aside = folder / f"{_NOTES}-{rank}"
+    aside.write_text(json.dumps(digests), encoding="utf-8")
+    os.replace(aside, folder / _NOTES / f"{rank}.json")
 
 
 class Saver:
@@ -190,7 +198,11 @@ class Saver:
             digests |= write_tables()
         notes = folder / _NOTES
         notes.mkdir(exist_ok=True)
-        write_atomically(notes / f"{self._rank}.json", json.dumps(digests))
+        aside = (
+            folder / f"{_NOTES}-{self._rank}"
+        )  # outside: the first rank takes the folder away once it has seen all notes
+        aside.write_text(json.dumps(digests), encoding="utf-8")
+        os.replace(aside, notes / f"{self._rank}.json")
         if self._rank == 0:
             self._publish(folder, manifest, begin)
 

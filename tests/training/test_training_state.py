@@ -1,5 +1,8 @@
 """A checkpoint loaded into a fresh engine goes on with the same bits, for every ZeRO stage, split and row optimizer."""
 
+import json
+import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
 
 from overtok_megatron.checkpoint.store import CheckpointStore
 from overtok_megatron.training.engine import TrainingEngine, start_processes
-from overtok_megatron.training.saving import Saver
+from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.state import load_state
 
@@ -72,6 +75,21 @@ def test_resumed_engines_go_on_bit_for_bit(tmp_path: Path) -> None:
         for case, (losses, resumed, same) in zip(CASES, rank, strict=True):
             assert resumed == losses, case.name
             assert same, case.name
+
+
+def test_notes_may_be_taken_away_the_moment_they_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, read = os.replace, []
+
+    def replace_and_publish(source: Path, target: Path) -> None:
+        """The first rank is as fast as can be."""
+        replace(source, target)
+        read.append((target.name, json.loads(target.read_text())))
+        shutil.rmtree(target.parent)
+
+    monkeypatch.setattr(os, "replace", replace_and_publish)
+    leave_note(tmp_path, 1, {"tables/rows": (64, "5e")})
+    assert read == [("1.json", {"tables/rows": [64, "5e"]})]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
