@@ -16,11 +16,13 @@ from overtok_megatron.config.validation import validate
 from overtok_megatron.errors import ConfigError
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
-# glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step.
+# glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step. Huge pages
+# spare walks through page tables: rows of the n-gram tables lie anywhere.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 

@@ -97,15 +97,17 @@ def torch_tables(rows: Tensor, size: int, grad: Tensor, *, sparse: bool) -> Call
 
 
 def limit(tables: OverTables, rows: Tensor, space: RowSpace, grad: Tensor) -> Callable[[], object]:
-    """The machine's limit: every distinct row read, modified and written in place, every look-up written, every gradient
-    read; nothing made unique, nothing summed, no optimizer state."""
-    distinct = places(rows, space).unique()
-    changes, out = grad.new_ones(distinct.numel(), grad.shape[2], dtype=torch.float32), torch.empty_like(grad)
-    stored, step = tables.shard.rows, RowStep("sgd", 1e-3, 1.0, (0.0, 0.0), 0.0, 1.0, 0)
+    """The machine's limit, the traffic that no way of doing it avoids: every row read and every look-up written, every
+    gradient read, every row read, modified and written in place. Nothing is made unique or summed, no optimizer state."""
+    kernels, stored = tables.kernels, tables.shard.rows
     assert isinstance(stored, TableRows)
+    found = kernels.unique(places(rows, space), space.total_rows)
+    changes = grad.new_ones(found.ids.numel(), grad.shape[2], dtype=torch.float32)
+    step = RowStep("sgd", 1e-3, 1.0, (0.0, 0.0), 0.0, 1.0, 0)
 
     def work() -> None:
-        tables.kernels.update(stored, {}, distinct, changes, step)
-        out.copy_(grad)
+        kernels.gather(stored, found.ids, found.slots, grad.dtype, found.order)
+        grad.sum()
+        kernels.update(stored, {}, found.ids, changes, step)
 
     return work

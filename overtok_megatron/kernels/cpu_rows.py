@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import Distinct, HashTables, RowKernels, RowStep, TableRows
+from overtok_megatron.kernels.rows import CHANGED, Distinct, HashTables, RowKernels, RowStep, TableRows
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -19,7 +19,7 @@ class _Update(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("rule", "format", "narrow_state")),
         *((name, ctypes.c_float) for name in ("rate", "decay", "beta1", "beta2", "eps", "factor")),
-        ("noise", ctypes.c_uint32),
+        *((name, ctypes.c_uint32) for name in ("noise", "flag")),
         ("first", ctypes.c_int64),
     ]
 
@@ -135,10 +135,10 @@ class CpuRowKernels(RowKernels):
         narrow = any(tensor.dtype == torch.bfloat16 for tensor in state.values())
         update = _Update(
             _RULE[step.rule], _FORMAT[rows.weight.dtype], narrow, step.rate, step.decay, *step.betas, step.eps,
-            step.grad_factor, step.noise, rows.first,
+            step.grad_factor, step.noise, CHANGED, rows.first,
         )  # fmt: skip
         self._library.update_rows(
-            *map(_pointer, (rows.weight, rows.scale, *states, index, grad)),
+            *map(_pointer, (rows.weight, rows.scale, rows.flags, *states, index, grad)),
             ctypes.c_int64(grad.shape[0]),
             ctypes.c_int64(grad.shape[1]),
             ctypes.byref(update),

@@ -362,7 +362,7 @@ extern "C" void gather_rows(const void* weight, int64_t format, const float* sca
 struct RowUpdate {
     int32_t rule, format, narrow_state;
     float rate, decay, beta1, beta2, eps, factor;
-    uint32_t noise;
+    uint32_t noise, flag;
     int64_t first;
 };
 
@@ -411,7 +411,7 @@ inline void step_row(const RowUpdate& u, void* first_state, void* second_state, 
 }
 
 template <int rule, bool narrow>
-void update(void* weight, float* scale, void* first_state, void* second_state, const int64_t* index, const float* grad,
+void update(void* weight, float* scale, uint8_t* flags, void* first_state, void* second_state, const int64_t* index, const float* grad,
             int64_t n, int64_t width, const RowUpdate& u) {
     const int64_t bytes = row_bytes(u.format, width);
 #pragma omp parallel
@@ -422,6 +422,7 @@ void update(void* weight, float* scale, void* first_state, void* second_state, c
             if (i + ahead < n) {
                 const int64_t later = index[i + ahead];
                 prefetch(row_address(weight, u.format, width, later), bytes);
+                if (flags != nullptr) __builtin_prefetch(flags + later, 1);
                 if (rule == rowwise_adagrad) __builtin_prefetch(static_cast<char*>(first_state) + later * (narrow ? 2 : 4), 1);
             }
             const int64_t row = index[i];
@@ -432,27 +433,28 @@ void update(void* weight, float* scale, void* first_state, void* second_state, c
             if (!in_place) load_row(weight, u.format, scale, row, width, values);
             step_row<rule, narrow>(u, first_state, second_state, row, width, noise, grad + i * width, values);
             if (!in_place) store_row(weight, u.format, scale, row, width, values, noise);
+            if (flags != nullptr) flags[row] = static_cast<uint8_t>(u.flag);
         }
     }
 }
 
 template <int rule>
-void update(bool narrow, void* weight, float* scale, void* first_state, void* second_state, const int64_t* index,
+void update(bool narrow, void* weight, float* scale, uint8_t* flags, void* first_state, void* second_state, const int64_t* index,
             const float* grad, int64_t n, int64_t width, const RowUpdate& u) {
     auto* function = narrow ? update<rule, true> : update<rule, false>;
-    function(weight, scale, first_state, second_state, index, grad, n, width, u);
+    function(weight, scale, flags, first_state, second_state, index, grad, n, width, u);
 }
 
 }  // namespace
 
 // One optimizer step on rows index [n], distinct, with gradients grad [n, width]; first_state and second_state as rows.py says.
-extern "C" void update_rows(void* weight, float* scale, void* first_state, void* second_state, const int64_t* index,
+extern "C" void update_rows(void* weight, float* scale, uint8_t* flags, void* first_state, void* second_state, const int64_t* index,
                             const float* grad, int64_t n, int64_t width, const RowUpdate* u) {
     auto* function = u->rule == rowwise_adagrad ? update<rowwise_adagrad>
                      : u->rule == rowwise_adam  ? update<rowwise_adam>
                      : u->rule == adam          ? update<adam>
                                                 : update<sgd>;
-    function(u->narrow_state != 0, weight, scale, first_state, second_state, index, grad, n, width, *u);
+    function(u->narrow_state != 0, weight, scale, flags, first_state, second_state, index, grad, n, width, *u);
 }
 
 constexpr int64_t scatter = 2533;  // as in rows.py

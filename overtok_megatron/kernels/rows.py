@@ -15,6 +15,7 @@ from torch import Tensor
 RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+CHANGED = 3  # flag of an updated row
 SCATTER = 2533  # neighbouring heaps lie so many heaps apart: the golden section of ngram.sizing's 4099
 
 
@@ -23,12 +24,14 @@ class TableRows:
     """The rows of one shard as they are stored.
 
     weight [m, w] float32, bfloat16, or int8 with scale [m] float32 (a row is scale times weight; else None). first: the
-    place of row 0 in the row space, which keys the rounding, so that it does not depend on who owns a row.
+    place of row 0 in the row space, which keys the rounding, so that it does not depend on who owns a row. flags [m] uint8:
+    an update sets those of its rows to CHANGED; None where nobody asks.
     """
 
     weight: Tensor
     scale: Tensor | None = None
     first: int = 0
+    flags: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,8 @@ class RowKernels:
             stored, scale = round_int8(values, noise(key, places, 0, width))
             rows.weight.index_copy_(0, index, stored)
             rows.scale.index_copy_(0, index, scale)
+        if rows.flags is not None:
+            rows.flags.index_fill_(0, index, CHANGED)
         for number, (name, new) in enumerate(news.items(), start=1):
             if state[name].dtype == torch.bfloat16:
                 bits = noise(key, places, number * width, new.shape[1] if new.ndim > 1 else 1)

@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import SCATTER, HashTables, RowKernels, RowStep, TableRows
+from overtok_megatron.kernels.rows import CHANGED, SCATTER, HashTables, RowKernels, RowStep, TableRows
 
 _TILE = 2048  # values that a program holds at a time
 _LOOK_UPS = tl.constexpr(16)  # of one row, added at a time
 _HEAP_STEP = tl.constexpr(SCATTER)
+_FLAG = tl.constexpr(CHANGED)
 _GOLDEN = tl.constexpr(0x9E3779B9)
 _SUM_BLOCK = tl.constexpr(4096)
 
@@ -138,8 +139,9 @@ def square_sum_kernel(values, sums, count):
 
 @triton.jit(do_not_specialize=["key", "first"])
 def update_kernel(
-    weight, scale, first_state, second_state, index, grad, count, rate, decay, beta1, beta2, eps, factor, key, first,
-    RULE: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    weight, scale, flags, first_state, second_state, index, grad, count, rate, decay, beta1, beta2, eps, factor, key, first,
+    RULE: tl.constexpr, SCALED: tl.constexpr, FLAGGED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One step on a block of rows; see rows.RowStep for the rules and rows.RowKernels.update for the states."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -151,6 +153,8 @@ def update_kernel(
     of_row = _row_noise(row + first, key)
     wide = of_row[:, None]
     column = columns[None, :]
+    if FLAGGED:
+        tl.store(flags + row, tl.full([ROWS], _FLAG, tl.uint8), mask=here)
     values = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
     if SCALED:
         values = values * tl.load(scale + row, mask=here, other=0.0)[:, None]
@@ -264,7 +268,7 @@ class TritonRowKernels(RowKernels):
         tiles = _tiles(grad.shape[1])
         key = step.noise - 2**32 if step.noise >= 2**31 else step.noise  # one signature for all keys
         update_kernel[(triton.cdiv(index.numel(), tiles["ROWS"]),)](
-            rows.weight, rows.scale, first, state.get("exp_avg_sq"), index.contiguous(), grad.contiguous(),
+            rows.weight, rows.scale, rows.flags, first, state.get("exp_avg_sq"), index.contiguous(), grad.contiguous(),
             index.numel(), step.rate, step.decay, *step.betas, step.eps, step.grad_factor, key, rows.first,
-            RULE=step.rule, SCALED=rows.scale is not None, **tiles,
+            RULE=step.rule, SCALED=rows.scale is not None, FLAGGED=rows.flags is not None, **tiles,
         )  # fmt: skip

@@ -265,7 +265,6 @@ class OverTables:
         if snapshot is not None:
             snapshot.preserve(index)
         self.optimizer.update(index, grad, learning_rate, scale * clip_factor)
-        self.shard.mark(index)
         if self.ahead is not None:
             self.ahead.refresh(index)
 

@@ -2,7 +2,7 @@
 
 A row that a step does not touch keeps its value and its state: no momentum drift, no weight decay ("lazy", as
 torch.optim.SparseAdam). Weight decay is decoupled (AdamW) and reaches touched rows only. The rules themselves are in
-kernels/rows.py. States are allocated as zero pages, so that memory of rows never touched is not resident on CPU.
+kernels/rows.py.
 """
 
 import torch

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowKernels, TableRows, round_int8
+from overtok_megatron.kernels.rows import CHANGED, RowKernels, TableRows, round_int8
 
 _VALUES_PER_COUNT = 8  # one Philox count yields four 64-bit words, that is eight float32 draws
 _CHUNK_VALUES = 1 << 20  # drawn at a time: stays in cache
-_TOUCHED, _CHANGED = 1, 3  # a row's flag: ever updated; also since the last save began
+_TOUCHED = 1  # a row's flag: ever updated; CHANGED: also since the last save began
 
 
 def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Tensor:
@@ -76,8 +76,8 @@ class TableShard:
         # pages of zeros are not there until a row is written
         weight = torch.zeros(stop - start, width, dtype=dtype, device=device)
         scale = torch.zeros(stop - start, device=device) if dtype == torch.int8 else None
-        self.rows = TableRows(weight, scale, start)
         self.flags = torch.zeros(stop - start, dtype=torch.uint8, device=device)
+        self.rows = TableRows(weight, scale, start, self.flags)
         chunk = max(1, _CHUNK_VALUES // width)
         for begin in range(start, stop if std > 0.0 else start, chunk):
             end = min(begin + chunk, stop)
@@ -107,15 +107,11 @@ class TableShard:
         scale = {} if self.rows.scale is None else {"scale": self.rows.scale}
         return {"weight": self.rows.weight, **scale, "touched": self.flags}
 
-    def mark(self, index: Tensor) -> None:
-        """Rows index [r] int64, local, were updated."""
-        self.flags.index_fill_(0, index, _CHANGED)
-
     def num_touched(self) -> int:
         return int(self.flags.count_nonzero())
 
     def take_changed(self) -> Tensor:
         """Local rows [c] int64, ascending, that were updated since this was last called."""
-        changed = (self.flags == _CHANGED).nonzero().squeeze(1)
+        changed = (self.flags == CHANGED).nonzero().squeeze(1)
         self.flags.clamp_(max=_TOUCHED)
         return changed

@@ -12,7 +12,7 @@ from test_checkpoint_tables import WIDTH, make_tables, save_tables, trained_tabl
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.mapped import MappedShard
 from overtok_megatron.checkpoint.tables import TableWriter
-from overtok_megatron.kernels.rows import RowKernels
+from overtok_megatron.kernels.rows import CHANGED, RowKernels
 
 
 def mapped(folder: Path, rows: int = 82, width: int = WIDTH) -> MappedShard:
@@ -45,7 +45,7 @@ def test_files_that_do_not_serve(tmp_path: Path) -> None:
     writer.begin(tmp_path / "full")()
     fails(lambda: mapped(tmp_path / "full", 84), "holds 82 of 84 rows")
     fails(lambda: mapped(tmp_path / "full", 82, 8), "of width 6", "of width 8")
-    tables.shard.mark(torch.tensor([3]))
+    tables.shard.flags[3] = CHANGED
     (tmp_path / "changed").mkdir()
     writer.begin(tmp_path / "changed")()
     fails(lambda: mapped(tmp_path / "changed"), "incremental", "overtok checkpoint reshape")

@@ -66,7 +66,6 @@ def trained_tables(ranks: int, **settings: Any) -> list[OverTables]:
             (rows,) = torch.where(torch.rand(tables.shard.num_rows, generator=generator) < 0.3)
             grad = torch.randn(len(rows), tables.shard.rows.weight.shape[1], generator=generator)
             tables.optimizer.update(rows, grad, 0.1)
-            tables.shard.mark(rows)
     return result
 
 

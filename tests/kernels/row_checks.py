@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import (
+    CHANGED,
     HashTables,
     RowKernels,
     RowRule,
@@ -31,13 +32,15 @@ FORMATS = (torch.float32, torch.bfloat16, torch.int8)
 
 def stored(values: Tensor, dtype: torch.dtype) -> TableRows:
     """Rows far into a row space of more than 2^32."""
+    flags = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
     if dtype == torch.int8:
-        return TableRows(*round_int8(values, torch.full_like(values, 2**31, dtype=torch.int64)), first=2**33 + 5)
-    return TableRows(values.to(dtype), first=2**33 + 5)
+        return TableRows(*round_int8(values, torch.full_like(values, 2**31, dtype=torch.int64)), 2**33 + 5, flags)
+    return TableRows(values.to(dtype), None, 2**33 + 5, flags)
 
 
 def copy_of(rows: TableRows) -> TableRows:
-    return TableRows(rows.weight.clone(), None if rows.scale is None else rows.scale.clone(), rows.first)
+    scale, flags = (None if column is None else column.clone() for column in (rows.scale, rows.flags))
+    return TableRows(rows.weight.clone(), scale, rows.first, flags)
 
 
 def check_ngram_rows(kernels: RowKernels, device: torch.device) -> None:
@@ -139,6 +142,9 @@ def _check_update(
     for name, values in state.items():
         torch.testing.assert_close(values.float(), expected_state[name].float(), rtol=2**-7, atol=1e-7)
         assert (values != expected_state[name]).double().mean() < (1 if state_dtype == torch.float32 else 0.01)
+    assert rows.flags is not None
+    assert torch.equal(rows.flags.nonzero().squeeze(1), index.sort().values)
+    assert rows.flags.max() == CHANGED
     others = torch.ones(500, dtype=torch.bool, device=device).index_fill(0, index, False)
     assert torch.equal(rows.weight[others], start.weight[others])
     for name, values in state.items():

@@ -19,7 +19,7 @@ from overtok_megatron.kernels import triton_rows as rows
 
 WIDTH = {"WIDTH": 64, "ROWS": 32, "COLUMNS": 64}
 UPDATE = dict.fromkeys(["rate", "decay", "beta1", "beta2", "eps", "factor"], "fp32") | {
-    "index": "*i64", "grad": "*fp32", "count": "i32", "key": "i32", "first": "i64",
+    "index": "*i64", "grad": "*fp32", "flags": "*u8", "count": "i32", "key": "i32", "first": "i64",
 }  # fmt: skip
 HASH = dict.fromkeys(
     ["positions", "length", "base", "pad_id", "eod_id", "stripes", "total", "smallest"], "i32"
@@ -48,7 +48,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         (
             rows.update_kernel,
             UPDATE | {"weight": stored, **states} | ({"scale": "*fp32"} if stored == "*i8" else {}),
-            {"RULE": rule, "SCALED": stored == "*i8", **WIDTH}
+            {"RULE": rule, "SCALED": stored == "*i8", "FLAGGED": True, **WIDTH}
             | {name: None for name in ("first_state", "second_state") if name not in states}
             | ({} if stored == "*i8" else {"scale": None}),
         )
