@@ -16,6 +16,7 @@ ROOMS = {
     "evaluation": {"config", "kernels", "parallel", "ngram", "model", "data", "checkpoint", "inference"},
     "training": {"config", "kernels", "parallel", "ngram", "model", "data", "checkpoint"},
 }
+ROOMS["commands"] = set(ROOMS)
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,41 @@
+"""`overtok config | train`."""
+
+import argparse
+from typing import Any
+
+from overtok_megatron.commands.arguments import positive
+
+
+def _config(options: argparse.Namespace) -> int:
+    from overtok_megatron.config.loading import load_config
+    from overtok_megatron.config.report import describe
+    from overtok_megatron.config.validation import validate
+
+    loaded = load_config(options.config, options.overrides)
+    validate(loaded.config, options.processes, loaded.locate)
+    print(describe(loaded, options.processes))
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from overtok_megatron.config.loading import load_config
+    from overtok_megatron.launch import launch
+
+    return launch(load_config(options.config, options.overrides), options.processes, options.master_port)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.add_argument("--processes", type=positive, default=None, help="ranks on this host (default: its GPUs, or 1)")
+
+
+def add_verbs(verbs: Any) -> None:
+    verb = verbs.add_parser("config", help="print a configuration resolved, with what follows from it")
+    _add_overrides(verb)
+    verb.set_defaults(work=_config)
+
+    verb = verbs.add_parser("train", help="train, on one or more ranks of this host")
+    _add_overrides(verb)
+    verb.add_argument("--master-port", type=positive, default=None, help="port of the first rank (default: a free one)")
+    verb.set_defaults(work=_train)
