@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import CHANGED, Distinct, HashTables, RowKernels, RowStep, TableRows
+from overtok_megatron.kernels.rows import CHANGED, Distinct, HashTables, RowKernels, RowStep, Sums, TableRows
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -44,7 +44,7 @@ class CpuRowKernels(RowKernels):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         library.unique_rows.restype = ctypes.c_int64
-        library.square_sum_f32.restype = ctypes.c_double
+        library.sum_f32.restype = ctypes.c_double
 
     def ngram_rows(self, extended: Tensor, tables: HashTables) -> Tensor:
         extended = extended.contiguous()
@@ -113,17 +113,17 @@ class CpuRowKernels(RowKernels):
         gathered = self._gathered(rows, index, slots.contiguous(), order, slots.numel(), dtype)
         return gathered.view(*slots.shape, rows.weight.shape[1])
 
-    def add(self, total: Tensor, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
-        grad = grad.contiguous()
-        assert total.is_contiguous() and total.dtype == torch.float32
+    def add(self, sums: Sums, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+        grad, total = grad.contiguous(), sums.total
+        assert total.is_contiguous() and total.dtype == sums.squares.dtype == torch.float32
         function = getattr(self._library, f"add_rows_{_SUFFIX[grad.dtype]}")
         sizes = (ctypes.c_int64(grad.shape[0]), ctypes.c_int64(grad.shape[1]))
         ends = (ctypes.c_int64(total.shape[0]), ctypes.c_int64(fresh))
-        function(_pointer(grad), _pointer(order), *sizes, _pointer(total), *ends)
+        function(_pointer(grad), _pointer(order), *sizes, _pointer(total), _pointer(sums.squares), *ends)
 
-    def square_sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         values = values.contiguous()
-        total = self._library.square_sum_f32(_pointer(values), ctypes.c_int64(values.numel()))
+        total = self._library.sum_f32(_pointer(values), ctypes.c_int64(values.numel()))
         return torch.tensor(total, dtype=torch.float64)
 
     def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:

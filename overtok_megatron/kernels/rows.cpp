@@ -166,10 +166,12 @@ inline void write_block(float* to, block value, bool around) {
     std::memcpy(to, &value, sizeof(value));
 }
 
-// total [rows, width] += grad [n, width] as order says; fresh: total holds nothing, and rows without a look-up become zero.
-// blocks: of block_size values, a row's width, held in registers; 0: any width.
+// total [rows, width] += grad [n, width] as order says, and squares [rows] the sums of squares of the rows that this changes;
+// fresh: they hold nothing, and rows without a look-up become zero. blocks: of block_size values, a row's width, held in
+// registers; 0: any width.
 template <int blocks, typename T>
-void add_rows(const T* grad, const uint64_t* order, int64_t n, int64_t width, float* total, int64_t rows, bool fresh) {
+void add_rows(const T* grad, const uint64_t* order, int64_t n, int64_t width, float* total, float* squares, int64_t rows,
+              bool fresh) {
     const int threads = threads_for(n);
     const auto row_of = [=](int64_t i) { return static_cast<int64_t>(order[i] >> 32); };
     const auto gradient = [=](int64_t i) { return grad + static_cast<int64_t>(order[i] & look_up_mask) * width; };
@@ -180,6 +182,10 @@ void add_rows(const T* grad, const uint64_t* order, int64_t n, int64_t width, fl
         while (i > 0 && i < n && row_of(i) == row_of(i - 1)) ++i;
         return i;
     };
+    const auto clear = [=](int64_t from, int64_t to) {
+        std::memset(total + from * width, 0, (to - from) * line);
+        std::memset(squares + from, 0, (to - from) * sizeof(float));
+    };
 #pragma omp parallel num_threads(threads)
     {
         const int t = omp_get_thread_num();
@@ -189,7 +195,7 @@ void add_rows(const T* grad, const uint64_t* order, int64_t n, int64_t width, fl
         while (i < stop) {
             const int64_t row = row_of(i);
             float* __restrict sum = total + row * width;
-            if (fresh && unwritten < row) std::memset(total + unwritten * width, 0, (row - unwritten) * line);
+            if (fresh && unwritten < row) clear(unwritten, row);
             unwritten = row + 1;
             block held[blocks + 1];
             for (int b = 0; b < blocks; ++b) held[b] = fresh ? block{} : load_block(sum + b * block_size);
@@ -202,40 +208,47 @@ void add_rows(const T* grad, const uint64_t* order, int64_t n, int64_t width, fl
                     for (int64_t j = 0; j < width; ++j) sum[j] += load(g[j]);
                 ++i;
             } while (i < stop && row_of(i) == row);
-            for (int b = 0; b < blocks; ++b) write_block(sum + b * block_size, held[b], around);
+            block products{};
+            for (int b = 0; b < blocks; ++b) {
+                write_block(sum + b * block_size, held[b], around);
+                products += held[b] * held[b];
+            }
+            float square = 0.0f;
+            for (int64_t j = 0; j < block_size; ++j) square += products[j];
+            if (blocks == 0)
+                for (int64_t j = 0; j < width; ++j) square += sum[j] * sum[j];
+            squares[row] = square;
         }
         fence(around);
-        if (fresh && t + 1 == threads) {
-            const int64_t last = n == 0 ? 0 : row_of(n - 1) + 1;
-            std::memset(total + last * width, 0, (rows - last) * line);
-        }
+        if (fresh && t + 1 == threads) clear(n == 0 ? 0 : row_of(n - 1) + 1, rows);
     }
 }
 
 template <typename T>
-void add_rows(const T* grad, const uint64_t* order, int64_t n, int64_t width, float* total, int64_t rows, bool fresh) {
+void add_rows(const T* grad, const uint64_t* order, int64_t n, int64_t width, float* total, float* squares, int64_t rows,
+              bool fresh) {
     auto* function = width == 16    ? add_rows<1, T>
                      : width == 32  ? add_rows<2, T>
                      : width == 64  ? add_rows<4, T>
                      : width == 128 ? add_rows<8, T>
                      : width == 256 ? add_rows<16, T>
                                     : add_rows<0, T>;
-    function(grad, order, n, width, total, rows, fresh);
+    function(grad, order, n, width, total, squares, rows, fresh);
 }
 
 }  // namespace
 
-extern "C" void add_rows_f32(const void* grad, const uint64_t* order, int64_t n, int64_t width, float* total, int64_t rows,
-                             int64_t fresh) {
-    add_rows(static_cast<const float*>(grad), order, n, width, total, rows, fresh != 0);
+extern "C" void add_rows_f32(const void* grad, const uint64_t* order, int64_t n, int64_t width, float* total, float* squares,
+                             int64_t rows, int64_t fresh) {
+    add_rows(static_cast<const float*>(grad), order, n, width, total, squares, rows, fresh != 0);
 }
-extern "C" void add_rows_bf16(const void* grad, const uint64_t* order, int64_t n, int64_t width, float* total, int64_t rows,
-                              int64_t fresh) {
-    add_rows(static_cast<const bfloat16*>(grad), order, n, width, total, rows, fresh != 0);
+extern "C" void add_rows_bf16(const void* grad, const uint64_t* order, int64_t n, int64_t width, float* total, float* squares,
+                              int64_t rows, int64_t fresh) {
+    add_rows(static_cast<const bfloat16*>(grad), order, n, width, total, squares, rows, fresh != 0);
 }
 
-// Sum of squares of values [n] in float64, by blocks of a fixed size whose sums are added in order.
-extern "C" double square_sum_f32(const float* values, int64_t n) {
+// Sum of values [n] in float64, by blocks of a fixed size whose sums are added in order.
+extern "C" double sum_f32(const float* values, int64_t n) {
     constexpr int64_t block = 1 << 14;
     const int64_t blocks = (n + block - 1) / block;
     std::vector<double> sums(blocks);
@@ -243,7 +256,7 @@ extern "C" double square_sum_f32(const float* values, int64_t n) {
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t end = std::min(n, (b + 1) * block);
         double sum = 0.0;
-        for (int64_t i = b * block; i < end; ++i) sum += static_cast<double>(values[i]) * values[i];
+        for (int64_t i = b * block; i < end; ++i) sum += values[i];
         sums[b] = sum;
     }
     double total = 0.0;

@@ -82,6 +82,18 @@ class Distinct(NamedTuple):
     order: Tensor
 
 
+class Sums(NamedTuple):
+    """Gradients added up by rows: total [U, w] float32, and squares [U] float32, of each row of it the sum of squares."""
+
+    total: Tensor
+    squares: Tensor
+
+    @classmethod
+    def empty(cls, count: int, width: int, device: torch.device) -> "Sums":
+        """Room for sums that hold nothing yet."""
+        return cls(torch.empty(count, width, device=device), torch.empty(count, device=device))
+
+
 def place(table: int, row: Tensor, sizes: tuple[int, ...], stripes: int) -> Tensor:
     """Place in the row space of rows [..] int64 of a table, int64.
 
@@ -205,11 +217,12 @@ class RowKernels:
             return F.embedding(where, rows.weight).to(dtype)
         return self.fetch(rows, where.reshape(-1), dtype).view(*slots.shape, rows.weight.shape[1])
 
-    def add(self, total: Tensor, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
-        """total [U, w] float32 += grad [N, w] float32 or bfloat16, row by row to the slots of `order`, in its order.
+    def add(self, sums: Sums, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+        """sums += grad [N, w] float32 or bfloat16, row by row to the slots of `order`, in its order.
 
-        fresh: total holds nothing yet; rows without a look-up become zero.
+        fresh: they hold nothing yet; rows without a look-up become zero.
         """
+        total = sums.total
         if total.numel() == 0:
             return
         counts = torch.bincount(order >> 32, minlength=total.shape[0])  # index_add_ would add in any order on CUDA
@@ -219,10 +232,11 @@ class RowKernels:
             total.copy_(added)
         else:
             total.add_(added)
+        torch.sum(total.square(), dim=1, out=sums.squares)
 
-    def square_sum(self, values: Tensor) -> Tensor:
-        """Sum of squares of a float32 tensor, float64 scalar, the same at every run."""
-        return values.double().square().sum()
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a float32 tensor, float64 scalar, the same at every run."""
+        return values.double().sum()
 
     def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
         """One optimizer step on rows index [r] int64, distinct, with gradients grad [r, w] float32; in place.

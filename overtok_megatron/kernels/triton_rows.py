@@ -9,14 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import CHANGED, SCATTER, HashTables, RowKernels, RowStep, TableRows
+from overtok_megatron.kernels.rows import CHANGED, SCATTER, HashTables, RowKernels, RowStep, Sums, TableRows
 
 _TILE = 2048  # values that a program holds at a time
 _LOOK_UPS = tl.constexpr(16)  # of one row, added at a time
 _HEAP_STEP = tl.constexpr(SCATTER)
 _FLAG = tl.constexpr(CHANGED)
 _GOLDEN = tl.constexpr(0x9E3779B9)
-_SUM_BLOCK = tl.constexpr(4096)
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def gather_kernel(
 
 
 @triton.jit
-def add_kernel(grad, order, ends, total, FRESH: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def add_kernel(grad, order, ends, total, squares, FRESH: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """One row: its look-ups are order[ends[row - 1] : ends[row]]."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(ends + row - 1, mask=row > 0, other=0)
@@ -127,14 +126,7 @@ def add_kernel(grad, order, ends, total, FRESH: tl.constexpr, WIDTH: tl.constexp
     if not FRESH:
         added += tl.load(place, mask=inside, other=0.0)
     tl.store(place, added, mask=inside)
-
-
-@triton.jit
-def square_sum_kernel(values, sums, count):
-    """The sum of squares of one block of values, float64."""
-    at = tl.program_id(0).to(tl.int64) * _SUM_BLOCK + tl.arange(0, _SUM_BLOCK)
-    own = tl.load(values + at, mask=at < count, other=0.0).to(tl.float64)
-    tl.store(sums + tl.program_id(0), tl.sum(own * own, axis=0))
+    tl.store(squares + row, tl.sum(tl.where(inside, added * added, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["key", "first"])
@@ -242,7 +234,8 @@ class TritonRowKernels(RowKernels):
             )  # fmt: skip
         return out
 
-    def add(self, total: Tensor, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+    def add(self, sums: Sums, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+        total = sums.total
         if total.shape[0] == 0:
             return
         assert total.is_contiguous() and total.dtype == torch.float32
@@ -250,15 +243,9 @@ class TritonRowKernels(RowKernels):
         ends = torch.searchsorted(order, rows << 32)
         columns = triton.next_power_of_2(grad.shape[1])
         add_kernel[(total.shape[0],)](
-            grad.contiguous(), order, ends, total, FRESH=fresh, WIDTH=grad.shape[1], COLUMNS=columns, num_warps=1
-        )
-
-    def square_sum(self, values: Tensor) -> Tensor:
-        values = values.contiguous()
-        sums = torch.zeros(triton.cdiv(values.numel(), _SUM_BLOCK.value), dtype=torch.float64, device=values.device)
-        if values.numel() > 0:
-            square_sum_kernel[(sums.numel(),)](values, sums, values.numel())
-        return sums.sum()
+            grad.contiguous(), order, ends, total, sums.squares,
+            FRESH=fresh, WIDTH=grad.shape[1], COLUMNS=columns, num_warps=1,
+        )  # fmt: skip
 
     def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
         if index.numel() == 0:

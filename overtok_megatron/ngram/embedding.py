@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overtok_megatron.kernels.rows import RowKernels, TableRows
+from overtok_megatron.kernels.rows import RowKernels, Sums, TableRows
 from overtok_megatron.ngram.exchange import Exchange, FlatPlan, Plan
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
@@ -46,7 +46,7 @@ class StepRows:
 
     def __post_init__(self) -> None:
         self.leaf = torch.empty(0, requires_grad=self.order is not None)  # what makes autograd call backward
-        self._grad: Tensor | None = None
+        self._sums: Sums | None = None
 
     def order_of(self, slots: Tensor) -> Tensor | None:
         """The order of one micro-batch's slots; where it is the only one, that of the step."""
@@ -56,16 +56,17 @@ class StepRows:
 
     def add(self, order: Tensor, grad: Tensor) -> None:
         """Sum gradients [N, w] of the look-ups that `order` [N] brings together."""
-        fresh = self._grad is None
-        if self._grad is None:
-            self._grad = torch.empty(self.count, grad.shape[-1], device=grad.device)
-        self.kernels.add(self._grad, order, grad, fresh=fresh)
+        fresh = self._sums is None
+        if self._sums is None:
+            self._sums = Sums.empty(self.count, grad.shape[-1], grad.device)
+        self.kernels.add(self._sums, order, grad, fresh=fresh)
 
-    def grad(self, device: torch.device) -> Tensor:
-        """The sums [U, w] float32; zeros where nothing was looked up."""
-        if self._grad is None:
-            return torch.zeros(self.count, self.rows.weight.shape[1], device=device)
-        return self._grad
+    def sums(self, device: torch.device) -> Sums:
+        """The gradients of all micro-batches; zeros where nothing was looked up."""
+        if self._sums is None:
+            count, width = self.count, self.rows.weight.shape[1]
+            return Sums(torch.zeros(count, width, device=device), torch.zeros(count, device=device))
+        return self._sums
 
 
 class _GatherRows(torch.autograd.Function):
@@ -244,9 +245,10 @@ class OverTables:
         """
         step = self.step
         assert step is not None and step.order is not None and self.last_plan is not None
-        index, grad = self.exchange.return_gradients(self.last_plan, _moved(step.grad(self.device), self.shard.device))
-        self._touched = (index, grad, scale)
-        square = (self.shard.kernels.square_sum(grad) * scale**2).to(self.device)
+        own = Sums(*(_moved(part, self.shard.device) for part in step.sums(self.device)))
+        index, sums = self.exchange.return_gradients(self.last_plan, own)
+        self._touched = (index, sums.total, scale)
+        square = (self.shard.kernels.sum(sums.squares) * scale**2).to(self.device)
         if self.group is not None:
             with named("all-reduce of squares", self.group):
                 dist.all_reduce(square, group=self.group)

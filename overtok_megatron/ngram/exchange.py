@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import Distinct, RowKernels
+from overtok_megatron.kernels.rows import Distinct, RowKernels, Sums
 from overtok_megatron.parallel.collectives import named
 
 Read = Callable[[Tensor], Tensor]  # rows [r] int64, local to the shard -> their values [r, w]
@@ -47,11 +47,11 @@ class Exchange(Protocol):
     def refresh(self, plan: Plan, rows: Tensor, touched: Tensor, read: Read) -> None:
         """Bring rows [U, w] that `fetch` gave up to date, in place; touched [r] int64: local rows that changed, ascending."""
 
-    def return_gradients(self, plan: Plan, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the distinct rows [U, w] float32 to the owners, where what several ranks send for a row is summed.
+    def return_gradients(self, plan: Plan, own: Sums) -> tuple[Tensor, Sums]:
+        """Gradients of the U distinct rows to the owners, where what several ranks send for a row is summed.
 
-        Returns the touched local rows [r] int64, distinct and ascending, and their summed gradients [r, w]. The sum
-        runs in rank order, so that it is the same at every run.
+        Returns the touched local rows [r] int64, distinct and ascending, and their sums. They run in rank order, so
+        that they are the same at every run.
         """
 
     def payload_bytes(self, plan: Plan, row_bytes: int, grad_bytes: int) -> int:
@@ -132,16 +132,16 @@ class FlatExchange:
         rows.index_copy_(0, told, self._all_to_all("changed rows", values, received, sent))
         return told
 
-    def return_gradients(self, plan: Plan, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def return_gradients(self, plan: Plan, own: Sums) -> tuple[Tensor, Sums]:
         """One all-to-all."""
         assert isinstance(plan, FlatPlan)
         if self.group is None:
-            return plan.asked, grad
-        inbox = self._all_to_all("gradients", grad.to(self.gradient_dtype), plan.received, plan.sent)
+            return plan.asked, own
+        inbox = self._all_to_all("gradients", own.total.to(self.gradient_dtype), plan.received, plan.sent)
         asked = self.distinct_asked(plan)
-        total = grad.new_empty(asked.ids.numel(), grad.shape[1])
-        self.kernels.add(total, asked.order, inbox, fresh=True)  # look-ups come in rank order
-        return asked.ids, total
+        sums = Sums.empty(asked.ids.numel(), inbox.shape[1], inbox.device)
+        self.kernels.add(sums, asked.order, inbox, fresh=True)  # look-ups come in rank order
+        return asked.ids, sums
 
     def distinct_asked(self, plan: FlatPlan) -> Distinct:
         """What is distinct, and local, among the R rows asked here."""
@@ -224,10 +224,10 @@ class TwoLevelExchange:
         stale = torch.zeros(plan.held.shape[0], dtype=torch.bool, device=rows.device).index_fill_(0, renewed, True)
         self.within._refresh(plan.within, rows, stale[plan.middle], lambda places: plan.held[plan.middle[places]])
 
-    def return_gradients(self, plan: Plan, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def return_gradients(self, plan: Plan, own: Sums) -> tuple[Tensor, Sums]:
         assert isinstance(plan, TwoLevelPlan)
-        _, total = self.within.return_gradients(plan.within, grad)
-        return self.across.return_gradients(plan.across, total)
+        _, hosts = self.within.return_gradients(plan.within, own)
+        return self.across.return_gradients(plan.across, hosts)
 
     def payload_bytes(self, plan: Plan, row_bytes: int, grad_bytes: int) -> int:
         assert isinstance(plan, TwoLevelPlan)

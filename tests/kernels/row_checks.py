@@ -14,6 +14,7 @@ from overtok_megatron.kernels.rows import (
     RowKernels,
     RowRule,
     RowStep,
+    Sums,
     TableRows,
     noise_key,
     round_int8,
@@ -76,7 +77,7 @@ def check_look_ups(kernels: RowKernels, device: torch.device) -> None:
 
 
 def check_sums(kernels: RowKernels, device: torch.device) -> None:
-    """Gradients added to rows of which one is hot and some unused, the same bits again; and the sum of squares."""
+    """Gradients added to rows of which one is hot and some unused, the same bits again; and their squares."""
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(2, 300, (3000,), generator=generator)
     slots[:700] = 5
@@ -90,18 +91,22 @@ def check_sums(kernels: RowKernels, device: torch.device) -> None:
                 totals = []
                 for filling in (1.0, float("nan") if fresh else 1.0):
                     total = torch.full((310, width), filling, device=device)
-                    kernels.add(total, order, grad.to(device), fresh=fresh)
+                    sums = Sums(total, total.sum(1))  # a row of ones has its width as square
+                    kernels.add(sums, order, grad.to(device), fresh=fresh)
                     totals.append(total.cpu())
+                    squares = total.double().square().sum(1).float()
+                    torch.testing.assert_close(sums.squares, squares, rtol=1e-5, atol=0.0)
                 assert torch.equal(*totals)
                 torch.testing.assert_close(totals[0].double(), expected + (not fresh), rtol=1e-5, atol=1e-4)
-            nothing = torch.ones(310, width, device=device)
+            nothing = Sums(torch.ones(310, width, device=device), torch.ones(310, device=device))
             kernels.add(nothing, order[:0], grad[:0].to(device), fresh=True)
-            assert not nothing.any()
+            assert not nothing.total.any()
+            assert not nothing.squares.any()
     for size in (0, 1, 4097, 20_003):
-        values = torch.randn(size, generator=generator) * 1e3
-        total = kernels.square_sum(values.to(device))
+        values = torch.rand(size, generator=generator) * 1e3
+        total = kernels.sum(values.to(device))
         assert total.dtype == torch.float64
-        expected = values.double().square().sum()
+        expected = values.double().sum()
         torch.testing.assert_close(total.cpu(), expected, rtol=1e-12, atol=0.0)
 
 

@@ -26,11 +26,10 @@ HASH = dict.fromkeys(
 ) | dict.fromkeys(["extended", "numbers", "out"], "*i64")
 CASES: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (rows.ngram_rows_kernel, HASH, {"TABLES": 4, "LONGEST": 3, "RESET": True, "BLOCK": 256}),
-    (rows.square_sum_kernel, {"values": "*fp32", "sums": "*fp64", "count": "i32"}, {}),
     *(
         (
             rows.add_kernel,
-            {"grad": grad, "order": "*i64", "ends": "*i64", "total": "*fp32"},
+            {"grad": grad, "order": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32"},
             {"FRESH": fresh, "WIDTH": 64, "COLUMNS": 64},
         )
         for grad, fresh in (("*fp32", True), ("*bf16", False))

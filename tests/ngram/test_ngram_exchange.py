@@ -12,7 +12,7 @@ from distributed_harness import run_ranks
 from torch import Tensor
 
 from overtok_megatron.data.corpus import sotu_files
-from overtok_megatron.kernels.rows import RowKernels
+from overtok_megatron.kernels.rows import RowKernels, Sums
 from overtok_megatron.ngram.exchange import TwoLevelExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.placement import make_exchange, owned_range
@@ -58,12 +58,13 @@ def rank_cases(total: int, ranks_per_host: int | None, gradient_dtype: torch.dty
         plan = exchange.plan(ids)
         rows = exchange.fetch(plan, lambda index: own[index])
         grad = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
-        index, total_grad = exchange.return_gradients(plan, grad)
+        index, sums = exchange.return_gradients(plan, Sums(grad, grad.square().sum(1)))
         told = exchange.payload_bytes(plan, 4 * WIDTH, gradient_dtype.itemsize * WIDTH)
         results[name] = {
             "rows": rows[plan.slots].clone(),
             "index": index + start,
-            "grad": total_grad,
+            "grad": sums.total,
+            "squares": sums.squares,
             "bytes": (told, went_out),
             "network": exchange.network_bytes(plan, 12, 12) if isinstance(exchange, TwoLevelExchange) else told,
         }
@@ -111,6 +112,7 @@ def test_a_lookup_and_a_sum(ranks: int, total: int, ranks_per_host: int | None, 
         assert owned.sort().values.tolist() == sorted({row for ids in lists for row in ids})
         grads = torch.cat([result[name]["grad"] for result in results])
         assert torch.equal(grads[:, 0], expected[owned])
+        assert torch.equal(torch.cat([result[name]["squares"] for result in results]), grads.square().sum(1))
         assert all((result[name]["index"].diff() > 0).all() for result in results)
 
 
