@@ -1,6 +1,7 @@
 """`benchmark.py tables` and `benchmark.py mapped`: the n-gram tables against their peers, and read from a file."""
 
 import argparse
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -26,6 +27,7 @@ from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import HashTables, RowKernels
 from overtok_megatron.model.assembly import build_transformer, row_space, tables_over
+from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.ngram.sizing import RowSpace
 from overtok_megatron.ngram.table import Shard, TableShard
 from overtok_megatron.training.metrics import peak_memory
@@ -47,37 +49,47 @@ def text_rows(options: argparse.Namespace, size: int) -> Tensor:
 
 
 def table_case(options: argparse.Namespace, size: int, width: int, rows: Tensor) -> dict[str, Any]:
-    """Every contender's seconds on one set of rows, and what they say per row and byte."""
+    """Every contender's seconds on one set of rows, and what they say per row and byte.
+
+    Peers that are too big to lie beside all others are timed in turn with ours alone; ratios are of one alternation each.
+    """
     space = RowSpace(3, 2, size - 7, width)
     grad = torch.randn(*rows.shape, width, device=DEVICE)
     distinct = sum(column.unique().numel() for column in rows.unbind(1))
 
-    def fits(*bytes_a_value: float) -> bool:
-        return space.total_rows * width * sum(bytes_a_value) < options.memory * 2**30
+    def fits(bytes_a_value: float) -> bool:
+        return space.total_rows * width * bytes_a_value < options.memory * 2**30
 
-    contenders: dict[str, Callable[[], object]] = {}
-    for name, dtype in (("ours", torch.float32), ("ours, bf16", torch.bfloat16)):
-        if fits(dtype.itemsize, 4 if "fbgemm" not in contenders and fits(8) else 0):
-            values = grad if dtype == torch.float32 else grad.to(dtype)
-            contenders[name], made = our_tables(rows, space, values, dtype)
-            contenders[f"limit{name[4:]}"] = limit(made, rows, space, values)
-    if fits(14) and (peer := fbgemm_tables(rows, size, grad)) is not None:
-        contenders["fbgemm"] = peer
-    if fits(26) and width <= 64:
-        contenders["SparseAdam"] = torch_tables(rows, size, grad, sparse=True)
-    if size <= 2**options.dense_up_to and width <= 64:
-        contenders["AdamW"] = torch_tables(rows, size, grad, sparse=False)
-    seconds = alternate(contenders, options.rounds)
+    def ours(dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], OverTables]:
+        name = "ours" if dtype == torch.float32 else "ours, bf16"
+        values = grad if dtype == torch.float32 else grad.to(dtype)
+        step, made = our_tables(rows, space, values, dtype)
+        return {name: step, f"limit{name[4:]}": limit(made, rows, space, values)}, made
+
+    dtype = torch.float32 if fits(4) else torch.bfloat16
+    contenders, made = ours(dtype)
     first = next(iter(contenders))
-    value_bytes = 4 if first == "ours" else 2
-    moved = width * (value_bytes * (2 * rows.numel() + 3 * distinct) + 4 * 3 * distinct)
+    if dtype == torch.float32 and fits(6):
+        contenders |= ours(torch.bfloat16)[0]
+    if fits(4 * len(contenders) // 2 + 4):
+        contenders |= fbgemm_tables(rows, size, grad)
+    seconds = alternate(contenders, options.rounds)
+    times_first = {name: value / seconds[first] for name, value in seconds.items()}
+    own = contenders[first]
+    contenders.clear()
+    gc.collect()  # modules lie in cycles, and hold gigabytes
+    for name, sparse, size_up_to in (("SparseAdam", True, 2**62), ("AdamW", False, 2**options.dense_up_to)):
+        if fits(12 + dtype.itemsize) and width <= 64 and size <= size_up_to:
+            pair = alternate({first: own, name: torch_tables(rows, size, grad, sparse=sparse)}, options.rounds)
+            seconds[name], times_first[name] = pair[name], pair[name] / pair[first]
+    moved = width * (dtype.itemsize * (2 * rows.numel() + 3 * distinct) + 4 * 3 * distinct)
     made.begin_rows(places(rows, space))  # once more by hand, to time the update alone
     made.collect(1.0)
     begin = time.perf_counter()
     made.apply(0.01, 1.0)
     return {
         "seconds": seconds,
-        "times_first": {name: value / seconds[first] for name, value in seconds.items()},
+        "times_first": times_first,
         "share_of_limit": {name: seconds["limit" + name[4:]] / seconds[name] for name in seconds if name[:4] == "ours"},
         "distinct_share": distinct / rows.numel(),
         "rows_per_second": rows.numel() / seconds[first],
@@ -97,8 +109,12 @@ def tables(options: argparse.Namespace) -> dict[str, Any]:
                 if size * 4 * width * 2 > options.memory * 2**30:
                     print(f"w {width}, 2^{power} rows: more than --memory {options.memory} GiB, left out", flush=True)
                     continue
+                gc.collect()
                 case = cases[f"w {width}, 2^{power}, {kind}"] = table_case(options, size, width, rows.to(DEVICE))
-                times = "  ".join(f"{name} {1e3 * value:.1f}" for name, value in case["seconds"].items())
+                times = "  ".join(
+                    f"{name} {1e3 * value:.1f} ({case['times_first'][name]:.2f} x)"
+                    for name, value in case["seconds"].items()
+                )
                 share = case["distinct_share"]
                 print(f"w {width:3}  2^{power}  {kind:7}  {share:.0%} distinct  ms: {times}", flush=True)
     if options.png:

@@ -54,8 +54,8 @@ def our_tables(
     return step, tables
 
 
-def fbgemm_tables(rows: Tensor, size: int, grad: Tensor) -> Callable[[], object] | None:
-    """fbgemm's table-batched embedding with exact row-wise Adagrad; None where it is not installed."""
+def fbgemm_tables(rows: Tensor, size: int, grad: Tensor) -> dict[str, Callable[[], object]]:
+    """fbgemm's table-batched embedding with exact row-wise Adagrad, by its name; nothing where it is not installed."""
     try:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
@@ -64,7 +64,7 @@ def fbgemm_tables(rows: Tensor, size: int, grad: Tensor) -> Callable[[], object]
             SplitTableBatchedEmbeddingBagsCodegen,
         )
     except ImportError:
-        return None
+        return {}
     cuda = rows.device.type == "cuda"
     place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
     layer = SplitTableBatchedEmbeddingBagsCodegen(
@@ -77,7 +77,7 @@ def fbgemm_tables(rows: Tensor, size: int, grad: Tensor) -> Callable[[], object]
     own = rows.t().contiguous().flatten()
     offsets = torch.arange(own.numel() + 1, device=rows.device)
     flat = grad.flatten(1)
-    return lambda: layer(own, offsets).backward(flat)
+    return {"fbgemm": lambda: layer(own, offsets).backward(flat)}
 
 
 def torch_tables(rows: Tensor, size: int, grad: Tensor, *, sparse: bool) -> Callable[[], object]:
