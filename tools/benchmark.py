@@ -3,6 +3,7 @@
 dense: the baseline model's training step against Hugging Face's Olmo2ForCausalLM of the same shape.
 rows: an over-encoded training step at growing table sizes; flat is the aim, since cost follows tokens.
 tables: look-up, backward and update in four tables against fbgemm, SparseAdam, AdamW and the memory traffic alone.
+overhead: whole runs of the quickstart's two models in turn: what over-encoding costs a step.
 mapped: generation with the tables in a file, beside the same in memory.
 saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
 Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from measuring import DEVICE, alternate, configuration, single_process
+from overhead_benchmark import overhead
 from table_benchmark import mapped, tables
 from torch import Tensor
 
@@ -218,6 +220,10 @@ def main() -> int:
     verb = verbs.add_parser("rows", help="over table sizes")
     verb.add_argument("--powers", type=int, nargs="+", default=[16, 20, 24], help="table_rows as powers of two")
     verb.set_defaults(run=rows)
+    verb = verbs.add_parser("overhead", help="the over-encoded quickstart's step beside the baseline's")
+    verb.add_argument("--steps", type=int, default=80, help="of each run")
+    verb.add_argument("--ranks", type=int, default=2, help="processes")
+    verb.set_defaults(run=overhead)
     verb = verbs.add_parser("tables", help="look-up, backward and update against the peers")
     verb.add_argument(
         "--powers", type=int, nargs="+", default=[16, 18, 20, 22, 24, 26], help="rows of a table, as powers of two"
