@@ -13,6 +13,9 @@ import torch
 from overtok_megatron.launch import free_port
 
 
+_IMPORTED = ["torch", "transformers", "overtok_megatron.training.loop"]
+
+
 def _rank_main(
     function: Callable[..., Any], rank: int, world: int, port: int, arguments: tuple[Any, ...], results: Any
 ) -> None:
@@ -33,12 +36,18 @@ def _rank_main(
         results.put((rank, False, traceback.format_exc()))
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
-    """Call `function(*arguments)` in `world` fresh processes with a launcher's environment; results in rank order.
+def run_ranks(
+    world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120, fresh: bool = False
+) -> list[Any]:
+    """Call `function(*arguments)` in `world` processes with a launcher's environment; results in rank order.
 
-    `function` and all values must pickle. A failing rank, or one that has not ended after `timeout` seconds, fails the test.
+    They are forked from one that has imported what is slow to import and done nothing else; fresh: started anew, for what is
+    read when a process starts, as the allocator's settings. `function` and all values must pickle. A failing rank, or one that has not ended after `timeout` seconds, fails the test.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks when it is imported
+        context.set_forkserver_preload(_IMPORTED)
     results = context.Queue()
     port = free_port()
     processes = [

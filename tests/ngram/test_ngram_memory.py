@@ -58,8 +58,8 @@ def peak_of(power: int, most: int) -> tuple[int, int]:
 def test_a_steps_memory_follows_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back: the peak is what was in use
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # nothing is rounded up to huge pages
-    small, large = (run_ranks(1, peak_of, power, 2**15)[0] for power in (19, 21))
+    small, large = (run_ranks(1, peak_of, power, 2**15, fresh=True)[0] for power in (19, 21))
     assert large[0] > 3.9 * small[0] > 1e9  # the tables grow by 800 MB
     assert large[1] == pytest.approx(small[1], rel=0.1)
-    more = run_ranks(1, peak_of, 19, 2**15 * 3 // 2)[0]
+    more = run_ranks(1, peak_of, 19, 2**15 * 3 // 2, fresh=True)[0]
     assert 1.4 < more[1] / small[1] < 1.6  # half as many tokens more
