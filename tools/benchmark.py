@@ -200,7 +200,9 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
                 shutil.rmtree(folder)
             writer.forget()
     figures: dict[str, Any] = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    parameters = trainer.tables.columns()["weight"].numel()
     return figures | {
+        "blocking_seconds_per_billion_parameters": figures["blocking_seconds"] / parameters * 1e9,
         "stall_over_blocking": figures["background_stall_seconds"] / figures["blocking_seconds"],
         "changed_over_full_bytes": figures["changed_bytes"] / figures["full_bytes"],
     }
@@ -241,7 +243,7 @@ def main() -> int:
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     verb.set_defaults(run=mapped)
     verb = verbs.add_parser("saves", help="checkpoints of big tables")
-    verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows; four tables of 133 bytes a row")
+    verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows of the four tables")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     verb.set_defaults(run=saves)
     options = parser.parse_args()

@@ -192,7 +192,14 @@ def _from_cold_files(folder: Path, config: RunConfig, prompts: list[list[int]], 
 def mapped(options: argparse.Namespace) -> dict[str, Any]:
     """Generation with the rows left in a file, and with the same rows in memory."""
     config = configuration(
-        [f"over_encoding.table_rows={options.rows // 4 - 3}", "over_encoding.collision_check=warn"], options.data
+        [
+            f"over_encoding.table_rows={options.rows // 4 - 3}",
+            "over_encoding.collision_check=warn",
+            "model.hidden_size=256",
+            "model.num_attention_heads=4",
+            "model.intermediate_size=688",
+        ],
+        options.data,
     )
     space = row_space(config.model, config.over_encoding)
     text = IndexedDataset(options.data)
