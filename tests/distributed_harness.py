@@ -12,7 +12,6 @@ import torch
 
 from overtok_megatron.launch import free_port
 
-
 _IMPORTED = ["torch", "transformers", "overtok_megatron.training.loop"]
 
 
@@ -41,8 +40,9 @@ def run_ranks(
 ) -> list[Any]:
     """Call `function(*arguments)` in `world` processes with a launcher's environment; results in rank order.
 
-    They are forked from one that has imported what is slow to import and done nothing else; fresh: started anew, for what is
-    read when a process starts, as the allocator's settings. `function` and all values must pickle. A failing rank, or one that has not ended after `timeout` seconds, fails the test.
+    They are forked from one that has imported what is slow to import and done nothing else; fresh: started anew, for what
+    is read when a process starts, as the allocator's settings. `function` and all values must pickle. A failing rank, or
+    one that has not ended after `timeout` seconds, fails the test.
     """
     context = multiprocessing.get_context("spawn" if fresh else "forkserver")
     if not fresh:
