@@ -122,8 +122,13 @@ class OverEncodingConfig(Section):
 
 
 class TokenizerConfig(Section):
-    type: Literal["sentencepiece"] = Field("sentencepiece", description="kind of tokenizer")
-    path: Text = Field(description="tokenizer model file")
+    type: Literal["sentencepiece", "hugging_face", "bytes"] = Field("sentencepiece", description="kind of tokenizer")
+    path: Text | None = Field(
+        None, description="tokenizer model file, or Hugging Face's tokenizer.json; none for bytes"
+    )
+    eod_token: Text | None = Field(
+        None, description="token that ends documents; none = sentencepiece's </s>, Hugging Face's <|endoftext|>"
+    )
 
 
 class DataConfig(Section):

@@ -32,6 +32,7 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     check = _Checker(locate)
     _check_parallel(config, world_size, check)
     check_model(config, check.need)
+    _check_tokenizer(config, check)
     if config.over_encoding.enabled:
         _check_over_encoding(config, check, locate)
         per_host = config.over_encoding.ranks_per_host or 1
@@ -147,6 +148,27 @@ def _check_pipeline(config: RunConfig, check: _Checker) -> None:
         parallel.offload_optimizer,
         "is not offered by DeepSpeed's pipeline engine for this optimizer; use none, or pipeline_parallel_size 1",
     )
+
+
+def _check_tokenizer(config: RunConfig, check: _Checker) -> None:
+    tokenizer = config.tokenizer
+    if tokenizer.type == "bytes":
+        check.need(
+            tokenizer.path is None, "tokenizer.path", tokenizer.path, "is no part of tokenizer.type: bytes; remove it"
+        )
+        check.need(
+            tokenizer.eod_token is None,
+            "tokenizer.eod_token",
+            tokenizer.eod_token,
+            "is no part of tokenizer.type: bytes, where 256 ends documents; remove it",
+        )
+    else:
+        check.need(
+            tokenizer.path is not None,
+            "tokenizer.path",
+            "none",
+            f"is needed with tokenizer.type: {tokenizer.type}: the model file",
+        )
 
 
 def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> None:
