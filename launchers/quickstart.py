@@ -60,6 +60,7 @@ def main(overrides: list[str]) -> int:
     try:
         config = load_config(CONFIGS["baseline"], overrides).config
         root = Path(config.training.output_directory).parent
+        assert config.tokenizer.path is not None, "both configurations name a sentencepiece model"
         prepare_data(Path(config.tokenizer.path).parent, config.model.vocab_size)
         runs = curves(overrides)
     except OvertokError as error:

@@ -4,64 +4,111 @@ One process, n-gram ids over Python's integers, autograd through whole tables, t
 package's numerics is used but its initial weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+)
 
-from overtok_megatron.config.derived import table_rate_factor
+from overtok_megatron.config.derived import attention_windows, table_rate_factor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.model.assembly import build_transformer, row_space
+from overtok_megatron.model.moe import MixtureOfExperts
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.table import initial_rows
 
 
-def hugging_face_names(model: Transformer) -> dict[str, nn.Parameter]:
-    """Hugging Face's parameter names for our dense parameters."""
+def hugging_face_names(
+    model: Transformer, read: Callable[[nn.Parameter], Any] = lambda parameter: parameter
+) -> dict[str, Any]:
+    """What `read` makes of our dense parameters (themselves, their gradients) by Hugging Face's names, experts joined."""
     names = {
-        "model.embed_tokens.weight": model.embedding.word.weight,
-        "model.norm.weight": model.head.norm.weight,
-        "lm_head.weight": model.head.output.weight,
+        "model.embed_tokens.weight": read(model.embedding.word.weight),
+        "model.norm.weight": read(model.head.norm.weight),
+        "lm_head.weight": read(model.head.output.weight),
     }
     for index, block in enumerate(model.blocks):
         prefix = f"model.layers.{index}"
         attention, mlp = block.attention, block.mlp
+        norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+        if block.norm_placement == "pre":
+            norms = ("input_layernorm", "post_attention_layernorm")
         for letter in "qkv":
-            names[f"{prefix}.self_attn.{letter}_proj.weight"] = getattr(attention.qkv, f"{letter}_proj")
+            names[f"{prefix}.self_attn.{letter}_proj.weight"] = read(getattr(attention.qkv, f"{letter}_proj"))
         names |= {
-            f"{prefix}.self_attn.o_proj.weight": attention.o_proj.weight,
-            f"{prefix}.self_attn.q_norm.weight": attention.q_norm.weight,
-            f"{prefix}.self_attn.k_norm.weight": attention.k_norm.weight,
-            f"{prefix}.post_attention_layernorm.weight": block.attention_norm.weight,
-            f"{prefix}.post_feedforward_layernorm.weight": block.mlp_norm.weight,
-            f"{prefix}.mlp.gate_proj.weight": mlp.gate_up.gate_proj,
-            f"{prefix}.mlp.up_proj.weight": mlp.gate_up.up_proj,
-            f"{prefix}.mlp.down_proj.weight": mlp.down_proj.weight,
+            f"{prefix}.self_attn.o_proj.weight": read(attention.o_proj.weight),
+            f"{prefix}.{norms[0]}.weight": read(block.attention_norm.weight),
+            f"{prefix}.{norms[1]}.weight": read(block.mlp_norm.weight),
         }
+        if attention.q_norm is not None:
+            names[f"{prefix}.self_attn.q_norm.weight"] = read(attention.q_norm.weight)
+            names[f"{prefix}.self_attn.k_norm.weight"] = read(attention.k_norm.weight)
+        if isinstance(mlp, MixtureOfExperts):
+            names |= {
+                f"{prefix}.mlp.gate.weight": read(mlp.router),
+                f"{prefix}.mlp.experts.gate_up_proj": torch.cat([read(mlp.experts_gate), read(mlp.experts_up)], dim=1),
+                f"{prefix}.mlp.experts.down_proj": read(mlp.experts_down),
+            }
+        else:
+            names |= {
+                f"{prefix}.mlp.gate_proj.weight": read(mlp.gate_up.gate_proj),
+                f"{prefix}.mlp.up_proj.weight": read(mlp.gate_up.up_proj),
+                f"{prefix}.mlp.down_proj.weight": read(mlp.down_proj.weight),
+            }
     return names
 
 
-def hugging_face_model(model: ModelConfig, **extra: Any) -> Olmo2ForCausalLM:
-    """An Olmo2 of the same shape, float32."""
-    return Olmo2ForCausalLM(
-        Olmo2Config(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-            rope_theta=model.rope_theta,
-            rms_norm_eps=model.norm_epsilon,
-            tie_word_embeddings=model.tie_word_embeddings,
-            pad_token_id=None,
-            eos_token_id=0,
-            use_cache=False,
-            **extra,
+def hugging_face_model(model: ModelConfig, **extra: Any) -> PreTrainedModel:
+    """A model of the same shape, float32: Olmoe with experts, Llama with norms before, Olmo3 with windows, else Olmo2."""
+    shape = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "pad_token_id": None,
+        "eos_token_id": 0,
+        "use_cache": False,
+    } | extra
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    scaled = rope
+    if model.rope_scaling is not None:
+        section = model.rope_scaling.model_dump(exclude_none=True)
+        defaults = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if section["type"] == "llama3" else {}
+        scaled = rope | defaults | section | {"rope_type": section["type"]}
+        del scaled["type"]
+        shape["max_position_embeddings"] = int(
+            section["factor"] * section.get("original_max_position_embeddings", 1000)
         )
-    )
+    if model.num_experts is not None:
+        experts = {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.num_experts_per_token,
+            "norm_topk_prob": model.normalize_expert_weights,
+        }
+        return OlmoeForCausalLM(OlmoeConfig(**shape, **experts, rope_parameters=scaled))
+    if model.norm_placement == "pre":
+        return LlamaForCausalLM(LlamaConfig(**shape, head_dim=model.head_size, rope_parameters=scaled))
+    if model.sliding_window is not None:
+        kinds = {None: "full_attention", model.sliding_window: "sliding_attention"}
+        layers = {"sliding_window": model.sliding_window, "layer_types": [kinds[w] for w in attention_windows(model)]}
+        angles = {"full_attention": scaled, "sliding_attention": rope}
+        return Olmo3ForCausalLM(Olmo3Config(**shape, **layers, rope_parameters=angles))
+    return Olmo2ForCausalLM(Olmo2Config(**shape, rope_parameters=scaled))
 
 
 def python_ngram_row(

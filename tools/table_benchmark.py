@@ -159,7 +159,8 @@ def _made_model(config: RunConfig, shard: Shard) -> TrainedModel:
     torch.manual_seed(0)
     model = build_transformer(config, device=DEVICE).eval()
     tables = tables_over(config, model.embedding.over_encoding, 0, shard, device=DEVICE)
-    return TrainedModel(config, model, tables, load_tokenizer(config.tokenizer.type, config.tokenizer.path), 0)
+    given = config.tokenizer
+    return TrainedModel(config, model, tables, load_tokenizer(given.type, given.path, given.eod_token), 0)
 
 
 def _mapped_shard(folder: Path, config: RunConfig) -> MappedShard:

@@ -1,24 +1,80 @@
-"""`overtok train-tokenizer | prepare | verify`."""
+"""`overtok train-tokenizer | prepare | adopt | verify`."""
 
 import argparse
+import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overtok_megatron.commands.arguments import positive
+from overtok_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from overtok_megatron.data.sources import Reading
+    from overtok_megatron.data.tokenizer import Tokenizer
+
+
+def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
+    from overtok_megatron.data.tokenizer import infer_kind, load_tokenizer
+
+    path = None if options.tokenizer == "bytes" else Path(options.tokenizer)
+    kind = options.tokenizer_type or ("bytes" if path is None else infer_kind(path))
+    if kind == "bytes" and (path is not None or options.eod_token is not None):
+        raise DataError(
+            "--tokenizer-type: bytes has neither a file nor a choice of tokens; write --tokenizer bytes alone"
+        )
+    if kind != "bytes" and path is None:
+        raise DataError(f"--tokenizer: bytes is no file for --tokenizer-type {kind}; name one")
+    return load_tokenizer(kind, path, options.eod_token)
+
+
+def _reading(options: argparse.Namespace) -> "Reading":
+    from overtok_megatron.data.sources import Reading
+
+    return Reading(format=options.format, key=options.key, separator=options.separator)
 
 
 def _prepare(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from overtok_megatron.data.prepare import expand, prepare
-    from overtok_megatron.data.tokenizer import load_tokenizer
+    from overtok_megatron.data.prepare import Plan, prepare_sets
+    from overtok_megatron.data.sources import expand
 
     files = expand(options.inputs)
-    tokenizer = load_tokenizer("sentencepiece", options.tokenizer)
+    tokenizer = _tokenizer(options)
+    shares = None if options.split is None else _shares(options.split)
+    plan = Plan(_reading(options), shares, workers=options.workers or len(os.sched_getaffinity(0)))
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(options.output), disable=None) as bar:
-        manifest = prepare(files, options.output, tokenizer, bar.update, options.separator)
-    print(f"{options.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+        manifests = prepare_sets(files, options.output, tokenizer, plan, bar.update)
+    for prefix, manifest in manifests.items():
+        print(f"{prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+    return 0
+
+
+def _shares(given: list[float]) -> tuple[float, float, float]:
+    train, validation, test = given
+    if min(given) < 0 or not math.isclose(sum(given), 1.0, abs_tol=1e-6):
+        raise DataError(
+            f"--split: {train} {validation} {test}; three shares that add up to 1 are needed, as 0.98 0.01 0.01"
+        )
+    return train, validation, test
+
+
+def _adopt(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from overtok_megatron.data.adopt import adopt
+
+    tokenizer = _tokenizer(options)
+    path = Path(f"{options.prefix}.bin")
+    total = path.stat().st_size if path.is_file() else 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc=options.prefix, disable=None) as bar:
+        manifest, ended = adopt(options.prefix, tokenizer, bar.update)
+    print(
+        f"{options.prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens; "
+        f"{ended:,} documents end with the end-of-document token {manifest.eod_id}"
+    )
     return 0
 
 
@@ -32,10 +88,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> int:
-    from overtok_megatron.data.prepare import expand
+    from overtok_megatron.data.sources import expand
     from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 
-    train_sentencepiece(expand(options.inputs), options.vocab_size, Path(options.output))
+    train_sentencepiece(expand(options.inputs), options.vocab_size, Path(options.output), _reading(options))
     tokenizer = load_tokenizer("sentencepiece", options.output)
     print(f"{options.output}: {tokenizer.vocab_size} pieces, end of document is {tokenizer.eod_id}")
     return 0
@@ -47,24 +103,65 @@ def _separator(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def add_verbs(verbs: Any) -> None:
-    verb = verbs.add_parser("train-tokenizer", help="train a sentencepiece tokenizer on text files")
-    verb.add_argument("inputs", nargs="+", help="text files, or folders of .txt files")
-    verb.add_argument("--vocab-size", type=positive, required=True, help="pieces")
-    verb.add_argument("--output", required=True, help="model file to write")
-    verb.set_defaults(work=_train_tokenizer)
-
-    verb = verbs.add_parser("prepare", help="turn text files into an indexed dataset")
-    verb.add_argument("inputs", nargs="+", help="text files, patterns, or folders of .txt files; one document a file")
-    verb.add_argument("--tokenizer", required=True, help="sentencepiece model file")
-    verb.add_argument("--output", required=True, help="prefix of the dataset's files")
+def _add_reading(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "inputs",
+        nargs="+",
+        help="files, patterns, or folders: .txt, .jsonl, .json, .ndjson, .parquet; also .gz, .xz, .zst",
+    )
+    verb.add_argument(
+        "--format", choices=("text", "jsonl", "parquet"), default=None, help="of all inputs (default: by their names)"
+    )
+    verb.add_argument("--key", default="text", help="key of JSON objects, or Parquet column, that holds the text")
     verb.add_argument(
         "--separator",
         type=_separator,
         default=None,
-        help=r"text between documents of a file, as '\n\n\n' (default: none)",
+        help=r"text between documents of a text file, as '\n\n\n' (default: none, a file is a document)",
     )
+
+
+def _add_tokenizer(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--tokenizer", required=True, help="sentencepiece model, Hugging Face tokenizer.json, or: bytes")
+    verb.add_argument(
+        "--tokenizer-type",
+        choices=("sentencepiece", "hugging_face", "bytes"),
+        default=None,
+        help="kind of the tokenizer (default: by the file's content)",
+    )
+    verb.add_argument("--eod-token", default=None, help="token that ends documents (default: </s>'s or <|endoftext|>)")
+
+
+def add_verbs(verbs: Any) -> None:
+    verb = verbs.add_parser("train-tokenizer", help="train a sentencepiece tokenizer on a corpus")
+    _add_reading(verb)
+    verb.add_argument("--vocab-size", type=positive, required=True, help="pieces")
+    verb.add_argument("--output", required=True, help="model file to write")
+    verb.set_defaults(work=_train_tokenizer)
+
+    verb = verbs.add_parser(
+        "prepare", help="turn a corpus into an indexed dataset; given again after a kill, it goes on"
+    )
+    _add_reading(verb)
+    _add_tokenizer(verb)
+    verb.add_argument("--output", required=True, help="prefix of the dataset's files")
+    verb.add_argument(
+        "--split",
+        type=float,
+        nargs=3,
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        default=None,
+        help="shares, as 0.98 0.01 0.01: by the hash of each document to PREFIX-train, PREFIX-validation, PREFIX-test",
+    )
+    verb.add_argument("--workers", type=positive, default=None, help="processes that encode (default: one a core)")
     verb.set_defaults(work=_prepare)
+
+    verb = verbs.add_parser(
+        "adopt", help="check a set that Megatron wrote and give it a manifest, so that it can be used"
+    )
+    verb.add_argument("prefix", help="prefix of the set's .bin and .idx")
+    _add_tokenizer(verb)
+    verb.set_defaults(work=_adopt)
 
     verb = verbs.add_parser("verify", help="hash datasets again and compare with what was written")
     verb.add_argument("prefixes", nargs="+", metavar="prefix", help="prefix of a dataset's files")

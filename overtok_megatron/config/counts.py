@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
-from overtok_megatron.config.derived import blocks_per_stage, data_parallel_size
+from overtok_megatron.config.derived import (
+    attention_windows,
+    block_parameters,
+    blocks_per_stage,
+    data_parallel_size,
+    head_size,
+)
 from overtok_megatron.config.schema import RunConfig
 
 _STATE_VALUES = {"rowwise_adagrad": (1, 0), "rowwise_adam": (1, 1), "adam": (0, 2), "sgd": (0, 0)}  # a row, an element
@@ -12,13 +18,19 @@ _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 @dataclass(frozen=True)
 class ParameterCounts:
     """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
-    projection; tables: rows x width over all tables."""
+    projection; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
 
     blocks: int
     embedding: int
     head: int
     encoder: int
     tables: int
+    idle: int = 0
+
+    @property
+    def active(self) -> int:
+        """Dense parameters that take part in a token's forward pass."""
+        return self.dense - self.idle
 
     @property
     def dense(self) -> int:
@@ -41,28 +53,26 @@ def table_shape(config: RunConfig) -> tuple[int, int]:
 def parameter_counts(config: RunConfig) -> ParameterCounts:
     model = config.model
     d = model.hidden_size
-    kv = d // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
-    attention = 2 * d * d + 2 * d * kv + d + kv  # q, o; k, v; their norms
-    block = attention + 3 * d * model.intermediate_size + 2 * d
+    skipped = (model.num_experts or 0) - (model.num_experts_per_token or 0)
     rows, width = table_shape(config)
     return ParameterCounts(
-        blocks=model.num_layers * block + d,
+        blocks=model.num_layers * sum(block_parameters(model)) + d,
         embedding=model.vocab_size * d,
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
         encoder=d * d if rows else 0,
         tables=rows * width,
+        idle=model.num_layers * skipped * 3 * d * model.intermediate_size,
     )
 
 
 def _dense_shard(config: RunConfig) -> int:
     """Dense parameters of the fullest rank: the first tensor-parallel rank (the vocabulary is cut unevenly; the norms of the
-    residual stream and the n-gram projection are on every rank) of the fullest pipeline stage."""
+    residual stream, routers and the n-gram projection are on every rank) of the fullest pipeline stage."""
     model, tensor, count = config.model, config.parallel.tensor_parallel_size, parameter_counts(config)
     stages = blocks_per_stage(config)
-    norms = 2 * model.hidden_size
-    block = (count.blocks - model.hidden_size) // model.num_layers
+    split, whole = block_parameters(model)
     vocabulary = -(-model.vocab_size // tensor) * model.hidden_size
-    loads = [blocks * ((block - norms) // tensor + norms) for blocks in stages]
+    loads = [blocks * (split // tensor + whole) for blocks in stages]
     loads[0] += vocabulary + count.encoder
     loads[-1] += model.hidden_size  # the final norm
     if not model.tie_word_embeddings or len(stages) > 1:  # a tied head on another stage is a copy
@@ -114,8 +124,10 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
 
 
 def flops_per_token(config: RunConfig) -> float:
-    """Forward and backward of one token: 6 FLOPs a weight of every product (the look-ups are none), and attention's
-    two products over on average half the sequence, 6 L s d."""
-    model, count = config.model, parameter_counts(config)
-    products = count.blocks + model.vocab_size * model.hidden_size + count.encoder
-    return 6.0 * products + 6.0 * model.num_layers * config.data.seq_length * model.hidden_size
+    """Forward and backward of one token: 6 FLOPs a weight of every product that it takes part in (the look-ups are none),
+    and attention's two products over the positions that a layer sees, on average half the sequence or less: 12 h e each."""
+    model, count, length = config.model, parameter_counts(config), config.data.seq_length
+    products = count.blocks - count.idle + model.vocab_size * model.hidden_size + count.encoder
+    windows = [min(window or length, length) for window in attention_windows(model)]
+    seen = sum(window - window * window / (2 * length) for window in windows)
+    return 6.0 * products + 12.0 * model.num_attention_heads * head_size(model) * seen

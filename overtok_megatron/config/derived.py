@@ -2,7 +2,38 @@
 
 import math
 
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.schema import ModelConfig, RunConfig
+
+
+def head_size(model: ModelConfig) -> int:
+    """Width of an attention head."""
+    return model.head_size or model.hidden_size // model.num_attention_heads
+
+
+def key_value_heads(model: ModelConfig) -> int:
+    return model.num_key_value_heads or model.num_attention_heads
+
+
+def attention_windows(model: ModelConfig) -> list[int | None]:
+    """How many positions each layer sees, its own included; None = all before it."""
+    window = model.sliding_window
+    if window is None:
+        return [None] * model.num_layers
+    if model.attention_pattern is not None:
+        return [window if kind == "sliding" else None for kind in model.attention_pattern]
+    interval = model.full_attention_interval
+    return [None if interval and (index + 1) % interval == 0 else window for index in range(model.num_layers)]
+
+
+def block_parameters(model: ModelConfig) -> tuple[int, int]:
+    """A block's parameters that tensor parallelism splits (matrices, norms of q and k), and those on every rank."""
+    d, experts = model.hidden_size, model.num_experts
+    queries, keys = (heads * head_size(model) for heads in (model.num_attention_heads, key_value_heads(model)))
+    attention = 2 * d * (queries + keys)  # q and o; k and v
+    if model.qk_norm == "full":
+        attention += queries + keys
+    router = d * experts if experts else 0
+    return attention + 3 * d * model.intermediate_size * (experts or 1), 2 * d + router
 
 
 def model_ranks(config: RunConfig) -> int:
@@ -29,8 +60,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     if partition == "uniform":
         base, remainder = divmod(model.num_layers, stages)
         return [base + (index < remainder) for index in range(stages)]
-    kv = model.hidden_size // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
-    block = 2 * model.hidden_size * (model.hidden_size + kv) + 3 * model.hidden_size * model.intermediate_size
+    block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
     loads[-1] += model.vocab_size * model.hidden_size

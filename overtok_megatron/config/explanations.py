@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -12,15 +13,27 @@ _LONGEST = 80  # characters of a value that a message repeats
 
 
 def known_keys() -> dict[str, str]:
-    """Every dotted key of the schema and its description."""
+    """Every dotted key of the schema and its description; of a section within a section the key as well as those in it."""
     keys: dict[str, str] = {}
     for section, field in RunConfig.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys |= {f"{section}.{name}": inner.description or "" for name, inner in kind.model_fields.items()}
-        else:
+        inner = _section_of(field.annotation)
+        if inner is None:
             keys[section] = field.description or ""
+            continue
+        for name, own in inner.model_fields.items():
+            keys[f"{section}.{name}"] = own.description or ""
+            innermost = _section_of(own.annotation)
+            for last, deep in (innermost.model_fields if innermost else {}).items():
+                keys[f"{section}.{name}.{last}"] = deep.description or ""
     return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation allows, alone or beside None."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def nearest(key: str) -> str:
@@ -37,10 +50,10 @@ def nearest(key: str) -> str:
     if key in keys:
         section, name = key.split(".", 1)
         return f"write it as {name} below {section}:"
-    section, name = key.split(".", 1)
+    section, name = key.rsplit(".", 1) if key.rsplit(".", 1)[0] in keys else key.split(".", 1)
     if section == "base":
         return "base is the path of another file"
-    same = [known for known in keys if known.startswith(f"{section}.")]
+    same = _inside(section)
     close = _closest(name, same) or [known for known in keys if _name(known) == name] or _closest(name, list(keys))
     if close:
         return f"did you mean {' or '.join(close)}?"
@@ -58,12 +71,12 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     place = next((places[name] for name in ancestors if name in places), path)
     if error["type"] in ("extra_forbidden", "invalid_key"):
         return f"{place}: unknown key {_short(key)}; {nearest(key)}"
-    meaning = known.get(".".join(parts[:2])) or known.get(parts[0], "")
+    meaning = next((known[name] for name in ancestors if name in known), "")
     if error["type"] == "missing":
         if len(parts) == 1:
             return f"{place}: section {key} is missing; its keys are {', '.join(_keys_of(key))}"
         if key in known:
-            return f"{place}: {key} is missing from section {parts[0]}{f' ({meaning})' if meaning else ''}; add it"
+            return f"{place}: {key} is missing from section {'.'.join(parts[:-1])}{f' ({meaning})' if meaning else ''}; add it"
     value = _short(repr(error["input"]))
     if error["type"] in ("model_type", "dict_type"):
         return f"{place}: {key}: {value} must be a section with keys {', '.join(_keys_of(key)) or 'of DeepSpeed'}"
@@ -82,7 +95,12 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
 
 
 def _keys_of(section: str) -> list[str]:
-    return [_name(known) for known in known_keys() if known.startswith(f"{section}.")]
+    return list(map(_name, _inside(section)))
+
+
+def _inside(section: str) -> list[str]:
+    """Dotted keys of a section, without those of the sections within it."""
+    return [known for known in known_keys() if known.rpartition(".")[0] == section]
 
 
 def _name(key: str) -> str:

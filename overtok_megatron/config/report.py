@@ -39,6 +39,7 @@ def describe(loaded: LoadedConfig, world_size: int) -> str:
             f"{count.dense:,} (blocks {count.blocks:,}, embedding {count.embedding:,}, "
             f"head {count.head:,}, n-gram projection {count.encoder:,})",
         ),
+        ("parameters, active", f"{count.active:,} dense ones take part in a token"),
         ("parameters, n-gram tables", f"{count.tables:,}"),
         (
             "bytes a rank",

@@ -18,17 +18,68 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class RopeScalingConfig(Section):
+    """Rotary angles for contexts longer than those of pretraining, on layers with full attention."""
+
+    type: Literal["linear", "llama3", "yarn"] = Field(description="how the frequencies change")
+    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(description="how much longer the context is")
+    original_max_position_embeddings: Positive | None = Field(
+        None, description="context of pretraining, in tokens; llama3 and yarn need it"
+    )
+    low_freq_factor: PositiveFloat | None = Field(
+        None, description="llama3: wavelengths above the context over this are stretched by the whole factor; none = 1"
+    )
+    high_freq_factor: PositiveFloat | None = Field(
+        None, description="llama3: wavelengths below the context over this stay; none = 4"
+    )
+    beta_fast: PositiveFloat | None = Field(
+        None, description="yarn: rotations in the context above which a frequency stays; none = 32"
+    )
+    beta_slow: PositiveFloat | None = Field(
+        None, description="yarn: rotations below which a frequency is stretched by the whole factor; none = 1"
+    )
+    attention_factor: PositiveFloat | None = Field(
+        None, description="yarn: factor on the cosines and sines; none = 1 + 0.1 ln(factor)"
+    )
+
+
 class ModelConfig(Section):
     vocab_size: Annotated[int, Field(ge=2, description="V: input 1-grams and outputs; the tokenizer's size")]
     hidden_size: Annotated[int, Field(ge=1, description="d, the width of the residual stream")]
-    intermediate_size: Annotated[int, Field(ge=1, description="width inside the SwiGLU feed-forward")]
+    intermediate_size: Annotated[
+        int, Field(ge=1, description="width inside the SwiGLU feed-forward, or inside an expert")
+    ]
     num_layers: Annotated[int, Field(ge=1, description="transformer blocks")]
     num_attention_heads: Annotated[int, Field(ge=1, description="query heads")]
     num_key_value_heads: Positive | None = Field(None, description="key/value heads; none = as many as query heads")
+    head_size: Positive | None = Field(None, description="width of a head; none = hidden_size / num_attention_heads")
+    norm_placement: Literal["post", "pre"] = Field(
+        "post", description="norms after attention and feed-forward (OLMo2, Olmo3), or before (Llama, Olmoe)"
+    )
+    qk_norm: Literal["full", "none"] = Field(
+        "full", description="RMSNorm over all heads of q and of k together (OLMo2, Olmo3, Olmoe), or none (Llama)"
+    )
+    sliding_window: Positive | None = Field(
+        None, description="positions that a sliding layer sees, its own included; none = every layer sees all"
+    )
+    full_attention_interval: Positive | None = Field(
+        None, description="with a sliding window: every so manieth layer sees all (Olmo3: 4); none = none does"
+    )
+    attention_pattern: list[Literal["full", "sliding"]] | None = Field(
+        None, description="instead of full_attention_interval: what each layer is"
+    )
     rope_theta: PositiveFloat = Field(500000.0, description="base of the rotary angles")
+    rope_scaling: RopeScalingConfig | None = Field(
+        None, description="longer contexts, a section (type, factor, ...) as in transformers' rope_parameters"
+    )
     norm_epsilon: PositiveFloat = Field(1e-6, description="added to the mean square in RMSNorm")
     tie_word_embeddings: bool = Field(False, description="use the 1-gram embedding as the output head")
     init_std: PositiveFloat = Field(0.02, description="deviation of the initial dense weights")
+    num_experts: Positive | None = Field(None, description="experts of a feed-forward layer; none = a dense one")
+    num_experts_per_token: Positive | None = Field(None, description="experts that each token goes to")
+    normalize_expert_weights: bool = Field(False, description="make the weights of a token's experts sum to 1")
+    router_aux_loss_weight: NonNegativeFloat = Field(0.01, description="weight of the load-balancing loss of experts")
+    router_z_loss_weight: NonNegativeFloat = Field(0.0, description="weight of the router's log(Z)^2 in the objective")
 
 
 class OverEncodingConfig(Section):
@@ -71,8 +122,13 @@ class OverEncodingConfig(Section):
 
 
 class TokenizerConfig(Section):
-    type: Literal["sentencepiece"] = Field("sentencepiece", description="kind of tokenizer")
-    path: Text = Field(description="tokenizer model file")
+    type: Literal["sentencepiece", "hugging_face", "bytes"] = Field("sentencepiece", description="kind of tokenizer")
+    path: Text | None = Field(
+        None, description="tokenizer model file, or Hugging Face's tokenizer.json; none for bytes"
+    )
+    eod_token: Text | None = Field(
+        None, description="token that ends documents; none = sentencepiece's </s>, Hugging Face's <|endoftext|>"
+    )
 
 
 class DataConfig(Section):
@@ -118,6 +174,9 @@ class TrainingConfig(Section):
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
     resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
+    initial_checkpoint: Text | None = Field(
+        None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from overtok_megatron.config import deepspeed_config
 from overtok_megatron.config.collisions import collision_problem
 from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size, train_iters
+from overtok_megatron.config.model_rules import check_model
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import ConfigError
 
@@ -30,7 +31,8 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     """Raise ConfigError unless the configuration can run on `world_size` ranks. `locate` tells where a key was given."""
     check = _Checker(locate)
     _check_parallel(config, world_size, check)
-    _check_model(config, check)
+    check_model(config, check.need)
+    _check_tokenizer(config, check)
     if config.over_encoding.enabled:
         _check_over_encoding(config, check, locate)
         per_host = config.over_encoding.ranks_per_host or 1
@@ -49,12 +51,6 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
 def _nearest_divisor(size: int, wanted: int) -> int:
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return min(divisors, key=lambda number: abs(number - wanted))
-
-
-def _nearest(wanted: int, limit: int, works: Callable[[int], bool]) -> str:
-    """The number in 1..limit nearest to `wanted` that every rule about its key accepts, as the end of a sentence."""
-    fitting = [number for number in range(1, limit + 1) if works(number)]
-    return f"{min(fitting, key=lambda number: abs(number - wanted))} does" if fitting else "no number does"
 
 
 def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None:
@@ -154,45 +150,25 @@ def _check_pipeline(config: RunConfig, check: _Checker) -> None:
     )
 
 
-def _check_model(config: RunConfig, check: _Checker) -> None:
-    model, tensor = config.model, config.parallel.tensor_parallel_size
-    split = tensor * config.parallel.context_parallel_size
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
-
-    def heads_work(number: int) -> bool:
-        return model.hidden_size % (2 * number) == 0 and number % split == 0
-
-    def kv_heads_work(number: int) -> bool:
-        return heads % number == 0 and number % split == 0
-
-    better_heads = _nearest(heads, model.hidden_size, heads_work)
-    better_kv_heads = _nearest(kv_heads, heads, kv_heads_work)
-    better_width = f"{max(1, round(model.intermediate_size / tensor)) * tensor} does"
-    check.need(
-        model.hidden_size % heads == 0,
-        "model.num_attention_heads",
-        heads,
-        f"does not divide hidden_size {model.hidden_size}; {better_heads}",
-    )
-    check.need(
-        model.hidden_size // heads % 2 == 0,
-        "model.num_attention_heads",
-        heads,
-        f"gives heads of odd size {model.hidden_size // heads}, which rotary positions cannot pair; {better_heads}",
-    )
-    check.need(
-        heads % kv_heads == 0,
-        "model.num_key_value_heads",
-        kv_heads,
-        f"does not divide num_attention_heads {heads}; {better_kv_heads}",
-    )
-    both = "parallel.tensor_parallel_size" + (" x context_parallel_size" if split > tensor else "")
-    for key, size, parts, names, way_out in (
-        ("model.num_attention_heads", heads, split, both, better_heads),
-        ("model.num_key_value_heads", kv_heads, split, both, better_kv_heads),
-        ("model.intermediate_size", model.intermediate_size, tensor, "parallel.tensor_parallel_size", better_width),
-    ):
-        check.need(size % parts == 0, key, size, f"must be a multiple of {names} {parts}; {way_out}")
+def _check_tokenizer(config: RunConfig, check: _Checker) -> None:
+    tokenizer = config.tokenizer
+    if tokenizer.type == "bytes":
+        check.need(
+            tokenizer.path is None, "tokenizer.path", tokenizer.path, "is no part of tokenizer.type: bytes; remove it"
+        )
+        check.need(
+            tokenizer.eod_token is None,
+            "tokenizer.eod_token",
+            tokenizer.eod_token,
+            "is no part of tokenizer.type: bytes, where 256 ends documents; remove it",
+        )
+    else:
+        check.need(
+            tokenizer.path is not None,
+            "tokenizer.path",
+            "none",
+            f"is needed with tokenizer.type: {tokenizer.type}: the model file",
+        )
 
 
 def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> None:

@@ -35,21 +35,31 @@ def open_run_data(config: RunConfig) -> RunData:
     Raises DataError where a file is missing or damaged, where a dataset was made with another tokenizer, where the
     vocabulary is not the model's, or where a set is too short.
     """
-    tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path)
+    given = config.tokenizer
+    tokenizer = load_tokenizer(given.type, given.path, given.eod_token)
+    name = given.path or given.type
     train = IndexedDataset(config.data.train)
     validation = None if config.data.validation is None else IndexedDataset(config.data.validation)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise DataError(
-            f"tokenizer {config.tokenizer.path}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
+            f"tokenizer {name}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
         )
     for dataset in (train, validation):
-        if dataset is not None and dataset.manifest.tokenizer_fingerprint != tokenizer.fingerprint():
+        if dataset is None:
+            continue
+        made_by = dataset.manifest
+        if made_by.tokenizer_fingerprint != tokenizer.fingerprint():
             raise DataError(
-                f"{dataset.prefix}: was prepared with another tokenizer than {config.tokenizer.path}; prepare "
+                f"{dataset.prefix}: was prepared with another tokenizer than {name}; prepare "
                 "it again with `overtok prepare`, or correct tokenizer.path"
+            )
+        if made_by.eod_id != tokenizer.eod_id:
+            raise DataError(
+                f"{dataset.prefix}: its documents end with token {made_by.eod_id}, the tokenizer's with {tokenizer.eod_id}; "
+                "prepare it again with `overtok prepare`, or correct tokenizer.eod_token"
             )
     SampleOrder(train.num_tokens, config.data.seq_length, config.data.shuffle_seed, train.prefix)
     if validation is not None and validation.num_tokens < 2:
         raise DataError(f"{validation.prefix}: holds {validation.num_tokens} tokens, nothing to validate on")
-    return RunData(train, validation, tokenizer.eod_id, tokenizer.fingerprint(), config.tokenizer.path)
+    return RunData(train, validation, tokenizer.eod_id, tokenizer.fingerprint(), name)

@@ -1,56 +1,46 @@
-"""Text files to an indexed dataset, one document a file or split at a separator. All or nothing: an error leaves no file.
+"""A corpus to indexed datasets, by several processes, in constant memory. All or nothing: an error leaves no file.
 
-Not here: other inputs than plain UTF-8 text (JSON lines, parquet), and any cleaning of the text.
+A kill, or Ctrl-C, leaves the parts written so far and a journal, PREFIX.journal; the same call goes on from there and
+gives the same files byte for byte, whatever the number of workers. With shares, documents go to PREFIX-train,
+PREFIX-validation and PREFIX-test by the hash of their text.
 """
 
-import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from overtok_megatron.data.indexed import DatasetManifest, IndexedWriter
-from overtok_megatron.data.tokenizer import Tokenizer, read_text
+from overtok_megatron.data.encoding import Encoder, encode_all
+from overtok_megatron.data.journal import Journal
+from overtok_megatron.data.manifest import DatasetManifest
+from overtok_megatron.data.partial import Counts, PartialSet
+from overtok_megatron.data.sources import Position, Reading, read_chunks
+from overtok_megatron.data.tokenizer import Tokenizer
 from overtok_megatron.errors import DataError
 
-_BATCH_CHARACTERS = 1 << 22  # encoded at once by all threads; bounds memory
+log = logging.getLogger(__name__)
+
+SPLIT = ("train", "validation", "test")
+_VERSION = 1  # of what a journal means
 
 
-def expand(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, folders as the .txt files below them, patterns as what they match; each in sorted order.
+@dataclass(frozen=True)
+class Plan:
+    """What is made of a corpus. shares: of all documents for the sets of SPLIT, none = everything in one set."""
 
-    Raises DataError on a missing file, a folder without text files, and a pattern that matches nothing.
-    """
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_file():
-            files.append(path)
-            continue
-        found: Iterable[Path]
-        if path.is_dir():
-            found, lack = path.rglob("*.txt"), "holds no .txt files, the corpus is empty"
-        elif glob.has_magic(str(path)):
-            found, lack = map(Path, glob.iglob(str(path), recursive=True)), "matches no file"
-        else:
-            raise DataError(f"{path}: no such file or folder")
-        matches = sorted(match for match in found if match.is_file())
-        if not matches:
-            raise DataError(f"{path}: {lack}")
-        files += matches
-    return files
+    reading: Reading = field(default_factory=Reading)
+    shares: tuple[float, float, float] | None = None
+    workers: int = 1
+    journal_seconds: float = 5.0  # work that a kill may cost
 
-
-def _batches(files: Sequence[Path], separator: str | None) -> Iterator[tuple[list[str], int]]:
-    """(documents, source bytes that they came from), many at a time; empty documents are dropped."""
-    documents: list[str] = []
-    size = source_bytes = 0
-    for path in files:
-        text = read_text(path)
-        source_bytes += len(text.encode())
-        documents += filter(None, [text] if separator is None else text.split(separator))
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield documents, source_bytes
-            documents, size, source_bytes = [], 0, 0
-    yield documents, source_bytes
+    def prefixes(self, prefix: str | Path) -> list[str]:
+        """Of the sets that are written: those with a share."""
+        if self.shares is None:
+            return [str(prefix)]
+        return [f"{prefix}-{name}" for name, share in zip(SPLIT, self.shares, strict=True) if share]
 
 
 def prepare(
@@ -60,27 +50,127 @@ def prepare(
     advance: Callable[[int], object] = lambda size: None,
     separator: str | None = None,
 ) -> DatasetManifest:
-    """Tokenize `files` into the dataset `prefix`; `advance` is told the source bytes of each finished batch.
+    """Tokenize `files` into the one dataset `prefix`, in this process: `prepare_sets` with nothing to choose."""
+    return prepare_sets(files, prefix, tokenizer, Plan(Reading(separator=separator)), advance)[str(prefix)]
 
-    A document is a file, or with a `separator` each part between two of them (which are dropped). Raises DataError on
-    non-UTF-8 text (file and byte), where there is no text at all, or where the dataset cannot be written.
+
+def prepare_sets(
+    files: Sequence[Path],
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    advance: Callable[[int], object] = lambda size: None,
+) -> dict[str, DatasetManifest]:
+    """Tokenize `files` as `plan` says; the manifests by prefix. `advance` is told the bytes on disk of what is done.
+
+    Raises DataError on damaged or foreign input (file and place), where there is no text at all or none for one of the
+    sets, where another process writes them, or where they cannot be written.
     """
-    assert separator != "", "an empty separator splits nothing"
+    assert plan.reading.separator != "", "an empty separator splits nothing"
+    sets = [
+        PartialSet(name, tokenizer.vocab_size, tokenizer.eod_id, tokenizer.fingerprint())
+        for name in plan.prefixes(prefix)
+    ]
     try:
-        with IndexedWriter(prefix, tokenizer.vocab_size, tokenizer.eod_id, tokenizer.fingerprint()) as writer:
-            found = False
-            for texts, source_bytes in _batches(files, separator):
-                for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                    if tokens:  # a tokenizer that normalises may leave nothing of a text
-                        writer.add([*tokens, tokenizer.eod_id], len(text.encode()))
-                        found = True
-                advance(source_bytes)
-            if not found:
-                raise DataError(
-                    f"the corpus is empty: {len(files)} files hold no text; name files or folders with .txt files"
-                )
-            return writer.finish()
+        journal = Journal(Path(f"{prefix}.journal"))
+        try:
+            return _Job(files, plan, tokenizer, sets, journal).run(advance)
+        except (DataError, OSError):
+            try:
+                for one in sets:
+                    one.discard()
+            finally:
+                journal.remove()
+            raise
+        finally:
+            for one in sets:
+                one.close()
+            journal.close()
     except OSError as error:  # reading has its own DataError, so this is the dataset
         raise DataError(
             f"dataset {prefix}: cannot be written ({error.strerror or error}); free space or name another prefix"
         ) from None
+
+
+class _Job:
+    """One call: where it begins, what it does, and what it notes down."""
+
+    def __init__(
+        self, files: Sequence[Path], plan: Plan, tokenizer: Tokenizer, sets: list[PartialSet], journal: Journal
+    ) -> None:
+        self._files, self._plan, self._tokenizer, self._sets, self._journal = files, plan, tokenizer, sets, journal
+        shares = plan.shares or (1.0,)
+        self._encoder = Encoder(tokenizer, plan.reading, tuple(filter(None, shares)), sets[0].dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not have changed for a journal to be gone on from."""
+        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self._files]
+        return {
+            "version": _VERSION,
+            "files": hashlib.sha256(repr(stats).encode()).hexdigest(),
+            "tokenizer": self._tokenizer.fingerprint(),
+            "eod_id": self._tokenizer.eod_id,
+            "reading": asdict(self._plan.reading),
+            "shares": None if self._plan.shares is None else list(self._plan.shares),
+        }
+
+    def run(self, advance: Callable[[int], object]) -> dict[str, DatasetManifest]:
+        job = self.identity()
+        record = self._journal.last(job)
+        if record is not None and "manifests" in record:  # killed while the sets got their names
+            return self._publish({name: DatasetManifest(**one) for name, one in record["manifests"].items()})
+        begin = self._begin(job, record)
+        advance(sum(path.stat().st_size for path in self._files[: begin.file]) + begin.disk)
+        self._encode(begin, advance)
+        manifests = self._seal()
+        self._journal.record({"manifests": {name: asdict(one) for name, one in manifests.items()}})
+        return self._publish(manifests)
+
+    def _begin(self, job: dict[str, Any], record: dict[str, Any] | None) -> Position:
+        """Open the sets: behind what the journal knows, or anew."""
+        if record is not None:
+            counts = [Counts(*one) for one in record["counts"]]
+            if all(one.holds(count) for one, count in zip(self._sets, counts, strict=True)):
+                for one, count in zip(self._sets, counts, strict=True):
+                    one.open(count)
+                begin = Position(*record["position"])
+                log.info("going on at file %d of %d, byte or row %d", begin.file + 1, len(self._files), begin.place)
+                return begin
+        self._journal.begin(job)
+        for one in self._sets:
+            one.open()
+        return Position()
+
+    def _encode(self, begin: Position, advance: Callable[[int], object]) -> None:
+        noted = time.monotonic()
+        chunks = read_chunks(self._files, self._plan.reading, begin)
+        for batch, encoded in encode_all(self._encoder, chunks, self._plan.workers):
+            for one, part in zip(self._sets, encoded, strict=True):
+                one.append(part.tokens, part.lengths, part.source_bytes)
+            if time.monotonic() - noted >= self._plan.journal_seconds:
+                self._note(batch[-1].end)
+                noted = time.monotonic()
+            advance(sum(chunk.disk_bytes for chunk in batch))
+
+    def _note(self, position: Position) -> None:
+        counts = [astuple(one.sync()) for one in self._sets]
+        self._journal.record({"position": astuple(position), "counts": counts})
+
+    def _seal(self) -> dict[str, DatasetManifest]:
+        documents = sum(one.counts.documents for one in self._sets)
+        if not documents:
+            raise DataError(
+                f"the corpus is empty: {len(self._files)} files hold no text; name files or folders that hold some"
+            )
+        for one in self._sets:
+            if not one.counts.documents:
+                raise DataError(
+                    f"{one.prefix}: none of the {documents} documents falls into its share; a larger one, or 0 (--split)"
+                )
+        return {one.prefix: one.seal() for one in self._sets}
+
+    def _publish(self, manifests: dict[str, DatasetManifest]) -> dict[str, DatasetManifest]:
+        for one in self._sets:
+            one.publish()
+        self._journal.remove()
+        return manifests

@@ -1,15 +1,21 @@
-"""Tokenizers behind one small protocol; training one with sentencepiece. Token 0 ends a document and no text yields it."""
+"""Tokenizers behind one small protocol; sentencepiece models, and training them. No text yields the end-of-document token.
+
+The other kinds: hugging_face_tokenizer.py and byte_tokenizer.py.
+"""
 
 import hashlib
 import io
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 
+from overtok_megatron.data.byte_tokenizer import ByteTokenizer
+from overtok_megatron.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from overtok_megatron.data.sources import Reading, read_documents
 from overtok_megatron.errors import DataError
 
 _MAX_SENTENCE_BYTES = 1 << 16  # the trainer drops longer ones without a word
@@ -19,21 +25,24 @@ _SPACE_MARK = "\u2581"  # sentencepiece's own sign for a space: as text it would
 
 
 class Tokenizer(Protocol):
-    """vocab_size V; eod_id ends a document; encode never yields it; fingerprint is the SHA-256 of the model file."""
+    """vocab_size V; eod_id ends a document; encode never yields it; fingerprint is the SHA-256 of the model file.
+
+    threads: of encode_batch, -1 = one a core, where the library lets it be chosen.
+    """
 
     vocab_size: int
     eod_id: int
 
     def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]: ...
     def decode(self, tokens: list[int]) -> str: ...
     def fingerprint(self) -> str: ...
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model. Its end-of-sentence piece, which a text cannot produce, ends documents."""
+    """A sentencepiece model. A control piece, which no text can produce, ends documents: its end-of-sentence, or eod_token."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -48,11 +57,13 @@ class SentencePieceTokenizer:
             raise DataError(f"tokenizer {path}: not a sentencepiece model") from None
         self._digest = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
-        self.eod_id: int = self._processor.eos_id()
+        named = eod_token is not None
+        self.eod_id: int = self._processor.eos_id() if eod_token is None else self._processor.PieceToId(eod_token)
         if self.eod_id < 0 or not self._processor.IsControl(self.eod_id):
+            wanted = f"control piece {eod_token!r}" if named else "end-of-sentence control piece"
             raise DataError(
-                f"tokenizer {path}: has no end-of-sentence control piece to end documents with; train one with "
-                "`overtok train-tokenizer`"
+                f"tokenizer {path}: has no {wanted} to end documents with; "
+                + ("name another as tokenizer.eod_token" if named else "train one with `overtok train-tokenizer`")
             )
         self._space_mark_bytes = self._bytes_of_space_mark()
 
@@ -72,9 +83,9 @@ class SentencePieceTokenizer:
         tokens: list[int] = self._processor.EncodeAsIds(text)
         return tokens
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """As `encode` for each text, on all cores."""
-        tokens: list[list[int]] = self._processor.Encode(texts, num_threads=-1)
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]:
+        """As `encode` for each text."""
+        tokens: list[list[int]] = self._processor.Encode(texts, num_threads=threads)
         if self._space_mark_bytes:
             for index, text in enumerate(texts):
                 if _SPACE_MARK in text:
@@ -89,32 +100,43 @@ class SentencePieceTokenizer:
         return self._digest
 
 
-_KINDS: dict[str, Callable[[Path], Tokenizer]] = {"sentencepiece": SentencePieceTokenizer}
+def load_tokenizer(kind: str, path: str | Path | None, eod_token: str | None = None) -> Tokenizer:
+    """The tokenizer of a `tokenizer` section; path None for kind bytes, which has no file.
+
+    Raises DataError where the file is missing or of another kind, or has no such end-of-document token.
+    """
+    if kind == "bytes":
+        return ByteTokenizer()
+    assert path is not None
+    if kind == "hugging_face":
+        return HuggingFaceTokenizer(Path(path), eod_token)
+    return SentencePieceTokenizer(Path(path), eod_token)
 
 
-def load_tokenizer(kind: str, path: str | Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer` section. Raises DataError where the file is missing or of another kind."""
-    return _KINDS[kind](Path(path))
-
-
-def read_text(path: Path) -> str:
-    """A file's text, line ends as they are. Raises DataError naming the file, and the byte that is not UTF-8."""
+def infer_kind(path: Path) -> str:
+    """The kind of a tokenizer file by its look: JSON, or a folder with tokenizer.json, is Hugging Face's."""
+    if path.is_dir():
+        return "hugging_face"
     try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+        with path.open("rb") as file:
+            return "hugging_face" if file.read(64).lstrip().startswith(b"{") else "sentencepiece"
+    except OSError:
+        return "sentencepiece"  # loading it says what is wrong
 
 
-def train_sentencepiece(files: Iterable[Path], vocab_size: int, output: Path) -> None:
-    """Train a BPE model of `vocab_size` pieces on text files and write it to `output`, whole or not at all.
+def train_sentencepiece(
+    files: Iterable[Path],
+    vocab_size: int,
+    output: Path,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
+) -> None:
+    """Train a BPE model of `vocab_size` pieces on corpus files and write it to `output`, whole or not at all.
 
     The text is taken as it is (no normalisation, spaces kept, unknown characters as bytes), so that decoding gives it
     back. At most 100,000 lines, drawn evenly from the whole corpus, are looked at; the same files give the same
     model byte for byte. Raises DataError on an empty corpus, one too small for the vocabulary, or a failing disk.
     """
-    lines = _sample(_lines(files), _SENTENCES)
+    lines = _sample(_lines(read_documents(list(files), reading)), _SENTENCES)
     if not lines:
         raise DataError("the corpus for the tokenizer is empty: the files hold no text")
     model = io.BytesIO()  # not a file: its path would become part of the model, and of its fingerprint
@@ -156,9 +178,9 @@ def train_sentencepiece(files: Iterable[Path], vocab_size: int, output: Path) ->
         ) from None
 
 
-def _lines(files: Iterable[Path]) -> Iterator[str]:
-    for path in files:
-        for line in read_text(path).splitlines():
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    for text in documents:
+        for line in text.splitlines():
             if line.strip():
                 for begin in range(0, len(line), _MAX_LINE_CHARACTERS):
                     yield line[begin : begin + _MAX_LINE_CHARACTERS]

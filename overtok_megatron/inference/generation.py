@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from overtok_megatron.config.derived import head_size, key_value_heads
 from overtok_megatron.errors import InputError
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.model.attention import DecodeStep, empty_cache
@@ -48,13 +49,14 @@ class Decoder:
         config = trained.config.model
         self.trained = trained
         self.length = 0
+        self._window = config.sliding_window
         device = next(trained.model.parameters()).device
         self._keys, self._values = empty_cache(
             batch=batch,
             room=room,
             num_layers=config.num_layers,
-            num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_size=config.hidden_size // config.num_attention_heads,
+            num_key_value_heads=key_value_heads(config),
+            head_size=head_size(config),
             like=next(trained.model.parameters()),
         )
         self._present = torch.zeros(batch, room, dtype=torch.bool, device=device)
@@ -75,7 +77,8 @@ class Decoder:
         causal = places <= places[begin:, None]  # [s, end]
         mask = causal & self._present[:, None, :end]
         mask = mask | (places == places[begin:, None])  # padding sees itself, so that no softmax row is empty
-        decode = DecodeStep(positions, begin, mask.unsqueeze(1), self._keys, self._values)
+        near = mask if self._window is None else mask & (places > places[begin:, None] - self._window)
+        decode = DecodeStep(positions, begin, mask.unsqueeze(1), near.unsqueeze(1), self._keys, self._values)
         slots = self._slots(tokens)
         self.length = end
         return self.trained.model.logits(tokens.clamp(min=0), slots, decode)

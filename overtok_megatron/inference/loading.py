@@ -51,7 +51,7 @@ def load_trained(run: Path, device: torch.device, storage: Storage = "device") -
     if storage != "mapped":
         over = config.over_encoding.model_copy(update={"storage": storage, "ranks_per_host": None})
         config = config.model_copy(update={"over_encoding": over})
-    tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path, config.tokenizer.eod_token)
     _check_tokenizer(tokenizer, manifest, config, path)
     model = build_transformer(config, device=device)
     weights = load_dense(path, manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"])
@@ -74,7 +74,7 @@ def load_trained(run: Path, device: torch.device, storage: Storage = "device") -
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, config: RunConfig, path: Path) -> None:
     if tokenizer.fingerprint() != manifest.tokenizer_fingerprint:
         raise CheckpointError(
-            f"{config.tokenizer.path}: not the tokenizer that {path} was trained with "
+            f"{config.tokenizer.path or config.tokenizer.type}: not the tokenizer that {path} was trained with "
             f"(SHA-256 {tokenizer.fingerprint()[:12]}, expected {manifest.tokenizer_fingerprint[:12]}); "
             "put the original back"
         )

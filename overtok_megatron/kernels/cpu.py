@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overtok_megatron.kernels import reference
+
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _WEIGHT_PARTS = 32  # partial sums of a norm's weight gradient: fixed, so that threads do not change the result
 _TILE_QUERIES = 256
@@ -58,8 +60,8 @@ class CpuLoops:
         result: Tensor = _Rotate.apply(x, cos, sin, self)
         return result
 
-    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = _TiledAttention.apply(q, k, v, self)
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        result: Tensor = _TiledAttention.apply(q, k, v, window, self)
         return result
 
 
@@ -165,44 +167,51 @@ def _turn(loops: CpuLoops, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> 
 class _TiledAttention(torch.autograd.Function):
     """Causal softmax attention, tile by tile: some heads by some queries, whose scores stay near the cache.
 
-    Backward makes the probabilities anew, so memory is linear in the sequence. Faster than torch's CPU flash kernel,
-    whose backward is not blocked for the matrix units.
+    With a window a tile leaves out the keys that all of its queries are past. Backward makes the
+    probabilities anew, so memory is linear in the sequence. Faster than torch's CPU flash kernel, whose backward is not
+    blocked for the matrix units.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, loops: CpuLoops) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, loops: CpuLoops) -> Tensor:
         shape = q.shape
         q, k, v = (q * shape[-1] ** -0.5).reshape(-1, *shape[2:]), k.reshape(-1, *shape[2:]), v.reshape(-1, *shape[2:])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for heads, tile, seen in _tiles(q):
-            probabilities = _probabilities(loops, q[heads, tile], k[heads, seen])
+        for heads, tile, seen in _tiles(q, window):
+            probabilities = _probabilities(loops, q[heads, tile], k[heads, seen], window)
             torch.bmm(probabilities, v[heads, seen], out=out[heads, tile])
         ctx.save_for_backward(q, k, v)
-        ctx.shape, ctx.loops = shape, loops
+        ctx.shape, ctx.window, ctx.loops = shape, window, loops
         return out.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
         grad = grad.reshape(q.shape)
         grad_q = torch.empty_like(q)
         wide = torch.float32 if q.shape[1] > _TILE_QUERIES else q.dtype  # several tiles add into a key's gradient
         grad_k, grad_v = (torch.empty(k.shape, dtype=wide) for _ in "kv")
-        for heads, tile, seen in _tiles(q):
-            incoming, keys, begin = grad[heads, tile], seen.stop, tile.start
-            probabilities = _probabilities(ctx.loops, q[heads, tile], k[heads, seen])
+        for heads, tile, seen in _tiles(q, ctx.window):
+            incoming, begin = grad[heads, tile], tile.start - seen.start
+            probabilities = _probabilities(ctx.loops, q[heads, tile], k[heads, seen], ctx.window)
             scores = torch.bmm(incoming, v[heads, seen].mT)
             ctx.loops.call("causal_softmax_backward", q.dtype, probabilities, scores, *scores.shape, begin)
             torch.bmm(scores, k[heads, seen], out=grad_q[heads, tile])
             for total, left, right in ((grad_k, scores, q[heads, tile]), (grad_v, probabilities, incoming)):
                 if begin > 0:
-                    total[heads, :begin] += torch.bmm(left[:, :, :begin].mT, right)
-                total[heads, begin:keys] = torch.bmm(left[:, :, begin:].mT, right)
+                    total[heads, seen.start : tile.start] += torch.bmm(left[:, :, :begin].mT, right)
+                total[heads, tile] = torch.bmm(left[:, :, begin:].mT, right)
         grad_q *= ctx.shape[-1] ** -0.5
-        return grad_q.view(ctx.shape), grad_k.to(k.dtype).view(ctx.shape), grad_v.to(v.dtype).view(ctx.shape), None
+        return (
+            grad_q.view(ctx.shape),
+            grad_k.to(k.dtype).view(ctx.shape),
+            grad_v.to(v.dtype).view(ctx.shape),
+            None,
+            None,
+        )
 
 
-def _tiles(q: Tensor) -> list[tuple[slice, slice, slice]]:
+def _tiles(q: Tensor, window: int | None) -> list[tuple[slice, slice, slice]]:
     """(heads, queries, the keys that they see) of every tile of q [heads, s, e]."""
     heads, length, _ = q.shape
     step = max(1, _TILE_VALUES // (min(_TILE_QUERIES, length) * length))
@@ -210,15 +219,18 @@ def _tiles(q: Tensor) -> list[tuple[slice, slice, slice]]:
         (
             slice(first, min(first + step, heads)),
             slice(begin, min(begin + _TILE_QUERIES, length)),
-            slice(0, min(begin + _TILE_QUERIES, length)),
+            slice(0 if window is None else max(0, begin - window + 1), min(begin + _TILE_QUERIES, length)),
         )
         for first in range(0, heads, step)
         for begin in range(0, length, _TILE_QUERIES)
     ]
 
 
-def _probabilities(loops: CpuLoops, q: Tensor, k: Tensor) -> Tensor:
+def _probabilities(loops: CpuLoops, q: Tensor, k: Tensor, window: int | None) -> Tensor:
     """[heads, queries, seen]: the queries are the last of the keys."""
     scores = torch.bmm(q, k.mT)
+    if window is not None and window < scores.shape[2]:
+        hidden = reference.window_mask(scores.shape[1], scores.shape[2], window, scores.device).logical_not_()
+        scores.masked_fill_(hidden, -torch.inf)
     loops.call("causal_softmax", scores.dtype, scores, *scores.shape, scores.shape[2] - scores.shape[1])
     return scores

@@ -66,9 +66,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t, or the last `window` of them."""
+    length = q.shape[2]
+    if window is None or window >= length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    step = max(window, 256)  # queries of a tile; what they see is less than a window before them
+    parts = []
+    for begin in range(0, length, step):
+        end, first = min(begin + step, length), max(0, begin - window + 1)
+        mask = window_mask(end - begin, end - first, window, q.device)
+        keys, values = k[:, :, first:end], v[:, :, first:end]
+        parts.append(F.scaled_dot_product_attention(q[:, :, begin:end], keys, values, attn_mask=mask))
+    return torch.cat(parts, dim=2)
+
+
+def window_mask(queries: int, seen: int, window: int, device: torch.device) -> Tensor:
+    """[queries, seen] bool, whether a query sees a key: itself and the window - 1 before; queries are the last of the keys."""
+    causal = torch.ones(queries, seen, dtype=torch.bool, device=device).tril_(seen - queries)
+    return causal.triu_(seen - queries - window + 1)
 
 
 def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:

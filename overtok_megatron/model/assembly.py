@@ -5,11 +5,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
-from overtok_megatron.model.block import Block, Recompute
+from overtok_megatron.model.block import Block, Experts, Recompute
 from overtok_megatron.model.heads import InputEmbedding, OutputHead
-from overtok_megatron.model.rotary import Rotary
+from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.embedding import OverEncoding, OverTables
 from overtok_megatron.ngram.exchange import Exchange, FlatExchange
@@ -29,6 +30,30 @@ def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
     assert over.enabled and over.table_rows is not None
     num_tables = (over.ngram_order - 1) * over.num_slices
     return RowSpace(over.ngram_order, over.num_slices, over.table_rows, model.hidden_size // num_tables)
+
+
+def rope_scaling(model: ModelConfig) -> RopeScaling | None:
+    """How rotary angles are stretched on the layers with full attention."""
+    section = model.rope_scaling
+    if section is None:
+        return None
+    given = section.model_dump(exclude_none=True)
+    length = given.pop("original_max_position_embeddings", 1)
+    return RopeScaling(original_length=length, **given)
+
+
+def experts(model: ModelConfig) -> Experts | None:
+    """The feed-forward of a block, if it is a mixture; weights of the routers' losses so that layers are averaged."""
+    if model.num_experts is None:
+        return None
+    assert model.num_experts_per_token is not None
+    return Experts(
+        num_experts=model.num_experts,
+        per_token=model.num_experts_per_token,
+        normalize_weights=model.normalize_expert_weights,
+        balance_weight=model.router_aux_loss_weight / model.num_layers,
+        z_weight=model.router_z_loss_weight / model.num_layers,
+    )
 
 
 def build_layers(
@@ -53,15 +78,22 @@ def build_layers(
         embedding = InputEmbedding(
             model.vocab_size, model.hidden_size, over_encoding=encoder, group=group, sequence_parallel=sequence_parallel
         )
-    rotary = Rotary(model.hidden_size // model.num_attention_heads, model.rope_theta)
+    windows = attention_windows(model)
+    plain = Rotary(head_size(model), model.rope_theta)
+    scaled = plain if model.rope_scaling is None else Rotary(head_size(model), model.rope_theta, rope_scaling(model))
     blocks = {
         index: Block(
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
             num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
+            num_key_value_heads=key_value_heads(model),
+            head_size=head_size(model),
+            qk_norm=model.qk_norm == "full",
+            window=windows[index],
+            norm_placement=model.norm_placement,
+            experts=experts(model),
             norm_epsilon=model.norm_epsilon,
-            rotary=rotary,
+            rotary=scaled if windows[index] is None else plain,
             layer_index=index,
             group=group,
             context_group=context_group,

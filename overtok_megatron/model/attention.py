@@ -1,4 +1,6 @@
-"""Causal self-attention of OLMo2: grouped queries, RMSNorm over all of q and of k, rotary positions, no biases.
+"""Causal self-attention: grouped queries, RMSNorm over all of q and of k or none, rotary positions, no biases.
+
+A layer sees all positions before it, or the last few of them (a sliding window).
 
 Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, h query heads, g key/value heads,
 e head size. Heads are split over the tensor-parallel group; under context parallelism s is a slice, and one all-to-all on
@@ -24,18 +26,23 @@ from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelL
 class DecodeStep:
     """What one decoding call knows beyond its hidden states; caches hold all keys and values so far, [b, g, room, e].
 
-    positions [b, s] int64 of the new tokens; begin: cached positions before them; mask [b, 1, s, begin + s] bool.
+    positions [b, s] int64 of the new tokens; begin: cached positions before them; mask [b, 1, s, begin + s] bool, and
+    the same for layers with a sliding window.
     """
 
     positions: Tensor
     begin: int
     mask: Tensor
+    sliding_mask: Tensor
     keys: list[Tensor]
     values: list[Tensor]
 
 
 class Attention(nn.Module):
-    """[b, s_shard, d] -> [b, s_shard, d]; the output is summed over the group already."""
+    """[b, s_shard, d] -> [b, s_shard, d]; the output is summed over the group already.
+
+    window: how many positions each sees, its own included; None = all before it.
+    """
 
     def __init__(
         self,
@@ -43,6 +50,9 @@ class Attention(nn.Module):
         hidden_size: int,
         num_attention_heads: int,
         num_key_value_heads: int,
+        head_size: int,
+        qk_norm: bool,
+        window: int | None,
         norm_epsilon: float,
         rotary: Rotary,
         layer_index: int,
@@ -55,7 +65,8 @@ class Attention(nn.Module):
         super().__init__()
         self.context_group = context_group
         self.recompute_core = recompute_core
-        self.head_size = hidden_size // num_attention_heads
+        self.head_size = head_size
+        self.window = window
         ranks = group_size(group)
         assert num_attention_heads % ranks == 0 and num_key_value_heads % ranks == 0
         self.heads_shard = num_attention_heads // ranks
@@ -63,16 +74,18 @@ class Attention(nn.Module):
         self.rotary = rotary
         self.kernels = kernels
         self.layer_index = layer_index
-        kv_size = num_key_value_heads * self.head_size
+        query_size, kv_size = num_attention_heads * head_size, num_key_value_heads * head_size
         self.qkv = ColumnParallelLinears(
             hidden_size,
-            {"q_proj": hidden_size, "k_proj": kv_size, "v_proj": kv_size},
+            {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size},
             group=group,
             sequence_parallel=sequence_parallel,
         )
-        self.q_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, group=group)
-        self.k_norm = RMSNorm(kv_size, eps=norm_epsilon, kernels=kernels, group=group)
-        self.o_proj = RowParallelLinear(hidden_size, hidden_size, group=group, sequence_parallel=sequence_parallel)
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            self.q_norm = RMSNorm(query_size, eps=norm_epsilon, kernels=kernels, group=group)
+            self.k_norm = RMSNorm(kv_size, eps=norm_epsilon, kernels=kernels, group=group)
+        self.o_proj = RowParallelLinear(query_size, hidden_size, group=group, sequence_parallel=sequence_parallel)
 
     def reset(self, seed: int, name: str, std: float) -> None:
         self.qkv.reset(seed, f"{name}.qkv", std)
@@ -81,8 +94,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, decode: DecodeStep | None = None) -> Tensor:
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
         batch, length = q.shape[:2]  # the whole sequence: sequence parallelism gathered it
-        q = self.q_norm(q).view(batch, length, self.heads_shard, self.head_size)
-        k = self.k_norm(k).view(batch, length, self.kv_heads_shard, self.head_size)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.reshape(batch, length, self.heads_shard, self.head_size)
+        k = k.reshape(batch, length, self.kv_heads_shard, self.head_size)
         v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g, s, e]
         if decode is None:
             angles = self.rotary.range_angles(group_rank(self.context_group) * length, length, x.device)
@@ -92,7 +107,8 @@ class Attention(nn.Module):
         k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g, s, e]
         if decode is not None:
             k, v = self._remember(k, v, decode)
-            mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=decode.mask)
+            mask = decode.mask if self.window is None else decode.sliding_mask
+            mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=mask)
         elif self.recompute_core and torch.is_grad_enabled():
             mixed = checkpoint(self._core, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -103,7 +119,7 @@ class Attention(nn.Module):
     def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; positions of all context ranks take part."""
         q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
-        mixed = self.kernels.causal_attention(q, *self._repeat(k, v))
+        mixed = self.kernels.causal_attention(q, *self._repeat(k, v), self.window)
         return exchange_dims(mixed, self.context_group, split=2, join=1)
 
     def _repeat(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
-"""One transformer layer of OLMo2: the norms stand after attention and after the feed-forward, before the residual sum."""
+"""One transformer layer: attention and a feed-forward, dense or of experts, each with its norm and its residual sum."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,14 +12,30 @@ from torch.utils.checkpoint import checkpoint
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.attention import Attention, DecodeStep
 from overtok_megatron.model.mlp import SwiGLU
+from overtok_megatron.model.moe import MixtureOfExperts
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 
 Recompute = Literal["none", "selective", "full"]
+NormPlacement = Literal["post", "pre"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """num_experts of them, of which each token goes to `per_token`; the rest is explained in moe.py."""
+
+    num_experts: int
+    per_token: int
+    normalize_weights: bool
+    balance_weight: float
+    z_weight: float
 
 
 class Block(nn.Module):
-    """x + norm(attention(x)), then x + norm(mlp(x)); x is [b, s_shard, d].
+    """x + attention_norm(attention(x)), then x + mlp_norm(mlp(x)); x is [b, s_shard, d]. That is norm_placement "post".
+
+    "pre": x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)), by the same names: Llama's input_layernorm is
+    attention_norm, its post_attention_layernorm is mlp_norm.
 
     recompute: what backward computes again instead of keeping it: nothing, the core of attention (from q, k and v), or
     all of the layer (from its input).
@@ -30,6 +48,11 @@ class Block(nn.Module):
         intermediate_size: int,
         num_attention_heads: int,
         num_key_value_heads: int,
+        head_size: int,
+        qk_norm: bool,
+        window: int | None,
+        norm_placement: NormPlacement,
+        experts: Experts | None,
         norm_epsilon: float,
         rotary: Rotary,
         layer_index: int,
@@ -42,10 +65,14 @@ class Block(nn.Module):
         super().__init__()
         self.layer_index = layer_index
         self.recompute = recompute
+        self.norm_placement = norm_placement
         self.attention = Attention(
             hidden_size=hidden_size,
             num_attention_heads=num_attention_heads,
             num_key_value_heads=num_key_value_heads,
+            head_size=head_size,
+            qk_norm=qk_norm,
+            window=window,
             norm_epsilon=norm_epsilon,
             rotary=rotary,
             layer_index=layer_index,
@@ -55,13 +82,29 @@ class Block(nn.Module):
             sequence_parallel=sequence_parallel,
             recompute_core=recompute == "selective",
         )
-        self.mlp = SwiGLU(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            kernels=kernels,
-            group=group,
-            sequence_parallel=sequence_parallel,
-        )
+        self.mlp: SwiGLU | MixtureOfExperts
+        if experts is None:
+            self.mlp = SwiGLU(
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                kernels=kernels,
+                group=group,
+                sequence_parallel=sequence_parallel,
+            )
+        else:
+            self.mlp = MixtureOfExperts(
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_experts=experts.num_experts,
+                per_token=experts.per_token,
+                normalize_weights=experts.normalize_weights,
+                balance_weight=experts.balance_weight,
+                z_weight=experts.z_weight,
+                kernels=kernels,
+                group=group,
+                context_group=context_group,
+                sequence_parallel=sequence_parallel,
+            )
         positions_split = group if sequence_parallel else None
         self.attention_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
         self.mlp_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
@@ -71,12 +114,37 @@ class Block(nn.Module):
         self.attention.reset(seed, f"blocks.{self.layer_index}.attention", std)
         self.mlp.reset(seed, f"blocks.{self.layer_index}.mlp", std)
 
-    def forward(self, x: Tensor, decode: DecodeStep | None = None) -> Tensor:
+    def forward(self, x: Tensor, decode: DecodeStep | None = None) -> tuple[Tensor, Tensor | None]:
+        """The layer's output, and with experts the router's own loss, summed over this rank's positions."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._layer, x, decode, use_reentrant=False, preserve_rng_state=False)
+            out: tuple[Tensor, Tensor | None]
+            out = checkpoint(self._layer, x, decode, use_reentrant=False, preserve_rng_state=False)
             return out
         return self._layer(x, decode)
 
-    def _layer(self, x: Tensor, decode: DecodeStep | None) -> Tensor:
+    def _layer(self, x: Tensor, decode: DecodeStep | None) -> tuple[Tensor, Tensor | None]:
+        if self.norm_placement == "pre":
+            x = x + self.attention(self.attention_norm(x), decode)
+            out, router_loss = self._feed_forward(self.mlp_norm(x))
+            return x + out, router_loss
         x = x + self.attention_norm(self.attention(x, decode))
-        return x + self.mlp_norm(self.mlp(x))
+        out, router_loss = self._feed_forward(x)
+        return x + self.mlp_norm(out), router_loss
+
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out: tuple[Tensor, Tensor | None] = (
+            self.mlp(x) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(x), None)
+        )
+        return out
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks one after the other: the last one's output, and the sum of their routers' losses (None without experts)."""
+    total: Tensor | None = None
+    for block in blocks:
+        x, router_loss = block(x, decode)
+        if router_loss is not None:
+            total = router_loss if total is None else total + router_loss
+    return x, total

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.ngram.embedding import OverEncoding
-from overtok_megatron.parallel.collectives import all_gather_sequence, copy_to_group, gather_from_group
+from overtok_megatron.parallel.collectives import (
+    all_gather_sequence,
+    copy_to_group,
+    gather_from_group,
+    reduce_from_group,
+)
 from overtok_megatron.parallel.cross_entropy import linear_cross_entropy
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
@@ -86,14 +91,16 @@ class OutputHead(nn.Module):
             return all_gather_sequence(normed, self.group, dim=1)
         return copy_to_group(normed, self.group)
 
-    def loss(self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-        """hidden [b, s_shard, d], targets [b, s] int64 (-100 = not scored).
+    def loss(
+        self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0, router_loss: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [b, s_shard, d], targets [b, s] int64 (-100 = not scored), router_loss as `run_blocks` returns it.
 
-        Returns float32 scalars: the summed objective (cross entropy plus z_loss times the squared log-partition; this
-        one has the gradient), and the summed cross entropy alone, detached.
+        Returns float32 scalars: the summed objective (cross entropy plus z_loss times the squared log-partition plus the
+        routers' loss; this one has the gradient), and the summed cross entropy alone, detached.
         """
         whole = self._whole(hidden).flatten(0, 1)  # [b s, d]
-        return linear_cross_entropy(
+        objective, cross_entropy = linear_cross_entropy(
             whole,
             self.output.weight,
             targets.flatten(),
@@ -102,6 +109,9 @@ class OutputHead(nn.Module):
             z_loss=z_loss,
             kernels=self.kernels,
         )
+        if router_loss is not None:  # under sequence parallelism each rank has that of its own positions
+            objective = objective + reduce_from_group(router_loss, self.group if self.sequence_parallel else None)
+        return objective, cross_entropy
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [b, s_shard, d] -> [b, s, V] in the model's dtype, the whole vocabulary on every rank."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from overtok_megatron.model.attention import DecodeStep
-from overtok_megatron.model.block import Block
+from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.heads import InputEmbedding, OutputHead
 
 
@@ -57,20 +57,21 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(layers.blocks.values())
         self.head = layers.head
 
-    def hidden(self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None) -> Tensor:
-        """tokens [b, s] int64, slots [b, s / ranks, T] -> the last hidden states, before the final norm."""
-        x: Tensor = self.embedding(tokens, slots)
-        for block in self.blocks:
-            x = block(x, decode)
-        return x
+    def hidden(
+        self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """tokens [b, s] int64, slots [b, s / ranks, T] -> the last hidden states, before the final norm, and with experts
+        their routers' summed loss."""
+        return run_blocks(self.blocks, self.embedding(tokens, slots), decode)
 
     def forward(
         self, tokens: Tensor, slots: Tensor | None, targets: Tensor, z_loss: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Summed objective (with gradient) and summed cross entropy of a micro-batch, float32 scalars."""
-        result: tuple[Tensor, Tensor] = self.head.loss(self.hidden(tokens, slots), targets, z_loss)
+        hidden, router_loss = self.hidden(tokens, slots)
+        result: tuple[Tensor, Tensor] = self.head.loss(hidden, targets, z_loss, router_loss)
         return result
 
     def logits(self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None) -> Tensor:
         """tokens [b, s] -> [b, s, V]."""
-        return self.head.logits(self.hidden(tokens, slots, decode))
+        return self.head.logits(self.hidden(tokens, slots, decode)[0])

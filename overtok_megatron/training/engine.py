@@ -118,8 +118,15 @@ class TrainingEngine:
             return build_transformer(config, device=self.device, **groups)
         counts = derived.blocks_per_stage(config)
         layers = build_run_layers(config, device=self.device, stage=Stage.of(grid.place("pipe"), counts), **groups)
-        tied, z_loss = config.model.tie_word_embeddings, config.training.z_loss
-        return PipelineStage(layers, counts, grid, tied=tied, z_loss=z_loss)
+        return PipelineStage(
+            layers,
+            counts,
+            grid,
+            tied=config.model.tie_word_embeddings,
+            z_loss=config.training.z_loss,
+            micro_batches=self.micro_batches,
+            sequence_parallel=config.parallel.sequence_parallel,
+        )
 
     def _build_optimizer(self, model: Transformer | PipelineStage) -> torch.optim.Optimizer:
         """Weight decay on matrices; not on norms, nor on the word embedding unless it is the head as well (OLMo2)."""

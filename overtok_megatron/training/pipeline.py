@@ -14,20 +14,45 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from overtok_megatron.model.block import run_blocks
 from overtok_megatron.model.transformer import Layers
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.sharding import mark_pipeline_replica
+
+
+class _Attached(torch.autograd.Function):
+    """| forward | x | backward | g, and a constant for the loss beside it | : a loss that no later stage sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, share: float) -> Tensor:
+        ctx.save_for_backward(loss)
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        return grad, torch.full_like(loss, ctx.share), None
 
 
 class PipelineStage(PipelineModule):
     """This rank's stage. Input of the first: (tokens [b, s], slots [b, s, T]) int64; between stages hidden [b, s, d].
 
     Parameters are called as in `Transformer`, whatever the stage, so that nothing that goes by names (checkpoints, the
-    optimizer's groups) knows of pipelines. The last stage's output is the mean objective of a micro-batch.
+    optimizer's groups) knows of pipelines. The last stage's output is the mean objective of a micro-batch. Losses of
+    routers on the stages before it are no part of that number; their gradients are those of a model in one piece.
     """
 
     def __init__(
-        self, layers: Layers, blocks_per_stage: list[int], grid: ProcessGrid, *, tied: bool, z_loss: float
+        self,
+        layers: Layers,
+        blocks_per_stage: list[int],
+        grid: ProcessGrid,
+        *,
+        tied: bool,
+        z_loss: float,
+        micro_batches: int,
+        sequence_parallel: bool,
     ) -> None:
         # plain values and a tuple only: modules can be attributes after DeepSpeed's constructor has begun
         self._layers = layers
@@ -37,6 +62,8 @@ class PipelineStage(PipelineModule):
         self._place = grid
         self._tied = tied
         self._z_loss = z_loss
+        self._micro_batches = micro_batches
+        self._sequence_parallel = sequence_parallel
         self._targets: deque[Tensor] = deque()
         shape = grid.shape
         topology = PipeModelDataParallelTopology(
@@ -90,13 +117,17 @@ class PipelineStage(PipelineModule):
         if self._place.is_first_stage:
             assert self.embedding is not None
             x = self.embedding(*x)
-        for block in self.blocks.values():
-            x = block(x)
+        tokens = x.shape[0] * x.shape[1]
+        hidden, router_loss = run_blocks(self.blocks.values(), x)
         if self.head is None:
-            hidden: Tensor = x
-            return hidden
+            if router_loss is None:
+                return hidden
+            slices = self._place.shape.model if self._sequence_parallel else 1
+            attached: Tensor = _Attached.apply(hidden, router_loss, 1.0 / (tokens * slices * self._micro_batches))
+            return attached
         targets = self._targets.popleft()
-        objective, cross_entropy = self.head.loss(x, targets, self._z_loss if self.training else 0.0)
+        z_loss = self._z_loss if self.training else 0.0
+        objective, cross_entropy = self.head.loss(hidden, targets, z_loss, router_loss)
         self._scored.append(cross_entropy)
         return objective / targets.numel()
 

@@ -114,11 +114,11 @@ def index_with(offset: int, form: str, value: int) -> Callable[[Path], Path]:
     return damage
 
 
-def two_sequences_a_document(prefix: Path) -> Path:
+def one_document(prefix: Path) -> Path:
     path = Path(f"{prefix}.idx")
     content = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 2)
     path.write_bytes(content + struct.pack("<2i2q2q", 3, 2, 0, 6, 0, 2))
-    return path
+    return Path(f"{prefix}.json")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def two_sequences_a_document(prefix: Path) -> Path:
         (index_with(9, "<Q", 2), "version 2"),
         (index_with(17, "<B", 6), "dtype code 6"),
         (index_with(18, "<Q", 2**60), "its header speaks of"),
-        (two_sequences_a_document, "2 sequences in 1 documents"),
+        (one_document, "counts 2 documents, the index 1"),
     ],
 )
 def test_contradictions_are_named(tmp_path: Path, damage: Callable[[Path], Path], said: str) -> None:

@@ -7,29 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from overtok_megatron.data.byte_tokenizer import ByteTokenizer
 from overtok_megatron.data.corpus import sotu_files
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.prepare import expand, prepare
+from overtok_megatron.data.prepare import prepare
+from overtok_megatron.data.sources import expand
 from overtok_megatron.errors import DataError
-
-
-class ByteTokenizer:
-    """A tokenizer of bytes: enough to see which text went where."""
-
-    vocab_size = 257
-    eod_id = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, tokens: list[int]) -> str:
-        return bytes(tokens).decode()
-
-    def fingerprint(self) -> str:
-        return "bytes"
 
 
 def documents(prefix: Path) -> list[str]:
@@ -76,7 +59,7 @@ def test_inputs_that_name_nothing(folder: Path, name: str, said: str) -> None:
     assert str(caught.value).startswith(f"{folder / name}: {said}")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(texts=st.lists(st.text(st.sampled_from("ab|é\n"), max_size=6), min_size=1, max_size=6))
 def test_documents_end_at_files_and_separators(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     folder = tmp_path_factory.mktemp("split")
@@ -96,12 +79,6 @@ def test_documents_end_at_files_and_separators(tmp_path_factory: pytest.TempPath
         assert manifest.source_bytes == sum(len(part.encode()) for part in wanted)
 
 
-def test_batches_do_not_show(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = prepare(expand([folder / "in"]), folder / "out" / "set", ByteTokenizer())
-    monkeypatch.setattr("overtok_megatron.data.prepare._BATCH_CHARACTERS", 1)
-    assert prepare(expand([folder / "in"]), folder / "out" / "set", ByteTokenizer()) == whole
-
-
 @pytest.mark.parametrize("place", [0, 7, 3000])
 def test_text_that_is_not_utf8_names_file_and_byte(folder: Path, place: int) -> None:
     bad = folder / "in" / "z.txt"
@@ -119,13 +96,17 @@ def test_an_empty_corpus(folder: Path) -> None:
     assert list((folder / "out").iterdir()) == []
 
 
-def test_an_interrupt_leaves_nothing(folder: Path) -> None:
+def test_an_interrupt_shows_no_dataset_and_the_next_call_makes_it(folder: Path) -> None:
     def interrupt(size: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare(expand([folder / "in"]), folder / "out" / "set", ByteTokenizer(), interrupt)
-    assert list((folder / "out").iterdir()) == []
+    with pytest.raises(DataError, match="no such file"):
+        IndexedDataset(folder / "out" / "set")
+    prepare(expand([folder / "in"]), folder / "out" / "set", ByteTokenizer())
+    assert documents(folder / "out" / "set") == ["a.txt", "b.txt", "deep/c.txt"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["set.bin", "set.idx", "set.json"]
 
 
 @pytest.mark.parametrize("limit", [10, 4100])  # fails in the last flush, and while documents are added

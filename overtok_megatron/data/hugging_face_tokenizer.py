@@ -1,0 +1,65 @@
+"""Tokenizers in Hugging Face's form, tokenizer.json, encoded by their library `tokenizers`."""
+
+import hashlib
+from pathlib import Path
+
+import tokenizers
+
+from overtok_megatron.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, or the folder that holds one. Special tokens in a text are plain text to it.
+
+    Nothing is added around a text, and nothing padded or cut, whatever the file asks for. Added tokens that are not special
+    (runs of spaces, placeholders) are part of how a text is spelled, and found in it.
+    """
+
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"tokenizer {path}: {(error.strerror or 'unreadable').lower()}; correct tokenizer.path"
+            ) from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            reason = (str(error).splitlines() or ["unreadable"])[0][:120]
+            raise DataError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({reason})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._digest = hashlib.sha256(content).hexdigest()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(ids.values()) + 1  # ids may have gaps
+        wanted = eod_token or END_OF_TEXT
+        if wanted not in ids:
+            special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+            raise DataError(
+                f"tokenizer {path}: has no token {wanted!r} to end documents with; name one as tokenizer.eod_token "
+                f"(--eod-token): {', '.join(special) or 'it has no special tokens'}"
+            )
+        self.eod_id: int = ids[wanted]
+        if self.eod_id in self.encode(wanted):
+            raise DataError(
+                f"tokenizer {path}: a text can spell its token {wanted!r}, so that it cannot end documents; name a special "
+                "token as tokenizer.eod_token (--eod-token)"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]:
+        """As `encode` for each text; how many threads is read by the library from TOKENIZERS_PARALLELISM."""
+        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def fingerprint(self) -> str:
+        return self._digest

@@ -1,0 +1,67 @@
+"""What a long job has finished, a line of JSON each time, in a file that is also the lock on what the job writes."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from overtok_megatron.errors import DataError
+
+
+class Journal:
+    """Opening it takes the lock, which ends with the process. Raises DataError where another process holds it.
+
+    The first line names the job; a line that a kill cut short counts as not written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._file = path.open("a+b")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise DataError(f"{path}: another process is writing this dataset; wait for it or end it") from None
+            try:
+                if path.stat().st_ino == os.fstat(self._file.fileno()).st_ino:
+                    return
+            except FileNotFoundError:
+                pass
+            self._file.close()  # its last owner removed it meanwhile
+
+    def last(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        """The newest record of this very job, or None where the file holds none or those of another."""
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")[:-1]  # what follows the last line end was cut
+        try:
+            records = [json.loads(line) for line in lines]
+        except ValueError:
+            return None
+        if len(records) < 2 or records[0] != json.loads(json.dumps(job)):
+            return None
+        self._file.truncate(sum(len(line) + 1 for line in lines))
+        record: dict[str, Any] = records[-1]
+        return record
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Forget what is there and start on a job."""
+        self._file.truncate(0)
+        self.record(job)
+
+    def record(self, state: dict[str, Any]) -> None:
+        """Append a line; it is on the disk when this returns."""
+        self._file.write(json.dumps(state).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def remove(self) -> None:
+        """The job is over, one way or the other."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def close(self) -> None:
+        """Let go of the lock; the records stay."""
+        self._file.close()

@@ -1,0 +1,227 @@
+"""Corpus files to chunks of raw content, in order and in constant memory; chunks to documents.
+
+`read_chunks` runs in one process and only cuts: at lines of JSONL, at separators of text, at batches of Parquet rows.
+`documents` does the rest (UTF-8, JSON) wherever the chunk is sent. Where cuts fall never shows in the documents.
+Not here: any cleaning of the text.
+"""
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from overtok_megatron.data import compression
+from overtok_megatron.data.compression import blocks
+from overtok_megatron.data.parquet import parquet_rows
+from overtok_megatron.errors import DataError
+
+_KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+FORMATS = ("text", "jsonl", "parquet")
+CHUNK_BYTES = 1 << 19  # content of a chunk, about; a document that is longer makes a longer one
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read. format: None = by the file's name; key: of JSON objects, or the Parquet column."""
+
+    format: str | None = None
+    key: str = "text"
+    separator: str | None = None
+
+    def kind(self, path: Path) -> str:
+        """text, jsonl or parquet; an unknown name is text."""
+        return self.format or _kind_by_name(path) or "text"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on: the file's number, the byte of its content (or its row), the line; disk: bytes read of it."""
+
+    file: int = 0
+    place: int = 0
+    line: int = 1
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole documents of one file. payload: raw bytes, or the values of Parquet rows; disk_bytes: its share of the file."""
+
+    path: Path
+    kind: str
+    begin: Position
+    end: Position
+    payload: bytes | list[object]
+    disk_bytes: int
+
+
+def _kind_by_name(path: Path) -> str | None:
+    plain = path.with_suffix("") if path.suffix in compression.SUFFIXES else path
+    return _KINDS.get(plain.suffix)
+
+
+def expand(inputs: Sequence[str | Path]) -> list[Path]:
+    """Files as they are, folders as the corpus files below them, patterns as what they match; each in sorted order.
+
+    Raises DataError on a missing file, a folder without corpus files, and a pattern that matches nothing.
+    """
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_file():
+            files.append(path)
+            continue
+        found: Iterable[Path]
+        if path.is_dir():
+            found = filter(_kind_by_name, path.rglob("*"))
+            lack = (
+                f"holds no {', '.join(_KINDS)} files, plain or {', '.join(compression.SUFFIXES)}: the corpus is empty"
+            )
+        elif glob.has_magic(str(path)):
+            found, lack = map(Path, glob.iglob(str(path), recursive=True)), "matches no file"
+        else:
+            raise DataError(f"{path}: no such file or folder")
+        matches = sorted(match for match in found if match.is_file())
+        if not matches:
+            raise DataError(f"{path}: {lack}")
+        files += matches
+    return files
+
+
+def read_chunks(
+    files: Sequence[Path], reading: Reading, begin: Position | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """All files from `begin` on; the last chunk of each file, maybe an empty one, ends at the next file's first byte.
+
+    Raises DataError naming file and place where content is damaged or cut.
+    """
+    begin = begin or Position()
+    for number in range(begin.file, len(files)):
+        path = files[number]
+        kind = reading.kind(path)
+        start = begin if number == begin.file else Position(number)
+        size = _size(path)
+        if kind == "parquet":
+            pieces: Iterator[tuple[bytes | list[object], Position]] = _row_pieces(path, reading.key, start, size)
+        else:
+            separator = "\n" if kind == "jsonl" else reading.separator
+            pieces = _byte_pieces(path, separator, start, size, chunk_bytes)
+        for payload, end in pieces:
+            yield Chunk(path, kind, start, end, payload, (size if end.file > number else end.disk) - start.disk)
+            start = end
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _byte_pieces(
+    path: Path, separator: str | None, start: Position, size: int, chunk_bytes: int
+) -> Iterator[tuple[bytes | list[object], Position]]:
+    """Content cut behind separators (a file in one piece without one), each piece with the position behind it."""
+    mark = None if separator is None else separator.encode()
+    rest = bytearray()
+    place, line, searched, cut = start.place, start.line, 0, 0
+    for block, disk in blocks(path, start.place):
+        rest += block
+        if mark is None:
+            continue
+        cut = _last_end(rest, mark, searched, cut)
+        searched = max(cut, len(rest) - len(mark) + 1)
+        if cut >= chunk_bytes:
+            payload = bytes(rest[:cut])
+            del rest[:cut]
+            place, searched, cut = place + len(payload), searched - cut, 0
+            line += payload.count(b"\n")
+            yield payload, Position(start.file, place, line, min(disk, size))
+    yield bytes(rest), Position(start.file + 1)
+
+
+def _last_end(content: bytearray, mark: bytes, begin: int, last: int) -> int:
+    """Where the last mark from `begin` on ends, `last` if there is none; marks are found left to right, as str.split does."""
+    if len(mark) == 1:
+        return max(last, content.rfind(mark, begin) + 1)
+    while (found := content.find(mark, begin)) >= 0:
+        last = begin = found + len(mark)
+    return last
+
+
+def _row_pieces(path: Path, key: str, start: Position, size: int) -> Iterator[tuple[bytes | list[object], Position]]:
+    row = start.place
+    for values, total in parquet_rows(path, key, start.place):
+        row += len(values)
+        yield values, Position(start.file, row, row + 1, size * row // (total + 1))
+    yield [], Position(start.file + 1)
+
+
+def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[str, bytes]]:
+    """The non-empty documents of a chunk, as text and as UTF-8.
+
+    Raises DataError naming file and line, row or byte of what is no text, no JSON object, or lacks the key.
+    """
+    if isinstance(chunk.payload, list):
+        for number, value in enumerate(chunk.payload):
+            yield from _checked(value, f"{chunk.path}: row {chunk.begin.place + number}", reading.key)
+    elif chunk.kind == "jsonl":
+        yield from _json_documents(chunk, chunk.payload, reading.key)
+    else:
+        text = _decode(chunk.payload, f"{chunk.path}", chunk.begin.place)
+        for part in [text] if reading.separator is None else text.split(reading.separator):
+            if part:
+                yield part, part.encode()
+
+
+def read_documents(files: Sequence[Path], reading: Reading) -> Iterator[str]:
+    """Every document of every file, one after the other, in this process."""
+    for chunk in read_chunks(files, reading):
+        for text, _ in documents(chunk, reading):
+            yield text
+
+
+def _decode(data: bytes, where: str, place: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = place + error.start
+        raise DataError(f"{where}: not UTF-8 at byte {byte}; convert it, for example with iconv") from None
+
+
+def _json_documents(chunk: Chunk, payload: bytes, key: str) -> Iterator[tuple[str, bytes]]:
+    place = chunk.begin.place
+    for number, line in enumerate(payload.split(b"\n"), chunk.begin.line):
+        where = f"{chunk.path}: line {number}"
+        text = _decode(line, where, place)
+        if text.strip():
+            try:
+                value = json.loads(text)
+            except ValueError as error:
+                reason = str(error).split(": line")[0]
+                raise DataError(
+                    f"{where} (byte {place}): not JSON ({reason}); a line holds one object, cut files are fetched again"
+                ) from None
+            except RecursionError:
+                raise DataError(f"{where} (byte {place}): JSON nested too deeply; drop the line") from None
+            if not isinstance(value, dict):
+                raise DataError(f"{where} (byte {place}): a JSON {type(value).__name__}; a line holds one object")
+            if key not in value:
+                keys = ", ".join(sorted(value)) or "none"
+                raise DataError(f"{where} (byte {place}): has no key {key!r}; its keys are {keys[:200]} (--key)")
+            yield from _checked(value[key], f"{where} (byte {place})", key)
+        place += len(line) + 1
+
+
+def _checked(value: object, where: str, key: str) -> Iterator[tuple[str, bytes]]:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is of type {type(value).__name__}, not text; mend or drop it (--key)")
+    try:
+        data = value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise DataError(
+            f"{where}: {key!r} holds half a surrogate pair (U+{code:04X}), which no text has; mend or drop it"
+        ) from None
+    if data:
+        yield value, data
