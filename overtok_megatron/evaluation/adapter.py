@@ -154,7 +154,7 @@ class OvertokLM(TemplateLM):
         stops = [stop for stop in wanted.pop("until") if stop]
         sampling = Sampling(
             max_new_tokens=wanted.pop("max_gen_toks"),
-            temperature=wanted.pop("temperature"),
+            temperature=wanted.pop("temperature", 1.0 if wanted.get("do_sample") else 0.0),
             top_k=wanted.pop("top_k", 0),
             top_p=wanted.pop("top_p", 1.0),
         )

@@ -30,7 +30,10 @@ def run_tasks(
     for folder in include:
         if not folder.is_dir():
             raise InputError(f"--include-path {folder}: no such folder; make one with `overtok prepare-tasks`")
-    manager = TaskManager(include_path=[str(folder) for folder in include])
+    folders = [str(folder) for folder in include]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not all(manager.match_tasks([task]) for task in tasks):  # only then lm-eval's own thousands, which take seconds
+        manager = TaskManager(include_path=folders)
     for task in tasks:
         if not manager.match_tasks([task]):
             raise InputError(f"task {task}: not known; `lm_eval ls tasks` lists lm-eval's, --include-path adds others")

@@ -1,7 +1,6 @@
 """Loss, perplexity and bits per byte of a trained model on prepared sets, scored as the trainer's own validation is."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -9,6 +8,7 @@ import torch
 
 from overtok_megatron.data.batches import validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.scores import bits_per_byte, perplexity
 from overtok_megatron.errors import DataError
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.parallel.cross_entropy import IGNORED
@@ -30,16 +30,6 @@ class SetScore:
     @property
     def bits_per_byte(self) -> float:
         return bits_per_byte(self.loss, self.tokens, self.source_bytes)
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that passes the largest float."""
-    return math.exp(loss) if loss < 700.0 else math.inf
-
-
-def bits_per_byte(loss: float, tokens: int, source_bytes: int) -> float:
-    """Bits that `tokens` tokens of mean `loss` (nats) cost for each byte of the text: comparable across tokenizers."""
-    return loss * tokens / (math.log(2.0) * source_bytes)
 
 
 @torch.no_grad()
