@@ -42,7 +42,8 @@ class Sampling:
 class Decoder:
     """Feeds tokens to a model in pieces of any size; the logits are those of one full forward pass.
 
-    A left-padded batch: sequences end together, and MISSING stands before the shorter ones.
+    A left-padded batch: sequences end together, and MISSING stands before the shorter ones. Where a call brings fewer rows
+    than the batch has, the first ones are meant.
     """
 
     def __init__(self, trained: TrainedModel, batch: int, room: int) -> None:
@@ -70,16 +71,18 @@ class Decoder:
 
         last: only those of the last position, [b, 1, V].
         """
-        length = tokens.shape[1]
+        rows, length = tokens.shape
         begin, end = self.length, self.length + length
-        self._present[:, begin:end] = tokens >= 0
-        counted = self._present[:, :end].cumsum(dim=1)
+        present = self._present[:rows]
+        present[:, begin:end] = tokens >= 0
+        counted = present[:, :end].cumsum(dim=1)
         positions = (counted[:, begin:] - 1).clamp(min=0)  # [b, s]: padding takes no position
         places = torch.arange(end, device=tokens.device)
         causal = places <= places[begin:, None]  # [s, end]
-        mask = causal & self._present[:, None, :end]
+        mask = causal & present[:, None, :end]
         mask = mask | (places == places[begin:, None])  # padding sees itself, so that no softmax row is empty
-        decode = DecodeStep(positions, begin, mask.unsqueeze(1), self._keys, self._values)
+        keys, values = ([cache[:rows] for cache in caches] for caches in (self._keys, self._values))
+        decode = DecodeStep(positions, begin, mask.unsqueeze(1), keys, values)
         slots = self._slots(tokens)
         self.length = end
         hidden = self.trained.model.hidden(tokens.clamp(min=0), slots, decode)  # [b, s, d]
@@ -90,8 +93,9 @@ class Decoder:
         if tables is None:
             return None
         assert self._history is not None
-        slots = tables.begin(tokens, training=False, history=self._history)
-        self._history = torch.cat([self._history, tokens], dim=1)[:, -self._history.shape[1] :]
+        rows, reach = tokens.shape[0], self._history.shape[1]
+        slots = tables.begin(tokens, training=False, history=self._history[:rows])
+        self._history[:rows] = torch.cat([self._history[:rows], tokens], dim=1)[:, -reach:]
         return slots
 
 
@@ -161,9 +165,11 @@ def generate_texts(
     trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[str] = ()
 ) -> list[str]:
     """Continuations of tokenised prompts as text, up to the first stop string (left out); else as `generate_tokens`."""
-    streams = [TextStream(trained.tokenizer, stops) for _ in prompts]
+    if not stops:  # then decoding at once is enough
+        return [trained.tokenizer.decode(tokens) for tokens in generate_tokens(trained, prompts, sampling)]
     if not prompts:
         return []
+    streams = [TextStream(trained.tokenizer, stops) for _ in prompts]
     for chosen in stream_tokens(trained, prompts, sampling):
         for stream, token in zip(streams, chosen, strict=True):
             if token is not None and not stream.stopped:
@@ -171,6 +177,15 @@ def generate_texts(
         if all(stream.stopped or token is None for stream, token in zip(streams, chosen, strict=True)):
             break
     return [stream.text for stream in streams]
+
+
+def stream_texts(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """The continuation of one text in pieces as they are certain; joined they are what `generate` gives."""
+    stream = TextStream(trained.tokenizer)
+    for (token,) in stream_tokens(trained, [trained.tokenizer.encode(prompt)], sampling):
+        if token is not None:
+            yield stream.add(token)
+    yield stream.finish()
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -79,7 +79,9 @@ def text(size: int, place: int = 0) -> str:
 def test_log_likelihoods(plain_model: TrainedModel, theirs: HFLM) -> None:
     """Short and long contexts (truncated on the left), none, spaces at the border, single tokens, other scripts."""
     ours = OvertokLM(trained=plain_model, batch_size=3)
-    pairs = [(text(size, 7 * size), " " + text(4 + size % 23, 5 * size)) for size in (1, 5, 17, 60, 111, 150, 400, 2000)]
+    pairs = [
+        (text(size, 7 * size), " " + text(4 + size % 23, 5 * size)) for size in (1, 5, 17, 60, 111, 150, 400, 2000)
+    ]
     pairs += [
         ("", "The people"),
         ("The union ", "of states"),
@@ -100,7 +102,9 @@ def test_log_likelihoods(plain_model: TrainedModel, theirs: HFLM) -> None:
 def test_greedy_continuations_are_known_as_such(plain_model: TrainedModel, theirs: HFLM) -> None:
     ours = OvertokLM(trained=plain_model, batch_size=2)
     prompts = ["The people of", "A message to the Congress"]
-    generated = ours.generate_until(asked("generate_until", [(p, {"until": [], "max_gen_toks": 5}) for p in prompts]), True)
+    generated = ours.generate_until(
+        asked("generate_until", [(p, {"until": [], "max_gen_toks": 5}) for p in prompts]), True
+    )
     pairs = [(p, c) for p, c in zip(prompts, generated, strict=True)] + [(prompts[0], generated[1])]
     results = [lm.loglikelihood(asked("loglikelihood", pairs), disable_tqdm=True) for lm in (ours, theirs)]
     assert [greedy for _, greedy in results[0]] == [greedy for _, greedy in results[1]]
@@ -192,10 +196,10 @@ def test_lm_evals_own_command(trained_runs: TrainedRuns, tasks: Path, tmp_path: 
     )
     run = str(trained_runs.run("fp32"))
     output = tmp_path / "results.json"
+    command = f"lm_eval --model overtok --model_args run={run},storage=mapped --tasks lambada,hellaswag "
+    command += f"--include_path {tasks} --limit 6 --batch_size 4 --output_path {output}"
     completed = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "overtok", "--model_args", f"run={run},storage=mapped"]
-        + ["--tasks", "lambada,hellaswag", "--include_path", str(tasks), "--limit", "6", "--batch_size", "4"]
-        + ["--output_path", str(output)],
+        [sys.executable, "-m", *command.split()],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
