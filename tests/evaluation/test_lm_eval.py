@@ -203,7 +203,7 @@ def test_lm_evals_own_command(trained_runs: TrainedRuns, tasks: Path, tmp_path: 
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=230,
     )
     assert completed.returncode == 0, completed.stderr[-2000:]
     (written,) = tmp_path.glob("results*.json")
