@@ -16,6 +16,7 @@ ROOMS = {
     "evaluation": {"config", "kernels", "parallel", "ngram", "model", "data", "checkpoint", "inference"},
     "training": {"config", "kernels", "parallel", "ngram", "model", "data", "checkpoint"},
 }
+ROOMS["serving"] = ROOMS["inference"] | {"inference"}
 ROOMS["commands"] = set(ROOMS)
 
 

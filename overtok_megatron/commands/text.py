@@ -1,16 +1,22 @@
 """`overtok generate`."""
 
 import argparse
-from pathlib import Path
-from typing import Any
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from overtok_megatron.commands.models import add_model, load_model
+from overtok_megatron.errors import InputError
+
+if TYPE_CHECKING:
+    from overtok_megatron.inference.generation import Sampling
+    from overtok_megatron.inference.loading import TrainedModel
 
 
 def _generate(options: argparse.Namespace) -> int:
-    import torch
-
     from overtok_megatron.inference.generation import Sampling, generate
-    from overtok_megatron.inference.loading import load_trained
 
+    if options.interactive == bool(options.prompt):
+        raise InputError("generate: give --prompt, or --interactive without one")
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -18,26 +24,50 @@ def _generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained(Path(options.run), device, options.storage)
+    trained = load_model(options)
+    if options.interactive:
+        _converse(trained, sampling)
+        return 0
     for prompt, text in zip(options.prompt, generate(trained, options.prompt, sampling), strict=True):
         print(f"{prompt}{text}")
     return 0
 
 
+def _converse(trained: "TrainedModel", sampling: "Sampling") -> None:
+    """Prompts from the terminal until its end (Ctrl-D), each continued as it is decoded; Ctrl-C stops a text."""
+    from overtok_megatron.inference.generation import stream_texts
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # lines can then be edited and recalled
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # gives up the line
+            print()
+            continue
+        if not prompt:
+            continue
+        try:
+            for piece in stream_texts(trained, prompt, sampling):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except InputError as error:
+            print(f"error: {error}", end="")
+        print()
+
+
 def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("generate", help="continue prompts with a trained model")
-    verb.add_argument("run", help="a run's output folder, or one of its checkpoints")
-    verb.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    add_model(verb)
+    verb.add_argument("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    verb.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D leaves")
     verb.add_argument("--max-new-tokens", type=int, default=64)
     verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     verb.add_argument("--top-k", type=int, default=0, help="0 = off")
     verb.add_argument("--top-p", type=float, default=1.0, help="1 = off")
     verb.add_argument("--seed", type=int, default=0, help="of sampling")
-    verb.add_argument(
-        "--storage",
-        choices=("device", "host", "mapped"),
-        default="device",
-        help="n-gram tables beside the model, in host memory, or left on disk (memory then does not depend on their size)",
-    )
     verb.set_defaults(work=_generate)

@@ -3,7 +3,7 @@
 Shapes: b batch, s new tokens of a call, n longest n-gram, T tables, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from overtok_megatron.config.derived import head_size, key_value_heads
 from overtok_megatron.errors import InputError
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.stream import TextStream
 from overtok_megatron.model.attention import DecodeStep, empty_cache
 from overtok_megatron.ngram.ids import MISSING
 
@@ -42,7 +43,8 @@ class Sampling:
 class Decoder:
     """Feeds tokens to a model in pieces of any size; the logits are those of one full forward pass.
 
-    A left-padded batch: sequences end together, and MISSING stands before the shorter ones.
+    A left-padded batch: sequences end together, and MISSING stands before the shorter ones. Where a call brings fewer rows
+    than the batch has, the first ones are meant.
     """
 
     def __init__(self, trained: TrainedModel, batch: int, room: int) -> None:
@@ -66,30 +68,37 @@ class Decoder:
             self._history = torch.full((batch, reach), MISSING, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Append tokens [b, s] int64 (MISSING = padding, only before a sequence's first token) -> logits [b, s, V]."""
-        length = tokens.shape[1]
+    def feed(self, tokens: Tensor, *, last: bool = False) -> Tensor:
+        """Append tokens [b, s] int64 (MISSING = padding, only before a sequence's first token) -> logits [b, s, V].
+
+        last: only those of the last position, [b, 1, V].
+        """
+        rows, length = tokens.shape
         begin, end = self.length, self.length + length
-        self._present[:, begin:end] = tokens >= 0
-        counted = self._present[:, :end].cumsum(dim=1)
+        present = self._present[:rows]
+        present[:, begin:end] = tokens >= 0
+        counted = present[:, :end].cumsum(dim=1)
         positions = (counted[:, begin:] - 1).clamp(min=0)  # [b, s]: padding takes no position
         places = torch.arange(end, device=tokens.device)
         causal = places <= places[begin:, None]  # [s, end]
-        mask = causal & self._present[:, None, :end]
+        mask = causal & present[:, None, :end]
         mask = mask | (places == places[begin:, None])  # padding sees itself, so that no softmax row is empty
         near = mask if self._window is None else mask & (places > places[begin:, None] - self._window)
-        decode = DecodeStep(positions, begin, mask.unsqueeze(1), near.unsqueeze(1), self._keys, self._values)
+        keys, values = ([cache[:rows] for cache in caches] for caches in (self._keys, self._values))
+        decode = DecodeStep(positions, begin, mask.unsqueeze(1), near.unsqueeze(1), keys, values)
         slots = self._slots(tokens)
         self.length = end
-        return self.trained.model.logits(tokens.clamp(min=0), slots, decode)
+        hidden, _ = self.trained.model.hidden(tokens.clamp(min=0), slots, decode)  # [b, s, d]
+        return self.trained.model.head.logits(hidden[:, -1:] if last else hidden)
 
     def _slots(self, tokens: Tensor) -> Tensor | None:
         tables = self.trained.tables
         if tables is None:
             return None
         assert self._history is not None
-        slots = tables.begin(tokens, training=False, history=self._history)
-        self._history = torch.cat([self._history, tokens], dim=1)[:, -self._history.shape[1] :]
+        rows, reach = tokens.shape[0], self._history.shape[1]
+        slots = tables.begin(tokens, training=False, history=self._history[:rows])
+        self._history[:rows] = torch.cat([self._history[:rows], tokens], dim=1)[:, -reach:]
         return slots
 
 
@@ -107,6 +116,15 @@ def generate_tokens(trained: TrainedModel, prompts: Sequence[Sequence[int]], sam
     """
     if not prompts:
         return []
+    results: list[list[int]] = [[] for _ in prompts]
+    for chosen in stream_tokens(trained, prompts, sampling):
+        for result, token in zip(results, chosen, strict=True):
+            if token is not None:
+                result.append(token)
+    return results
+
+
+def _check_room(trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     context = trained.config.data.seq_length
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -116,23 +134,61 @@ def generate_tokens(trained: TrainedModel, prompts: Sequence[Sequence[int]], sam
                 f"prompt {index + 1}: {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} pass the "
                 f"context of {context} tokens; shorten it, or ask for at most {max(0, context - len(prompt))}"
             )
+
+
+def stream_tokens(
+    trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> Iterator[list[int | None]]:
+    """The next token of every prompt, step by step; None from its end-of-document token on.
+
+    Every prompt has a random stream of its own from the seed: its text does not depend on the others.
+    Raises as `generate_tokens`, at the first step.
+    """
+    _check_room(trained, prompts, sampling)
     device = next(trained.model.parameters()).device
     tokens = pad_left(prompts, device)
     decoder = Decoder(trained, len(prompts), tokens.shape[1] + sampling.max_new_tokens)
-    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+    generators = [torch.Generator(device=device).manual_seed(sampling.seed) for _ in prompts]
     eod = trained.tokenizer.eod_id
-    results: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for _ in range(sampling.max_new_tokens):
-        chosen = choose(decoder.feed(tokens)[:, -1].float(), sampling, generator)  # [b]
-        for index, token in enumerate(chosen.tolist()):
-            running[index] = running[index] and token != eod
-            if running[index]:
-                results[index].append(token)
+        logits = decoder.feed(tokens, last=True)[:, -1].float()  # [b, V]
+        chosen = torch.cat(
+            [choose(row.unsqueeze(0), sampling, own) for row, own in zip(logits, generators, strict=True)]
+        )
+        values = chosen.tolist()
+        running = [runs and token != eod for runs, token in zip(running, values, strict=True)]
         if not any(running):
-            break
+            return
+        yield [token if runs else None for token, runs in zip(values, running, strict=True)]
         tokens = chosen.unsqueeze(1)
-    return results
+
+
+def generate_texts(
+    trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[str] = ()
+) -> list[str]:
+    """Continuations of tokenised prompts as text, up to the first stop string (left out); else as `generate_tokens`."""
+    if not stops:  # then decoding at once is enough
+        return [trained.tokenizer.decode(tokens) for tokens in generate_tokens(trained, prompts, sampling)]
+    if not prompts:
+        return []
+    streams = [TextStream(trained.tokenizer, stops) for _ in prompts]
+    for chosen in stream_tokens(trained, prompts, sampling):
+        for stream, token in zip(streams, chosen, strict=True):
+            if token is not None and not stream.stopped:
+                stream.add(token)
+        if all(stream.stopped or token is None for stream, token in zip(streams, chosen, strict=True)):
+            break
+    return [stream.text for stream in streams]
+
+
+def stream_texts(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """The continuation of one text in pieces as they are certain; joined they are what `generate` gives."""
+    stream = TextStream(trained.tokenizer)
+    for (token,) in stream_tokens(trained, [trained.tokenizer.encode(prompt)], sampling):
+        if token is not None:
+            yield stream.add(token)
+    yield stream.finish()
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -154,5 +210,4 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 def generate(trained: TrainedModel, prompts: Sequence[str], sampling: Sampling) -> list[str]:
     """Continuations of texts; see `generate_tokens`."""
-    encoded = trained.tokenizer.encode_batch(list(prompts))
-    return [trained.tokenizer.decode(tokens) for tokens in generate_tokens(trained, encoded, sampling)]
+    return generate_texts(trained, trained.tokenizer.encode_batch(list(prompts)), sampling)

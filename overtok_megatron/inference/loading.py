@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -31,6 +31,7 @@ class TrainedModel:
 
 
 Storage = Literal["device", "host", "mapped"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
 def load_trained(run: Path, device: torch.device, storage: Storage = "device") -> TrainedModel:

@@ -24,6 +24,7 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
+from overtok_megatron.data.scores import bits_per_byte, perplexity
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.training import metrics
@@ -223,8 +224,12 @@ class TrainingRun:
 
     def _validate(self) -> dict[str, float]:
         assert self.data.validation is not None
-        loss, _ = self.trainer.evaluate(self._validation_batches())
-        return {"validation/loss": loss}
+        loss, tokens = self.trainer.evaluate(self._validation_batches())
+        return {
+            "validation/loss": loss,
+            "validation/perplexity": perplexity(loss),
+            "validation/bits_per_byte": bits_per_byte(loss, tokens, self.data.validation.manifest.source_bytes),
+        }
 
     def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor] | None]:
         assert self.data.validation is not None

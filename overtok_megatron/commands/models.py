@@ -1,0 +1,29 @@
+"""Arguments of verbs that load a trained model."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from overtok_megatron.inference.loading import TrainedModel
+
+
+def add_model(verb: argparse.ArgumentParser) -> None:
+    """The run, and where its tables lie."""
+    verb.add_argument("run", help="a run's output folder, or one of its checkpoints")
+    verb.add_argument(
+        "--storage",
+        choices=("device", "host", "mapped"),
+        default="device",
+        help="n-gram tables beside the model, in host memory, or left on disk (memory then does not depend on their size)",
+    )
+
+
+def load_model(options: argparse.Namespace) -> "TrainedModel":
+    """The model that those arguments name, on the accelerator where there is one."""
+    import torch
+
+    from overtok_megatron.inference.loading import load_trained
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_trained(Path(options.run), device, options.storage)

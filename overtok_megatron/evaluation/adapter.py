@@ -1,0 +1,185 @@
+"""A trained model as lm-eval sees models: `lm_eval --model overtok --model_args run=RUN,storage=mapped`.
+
+Tokenization, truncation and windows are those of lm-eval's adapter for Hugging Face models, so that a model and its export
+get the same scores. Not here: chat templates (these are base models) and several processes.
+
+Shapes: b batch, s sequence, c tokens of a continuation, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from overtok_megatron.errors import InputError
+from overtok_megatron.evaluation.registration import NAME
+from overtok_megatron.inference.generation import Sampling, generate_texts
+from overtok_megatron.inference.loading import STORAGES, TrainedModel, load_trained
+
+_AUTO_TOKENS = 1 << 14  # of a batch, where lm-eval is asked to choose its size
+_MAX_GENERATED = 256  # lm-eval's default for tasks that name no limit
+
+Scored = tuple[float, bool]
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
+
+
+@register_model(NAME)
+class OvertokLM(TemplateLM):
+    """Scores and continues texts with the run's latest checkpoint; contexts are as long as in training at most."""
+
+    def __init__(
+        self,
+        run: str | None = None,
+        storage: str = "device",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        trained: TrainedModel | None = None,
+    ) -> None:
+        """run: a run's output folder or a checkpoint; or `trained`, a model that is loaded already."""
+        super().__init__()
+        if trained is None:
+            trained = load_for_evaluation(run, storage, device)
+        self.trained = trained
+        self.max_length = trained.config.data.seq_length
+        self._device = next(trained.model.parameters()).device
+        auto = max(1, _AUTO_TOKENS // self.max_length)
+        self.batch_size = auto if str(batch_size).startswith("auto") else int(batch_size)
+        if max_batch_size is not None:
+            self.batch_size = min(self.batch_size, max_batch_size)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.trained.tokenizer.eod_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.trained.tokenizer.fingerprint()
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.trained.tokenizer.encode(string)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[Scored]:
+        """For each request the log-likelihood of its continuation, and whether greedy decoding would give it."""
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        results: dict[int, Scored] = {}
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
+            for begin in range(0, len(order), self.batch_size):
+                chosen = order[begin : begin + self.batch_size]
+                for index, scored in zip(chosen, self._score([requests[index] for index in chosen]), strict=True):
+                    results[index] = scored
+                    if requests[index][0] is not None:  # windows of a longer text have no texts of their own
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], scored)
+                bar.update(len(chosen))
+        return [results[index] for index in range(len(requests))]
+
+    def _score(self, requests: Sequence[Request]) -> list[Scored]:
+        inputs = []
+        for _, context, continuation in requests:
+            if not continuation or len(continuation) > self.max_length:
+                raise InputError(
+                    f"a continuation of {len(continuation)} tokens; scored are 1 to {self.max_length}, the trained context"
+                )
+            inputs.append((context + continuation)[-(self.max_length + 1) : -1])  # the last token is only predicted
+        tokens = torch.full(
+            (len(inputs), max(map(len, inputs))), self.eot_token_id
+        )  # [b, s]; causal: padding comes after
+        for row, own in enumerate(inputs):
+            tokens[row, : len(own)] = torch.tensor(own)
+        tokens = tokens.to(self._device)
+        slots = None if self.trained.tables is None else self.trained.tables.begin(tokens, training=False)
+        hidden, _ = self.trained.model.hidden(tokens, slots)  # [b, s, d]
+        return [
+            self._score_continuation(hidden[row, len(own) - len(continuation) : len(own)], continuation)
+            for row, (own, (*_, continuation)) in enumerate(zip(inputs, requests, strict=True))
+        ]
+
+    def _score_continuation(self, hidden: Tensor, continuation: list[int]) -> Scored:
+        """hidden [c, d]: at the positions that predict the continuation."""
+        logits = self.trained.model.head.logits(hidden.unsqueeze(0))[0].float().log_softmax(dim=-1)  # [c, V]
+        wanted = torch.tensor(continuation, device=hidden.device)
+        greedy = bool((logits.argmax(dim=-1) == wanted).all())
+        return float(logits.gather(1, wanted.unsqueeze(1)).sum()), greedy
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, each token scored once, in windows of the trained context."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            for pair in get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of a request's stop strings (left out), or the end of the document."""
+        order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[1]))
+        results: dict[int, str] = {}
+        with tqdm(total=len(requests), desc="generation", disable=disable_tqdm or None) as bar:
+            for _, same in groupby(order, key=lambda index: str(requests[index].args[1])):
+                chosen = sorted(same, key=lambda index: len(requests[index].args[0]))
+                for begin in range(0, len(chosen), self.batch_size):
+                    batch = chosen[begin : begin + self.batch_size]
+                    settings = requests[batch[0]].args[1]
+                    for index, text in zip(
+                        batch, self._continue([requests[index].args[0] for index in batch], settings), strict=True
+                    ):
+                        results[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    bar.update(len(batch))
+        return [results[index] for index in range(len(requests))]
+
+    def _continue(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
+        wanted = dict(normalize_gen_kwargs(settings, _MAX_GENERATED))
+        stops = [stop for stop in wanted.pop("until") if stop]
+        sampling = Sampling(
+            max_new_tokens=wanted.pop("max_gen_toks"),
+            temperature=wanted.pop("temperature", 1.0 if wanted.get("do_sample") else 0.0),
+            top_k=wanted.pop("top_k", 0),
+            top_p=wanted.pop("top_p", 1.0),
+        )
+        wanted.pop("do_sample", None)
+        if wanted:
+            raise InputError(
+                f"generation setting {sorted(wanted)[0]}: not known here; leave it out of generation_kwargs"
+            )
+        room = self.max_length - sampling.max_new_tokens
+        if room < 1:
+            raise InputError(
+                f"max_gen_toks {sampling.max_new_tokens}: leaves no room for a prompt in the context of {self.max_length} "
+                "tokens; ask for fewer by --gen_kwargs max_gen_toks=N"
+            )
+        prompts = [tokens[-room:] or [self.eot_token_id] for tokens in self.trained.tokenizer.encode_batch(contexts)]
+        return generate_texts(self.trained, prompts, sampling, stops)
+
+
+def load_for_evaluation(run: str | None, storage: str, device: str | None) -> TrainedModel:
+    """The model that --model_args name. Raises InputError where they name none; else as `load_trained`."""
+    if run is None:
+        raise InputError("model_args: name a run's output folder, as in --model_args run=runs/mine")
+    if storage not in STORAGES:
+        raise InputError(f"model_args: storage={storage}; must be one of {', '.join(STORAGES)}")
+    cuda = torch.cuda.is_available()
+    if device is None or (device.startswith("cuda") and not cuda):  # lm-eval asks for cuda:0 whatever there is
+        device = "cuda" if cuda else "cpu"
+    return load_trained(Path(str(run)), torch.device(device), next(known for known in STORAGES if known == storage))

@@ -1,0 +1,98 @@
+"""Loss, perplexity and bits per byte of a trained model on prepared sets, scored as the trainer's own validation is."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from overtok_megatron.data.batches import validation_batches
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.scores import bits_per_byte, perplexity
+from overtok_megatron.errors import DataError
+from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.parallel.cross_entropy import IGNORED
+
+
+@dataclass(frozen=True)
+class SetScore:
+    """loss: nats a token; tokens: scored ones, all of the set but its first; source_bytes: of the text before tokenizing."""
+
+    data: str
+    loss: float
+    tokens: int
+    source_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return bits_per_byte(self.loss, self.tokens, self.source_bytes)
+
+
+@torch.no_grad()
+def score_set(
+    trained: TrainedModel, prefix: str, batch: int, advance: Callable[[int], object] = lambda windows: None
+) -> SetScore:
+    """Score every token of the set `prefix` but its first once, in windows of the trained context.
+
+    advance: told the windows of each finished batch. Raises DataError where the set is missing or damaged, was made
+    with another tokenizer, or holds nothing to score.
+    """
+    dataset = open_set(trained, prefix)
+    device = next(trained.model.parameters()).device
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for inputs, targets in validation_batches(dataset, trained.config.data.seq_length, batch, 0, 1):
+        tokens, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)  # [b, s]
+        slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
+        _, cross_entropy = trained.model(tokens, slots, wanted)
+        total += cross_entropy.double()
+        count += int((targets != IGNORED).sum())
+        advance(batch)
+    return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes)
+
+
+def open_set(trained: TrainedModel, prefix: str) -> IndexedDataset:
+    """The set, if it is one that this model can be scored on; see `score_set` for what is raised."""
+    dataset = IndexedDataset(prefix)
+    if dataset.manifest.tokenizer_fingerprint != trained.tokenizer.fingerprint():
+        raise DataError(
+            f"{prefix}: was prepared with another tokenizer than the model's {trained.config.tokenizer.path}; prepare "
+            "it again with that one"
+        )
+    if dataset.num_tokens < 2:
+        raise DataError(f"{prefix}: holds {dataset.num_tokens} tokens, nothing to score")
+    return dataset
+
+
+def score_table(scores: Sequence[SetScore]) -> str:
+    """Column-aligned, a row a set."""
+    rows = [("set", "tokens", "bytes", "loss", "perplexity", "bits/byte")]
+    rows += [
+        (
+            score.data,
+            f"{score.tokens:,}",
+            f"{score.source_bytes:,}",
+            f"{score.loss:.4f}",
+            f"{score.perplexity:.2f}",
+            f"{score.bits_per_byte:.4f}",
+        )
+        for score in scores
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def score_json(scores: Sequence[SetScore], step: int) -> str:
+    """One JSON object: the checkpoint's step, and the figures of each set, numbers in full."""
+    records = [
+        {**asdict(score), "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte} for score in scores
+    ]
+    return json.dumps({"step": step, "sets": records}, indent=1)

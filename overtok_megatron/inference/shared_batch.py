@@ -1,0 +1,82 @@
+"""A batch that sequences join and leave while the others are being decoded (continuous batching).
+
+All sequences end at the same column of the cache, as in a left-padded batch: one that joins is fed alone, and its keys and
+values are copied before that column; one that leaves gives its row to the last. Rows in use are the first ones.
+Shapes: k rows in use, p tokens of a prompt, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from overtok_megatron.inference.generation import Decoder
+from overtok_megatron.inference.loading import TrainedModel
+
+_SLACK = 128  # columns behind the longest sequence before the cache is moved: what is moved is then moved seldom
+
+
+class SharedBatch(Decoder):
+    """Up to `places` sequences of the trained context each."""
+
+    def __init__(self, trained: TrainedModel, places: int) -> None:
+        super().__init__(trained, places, trained.config.data.seq_length + _SLACK)
+        self.places = places
+        self._lengths: list[int] = []  # tokens of the sequence in each row in use
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def join(self, prompt: Sequence[int], *, last: bool = True) -> Tensor:
+        """Add a sequence as the last row: logits [1, V] of its last token, or [p, V] of all."""
+        row, size = len(self._lengths), len(prompt)
+        assert row < self.places
+        own = Decoder(self.trained, 1, size)
+        logits = own.feed(torch.tensor([list(prompt)], device=self._present.device), last=last)[0]
+        if size > self.length:
+            self._move(size - self.length)
+        begin = self.length - size
+        for ours, theirs in zip(self._keys + self._values, own._keys + own._values, strict=True):
+            ours[row, :, begin : self.length] = theirs[0]
+        self._present[row] = False
+        self._present[row, begin : self.length] = True
+        if self._history is not None and own._history is not None:
+            self._history[row] = own._history[0]
+        self._lengths.append(size)
+        return logits
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to every sequence, in row order: logits [k, V] of what follows."""
+        assert len(tokens) == len(self._lengths) > 0
+        spare = self.length - max(self._lengths)
+        if spare >= _SLACK:
+            self._move(-spare)
+        self._lengths = [length + 1 for length in self._lengths]
+        column = torch.tensor(tokens, device=self._present.device).unsqueeze(1)
+        return self.feed(column)[:, 0]
+
+    def leave(self, row: int) -> None:
+        """Remove a row; the last row takes its place."""
+        last = len(self._lengths) - 1
+        if row != last:
+            for cache in self._keys + self._values:
+                cache[row, :, : self.length] = cache[last, :, : self.length]
+            self._present[row] = self._present[last]
+            if self._history is not None:
+                self._history[row] = self._history[last]
+            self._lengths[row] = self._lengths[last]
+        self._lengths.pop()
+        if not self._lengths:
+            self.length = 0
+
+    def _move(self, columns: int) -> None:
+        """Move everything to the right (columns > 0) or the left, over what no sequence uses."""
+        used, end = len(self._lengths), self.length
+        begin = end - max(self._lengths, default=0)
+        for cache in self._keys + self._values:
+            moved = cache[:used, :, begin:end].clone()
+            cache[:used, :, begin + columns : end + columns] = moved
+        present = self._present[:used, begin:end].clone()
+        self._present[:used] = False
+        self._present[:used, begin + columns : end + columns] = present
+        self.length += columns

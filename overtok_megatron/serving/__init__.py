@@ -1,0 +1,1 @@
+"""A trained model behind HTTP: requests of OpenAI's completions API, decoded together as they come."""

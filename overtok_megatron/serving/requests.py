@@ -1,0 +1,182 @@
+"""A completion request as OpenAI's clients send it: what is understood, within which bounds, and how a mistake is told.
+
+Everything comes from strangers: sizes are bounded before anything is built from them, and what is not understood is
+refused, never left out silently. Knows no HTTP server and no model but its limits.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.inference.generation import Sampling
+
+_MAX_STOPS, _MAX_STOP_CHARACTERS, _MAX_TOP_SCORES = 4, 256, 5  # the API's own bounds, but for the length of a stop
+_DEFAULT_TOKENS = 16  # the API's own
+
+
+class RequestError(Exception):
+    """A request that is not served: HTTP status, message of one line, the parameter at fault and a code, where there are."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """As the API words errors."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. context and new_tokens in tokens; choices: texts that a request is answered with."""
+
+    context: int
+    new_tokens: int
+    choices: int
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+
+
+class CompletionRequest(BaseModel):
+    """Keys with a single allowed value are those whose default alone is served. top_k is no key of OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    prompt: Any
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=1000.0, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_SCORES)] | None = None
+    echo: bool | None = None
+    user: str | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A request that can be served: its prompts as tokens and as text, and how each is continued."""
+
+    request: CompletionRequest
+    prompts: list[list[int]]
+    texts: list[str]
+    max_new_tokens: int
+    stops: list[str]
+    n: int
+
+    def sampling(self, choice: int, seed: int) -> Sampling:
+        """Of the choice-th text of a prompt: each has a seed of its own, the first that of the request, else `seed`."""
+        request = self.request
+        first = seed if request.seed is None else request.seed
+        return Sampling(
+            max_new_tokens=max(1, self.max_new_tokens),
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_k=request.top_k or 0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=min(first + choice, 2**63 - 1),
+        )
+
+
+def parse_completion(body: bytes, model: str, tokenizer: Tokenizer, limits: Limits) -> Completion:
+    """The request in a body, checked. Raises RequestError with status 400, or 404 for another model's name."""
+    request = _read(body)
+    if request.model != model:
+        shown = repr(request.model[:80])
+        raise RequestError(404, f"model {shown} does not exist; this server has {model!r}", "model", "model_not_found")
+    n = request.n or 1
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if len(stops) > _MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_CHARACTERS for stop in stops):
+        _refuse("stop", f"at most {_MAX_STOPS} strings of 1 to {_MAX_STOP_CHARACTERS} characters")
+    if request.stream_options is not None and not request.stream:
+        _refuse("stream_options", "only with stream")
+    prompts, texts = _prompts(request.prompt, tokenizer, limits, n)
+    wanted = _DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
+    if wanted == 0 and not request.echo:
+        _refuse("max_tokens", "0 only with echo")
+    if wanted > limits.new_tokens:
+        _refuse("max_tokens", f"at most {limits.new_tokens} here")
+    longest = max(map(len, prompts))
+    if longest + wanted > limits.context:
+        raise RequestError(
+            400,
+            f"this model's context is {limits.context} tokens; the prompt has {longest} and max_tokens is {wanted}",
+            "prompt" if longest >= limits.context else "max_tokens",
+            "context_length_exceeded",
+        )
+    return Completion(request, prompts, texts, wanted, stops, n)
+
+
+def _refuse(param: str, rule: str) -> NoReturn:
+    raise RequestError(400, f"{param}: {rule}", param)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _read(body: bytes) -> CompletionRequest:
+    try:
+        values = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of thousands of digits, depths
+        reason = "too deep" if isinstance(error, RecursionError) else str(error)[:120]
+        raise RequestError(400, f"the body is not JSON in UTF-8: {reason}") from None
+    if not isinstance(values, dict):
+        raise RequestError(400, "the body must be a JSON object")
+    try:
+        return CompletionRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        param = str(first["loc"][0])[:80]
+        message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
+        raise RequestError(400, f"{_printable(param)}: {message}", _printable(param)) from None
+
+
+def _printable(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+def _prompts(prompt: Any, tokenizer: Tokenizer, limits: Limits, n: int) -> tuple[list[list[int]], list[str]]:
+    """(tokens, texts) of a text, a list of texts, a list of token ids, or a list of such lists."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        _refuse("prompt", "a text, texts, token ids, or lists of token ids, and not empty")
+    if len(prompt) * n > limits.choices:
+        _refuse(
+            "n" if n > 1 else "prompt", f"{len(prompt)} prompts times n = {n}; at most {limits.choices} texts a request"
+        )
+    tokens: list[list[int]] = []
+    texts: list[str] = []
+    for number, one in enumerate(prompt):
+        if isinstance(one, str):
+            try:
+                one.encode("utf-8")  # JSON can spell halves of characters, which no tokenizer takes
+            except UnicodeEncodeError:
+                _refuse("prompt", f"text {number + 1} holds half a surrogate pair")
+            tokens.append(tokenizer.encode(one))
+            texts.append(one)
+        elif isinstance(one, list) and all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in one):
+            tokens.append(one)
+            texts.append(tokenizer.decode(one))
+        else:
+            _refuse("prompt", f"entry {number + 1} is neither a text nor token ids of 0 to {tokenizer.vocab_size - 1}")
+        if not tokens[-1]:
+            _refuse("prompt", f"entry {number + 1} is empty")
+    return tokens, texts

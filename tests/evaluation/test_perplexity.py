@@ -1,0 +1,85 @@
+"""`overtok evaluate` gives the loss that the trainer printed, and every token's loss by the plain formula."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from trained_runs import CONTEXT, TrainedRuns
+
+from overtok_megatron.cli import main
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.prepare import prepare
+from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.evaluation.perplexity import score_set
+
+
+def last_record(run: Path) -> dict[str, float]:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("storage", "batch"), [("device", "8"), ("host", "3"), ("mapped", "64")])
+def test_the_trainers_validation_loss(
+    trained_runs: TrainedRuns, capsys: pytest.CaptureFixture[str], precision: str, storage: str, batch: str
+) -> None:
+    run = trained_runs.run(precision)
+    assert main(("evaluate", str(run), "--json", "--storage", storage, "--batch-size", batch)) == 0
+    (score,) = json.loads(capsys.readouterr().out)["sets"]
+    record = last_record(run)
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert score[name] == pytest.approx(record[f"validation/{name}"], rel=1e-5), name
+    assert score["data"] == str(trained_runs.folder / "validation")
+
+
+@torch.no_grad()
+def test_every_token_is_scored_once(trained_runs: TrainedRuns) -> None:
+    trained = trained_runs.trained()
+    dataset = IndexedDataset(trained_runs.folder / "other")
+    stream = torch.from_numpy(dataset.tokens(0, dataset.num_tokens))
+    total = 0.0
+    for begin in range(0, len(stream) - 1, CONTEXT):
+        window = stream[begin : begin + CONTEXT + 1].unsqueeze(0)
+        slots = trained.tables.begin(window[:, :-1], training=False)
+        logits = trained.model.logits(window[:, :-1], slots)[0]
+        total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    score = score_set(trained, str(trained_runs.folder / "other"), 5)
+    assert score.tokens == len(stream) - 1
+    assert score.loss == pytest.approx(total / score.tokens, rel=1e-5)
+    text_bytes = sum(len(trained.tokenizer.decode(part).encode()) for part in documents(stream.tolist()))
+    assert score.bits_per_byte == pytest.approx(total / math.log(2) / text_bytes, rel=1e-5)
+
+
+def documents(tokens: list[int]) -> list[list[int]]:
+    ends = [place for place, token in enumerate(tokens) if token == 0]
+    return [tokens[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
+def test_several_sets_as_a_table(trained_runs: TrainedRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(trained_runs.folder / name) for name in ("validation", "other")]
+    assert main(("evaluate", str(trained_runs.run("fp32")), "--data", names[0], "--data", names[1])) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["set", "tokens", "bytes", "loss", "perplexity", "bits/byte"]
+    assert [row.split()[0] for row in rows] == names
+
+
+def test_sets_that_do_not_fit(trained_runs: TrainedRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def line(*arguments: str) -> str:
+        assert main(("evaluate", str(trained_runs.run("fp32")), *arguments)) == 2
+        return capsys.readouterr().err.removesuffix("\n")
+
+    text = tmp_path / "text.txt"
+    text.write_text("of the people, by the people, for the people. " * 30)
+    train_sentencepiece([text], 300, tmp_path / "tokenizer.model")
+    prepare([text], tmp_path / "foreign", load_tokenizer("sentencepiece", tmp_path / "tokenizer.model"))
+    for arguments, part in (
+        (("--data", str(tmp_path / "nothing")), "nothing.bin: no such file"),
+        (("--data", str(tmp_path / "foreign")), "was prepared with another tokenizer"),
+        (("--data", "x", "--tasks", "lambada"), "give one of the two"),
+        (("--tasks", "no_such_task"), "task no_such_task: not known"),
+        (("--tasks", "lambada", "--include-path", str(tmp_path / "absent")), "absent: no such folder"),
+    ):
+        message = line(*arguments)
+        assert part in message
+        assert "\n" not in message.split("error: ")[-1]

@@ -1,0 +1,58 @@
+"""Sequences that join and leave a batch get the logits that they would get alone."""
+
+import random
+
+import pytest
+import torch
+from test_generation import full_logits
+from test_generation import trained as trained  # a fixture, plain and over-encoded
+
+from overtok_megatron.inference import shared_batch
+from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.shared_batch import SharedBatch
+
+VOCAB, CONTEXT = 61, 40
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_joining_and_leaving(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(shared_batch, "_SLACK", 3)  # so that the cache is moved often
+    draw = random.Random(seed)
+    batch, sequences = SharedBatch(trained, 4), list[list[int]]()
+    joined, moves = 0, set[bool]()
+    move = batch._move
+    monkeypatch.setattr(batch, "_move", lambda columns: (moves.add(columns > 0), move(columns)))
+
+    def check(sequence: list[int], logits: torch.Tensor) -> None:
+        own = full_logits(trained, torch.tensor([sequence]))[0, -1]
+        torch.testing.assert_close(logits, own, rtol=1e-5, atol=1e-5 * own.abs().max().item())
+
+    for _ in range(150):
+        ended = [row for row, sequence in enumerate(sequences) if len(sequence) == CONTEXT or draw.random() < 0.04]
+        for row in reversed(ended):
+            batch.leave(row)
+            sequences[row] = sequences[-1]
+            sequences.pop()
+        if len(sequences) < 4 and draw.random() < 0.3:
+            prompt = [draw.randrange(VOCAB) for _ in range(draw.choice([1, 2, 9, 30, CONTEXT - 1]))]
+            sequences.append(prompt)
+            joined += 1
+            check(prompt, batch.join(prompt)[-1])
+        if sequences:
+            tokens = [draw.choice([0, draw.randrange(VOCAB)]) for _ in sequences]
+            logits = batch.step(tokens)
+            for row, token in enumerate(tokens):
+                sequences[row] = [*sequences[row], token]
+                check(sequences[row], logits[row])
+        assert len(batch) == len(sequences)
+    assert joined > 8
+    assert moves == {True, False}  # to the right for long prompts, to the left behind long sequences that left
+
+
+def test_all_logits_of_a_prompt(trained: TrainedModel) -> None:
+    batch = SharedBatch(trained, 2)
+    batch.join([5, 6])
+    prompt = [7, 0, 9, 30, 2]
+    torch.testing.assert_close(
+        batch.join(prompt, last=False), full_logits(trained, torch.tensor([prompt]))[0], rtol=1e-5, atol=1e-4
+    )
