@@ -99,6 +99,8 @@ _SHAPE_KEYS = {
         "ngram_order",
         "num_slices",
         "table_rows",
+        "row_width",
+        "added",
         "combine",
         "pad_id",
         "boundary",
@@ -108,11 +110,18 @@ _SHAPE_KEYS = {
 }
 
 
+def _shape_of(key: str, value: Any) -> Any:
+    """What of a key's value makes the model; whether added tables take updates does not."""
+    if key == "added":
+        return [{name: own for name, own in group.items() if name != "frozen"} for group in value or []]
+    return value
+
+
 def check_same_model(config: dict[str, Any], manifest: Manifest, path: Path) -> None:
     """Raises CheckpointError naming the first key by which a config's model differs from the checkpoint's."""
     for section, keys in _SHAPE_KEYS.items():
         for key in keys or config[section]:
-            mine, theirs = config[section].get(key), manifest.config[section].get(key)
+            mine, theirs = (_shape_of(key, values[section].get(key)) for values in (config, manifest.config))
             if key == "init_std" or mine == theirs:
                 continue
             if section == "over_encoding" and key != "enabled" and not config[section]["enabled"]:

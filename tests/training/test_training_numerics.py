@@ -91,6 +91,10 @@ FORMULA = [
     Case("tables smaller than the ranks", {"ngram_order": 2, "num_slices": 1, "table_rows": 2}),
     Case("tied head, z-loss, hash base", {"hash_base": 64, "combine": "sum"}, {"tie_word_embeddings": True},
          training={"z_loss": 1e-2}),
+    Case("added tables", {"row_width": 8, "combine": "scaled", "optimizer": "rowwise_adagrad", "learning_rate_factor": 1.0,
+                          "added": [{"orders": [4, 2], "table_rows": 7}, {"orders": [3], "num_slices": 3, "table_rows": 211}]}),
+    Case("frozen ones, decay", {"frozen": True, "weight_decay": 0.3, "optimizer": "sgd", "added": [
+        {"orders": [2, 3], "num_slices": 2, "table_rows": 151}, {"orders": [5], "table_rows": 83, "frozen": True}]}),
 ]  # fmt: skip
 LAYOUTS = {
     1: FORMULA,
@@ -106,6 +110,7 @@ LAYOUTS = {
     4: [
         *FORMULA[2:5],
         *FORMULA[7:9],
+        FORMULA[11],
         Case("two by two, zero 1", {"optimizer": "sgd"}, parallel={"tensor_parallel_size": 2, "zero_stage": 1}),
         Case("two by two, sequence parallel", parallel={"tensor_parallel_size": 2, "sequence_parallel": True}),
         Case("zero 3 of four", {"optimizer": "rowwise_adagrad"}, parallel={"zero_stage": 3},
