@@ -121,7 +121,9 @@ class Reference:
         self.tables = [nn.Parameter(rows[self.space.places(table)]) for table in range(self.space.num_tables)]
         self.kinds = table_kinds(config)
         assert ours.embedding.over_encoding is not None
-        weights = [weight.detach() for weight in ours.embedding.over_encoding.parameters()]  # [d, B w], [d, (T - B) w]
+        weights = [
+            weight.detach() for weight in ours.embedding.over_encoding.parameters()
+        ]  # [d, B w], then one a group
         parts = torch.cat(weights, dim=1).split(self.space.width, dim=1)
         self.projections = nn.ParameterList([part.clone() for part in parts])
         self._build_optimizers()

@@ -46,6 +46,14 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     deepspeed_config.derive(config, world_size)
 
 
+def validate_model(config: RunConfig, locate: Locate) -> None:
+    """Raise ConfigError unless the model itself is sound, whatever number of ranks is to run it."""
+    check = _Checker(locate)
+    _check_model(config, check)
+    if config.over_encoding.enabled:
+        _check_over_encoding(config, check, locate)
+
+
 def _nearest_divisor(size: int, wanted: int) -> int:
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return min(divisors, key=lambda number: abs(number - wanted))

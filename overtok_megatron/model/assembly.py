@@ -33,6 +33,19 @@ def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
     return RowSpace(over.ngram_order, over.num_slices, over.table_rows, width, tuple(added), over.frozen)
 
 
+def build_encoder(model: ModelConfig, over: OverEncodingConfig, group: dist.ProcessGroup | None = None) -> OverEncoding:
+    """The over-encoder's dense part, weights not yet initialised."""
+    space = row_space(model, over)
+    return OverEncoding(
+        model.hidden_size,
+        space.num_base_tables,
+        combine=over.combine,
+        row_width=space.width,
+        added_tables=[tables.num_tables for tables in space.added],
+        group=group,
+    )
+
+
 def build_layers(
     model: ModelConfig,
     over: OverEncodingConfig,
@@ -50,15 +63,7 @@ def build_layers(
     if stage.first or (stage.last and model.tie_word_embeddings):
         encoder = None
         if over.enabled and stage.first:
-            space = row_space(model, over)
-            encoder = OverEncoding(
-                model.hidden_size,
-                space.num_base_tables,
-                combine=over.combine,
-                row_width=space.width,
-                added_tables=space.num_tables - space.num_base_tables,
-                group=group,
-            )
+            encoder = build_encoder(model, over, group)
         embedding = InputEmbedding(
             model.vocab_size, model.hidden_size, over_encoding=encoder, group=group, sequence_parallel=sequence_parallel
         )

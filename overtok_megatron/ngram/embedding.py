@@ -8,6 +8,7 @@ Shapes: A micro-batches, b batch, s sequence (a slice of it under tensor paralle
 width, d hidden (B w where nothing else is asked for), U distinct rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ class OverEncoding(nn.Module):
     """Joins the gathered n-gram rows to the 1-gram embedding (paper section 3.2; METHOD of combination is a switch).
 
     The B projections W_s: w -> d of the base tables, summed, are one d x (B w) linear on the concatenation of the rows, and
-    so are those of the tables that were added later. combine: "sum" e + o; "mean" (e + o) / (1 + B), the paper's
+    so are those of each group of tables that was added later. combine: "sum" e + o; "mean" (e + o) / (1 + B), the paper's
     pseudo-code; "scaled" e + o / (1 + B). B, not T: added tables leave the scale of what is there as it is. group: the
     tensor-parallel group, whose ranks each see their own slice of the sequence.
     """
@@ -105,26 +106,27 @@ class OverEncoding(nn.Module):
         *,
         combine: Combine,
         row_width: int | None = None,
-        added_tables: int = 0,
+        added_tables: Sequence[int] = (),
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """num_tables: B. row_width: w; None = hidden_size / B. added_tables: T - B."""
+        """num_tables: B. row_width: w; None = hidden_size / B. added_tables: how many tables each added group has."""
         super().__init__()
         assert row_width is not None or hidden_size % num_tables == 0
         self.num_tables = num_tables
-        self.added_tables = added_tables
+        self.added_tables = tuple(added_tables)
         self.combine = combine
         self.group = group
         self.row_width = row_width or hidden_size // num_tables
         self.projection = nn.Parameter(torch.empty(hidden_size, num_tables * self.row_width))
-        # A weight of its own: a product over B w columns does not become one over T w, which may sum in another order
-        self.added_projection = (
-            nn.Parameter(torch.empty(hidden_size, added_tables * self.row_width)) if added_tables else None
-        )
+        # Weights of their own: products over more columns may sum in another order, and what is there must keep its bits.
+        # No ParameterList: ZeRO 3 gathers a module's own parameters
+        for number, tables in enumerate(self.added_tables):
+            weight = nn.Parameter(torch.empty(hidden_size, tables * self.row_width))
+            self.register_parameter(f"added_projection_{number}", weight)
         self.step: StepRows | None = None
 
     def reset(self, seed: int, name: str) -> None:
-        """Deviation (B w)^-1/2: the n-gram part begins at the scale of its rows; that of the added tables likewise."""
+        """Deviation (B w)^-1/2: the n-gram part begins at the scale of its rows; that of added tables likewise."""
         for key, weight in self.named_parameters():
             initialise(weight, weight.shape[1] ** -0.5, seed, f"{name}.{key}")
 
@@ -132,13 +134,16 @@ class OverEncoding(nn.Module):
         """The n-gram part before combination: slots [b, s, T] int64 into the step's rows -> [b, s, d]."""
         assert self.step is not None, "no rows were fetched for this step"
         gathered = gather_rows(self.step, slots)  # [b, s, T, w]
-        weight = copy_to_group(self.projection, self.group)  # each rank saw a slice: the gradient is summed
-        if self.added_projection is None:
-            return F.linear(gathered.flatten(-2), weight)
-        base, added = gathered.split([self.num_tables, self.added_tables], dim=-2)
-        own = F.linear(added.flatten(-2).contiguous(), copy_to_group(self.added_projection, self.group))
-        # Contiguous, so that it is the product of the model without the added tables, bit for bit
-        return F.linear(base.flatten(-2).contiguous(), weight) + own
+        total: Tensor | None = None
+        for part, weight in zip(
+            gathered.split([self.num_tables, *self.added_tables], dim=-2), self.parameters(), strict=True
+        ):
+            whole = copy_to_group(weight, self.group)  # each rank saw a slice: the gradient is summed
+            # Contiguous: the very product of a model without the other groups, so that their rows of zero change no bit
+            own = F.linear(part.flatten(-2).contiguous(), whole)
+            total = own if total is None else total + own
+        assert total is not None
+        return total
 
     def join(self, base: Tensor, ngrams: Tensor) -> Tensor:
         """base, ngrams [b, s, d] -> [b, s, d] by the combination rule."""
@@ -163,7 +168,7 @@ class OverEncoding(nn.Module):
         return norms
 
     def extra_repr(self) -> str:
-        added = f", added_tables={self.added_tables}" if self.added_tables else ""
+        added = f", added_tables={list(self.added_tables)}" if self.added_tables else ""
         return (
             f"hidden_size={self.projection.shape[0]}, num_tables={self.num_tables}{added}, "
             f"row_width={self.row_width}, combine={self.combine}"
