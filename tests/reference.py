@@ -139,6 +139,19 @@ def python_place(table: int, row: int, sizes: Sequence[int], stripes: int) -> in
     return (number * 2533) % stripes * length + number // stripes
 
 
+def table_kinds(config: RunConfig) -> list[tuple[int, int, bool]]:
+    """Of each table: the order that it hashes, its rows, whether they are frozen."""
+    over = config.over_encoding
+    assert over.table_rows is not None
+    groups = [(list(range(2, over.ngram_order + 1)), over.num_slices, over.table_rows, over.frozen)]
+    groups += [(group.orders, group.num_slices, group.table_rows, group.frozen) for group in over.added]
+    kinds = []
+    for orders, slices, rows, frozen in groups:
+        tables = [order for order in orders for _ in range(slices)]
+        kinds += [(order, rows + 2 * number, frozen) for number, order in enumerate(tables)]
+    return kinds
+
+
 class Reference:
     """A model that trains step by step on global batches [G, s + 1]; `step` returns the mean cross entropy."""
 
@@ -153,9 +166,13 @@ class Reference:
             0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed
         )
         self.tables = [nn.Parameter(rows[self.space.places(table)]) for table in range(self.space.num_tables)]
+        self.kinds = table_kinds(config)
         assert ours.embedding.over_encoding is not None
-        whole = ours.embedding.over_encoding.projection.detach()  # [d, T w]
-        self.projections = nn.ParameterList([part.clone() for part in whole.split(self.space.width, dim=1)])
+        weights = [
+            weight.detach() for weight in ours.embedding.over_encoding.parameters()
+        ]  # [d, B w], then one a group
+        parts = torch.cat(weights, dim=1).split(self.space.width, dim=1)
+        self.projections = nn.ParameterList([part.clone() for part in parts])
         self._build_optimizers()
         self.norms: list[float] = []  # before clipping, a step each
         self.square_sums = [torch.zeros(size, dtype=torch.float64) for size in self.space.sizes]
@@ -188,18 +205,18 @@ class Reference:
         """The model's input [G, s, d], and the rows that each table was asked for."""
         over = self.config.over_encoding
         total = self.model.model.embed_tokens(tokens)
-        share = 1.0 / (1 + self.space.num_tables)
+        share = 1.0 / (1 + (over.ngram_order - 1) * over.num_slices)  # also with added tables
         ngrams = torch.zeros_like(total)
         asked = []
-        for table, (rows, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
+        for (order, size, _), rows, projection in zip(self.kinds, self.tables, self.projections, strict=True):
             ids = [
                 [
                     python_ngram_row(
                         line,
                         t,
-                        2 + table // over.num_slices,
+                        order,
                         over.hash_base or self.config.model.vocab_size,
-                        over.table_rows + 2 * table,
+                        size,
                         over.pad_id,
                         self.eod_id,
                         over.boundary == "reset",
@@ -228,7 +245,8 @@ class Reference:
             parameter.grad = None
         objective.backward()
         limit = self.config.optimizer.gradient_clipping
-        norm = torch.nn.utils.clip_grad_norm_([*self.dense, *self.tables], limit or float("inf"))
+        moving = [rows for (*_, frozen), rows in zip(self.kinds, self.tables, strict=True) if not frozen]
+        norm = torch.nn.utils.clip_grad_norm_([*self.dense, *moving], limit or float("inf"))
         self.norms.append(norm.item())
         self.adamw.step()
         self._update_tables(asked)
@@ -240,6 +258,9 @@ class Reference:
         rate = self.config.optimizer.learning_rate * table_rate_factor(self.config)
         for table, rows in enumerate(self.tables):
             touched = asked[table].unique()
+            if self.kinds[table][2]:
+                rows.grad = None
+                continue
             assert rows.grad is not None
             grad = rows.grad[touched]
             rows[touched] *= 1.0 - rate * over.weight_decay

@@ -8,6 +8,7 @@ from overtok_megatron.config.derived import (
     blocks_per_stage,
     data_parallel_size,
     head_size,
+    row_width,
 )
 from overtok_megatron.config.schema import RunConfig
 
@@ -18,7 +19,7 @@ _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 @dataclass(frozen=True)
 class ParameterCounts:
     """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
-    projection; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
+    projections; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
 
     blocks: int
     embedding: int
@@ -41,25 +42,27 @@ class ParameterCounts:
         return self.dense + self.tables
 
 
-def table_shape(config: RunConfig) -> tuple[int, int]:
-    """(rows over all tables, width of a row); (0, 0) for a plain model."""
+def table_shape(config: RunConfig) -> tuple[int, int, int]:
+    """(tables, rows over all of them, width of a row); zeros for a plain model."""
     over = config.over_encoding
     if not over.enabled or over.table_rows is None:
-        return 0, 0
-    tables = (over.ngram_order - 1) * over.num_slices
-    return tables * over.table_rows + tables * (tables - 1), config.model.hidden_size // tables
+        return 0, 0, 0
+    groups = [((over.ngram_order - 1) * over.num_slices, over.table_rows)]
+    groups += [(len(group.orders) * group.num_slices, group.table_rows) for group in over.added]
+    rows = sum(tables * first + tables * (tables - 1) for tables, first in groups)
+    return sum(tables for tables, _ in groups), rows, row_width(config.model, over)
 
 
 def parameter_counts(config: RunConfig) -> ParameterCounts:
     model = config.model
     d = model.hidden_size
     skipped = (model.num_experts or 0) - (model.num_experts_per_token or 0)
-    rows, width = table_shape(config)
+    tables, rows, width = table_shape(config)
     return ParameterCounts(
         blocks=model.num_layers * sum(block_parameters(model)) + d,
         embedding=model.vocab_size * d,
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
-        encoder=d * d if rows else 0,
+        encoder=d * tables * width,
         tables=rows * width,
         idle=model.num_layers * skipped * 3 * d * model.intermediate_size,
     )
@@ -105,7 +108,7 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     stage = config.parallel.zero_stage
     ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     bf16 = config.training.precision == "bf16"
-    rows, width = table_shape(config)
+    _, rows, width = table_shape(config)
     own_rows = -(-rows // world_size)
     per_row, per_element = _STATE_VALUES[config.over_encoding.optimizer]
     scale_bytes, value_bytes = _ROW_BYTES[config.over_encoding.row_dtype]

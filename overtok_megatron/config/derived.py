@@ -2,7 +2,7 @@
 
 import math
 
-from overtok_megatron.config.schema import ModelConfig, RunConfig
+from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 
 
 def head_size(model: ModelConfig) -> int:
@@ -75,6 +75,11 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches of one optimizer step on one rank."""
     training = config.training
     return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def row_width(model: ModelConfig, over: OverEncodingConfig) -> int:
+    """w, values a row."""
+    return over.row_width or model.hidden_size // ((over.ngram_order - 1) * over.num_slices)
 
 
 def table_rate_factor(config: RunConfig) -> float:

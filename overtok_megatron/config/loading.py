@@ -37,6 +37,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     Raises ConfigError, one line: place, key, value, and what is allowed.
     """
     values, places = _read_with_bases(Path(path), ())
+    return _resolve(values, places, overrides, str(path))
+
+
+def change_config(config: RunConfig, overrides: Sequence[str], source: str) -> LoadedConfig:
+    """A configuration that is there already, under `section.key=value` overrides; source: what messages call it.
+
+    Raises ConfigError as load_config does.
+    """
+    return _resolve(config.model_dump(mode="json"), {}, overrides, source)
+
+
+def _resolve(values: dict[str, Any], places: dict[str, str], overrides: Sequence[str], source: str) -> LoadedConfig:
+    """Apply overrides to `values` and check every key and type; source: what stands for the place of a missing key."""
     for override in overrides:
         key, value = _parse_override(override)
         _assign(values, key, value)
@@ -45,10 +58,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error.errors(), places, str(path))) from None
+        raise ConfigError(explain(error.errors(), places, source)) from None
     raw = dialect.unwritable(config.deepspeed)
     if raw is not None:
-        place = places.get("deepspeed", str(path))
+        place = places.get("deepspeed", source)
         raise ConfigError(
             f"{place}: deepspeed: {raw!r} cannot be written as JSON; use numbers, strings, lists and mappings"
         )

@@ -82,13 +82,26 @@ class ModelConfig(Section):
     router_z_loss_weight: NonNegativeFloat = Field(0.0, description="weight of the router's log(Z)^2 in the objective")
 
 
+class AddedTables(Section):
+    """N-gram tables that a trained model got later (`overtok grow`): entries of over_encoding.added."""
+
+    orders: list[Annotated[int, Field(ge=2)]] = Field(min_length=1, description="n-gram lengths that these tables hash")
+    num_slices: Positive = Field(1, description="tables per order")
+    table_rows: Positive = Field(description="m: rows of the first of them; table s of them has m + 2 s")
+    frozen: bool = Field(False, description="their rows take no update")
+
+
 class OverEncodingConfig(Section):
     enabled: bool = Field(False, description="add n-gram tables to the input embedding")
     ngram_order: Annotated[int, Field(ge=2)] = Field(3, description="n: orders 2..n are embedded")
     num_slices: Positive = Field(2, description="k: tables per order")
     table_rows: Positive | None = Field(None, description="m: rows of the first table; table s has m + 2 s")
+    row_width: Positive | None = Field(None, description="w: values a row; none = hidden_size / ((n - 1) k)")
+    added: list[AddedTables] = Field([], description="tables beside these, of the same width; what `overtok grow` adds")
+    frozen: bool = Field(False, description="rows of the tables above (not of added ones) take no update, no decay")
     combine: Literal["sum", "mean", "scaled"] = Field(
-        "mean", description="e + o; (e + o) / (1 + T), the paper's pseudo-code; or e + o / (1 + T)"
+        "mean",
+        description="e + o; (e + o) / (1 + T), the paper's pseudo-code; or e + o / (1 + T); T without added tables",
     )
     pad_id: NonNegative = Field(0, description="token that stands for missing history")
     boundary: Literal["reset", "ignore"] = Field("reset", description="whether n-grams stop at end-of-document tokens")

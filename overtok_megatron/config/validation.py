@@ -48,6 +48,14 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     deepspeed_config.derive(config, world_size)
 
 
+def validate_model(config: RunConfig, locate: Locate) -> None:
+    """Raise ConfigError unless the model itself is sound, whatever number of ranks is to run it."""
+    check = _Checker(locate)
+    check_model(config, check.need)
+    if config.over_encoding.enabled:
+        _check_over_encoding(config, check, locate)
+
+
 def _nearest_divisor(size: int, wanted: int) -> int:
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return min(divisors, key=lambda number: abs(number - wanted))
@@ -182,11 +190,11 @@ def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> 
     )
     assert over.table_rows is not None
     check.need(
-        model.hidden_size % tables == 0,
+        over.row_width is not None or model.hidden_size % tables == 0,
         "over_encoding.num_slices",
         over.num_slices,
         f"makes {tables} tables (ngram_order - 1 times num_slices), which do not divide hidden_size "
-        f"{model.hidden_size}; {_nearest_divisor(model.hidden_size, tables)} tables do",
+        f"{model.hidden_size}; {_nearest_divisor(model.hidden_size, tables)} tables do, or give over_encoding.row_width",
     )
     check.need(
         over.pad_id < model.vocab_size,
@@ -194,15 +202,33 @@ def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> 
         over.pad_id,
         f"is no token of a vocabulary of {model.vocab_size}; 0 to {model.vocab_size - 1} are",
     )
+    _check_table_rows(config, "over_encoding.table_rows", "", over.table_rows, tables, check, locate)
+    for number, group in enumerate(over.added):
+        entry = f"entry {number}, "
+        check.need(
+            len(set(group.orders)) == len(group.orders),
+            "over_encoding.added",
+            f"{entry}orders {group.orders}",
+            "names an order twice; use num_slices for several tables of one order",
+        )
+        count = len(group.orders) * group.num_slices
+        _check_table_rows(config, "over_encoding.added", f"{entry}table_rows ", group.table_rows, count, check, locate)
+
+
+def _check_table_rows(
+    config: RunConfig, key: str, entry: str, rows: int, tables: int, check: _Checker, locate: Locate
+) -> None:
+    """The sizes rows, rows + 2, .. of `tables` tables, which `key` gives; entry: where in the key's value, for messages."""
+    over = config.over_encoding
     most = 2**31 - 1 - 2 * (tables - 1)
     check.need(
-        over.table_rows <= most,
-        "over_encoding.table_rows",
-        over.table_rows,
+        rows <= most,
+        key,
+        f"{entry}{rows}",
         f"puts the last table at 2^31 rows or more, where hashing can overflow 64 bits; at most {most}",
     )
-    base = over.hash_base or model.vocab_size
-    problem = collision_problem(over.table_rows, base, tables)
+    base = over.hash_base or config.model.vocab_size
+    problem = collision_problem(rows, base, tables)
     if problem is None:
         return
     if problem.proposed_rows is None:
@@ -214,13 +240,8 @@ def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> 
         f"frequent n-grams share rows; {way_out}"
     )
     if over.collision_check == "error":
-        check.need(
-            False,
-            "over_encoding.table_rows",
-            over.table_rows,
-            f"{text} (over_encoding.collision_check: warn lets it pass)",
-        )
-    log.warning("%s: over_encoding.table_rows: %d %s", locate("over_encoding.table_rows"), over.table_rows, text)
+        check.need(False, key, f"{entry}{rows}", f"{text} (over_encoding.collision_check: warn lets it pass)")
+    log.warning("%s: %s: %s%d %s", locate(key), key, entry, rows, text)
 
 
 def _check_schedule(config: RunConfig, check: _Checker) -> None:

@@ -64,7 +64,7 @@ class Decoder:
         self._present = torch.zeros(batch, room, dtype=torch.bool, device=device)
         self._history: Tensor | None = None
         if trained.tables is not None:
-            reach = trained.tables.ngram_hash.space.ngram_order - 1
+            reach = trained.tables.ngram_hash.space.longest - 1
             self._history = torch.full((batch, reach), MISSING, dtype=torch.int64, device=device)
 
     @torch.no_grad()

@@ -110,6 +110,18 @@ def place(table: int, row: Tensor, sizes: tuple[int, ...], stripes: int) -> Tens
     return torch.where(count < length * stripes, heap * length + count // stripes, count)
 
 
+def table_rows_at(places: Tensor, sizes: tuple[int, ...], stripes: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `place`: tables and their rows, int64 [..] both, that lie at places [..] int64 of the row space."""
+    smallest, length = min(sizes), sum(sizes) // stripes
+    heap = places // max(length, 1) * pow(SCATTER, -1, stripes) % stripes
+    count = torch.where(places < length * stripes, places % max(length, 1) * stripes + heap, places)
+    beyond = torch.tensor([0, *(size - smallest for size in sizes)], device=places.device).cumsum(0)
+    over = count - len(sizes) * smallest  # place among the rows beyond the smallest table
+    long = torch.searchsorted(beyond, over, right=True) - 1
+    tables = torch.where(over < 0, count % len(sizes), long)
+    return tables, torch.where(over < 0, count // len(sizes), over - beyond[long] + smallest)
+
+
 def mix(value: int) -> int:
     """A hash of 32 bits (the multipliers of Chris Wellons' "lowbias32", public domain)."""
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
+from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads, row_width
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.model.block import Block, Experts, Recompute
@@ -18,7 +18,7 @@ from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.placement import make_exchange, owned_range
 from overtok_megatron.ngram.prefetch import Prefetch
-from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.ngram.sizing import RowSpace, TableGroup
 from overtok_megatron.ngram.table import Shard, TableShard
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -28,8 +28,22 @@ ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torc
 def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
     """The tables that a validated, enabled over-encoding section asks for."""
     assert over.enabled and over.table_rows is not None
-    num_tables = (over.ngram_order - 1) * over.num_slices
-    return RowSpace(over.ngram_order, over.num_slices, over.table_rows, model.hidden_size // num_tables)
+    added = [TableGroup(tuple(one.orders), one.num_slices, one.table_rows, one.frozen) for one in over.added]
+    width = row_width(model, over)
+    return RowSpace(over.ngram_order, over.num_slices, over.table_rows, width, tuple(added), over.frozen)
+
+
+def build_encoder(model: ModelConfig, over: OverEncodingConfig, group: dist.ProcessGroup | None = None) -> OverEncoding:
+    """The over-encoder's dense part, weights not yet initialised."""
+    space = row_space(model, over)
+    return OverEncoding(
+        model.hidden_size,
+        space.num_base_tables,
+        combine=over.combine,
+        row_width=space.width,
+        added_tables=[tables.num_tables for tables in space.added],
+        group=group,
+    )
 
 
 def rope_scaling(model: ModelConfig) -> RopeScaling | None:
@@ -73,8 +87,7 @@ def build_layers(
     if stage.first or (stage.last and model.tie_word_embeddings):
         encoder = None
         if over.enabled and stage.first:
-            num_tables = row_space(model, over).num_tables
-            encoder = OverEncoding(model.hidden_size, num_tables, combine=over.combine, group=group)
+            encoder = build_encoder(model, over, group)
         embedding = InputEmbedding(
             model.vocab_size, model.hidden_size, over_encoding=encoder, group=group, sequence_parallel=sequence_parallel
         )
@@ -204,6 +217,7 @@ def build_tables(
             ranks_per_host=over.ranks_per_host,
             kernels=kernels,
             gradient_dtype=ROW_DTYPES[over.gradient_dtype],
+            trained=space.trained_at if space.any_frozen else None,
             backend="gloo" if host else None,
         )
 

@@ -4,10 +4,11 @@
 `StepRows`, the distinct rows of a step with one gradient buffer: forward gathers from it and backward adds into it, with
 no communication in either (contract C3).
 
-Shapes: A micro-batches, b batch, s sequence (a slice of it under tensor parallelism), T tables, w row width,
-d hidden = T w, U distinct rows.
+Shapes: A micro-batches, b batch, s sequence (a slice of it under tensor parallelism), T tables, B of them base tables, w row
+width, d hidden (B w where nothing else is asked for), U distinct rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,33 +94,57 @@ def gather_rows(step: StepRows, slots: Tensor) -> Tensor:
 class OverEncoding(nn.Module):
     """Joins the gathered n-gram rows to the 1-gram embedding (paper section 3.2; METHOD of combination is a switch).
 
-    The T projections W_s: w -> d, summed, are one d x d linear on the concatenation of the rows. combine: "sum" e + o;
-    "mean" (e + o) / (1 + T), the paper's pseudo-code; "scaled" e + o / (1 + T). group: the tensor-parallel group, whose
-    ranks each see their own slice of the sequence.
+    The B projections W_s: w -> d of the base tables, summed, are one d x (B w) linear on the concatenation of the rows, and
+    so are those of each group of tables that was added later. combine: "sum" e + o; "mean" (e + o) / (1 + B), the paper's
+    pseudo-code; "scaled" e + o / (1 + B). B, not T: added tables leave the scale of what is there as it is. group: the
+    tensor-parallel group, whose ranks each see their own slice of the sequence.
     """
 
     def __init__(
-        self, hidden_size: int, num_tables: int, *, combine: Combine, group: dist.ProcessGroup | None = None
+        self,
+        hidden_size: int,
+        num_tables: int,
+        *,
+        combine: Combine,
+        row_width: int | None = None,
+        added_tables: Sequence[int] = (),
+        group: dist.ProcessGroup | None = None,
     ) -> None:
+        """num_tables: B. row_width: w; None = hidden_size / B. added_tables: how many tables each added group has."""
         super().__init__()
-        assert hidden_size % num_tables == 0
+        assert row_width is not None or hidden_size % num_tables == 0
         self.num_tables = num_tables
+        self.added_tables = tuple(added_tables)
         self.combine = combine
         self.group = group
-        self.projection = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.row_width = row_width or hidden_size // num_tables
+        self.projection = nn.Parameter(torch.empty(hidden_size, num_tables * self.row_width))
+        # Weights of their own: products over more columns may sum in another order, and what is there must keep its bits.
+        # No ParameterList: ZeRO 3 gathers a module's own parameters
+        for number, tables in enumerate(self.added_tables):
+            weight = nn.Parameter(torch.empty(hidden_size, tables * self.row_width))
+            self.register_parameter(f"added_projection_{number}", weight)
         self.step: StepRows | None = None
 
     def reset(self, seed: int, name: str) -> None:
-        """Deviation d^-1/2: the n-gram part begins at the scale of its rows."""
-        size = self.projection.shape[0]
-        initialise(self.projection, size**-0.5, seed, f"{name}.projection")
+        """Deviation (B w)^-1/2: the n-gram part begins at the scale of its rows; that of added tables likewise."""
+        for key, weight in self.named_parameters():
+            initialise(weight, weight.shape[1] ** -0.5, seed, f"{name}.{key}")
 
     def forward(self, slots: Tensor) -> Tensor:
         """The n-gram part before combination: slots [b, s, T] int64 into the step's rows -> [b, s, d]."""
         assert self.step is not None, "no rows were fetched for this step"
         gathered = gather_rows(self.step, slots)  # [b, s, T, w]
-        weight = copy_to_group(self.projection, self.group)  # each rank saw a slice: the gradient is summed
-        return F.linear(gathered.flatten(-2), weight)
+        total: Tensor | None = None
+        for part, weight in zip(
+            gathered.split([self.num_tables, *self.added_tables], dim=-2), self.parameters(), strict=True
+        ):
+            whole = copy_to_group(weight, self.group)  # each rank saw a slice: the gradient is summed
+            # Contiguous: the very product of a model without the other groups, so that their rows of zero change no bit
+            own = F.linear(part.flatten(-2).contiguous(), whole)
+            total = own if total is None else total + own
+        assert total is not None
+        return total
 
     def join(self, base: Tensor, ngrams: Tensor) -> Tensor:
         """base, ngrams [b, s, d] -> [b, s, d] by the combination rule."""
@@ -131,16 +156,24 @@ class OverEncoding(nn.Module):
         return torch.add(base, ngrams, alpha=share)
 
     @torch.no_grad()
-    def order_norms(self, slots: Tensor, num_slices: int) -> Tensor:
-        """Mean L2 norm of each order's projected contribution, [n-1] float32; slots [b, s, T]."""
+    def order_norms(self, slots: Tensor, orders: tuple[int, ...]) -> dict[int, float]:
+        """Mean L2 norm of each order's projected contribution; slots [b, s, T], orders [T]: what each table hashes."""
         assert self.step is not None
-        gathered = gather_rows(self.step, slots).flatten(-2)  # [b, s, d]
-        width = gathered.shape[-1] // self.num_tables * num_slices
-        parts = zip(gathered.split(width, dim=-1), self.projection.split(width, dim=1), strict=True)
-        return torch.stack([F.linear(part, weight).float().norm(dim=-1).mean() for part, weight in parts])
+        gathered = gather_rows(self.step, slots)  # [b, s, T, w]
+        weight = torch.cat(list(self.parameters()), dim=1).unflatten(1, (len(orders), self.row_width))  # [d, T, w]
+        norms = {}
+        for order in sorted(set(orders)):
+            own = [table for table, other in enumerate(orders) if other == order]
+            part = F.linear(gathered[..., own, :].flatten(-2), weight[:, own].flatten(1))
+            norms[order] = part.float().norm(dim=-1).mean().item()
+        return norms
 
     def extra_repr(self) -> str:
-        return f"hidden_size={self.projection.shape[0]}, num_tables={self.num_tables}, combine={self.combine}"
+        added = f", added_tables={list(self.added_tables)}" if self.added_tables else ""
+        return (
+            f"hidden_size={self.projection.shape[0]}, num_tables={self.num_tables}{added}, "
+            f"row_width={self.row_width}, combine={self.combine}"
+        )
 
 
 class OverTables:
@@ -282,13 +315,13 @@ class OverTables:
             plan, width * self.dtype.itemsize, width * self.exchange.gradient_dtype.itemsize
         )
 
-    def contribution_norms(self, tokens: Tensor | None) -> list[float]:
-        """Mean L2 norm of each order's projected contribution over tokens [A, b, s], before combination; 2-grams first.
+    def contribution_norms(self, tokens: Tensor | None) -> dict[int, float]:
+        """Mean L2 norm of each order's projected contribution over tokens [A, b, s], before combination.
 
         A collective, as begin() is; a rank without a module gets nothing.
         """
         slots = self.begin(tokens, training=False)
-        norms = [] if self.module is None else self.module.order_norms(slots, self.ngram_hash.space.num_slices).tolist()
+        norms = {} if self.module is None else self.module.order_norms(slots, self.ngram_hash.space.orders)
         self._set(None)
         return norms
 

@@ -15,6 +15,7 @@ from overtok_megatron.kernels.rows import Distinct, RowKernels, Sums
 from overtok_megatron.parallel.collectives import named
 
 Read = Callable[[Tensor], Tensor]  # rows [r] int64, local to the shard -> their values [r, w]
+Trained = Callable[[Tensor], Tensor]  # places [r] int64 in the row space -> whether their rows take updates, bool [r]
 
 
 @dataclass
@@ -50,8 +51,8 @@ class Exchange(Protocol):
     def return_gradients(self, plan: Plan, own: Sums) -> tuple[Tensor, Sums]:
         """Gradients of the U distinct rows to the owners, where what several ranks send for a row is summed.
 
-        Returns the touched local rows [r] int64, distinct and ascending, and their sums. They run in rank order, so
-        that they are the same at every run.
+        Those of rows that take no updates stay here. Returns the touched local rows [r] int64, distinct and ascending, and
+        their sums. They run in rank order, so that they are the same at every run.
         """
 
     def payload_bytes(self, plan: Plan, row_bytes: int, grad_bytes: int) -> int:
@@ -67,13 +68,14 @@ class FlatPlan(Plan):
     received: list[int]
     asked: Tensor
     distinct: Distinct | None = None  # kept by distinct_asked
+    trained: "tuple[FlatPlan, Tensor] | None" = None  # kept by trained_part
 
 
 class FlatExchange:
     """Every rank talks to every other.
 
     bounds: first place of each rank and the end, ascending. group: whose ranks they are; None = one rank. gradient_dtype:
-    what gradients travel in.
+    what gradients travel in. trained: which rows take updates; None = all.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class FlatExchange:
         group: dist.ProcessGroup | None,
         kernels: RowKernels | None = None,
         gradient_dtype: torch.dtype = torch.float32,
+        trained: Trained | None = None,
     ) -> None:
         self.bounds = tuple(bounds)
+        self.trained = trained
         self.kernels = kernels or RowKernels()
         self.group = group
         self.gradient_dtype = gradient_dtype
@@ -135,6 +139,26 @@ class FlatExchange:
     def return_gradients(self, plan: Plan, own: Sums) -> tuple[Tensor, Sums]:
         """One all-to-all."""
         assert isinstance(plan, FlatPlan)
+        plan, kept = self.trained_part(plan)
+        return self.send_gradients(plan, own if kept is None else Sums(own.total[kept], own.squares[kept]))
+
+    def trained_part(self, plan: FlatPlan) -> tuple[FlatPlan, Tensor | None]:
+        """The plan of the rows whose gradients travel, and which of the U those are, bool [U]; None = all.
+
+        Asking and asked rank each find it by arithmetic on what they know already.
+        """
+        if self.trained is None:
+            return plan, None
+        if plan.trained is None:
+            kept, wanted = self.trained(plan.unique), self.trained(plan.asked + self.bounds[self.rank])
+            unique, asked = plan.unique[kept], plan.asked[wanted]
+            sent, received = _kept_counts(kept, plan.sent), _kept_counts(wanted, plan.received)
+            part = FlatPlan(plan.slots, plan.order, unique.numel(), unique, sent, received, asked)
+            plan.trained = part, kept
+        return plan.trained
+
+    def send_gradients(self, plan: FlatPlan, own: Sums) -> tuple[Tensor, Sums]:
+        """return_gradients for a plan all of whose rows take updates."""
         if self.group is None:
             return plan.asked, own
         inbox = self._all_to_all("gradients", own.total.to(self.gradient_dtype), plan.received, plan.sent)
@@ -153,7 +177,9 @@ class FlatExchange:
         assert isinstance(plan, FlatPlan)
         asks = sum(plan.sent) - plan.sent[self.rank]
         serves = sum(plan.received) - plan.received[self.rank]
-        return 8 * (len(plan.sent) - 1) + asks * (8 + grad_bytes) + serves * row_bytes
+        trained, _ = self.trained_part(plan)
+        returns = sum(trained.sent) - trained.sent[self.rank]
+        return 8 * (len(plan.sent) - 1) + asks * 8 + serves * row_bytes + returns * grad_bytes
 
     def _all_to_all(self, what: str, sent: Tensor, out: list[int] | None, into: list[int] | None) -> Tensor:
         result = torch.empty_like(sent) if out is None else sent.new_empty(sum(out), *sent.shape[1:])
@@ -161,6 +187,11 @@ class FlatExchange:
         with named(f"all-to-all of {what}", self.group):
             dist.all_to_all_single(result, sent.contiguous(), out, into, group=self.group)
         return result
+
+
+def _kept_counts(kept: Tensor, counts: list[int]) -> list[int]:
+    """How many of each rank's rows, counts[i] one after the other in kept [R] bool, are kept."""
+    return torch.stack([part.sum() for part in kept.split(counts)]).tolist()
 
 
 def _is_in(values: Tensor, ascending: Tensor) -> Tensor:
@@ -197,12 +228,13 @@ class TwoLevelExchange:
         across: dist.ProcessGroup | None,
         kernels: RowKernels | None = None,
         gradient_dtype: torch.dtype = torch.float32,
+        trained: Trained | None = None,
     ) -> None:
         hosts = 1 if across is None else dist.get_world_size(across)
         self.gradient_dtype = gradient_dtype
-        self.within = FlatExchange(bounds[::hosts], within, kernels, gradient_dtype)
+        self.within = FlatExchange(bounds[::hosts], within, kernels, gradient_dtype, trained)
         first = self.within.rank * hosts
-        self.across = FlatExchange(bounds[first : first + hosts + 1], across, kernels, gradient_dtype)
+        self.across = FlatExchange(bounds[first : first + hosts + 1], across, kernels, gradient_dtype, trained)
 
     def plan(self, ids: Tensor) -> TwoLevelPlan:
         within = self.within.plan(ids)
@@ -227,7 +259,8 @@ class TwoLevelExchange:
     def return_gradients(self, plan: Plan, own: Sums) -> tuple[Tensor, Sums]:
         assert isinstance(plan, TwoLevelPlan)
         _, hosts = self.within.return_gradients(plan.within, own)
-        return self.across.return_gradients(plan.across, hosts)
+        across, _ = self.across.trained_part(plan.across)  # what came of the exchange within is only that part
+        return self.across.send_gradients(across, hosts)
 
     def payload_bytes(self, plan: Plan, row_bytes: int, grad_bytes: int) -> int:
         assert isinstance(plan, TwoLevelPlan)

@@ -38,12 +38,11 @@ class NgramHash:
     @cached_property
     def tables(self) -> HashTables:
         """The same as the kernels take it."""
-        orders = tuple(self.space.order_of(table) for table in range(self.space.num_tables))
         reset = self.boundary == "reset"
-        return HashTables(orders, self.space.sizes, self.base, self.pad_id, reset, self.eod_id, STRIPES)
+        return HashTables(self.space.orders, self.space.sizes, self.base, self.pad_id, reset, self.eod_id, STRIPES)
 
     def _extended(self, tokens: Tensor, history: Tensor | None) -> Tensor:
-        reach = self.space.ngram_order - 1
+        reach = self.space.longest - 1
         if history is None:
             history = tokens.new_full((*tokens.shape[:-1], reach), MISSING)
         assert history.shape == (*tokens.shape[:-1], reach), (history.shape, tokens.shape)
@@ -70,10 +69,10 @@ class NgramHash:
         windows = [token.flatten() for token in self.windows(tokens)]
         shared = 0
         key = windows[0]
-        for order in range(2, self.space.ngram_order + 1):
+        for order in range(2, self.space.longest + 1):
             # numbered anew at each order, so that the pair (n-gram so far, one token more) fits int64
             _, key = torch.unique(key * (int(windows[order - 1].max()) + 1) + windows[order - 1], return_inverse=True)
-            for table in range((order - 2) * self.space.num_slices, (order - 1) * self.space.num_slices):
+            for table in (table for table, own in enumerate(self.space.orders) if own == order):
                 _, row = torch.unique(rows[:, table], return_inverse=True)
                 ngrams = int(key.max()) + 1
                 pairs, uses = torch.unique(row * ngrams + key, return_counts=True)

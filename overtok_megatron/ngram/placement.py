@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.ngram.exchange import Exchange, FlatExchange, TwoLevelExchange
+from overtok_megatron.ngram.exchange import Exchange, FlatExchange, Trained, TwoLevelExchange
 from overtok_megatron.ngram.sizing import row_bounds
 
 
@@ -29,24 +29,27 @@ def make_exchange(
     ranks_per_host: int | None,
     kernels: RowKernels,
     gradient_dtype: torch.dtype,
+    trained: Trained | None = None,
     backend: str | None = None,
 ) -> Exchange:
     """The exchange over all ranks of the world, of which `group` is the group; None = one rank.
 
-    backend: of process groups made for it; None = none are made where `group` itself serves. A collective of the world.
+    trained: which rows take updates; None = all. backend: of process groups made for it; None = none are made where `group`
+    itself serves. A collective of the world.
     """
     world = 1 if group is None else dist.get_world_size(group)
     bounds = row_bounds(total_rows, world)
     if world == 1:
-        return FlatExchange(bounds, None, kernels, gradient_dtype)
+        return FlatExchange(bounds, None, kernels, gradient_dtype, trained)
     if ranks_per_host is None:
         own = group if backend is None else dist.new_group(list(range(world)), backend=backend, group_desc="tables")
-        return FlatExchange(bounds, own, kernels, gradient_dtype)
+        return FlatExchange(bounds, own, kernels, gradient_dtype, trained)
     hosts = world // ranks_per_host
     within = [list(range(host * ranks_per_host, (host + 1) * ranks_per_host)) for host in range(hosts)]
     across = [list(range(place, world, ranks_per_host)) for place in range(ranks_per_host)]
     host_group = _own_group(within, backend, "tables, host")
-    return TwoLevelExchange(bounds, host_group, _own_group(across, backend, "tables, hosts"), kernels, gradient_dtype)
+    host_lines = _own_group(across, backend, "tables, hosts")
+    return TwoLevelExchange(bounds, host_group, host_lines, kernels, gradient_dtype, trained)
 
 
 def _own_group(lists: list[list[int]], backend: str | None, name: str) -> dist.ProcessGroup | None:

@@ -259,7 +259,7 @@ class TrainingRun:
         values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
         if sample is not None:
             values["tables/collision_share"] = tables.ngram_hash.collision_share(sample)
-        return values | {f"tables/norm_{order + 2}gram": norm for order, norm in enumerate(norms)}
+        return values | {f"tables/norm_{order}gram": norm for order, norm in norms.items()}
 
     def _report(self, reporter: Reporter, done: int, values: dict[str, float]) -> None:
         if done % self.config.logging.interval == 0 or done == self.total_steps or "validation/loss" in values:

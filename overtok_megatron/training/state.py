@@ -138,6 +138,8 @@ _SHAPE_KEYS = {
         "ngram_order",
         "num_slices",
         "table_rows",
+        "row_width",
+        "added",
         "combine",
         "pad_id",
         "boundary",
@@ -145,6 +147,13 @@ _SHAPE_KEYS = {
         "row_dtype",
     ),
 }
+
+
+def _shape_of(key: str, value: Any) -> Any:
+    """What of a key's value makes the model; whether added tables take updates does not."""
+    if key == "added":
+        return [{name: own for name, own in group.items() if name != "frozen"} for group in value or []]
+    return value
 
 
 def check_same_model(
@@ -156,7 +165,7 @@ def check_same_model(
     """
     for section, keys in _SHAPE_KEYS.items():
         for key in keys or config[section]:
-            mine, theirs = config[section].get(key), manifest.config[section].get(key)
+            mine, theirs = (_shape_of(key, values[section].get(key)) for values in (config, manifest.config))
             if key == "init_std" or mine == theirs:
                 continue
             if section == "over_encoding" and key != "enabled" and not config[section]["enabled"]:

@@ -4,6 +4,7 @@
 """
 
 import os
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -47,8 +48,12 @@ def copy_of(rows: TableRows) -> TableRows:
 def check_ngram_rows(kernels: RowKernels, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(-1, 30, (3, 4, 41), generator=generator) * 3371  # up to V = 10^5, with missing ones
-    for reset in (False, True):
-        tables = HashTables((2, 2, 3, 4), (2**31 - 9, 70_001, 70_003, 2**31 - 1), 100_278, 7, reset, 2 * 3371, 4099)
+    sizes = (
+        (2**31 - 9, 70_001, 70_003, 2**31 - 1),
+        (10**6, 7, 10**6 + 2, 9),
+    )  # also as differently as added tables may be
+    for reset, own in product((False, True), sizes):
+        tables = HashTables((2, 2, 3, 4), own, 100_278, 7, reset, 2 * 3371, 4099)
         extended = tokens.to(device)
         assert torch.equal(kernels.ngram_rows(extended, tables), PLAIN.ngram_rows(extended, tables))
 

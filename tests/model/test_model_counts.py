@@ -49,6 +49,7 @@ OVER = {"enabled": True, "table_rows": 53}
         ({}, OVER | {"num_slices": 4, "table_rows": 1, "optimizer": "sgd"}),
         ({}, OVER | {"state_dtype": "float32", "row_dtype": "float32", "optimizer": "adam"}),
         ({}, OVER | {"row_dtype": "int8", "optimizer": "rowwise_adam"}),
+        ({}, OVER | {"row_width": 5, "added": [{"orders": [5, 2], "num_slices": 3, "table_rows": 9}]}),
     ],
 )
 def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, Any]) -> None:

@@ -30,7 +30,14 @@ ASKED = {  # per case, what each rank asks for, modulo the number of rows
 HALF = torch.bfloat16
 
 
-def rank_cases(total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def no_thirds(places: Tensor) -> Tensor:
+    """Every third row is frozen."""
+    return places % 3 != 0
+
+
+def rank_cases(
+    total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype, frozen: bool = False
+) -> dict[str, dict[str, Any]]:
     """One rank's work: rows fetched, gradients summed, bytes counted and bytes that really went out, rows renewed."""
     dist.init_process_group("gloo")
     grid = ProcessGrid.create(GridShape(data=dist.get_world_size()))
@@ -39,7 +46,12 @@ def rank_cases(total: int, ranks_per_host: int | None, gradient_dtype: torch.dty
     table = initial_rows(0, total, WIDTH, 0.1, seed=0)
     own = table[start:stop].clone()
     exchange = make_exchange(
-        total, grid.table_group, ranks_per_host=ranks_per_host, kernels=RowKernels(), gradient_dtype=gradient_dtype
+        total,
+        grid.table_group,
+        ranks_per_host=ranks_per_host,
+        kernels=RowKernels(),
+        gradient_dtype=gradient_dtype,
+        trained=no_thirds if frozen else None,
     )
     went_out = 0
     original = dist.all_to_all_single
@@ -79,13 +91,16 @@ def rank_cases(total: int, ranks_per_host: int | None, gradient_dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    ("ranks", "total", "ranks_per_host", "gradient_dtype"),
-    [(1, 11, None, HALF), (3, 11, None, HALF), (3, 2, None, torch.float32), (4, 11, 2, torch.float32),
-     (4, 11, 4, HALF), (4, 3, 1, torch.float32)],
+    ("ranks", "total", "ranks_per_host", "gradient_dtype", "frozen"),
+    [(1, 11, None, HALF, True), (3, 11, None, HALF, True), (3, 2, None, torch.float32, False),
+     (4, 11, 2, torch.float32, True), (4, 11, 4, HALF, True),
+     (4, 3, 1, torch.float32, False)],
 )  # fmt: skip
-def test_a_lookup_and_a_sum(ranks: int, total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype) -> None:
+def test_a_lookup_and_a_sum(
+    ranks: int, total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype, frozen: bool
+) -> None:
     table = initial_rows(0, total, WIDTH, 0.1, seed=0)
-    results = run_ranks(ranks, rank_cases, total, ranks_per_host, gradient_dtype)
+    results = run_ranks(ranks, rank_cases, total, ranks_per_host, gradient_dtype, frozen)
     ranges = [owned_range(total, rank, ranks, ranks_per_host) for rank in range(ranks)]
     assert sorted(ranges) == list(pairwise(row_bounds(total, ranks)))
     for name, asked in ASKED.items():
@@ -103,13 +118,15 @@ def test_a_lookup_and_a_sum(ranks: int, total: int, ranks_per_host: int | None, 
             assert told == went_out
             if ranks_per_host is None:
                 mine = range(*ranges[rank])
-                asks = len({row for row in ids if row not in mine})
+                asked = {row for row in ids if row not in mine}
+                returned = len({row for row in asked if not (frozen and row % 3 == 0)})
                 others = [other for number, other in enumerate(lists) if number != rank]
                 serves = sum(len({row for row in other if row in mine}) for other in others)
                 gradient = gradient_dtype.itemsize * WIDTH
-                assert told == 8 * (ranks - 1) + asks * (8 + gradient) + serves * 4 * WIDTH
+                assert told == 8 * (ranks - 1) + len(asked) * 8 + returned * gradient + serves * 4 * WIDTH
         owned = torch.cat([result[name]["index"] for result in results])
-        assert owned.sort().values.tolist() == sorted({row for ids in lists for row in ids})
+        moving = {row for ids in lists for row in ids if not (frozen and row % 3 == 0)}
+        assert owned.sort().values.tolist() == sorted(moving)
         grads = torch.cat([result[name]["grad"] for result in results])
         assert torch.equal(grads[:, 0], expected[owned])
         assert torch.equal(torch.cat([result[name]["squares"] for result in results]), grads.square().sum(1))

@@ -10,18 +10,19 @@ from reference import python_ngram_row, python_place
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.ngram.ids import MISSING, NgramHash
-from overtok_megatron.ngram.sizing import STRIPES, RowSpace
+from overtok_megatron.ngram.sizing import STRIPES, RowSpace, TableGroup
 
 EOD = 2
+SIZES = st.sampled_from([1, 7, 1009, 12_800_000, 2**31 - 64])
 
 
 @st.composite
 def hashes(draw: st.DrawFn) -> tuple[NgramHash, int]:
     """A hash and its vocabulary."""
     vocab = draw(st.sampled_from([3, 50, 32_000, 100_278]))
-    space = RowSpace(
-        draw(st.integers(2, 5)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 7, 1009, 12_800_000, 2**31 - 64])), 8
-    )
+    orders = st.lists(st.integers(2, 5), min_size=1, max_size=2, unique=True).map(tuple)
+    added = draw(st.lists(st.builds(TableGroup, orders, st.integers(1, 2), SIZES), max_size=2))
+    space = RowSpace(draw(st.integers(2, 5)), draw(st.integers(1, 4)), draw(SIZES), 8, tuple(added))
     base = draw(st.sampled_from([vocab, 2, 10**9 + 7]))
     kernels = choose_kernels(draw(st.sampled_from(["auto", "torch"])), torch.device("cpu")).rows
     boundary: Literal["reset", "ignore"] = draw(st.sampled_from(["reset", "ignore"]))
@@ -41,14 +42,21 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
     tokens = tokens_of(vocab, size, seed)
     space = ngram_hash.space
     result = ngram_hash.rows(tokens)
+    groups = [(range(2, space.ngram_order + 1), space.num_slices, space.table_rows)]
+    groups += [(group.orders, group.num_slices, group.table_rows) for group in space.added]
+    kinds = []  # of each table: its order and its rows
+    for orders, slices, first in groups:
+        own = [order for order in orders for _ in range(slices)]
+        kinds += [(order, first + 2 * number) for number, order in enumerate(own)]
+    assert space.num_tables == len(kinds)
     for line, row in enumerate(tokens.tolist()):
         for t in range(size):
-            for table in range(space.num_tables):
-                order = 2 + table // space.num_slices
-                rows = space.table_rows + 2 * table
+            for table, (order, rows) in enumerate(kinds):
                 reset = ngram_hash.boundary == "reset"
                 wanted = python_ngram_row(row, t, order, ngram_hash.base, rows, ngram_hash.pad_id, EOD, reset)
-                assert result[line, t, table] == python_place(table, wanted, space.sizes, STRIPES)
+                lies = python_place(table, wanted, [rows for _, rows in kinds], STRIPES)
+                assert result[line, t, table] == lies
+                assert [int(part) for part in space.rows_at(torch.tensor(lies))] == [table, wanted]
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +64,7 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
 def test_pieces_with_history_give_the_whole(pair: tuple[NgramHash, int], cuts: list[int], seed: int) -> None:
     ngram_hash, vocab = pair
     tokens = tokens_of(vocab, sum(cuts), seed)
-    reach = ngram_hash.space.ngram_order - 1
+    reach = ngram_hash.space.longest - 1
     history = torch.full((2, reach), MISSING)
     pieces = []
     for piece in tokens.split(cuts, dim=1):
@@ -75,14 +83,14 @@ def test_left_padding_changes_nothing(pair: tuple[NgramHash, int], padding: int,
 
 
 def test_collision_share_counts_lookups() -> None:
-    ngram_hash = NgramHash(RowSpace(3, 2, 31, 4), 50, 0, "ignore", EOD)
+    ngram_hash = NgramHash(RowSpace(3, 2, 31, 4, (TableGroup((2,), 1, 13),)), 50, 0, "ignore", EOD)
     tokens = torch.randint(0, 6, (1, 60), generator=torch.Generator().manual_seed(0))
     rows = ngram_hash.rows(tokens)[0]
     windows = torch.stack(ngram_hash.windows(tokens), dim=-1)[0]
     shared = total = 0
-    for table in range(4):
+    for table, order in enumerate((2, 2, 3, 3, 2)):
         users = defaultdict(set)
-        grams = [tuple(window[: 2 + table // 2].tolist()) for window in windows]
+        grams = [tuple(window[:order].tolist()) for window in windows]
         for row, gram in zip(rows[:, table].tolist(), grams, strict=True):
             users[row].add(gram)
         shared += sum(len(users[row]) > 1 for row in rows[:, table].tolist())

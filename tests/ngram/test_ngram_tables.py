@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from reference import python_place
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowRule, TableRows, place
+from overtok_megatron.kernels.rows import RowRule, TableRows, place, table_rows_at
 from overtok_megatron.ngram.optimizer import RowOptimizer
-from overtok_megatron.ngram.sizing import RowSpace, row_bounds
+from overtok_megatron.ngram.sizing import STRIPES, RowSpace, TableGroup, row_bounds
 from overtok_megatron.ngram.table import initial_rows
 
 
@@ -19,17 +19,41 @@ def test_the_row_space() -> None:
     space = RowSpace(ngram_order=3, num_slices=2, table_rows=10, width=4)
     assert space.sizes == (10, 12, 14, 16)
     assert space.total_rows == 52
-    assert [space.order_of(table) for table in range(4)] == [2, 2, 3, 3]
+    assert space.orders == (2, 2, 3, 3)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(2, 4), st.integers(1, 4), st.integers(1, 16))
-def test_every_row_has_a_place_of_its_own(rows: int, order: int, slices: int, stripes: int) -> None:
-    sizes = RowSpace(order, slices, rows, 4).sizes
+def test_added_tables_follow_with_sizes_of_their_own() -> None:
+    space = RowSpace(3, 1, 10, 4, (TableGroup((4, 2), 2, 30, frozen=True), TableGroup((5,), 1, 7)))
+    assert space.sizes == (10, 12, 30, 32, 34, 36, 7)
+    assert space.orders == (2, 3, 4, 4, 2, 2, 5)
+    assert (space.num_base_tables, space.num_tables, space.longest, space.total_rows) == (2, 7, 5, 161)
+    for table in range(7):
+        assert (space.trained_at(space.places(table)) == (table not in (2, 3, 4, 5))).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 40) | st.integers(900, 1000), min_size=1, max_size=9), st.integers(1, 16))
+def test_every_row_has_a_place_of_its_own(table_sizes: list[int], stripes: int) -> None:
+    sizes = tuple(table_sizes)
     places = [place(table, torch.arange(size), sizes, stripes) for table, size in enumerate(sizes)]
     assert torch.cat(places).sort().values.tolist() == list(range(sum(sizes)))
     for table, own in enumerate(places):
         assert own.tolist() == [python_place(table, row, sizes, stripes) for row in range(sizes[table])]
+        tables, rows = table_rows_at(own, sizes, stripes)
+        assert rows.tolist() == list(range(sizes[table]))
+        assert (tables == table).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([1, 7, 1009, 10**6, 10**6 + 2, 2**31 - 1]), min_size=1, max_size=12), st.data())
+def test_places_are_undone_whatever_the_sizes(table_sizes: list[int], data: st.DataObject) -> None:
+    sizes = tuple(table_sizes)
+    for table, size in enumerate(sizes):
+        rows = torch.tensor([0, size - 1, *data.draw(st.lists(st.integers(0, size - 1), max_size=8))])
+        places = place(table, rows, sizes, STRIPES)
+        assert (places >= 0).all() and (places < sum(sizes)).all()
+        tables, back = table_rows_at(places, sizes, STRIPES)
+        assert (tables == table).all() and torch.equal(back, rows)
 
 
 @given(rows=st.integers(0, 10**12), ranks=st.integers(1, 70))

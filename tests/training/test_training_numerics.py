@@ -79,6 +79,7 @@ def train_cases(cases: list[Case]) -> list[Result]:
     return results
 
 
+ADDED = [{"orders": [4], "table_rows": 31}]
 FORMULA = [
     Case("n2 k1 sum", {"ngram_order": 2, "num_slices": 1, "combine": "sum"}),
     Case("n2 k4 scaled, ignore", {"ngram_order": 2, "num_slices": 4, "combine": "scaled", "boundary": "ignore"}),
@@ -91,21 +92,27 @@ FORMULA = [
     Case("tables smaller than the ranks", {"ngram_order": 2, "num_slices": 1, "table_rows": 2}),
     Case("tied head, z-loss, hash base", {"hash_base": 64, "combine": "sum"}, {"tie_word_embeddings": True},
          training={"z_loss": 1e-2}),
+    Case("added groups", {"row_width": 8, "combine": "scaled", "optimizer": "rowwise_adagrad", "learning_rate_factor": 1.0,
+                          "added": [{"orders": [4, 2], "table_rows": 7}, {"orders": [3], "num_slices": 3, "table_rows": 211}]}),
+    Case("frozen ones, decay", {"frozen": True, "weight_decay": 0.3, "optimizer": "sgd", "added": [
+        {"orders": [2, 3], "num_slices": 2, "table_rows": 151}, {"orders": [5], "table_rows": 83, "frozen": True}]}),
 ]  # fmt: skip
 LAYOUTS = {
     1: FORMULA,
     2: [
         *FORMULA,
-        *(Case(f"zero {stage}", {"optimizer": "sgd"}, parallel={"zero_stage": stage}) for stage in (1, 2, 3)),
+        *(Case(f"zero {stage}", {"optimizer": "sgd", "added": ADDED}, parallel={"zero_stage": stage}) for stage in (1, 2, 3)),
         Case("tensor parallel", {"optimizer": "sgd"}, parallel={"tensor_parallel_size": 2}),
         Case("tensor parallel, tied, zero 1", {"combine": "sum"}, {"tie_word_embeddings": True},
              parallel={"tensor_parallel_size": 2, "zero_stage": 1}),
-        Case("sequence parallel", {"optimizer": "sgd"}, parallel={"tensor_parallel_size": 2, "sequence_parallel": True}),
+        Case("sequence parallel", {"optimizer": "sgd", "added": ADDED},
+             parallel={"tensor_parallel_size": 2, "sequence_parallel": True}),
         Case("sequence parallel, zero 2", parallel={"tensor_parallel_size": 2, "sequence_parallel": True, "zero_stage": 2}),
     ],
     4: [
         *FORMULA[2:5],
         *FORMULA[7:9],
+        FORMULA[11],
         Case("two by two, zero 1", {"optimizer": "sgd"}, parallel={"tensor_parallel_size": 2, "zero_stage": 1}),
         Case("two by two, sequence parallel", parallel={"tensor_parallel_size": 2, "sequence_parallel": True}),
         Case("zero 3 of four", {"optimizer": "rowwise_adagrad"}, parallel={"zero_stage": 3},

@@ -1,0 +1,44 @@
+"""`overtok grow`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def _grow(options: argparse.Namespace) -> int:
+    from overtok_megatron.checkpoint.growing import grow
+    from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
+    from overtok_megatron.config.growth import grow_config, parse_tables
+    from overtok_megatron.config.loading import change_config, save_resolved
+    from overtok_megatron.config.schema import RunConfig
+    from overtok_megatron.errors import ConfigError
+
+    source, output = find_checkpoint(Path(options.run)), Path(options.output)
+    old = RunConfig.model_validate(read_manifest(source).config)
+    grown = grow_config(old, [parse_tables(text) for text in options.tables], freeze=options.freeze)
+    places = {"output_directory": str(output), "initial_checkpoint": None}
+    grown = grown.model_copy(update={"training": grown.training.model_copy(update=places)})
+    loaded = change_config(grown, options.overrides, "--tables")
+    place = loaded.config.training.output_directory
+    if place != str(output):
+        raise ConfigError(f"training.output_directory: {place}; --output says where the new run lies: leave it out")
+    path = grow(source, output, loaded.config, loaded.locate)
+    save_resolved(loaded.config, output / "config.yaml")
+    print(f"{path}: the model of {source} with more tables; go on with overtok train {output / 'config.yaml'}")
+    return 0
+
+
+def add_verbs(verbs: Any) -> None:
+    verb = verbs.add_parser("grow", help="give a trained model more n-gram tables, which change nothing until trained")
+    verb.add_argument("run", help="a run's output folder (its latest checkpoint), or one of its checkpoints")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="other values for the new run")
+    verb.add_argument("--output", required=True, help="run folder to write to")
+    verb.add_argument(
+        "--tables",
+        action="append",
+        required=True,
+        metavar="orders=2-3,slices=2,rows=M",
+        help="tables to add: n-gram lengths, tables for each, rows of the first; may be repeated",
+    )
+    verb.add_argument("--freeze", action="store_true", help="rows of the tables that are there take no more updates")
+    verb.set_defaults(work=_grow)

@@ -1,0 +1,102 @@
+"""Which configuration a model has once it got more n-gram tables. Pure; what happens to its weights: checkpoint/growing.py."""
+
+import re
+from collections.abc import Sequence
+
+from overtok_megatron.config.schema import AddedTables, OverEncodingConfig, RunConfig
+from overtok_megatron.errors import ConfigError
+
+_FORM = "orders=2-3,slices=2,rows=1053639"
+_NAMES = ("orders", "slices", "rows")
+
+
+def parse_tables(text: str) -> AddedTables:
+    """`orders=2-3,slices=2,rows=M`: tables of these n-gram lengths (one number, or first-last). Raises ConfigError."""
+    values: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        name = "orders" if name == "order" else name
+        if not equals or name not in _NAMES or name in values:
+            raise ConfigError(
+                f"--tables: {text}; {part!r} is none of {', '.join(_NAMES)}, or comes twice; write {_FORM}"
+            )
+        values[name] = value
+    for name in ("orders", "rows"):
+        if name not in values:
+            raise ConfigError(f"--tables: {text}; gives no {name}; write {_FORM}")
+    span = re.fullmatch(r"(\d+)(?:-(\d+))?", values["orders"])
+    orders = list(range(int(span[1]), int(span[2] or span[1]) + 1)) if span else []
+    if not orders or orders[0] < 2:
+        raise ConfigError(f"--tables: {text}; orders must be a number from 2 on, or a range of them, as 2-3")
+    numbers = {name: values.get(name, "1").replace("_", "") for name in ("slices", "rows")}
+    for name, number in numbers.items():
+        if not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"--tables: {text}; {name} must be a whole number from 1 on")
+    return AddedTables(orders=orders, num_slices=int(numbers["slices"]), table_rows=int(numbers["rows"]))
+
+
+def grow_config(config: RunConfig, tables: Sequence[AddedTables], *, freeze: bool) -> RunConfig:
+    """The configuration of a model with `tables` beside those that it has, the old ones frozen where `freeze`.
+
+    A plain model gets the first of them as its base. Raises ConfigError where they cannot be that, or nothing can be frozen.
+    """
+    assert tables
+    over = config.over_encoding
+    if over.enabled:
+        old = [group.model_copy(update={"frozen": group.frozen or freeze}) for group in over.added]
+        changes = {"added": [*old, *tables], "frozen": over.frozen or freeze}
+    else:
+        changes = {"added": list(tables[1:]), **_base(tables[0], freeze)}
+    return config.model_copy(update={"over_encoding": over.model_copy(update=changes)})
+
+
+def _base(first: AddedTables, freeze: bool) -> dict[str, object]:
+    longest = first.orders[-1]
+    if freeze:
+        raise ConfigError("--freeze: the model has no n-gram tables that could be frozen; leave it out")
+    if first.orders != list(range(2, longest + 1)):
+        raise ConfigError(
+            f"--tables: orders {first.orders[0]}-{longest}; the first tables of a plain model begin at 2-grams; "
+            f"write orders=2-{longest}, or name such tables before these"
+        )
+    rows = {"ngram_order": longest, "num_slices": first.num_slices, "table_rows": first.table_rows}
+    return {"enabled": True, "frozen": False, **rows}
+
+
+def check_grown(old: RunConfig, new: RunConfig) -> None:
+    """Raise ConfigError naming the first key by which `new` computes something else than `old` while added rows are zero."""
+    if old.model != new.model:
+        raise ConfigError(f"model: {_difference(old.model, new.model)}; growing changes tables only: leave it as it is")
+    if old.training.precision != new.training.precision:
+        raise ConfigError(
+            f"training.precision: {new.training.precision}; the model was trained in {old.training.precision}: "
+            "leave it as it is"
+        )
+    before, after = old.over_encoding, new.over_encoding
+    if not before.enabled:
+        if after.combine == "mean":
+            raise ConfigError(
+                "over_encoding.combine: mean; would divide the embedding of a plain model by 1 + its tables: "
+                "write over_encoding.combine=scaled, or sum"
+            )
+        return
+    kept = ("ngram_order", "num_slices", "table_rows", "row_width", "combine", "pad_id", "boundary", "hash_base",
+            "row_dtype")  # fmt: skip
+    for key in kept:
+        if getattr(before, key) != getattr(after, key):
+            raise ConfigError(
+                f"over_encoding.{key}: {getattr(after, key)}; the tables that are there have {getattr(before, key)}: "
+                "leave it as it is"
+            )
+    if not _begins_with(before, after):
+        raise ConfigError("over_encoding.added: gives other tables than --tables does; leave it out")
+
+
+def _begins_with(before: OverEncodingConfig, after: OverEncodingConfig) -> bool:
+    """Whether the groups of tables that were added before come first, as they were."""
+    shapes = [[(group.orders, group.num_slices, group.table_rows) for group in over.added] for over in (before, after)]
+    return shapes[1][: len(shapes[0])] == shapes[0] and len(shapes[1]) > len(shapes[0])
+
+
+def _difference(old: object, new: object) -> str:
+    return next(f"{key} {value}" for key, value in vars(new).items() if vars(old)[key] != value)
