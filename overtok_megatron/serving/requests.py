@@ -63,7 +63,7 @@ class CompletionRequest(BaseModel):
     logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_SCORES)] | None = None
     echo: bool | None = None
     user: str | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Literal[""] | None = None
     presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
