@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from overtok_megatron.cli import main
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.evaluation import harness
 from overtok_megatron.evaluation.perplexity import score_set
 
 
@@ -64,7 +66,12 @@ def test_several_sets_as_a_table(trained_runs: TrainedRuns, capsys: pytest.Captu
     assert [row.split()[0] for row in rows] == names
 
 
-def test_sets_that_do_not_fit(trained_runs: TrainedRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sets_that_do_not_fit(
+    trained_runs: TrainedRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_tasks = partial(harness.TaskManager, include_defaults=False)  # lm-eval's thousands take seconds to look through
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: own_tasks(include_path=include_path))
+
     def line(*arguments: str) -> str:
         assert main(("evaluate", str(trained_runs.run("fp32")), *arguments)) == 2
         return capsys.readouterr().err.removesuffix("\n")
