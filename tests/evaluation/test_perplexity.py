@@ -14,7 +14,7 @@ from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from overtok_megatron.evaluation import harness
-from overtok_megatron.evaluation.perplexity import score_set
+from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table
 
 
 def last_record(run: Path) -> dict[str, float]:
@@ -56,6 +56,17 @@ def test_every_token_is_scored_once(trained_runs: TrainedRuns) -> None:
 def documents(tokens: list[int]) -> list[list[int]]:
     ends = [place for place, token in enumerate(tokens) if token == 0]
     return [tokens[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
+def test_a_set_whose_text_is_not_known(trained_runs: TrainedRuns, tmp_path: Path) -> None:
+    for kind in ("bin", "idx"):
+        (tmp_path / f"set.{kind}").symlink_to(trained_runs.folder / f"other.{kind}")
+    manifest = json.loads((trained_runs.folder / "other.json").read_text())
+    (tmp_path / "set.json").write_text(json.dumps({**manifest, "source_bytes": 0}))
+    score = score_set(trained_runs.trained(), str(tmp_path / "set"), 5)
+    assert score.bits_per_byte is None
+    assert score_table([score]).endswith("  unknown")
+    assert json.loads(score_json([score], 3))["sets"][0]["bits_per_byte"] is None
 
 
 def test_several_sets_as_a_table(trained_runs: TrainedRuns, capsys: pytest.CaptureFixture[str]) -> None:

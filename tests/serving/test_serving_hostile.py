@@ -16,9 +16,11 @@ from running import Running, running
 from trained_runs import TrainedRuns
 
 from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.inference.generation import Sampling
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.shared_batch import SharedBatch
 from overtok_megatron.serving import server as server_module
+from overtok_megatron.serving.engine import BusyError, Engine, Job, Piece
 
 JSON = {"content-type": "application/json"}
 GOOD = {"model": "tiny", "prompt": "The people", "max_tokens": 4}
@@ -279,3 +281,31 @@ def test_more_connections_than_allowed(trained: TrainedModel) -> None:
             connection.close()
         time.sleep(0.2)
         assert server.health()["status"] == "ok"
+
+
+def test_who_gave_up_waiting_holds_no_place(slow: TrainedModel) -> None:
+    pieces: list[tuple[str, Piece]] = []
+
+    def job(name: str, seconds: float = 60.0) -> Job:
+        deadline = time.monotonic() + seconds
+        return Job([5, 6], 30, Sampling(30), [], None, False, deadline, lambda piece: pieces.append((name, piece)))
+
+    with Engine(slow, places=1, max_waiting=1) as engine:
+        first, second = job("first"), job("second")
+        engine.submit([first])
+        while not pieces:
+            time.sleep(0.01)
+        engine.submit([second])
+        with pytest.raises(BusyError, match="1 sequences wait already"):
+            engine.submit([job("third")])
+        engine.cancel([second])
+        engine.submit([job("late", seconds=0.1)])
+        while pieces[-1] != ("late", Piece("", [], 0, "timeout")):
+            time.sleep(0.01)
+        engine.submit([job("last")])
+        engine.cancel([first])
+        while not (pieces[-1][0] == "last" and pieces[-1][1].finish):
+            time.sleep(0.01)
+    assert pieces[-1][1].finish == "length"
+    assert "second" not in [name for name, _ in pieces]
+    assert not engine.alive
