@@ -5,6 +5,7 @@ rows: an over-encoded training step at growing table sizes; flat is the aim, sin
 tables: look-up, backward and update in four tables against fbgemm, SparseAdam, AdamW and the memory traffic alone.
 mapped: generation with the tables in a file, beside the same in memory.
 saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
+prepare: a corpus to a dataset on disk, beside the tokenizer library's own encoding of the same text in memory.
 Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data_benchmark import prepare_speed
 from measuring import DEVICE, alternate, configuration, single_process
 from table_benchmark import mapped, tables
 from torch import Tensor
@@ -238,6 +240,11 @@ def main() -> int:
     verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows; four tables of 133 bytes a row")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     verb.set_defaults(run=saves)
+    verb = verbs.add_parser("prepare", help="text to tokens on disk")
+    verb.add_argument("--tokenizer", required=True, help="sentencepiece model or Hugging Face tokenizer.json")
+    verb.add_argument("--copies", type=int, default=4, help="of the quickstart's corpus, 12 MB each")
+    verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
+    verb.set_defaults(run=prepare_speed)
     options = parser.parse_args()
     missing = process_environment(1, deterministic=False, cuda=DEVICE.type == "cuda")
     if missing:  # the allocator reads its settings when a process starts
