@@ -118,6 +118,7 @@ class TrainingRun:
                     values |= self._validate()
                     values |= self._table_figures()
                 self.consumed += self.config.training.global_batch_size
+                values |= {f"data/epoch/{name}": epoch for name, epoch in self.batches.epochs(self.consumed).items()}
                 if reporter is not None:
                     self._report(reporter, done, values)
                     bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
