@@ -6,6 +6,7 @@ tables: look-up, backward and update in four tables against fbgemm, SparseAdam, 
 overhead: whole runs of the quickstart's two models in turn: what over-encoding costs a step.
 mapped: generation with the tables in a file, beside the same in memory.
 saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
+prepare: a corpus to a dataset on disk, beside the tokenizer library's own encoding of the same text in memory.
 Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data_benchmark import prepare_speed
 from measuring import DEVICE, alternate, configuration, single_process
 from overhead_benchmark import overhead
 from table_benchmark import mapped, tables
@@ -246,6 +248,11 @@ def main() -> int:
     verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows of the four tables")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     verb.set_defaults(run=saves)
+    verb = verbs.add_parser("prepare", help="text to tokens on disk")
+    verb.add_argument("--tokenizer", required=True, help="sentencepiece model or Hugging Face tokenizer.json")
+    verb.add_argument("--copies", type=int, default=4, help="of the quickstart's corpus, 12 MB each")
+    verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
+    verb.set_defaults(run=prepare_speed)
     options = parser.parse_args()
     missing = process_environment(1, deterministic=False, cuda=DEVICE.type == "cuda")
     if missing:  # the allocator reads its settings when a process starts

@@ -77,7 +77,7 @@ def add_verbs(verbs: Any) -> None:
         "--include-path", action="append", default=[], metavar="DIR", help="folder with definitions of tasks"
     )
     verb.add_argument("--limit", type=positive, default=None, help="questions of each task (default: all)")
-    verb.add_argument("--num-fewshot", type=int, default=None, help="solved examples before each question")
+    verb.add_argument("--num-fewshot", type=positive, default=None, help="solved examples before each question")
     verb.set_defaults(work=_evaluate)
 
     verb = verbs.add_parser("prepare-tasks", help="LAMBADA, HellaSwag, PIQA and ARC as local files for lm-eval")

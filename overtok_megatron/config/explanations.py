@@ -64,25 +64,32 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     """The most telling of pydantic's errors as one line. An unknown key comes first: it explains the missing ones."""
     unknown = ("extra_forbidden", "invalid_key")
     error = min(errors, key=lambda one: (one["type"] == "missing", one["type"] not in unknown))
-    parts = [str(part) for part in error["loc"]]
+    parts = [str(part) for part in error["loc"] if not str(part).startswith("<")]  # schema.py marks forms of a key so
     key = ".".join(parts)
     known = known_keys()
     ancestors = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     place = next((places[name] for name in ancestors if name in places), path)
     if error["type"] in ("extra_forbidden", "invalid_key"):
+        if len(parts) > 2 and ".".join(parts[:2]) in known:
+            return f"{place}: unknown key {_short(key)}; {'.'.join(parts[:2])} is the {known['.'.join(parts[:2])]}"
         return f"{place}: unknown key {_short(key)}; {nearest(key)}"
     meaning = next((known[name] for name in ancestors if name in known), "")
     if error["type"] == "missing":
         if len(parts) == 1:
             return f"{place}: section {key} is missing; its keys are {', '.join(_keys_of(key))}"
+        if len(parts) > 2 and not parts[-1].isdigit():
+            return f"{place}: {key} is missing ({meaning}); add it"
         if key in known:
             return f"{place}: {key} is missing from section {'.'.join(parts[:-1])}{f' ({meaning})' if meaning else ''}; add it"
     value = _short(repr(error["input"]))
-    if error["type"] in ("model_type", "dict_type"):
+    if error["type"] in ("model_type", "dict_type") and len(parts) < 3:
         return f"{place}: {key}: {value} must be a section with keys {', '.join(_keys_of(key)) or 'of DeepSpeed'}"
-    rule = {"missing": "has too few values", "too_long": "has too many values", "tuple_type": "should be a list"}.get(
-        error["type"], error["msg"].removeprefix("Input ").replace("\n", " ")
-    )
+    rule = {
+        "missing": "has too few values",
+        "model_type": "is no such item",
+        "too_long": "has too many values",
+        "tuple_type": "should be a list",
+    }.get(error["type"], error["msg"].removeprefix("Input ").replace("\n", " "))
     hint = ""
     if (
         error["type"] in ("int_type", "int_from_float")

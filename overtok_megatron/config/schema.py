@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -144,8 +144,18 @@ class TokenizerConfig(Section):
     )
 
 
+class WeightedSet(Section):
+    path: Text = Field(description="prefix of the set")
+    weight: PositiveFloat = Field(description="share of the samples, at any scale")
+
+
 class DataConfig(Section):
-    train: Text = Field(description="prefix of the training set: PREFIX.bin, PREFIX.idx, PREFIX.json")
+    train: Annotated[
+        Annotated[Text, Tag("<prefix>")] | Annotated[list[WeightedSet], Field(min_length=1), Tag("<sets>")],
+        Discriminator(
+            lambda value: "<sets>" if isinstance(value, list) else "<prefix>"
+        ),  # an error is of one form alone
+    ] = Field(description="prefix of the training set (PREFIX.bin, .idx, .json), or a list of {path, weight}")
     validation: Text | None = Field(None, description="prefix of the validation set")
     seq_length: Annotated[int, Field(ge=1, description="tokens a sample")]
     shuffle_seed: NonNegative = Field(1234, description="seed of the order of samples")

@@ -3,13 +3,13 @@
 Shapes: A micro-batches a step, b micro batch, s sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from overtok_megatron.data.blending import BlendOrder, WeightedDataset
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.sampler import SampleOrder
 from overtok_megatron.parallel.cross_entropy import IGNORED
 
 Tokens = npt.NDArray[np.int64]
@@ -23,7 +23,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        dataset: IndexedDataset,
+        datasets: IndexedDataset | Sequence[WeightedDataset],
         seq_length: int,
         micro_batch_size: int,
         accumulation_steps: int,
@@ -31,8 +31,9 @@ class TrainBatches:
         data_parallel_size: int,
         seed: int,
     ) -> None:
-        self._dataset = dataset
-        self._order = SampleOrder(dataset.num_tokens, seq_length, seed, dataset.prefix)
+        sets = [WeightedDataset(datasets, 1.0)] if isinstance(datasets, IndexedDataset) else datasets
+        self._datasets = [one.dataset for one in sets]
+        self._order = BlendOrder(sets, seq_length, seed)
         self._length = seq_length
         self._micro = micro_batch_size
         self._accumulation = accumulation_steps
@@ -49,8 +50,13 @@ class TrainBatches:
         for micro_batch in range(self._accumulation):
             begin = first + (micro_batch * self._ranks + self._rank) * self._micro
             for row in range(self._micro):
-                result[micro_batch, row] = self._dataset.tokens(self._order.offset(begin + row), self._length + 1)
+                index, start = self._order.place(begin + row)
+                result[micro_batch, row] = self._datasets[index].tokens(start, self._length + 1)
         return result
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each set has been gone through after the first `samples` of the order, by the set's name."""
+        return self._order.epochs(samples)
 
 
 def validation_batches(

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.schema import RunConfig, WeightedSet
+from overtok_megatron.data.blending import BlendOrder, WeightedDataset
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.sampler import SampleOrder
 from overtok_megatron.data.tokenizer import load_tokenizer
 from overtok_megatron.errors import CheckpointError, DataError
 
@@ -15,7 +15,7 @@ from overtok_megatron.errors import CheckpointError, DataError
 class RunData:
     """The opened datasets of a run and the identity of their tokenizer."""
 
-    train: IndexedDataset
+    train: list[WeightedDataset]
     validation: IndexedDataset | None
     eod_id: int
     tokenizer_fingerprint: str
@@ -38,14 +38,17 @@ def open_run_data(config: RunConfig) -> RunData:
     given = config.tokenizer
     tokenizer = load_tokenizer(given.type, given.path, given.eod_token)
     name = given.path or given.type
-    train = IndexedDataset(config.data.train)
+    given_sets = (
+        config.data.train if isinstance(config.data.train, list) else [WeightedSet(path=config.data.train, weight=1.0)]
+    )
+    train = [WeightedDataset(IndexedDataset(one.path), one.weight) for one in given_sets]
     validation = None if config.data.validation is None else IndexedDataset(config.data.validation)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise DataError(
             f"tokenizer {name}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
         )
-    for dataset in (train, validation):
+    for dataset in (*(one.dataset for one in train), validation):
         if dataset is None:
             continue
         made_by = dataset.manifest
@@ -59,7 +62,7 @@ def open_run_data(config: RunConfig) -> RunData:
                 f"{dataset.prefix}: its documents end with token {made_by.eod_id}, the tokenizer's with {tokenizer.eod_id}; "
                 "prepare it again with `overtok prepare`, or correct tokenizer.eod_token"
             )
-    SampleOrder(train.num_tokens, config.data.seq_length, config.data.shuffle_seed, train.prefix)
+    BlendOrder(train, config.data.seq_length, config.data.shuffle_seed)
     if validation is not None and validation.num_tokens < 2:
         raise DataError(f"{validation.prefix}: holds {validation.num_tokens} tokens, nothing to validate on")
     return RunData(train, validation, tokenizer.eod_id, tokenizer.fingerprint(), name)

@@ -77,7 +77,7 @@ def _zstd(file: BinaryIO, path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: .zst needs the package zstandard; pip install zstandard") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame, whole = decompressor.decompressobj(), True
-    while data := file.read(_BLOCK >> 4):
+    while data := file.read(max(1, _BLOCK >> 6)):
         while data:
             try:
                 yield frame.decompress(data)

@@ -8,6 +8,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700.0 else math.inf
 
 
-def bits_per_byte(loss: float, tokens: int, source_bytes: int) -> float:
-    """Bits that `tokens` tokens of mean `loss` cost for each byte of the text that they came from (more than none)."""
-    return loss * tokens / (math.log(2.0) * source_bytes)
+def bits_per_byte(loss: float, tokens: int, source_bytes: int) -> float | None:
+    """Bits that `tokens` tokens of mean `loss` cost for each byte of the text that they came from; None: size not known (0)."""
+    return loss * tokens / (math.log(2.0) * source_bytes) if source_bytes else None

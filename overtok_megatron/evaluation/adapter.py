@@ -6,6 +6,7 @@ get the same scores. Not here: chat templates (these are base models) and severa
 Shapes: b batch, s sequence, c tokens of a continuation, V vocabulary.
 """
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,8 @@ from overtok_megatron.errors import InputError
 from overtok_megatron.evaluation.registration import NAME
 from overtok_megatron.inference.generation import Sampling, generate_texts
 from overtok_megatron.inference.loading import STORAGES, TrainedModel, load_trained
+
+log = logging.getLogger(__name__)
 
 _AUTO_TOKENS = 1 << 14  # of a batch, where lm-eval is asked to choose its size
 _MAX_GENERATED = 256  # lm-eval's default for tasks that name no limit
@@ -71,7 +74,13 @@ class OvertokLM(TemplateLM):
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[Scored]:
         """For each request the log-likelihood of its continuation, and whether greedy decoding would give it."""
-        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        sizes = [len(context) + len(continuation) for _, context, continuation in requests]
+        if cut := sum(size > self.max_length + 1 for size in sizes):
+            log.warning(
+                "%d of %d requests are longer than the trained context of %d tokens: cut on the left",
+                *(cut, len(requests), self.max_length),
+            )
+        order = sorted(range(len(requests)), key=lambda index: -sizes[index])
         results: dict[int, Scored] = {}
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
             for begin in range(0, len(order), self.batch_size):

@@ -16,7 +16,8 @@ from overtok_megatron.parallel.cross_entropy import IGNORED
 
 @dataclass(frozen=True)
 class SetScore:
-    """loss: nats a token; tokens: scored ones, all of the set but its first; source_bytes: of the text before tokenizing."""
+    """loss: nats a token; tokens: scored ones, all of the set but its first; source_bytes: of the text before tokenizing,
+    0 = not known."""
 
     data: str
     loss: float
@@ -28,7 +29,7 @@ class SetScore:
         return perplexity(self.loss)
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         return bits_per_byte(self.loss, self.tokens, self.source_bytes)
 
 
@@ -77,7 +78,7 @@ def score_table(scores: Sequence[SetScore]) -> str:
             f"{score.source_bytes:,}",
             f"{score.loss:.4f}",
             f"{score.perplexity:.2f}",
-            f"{score.bits_per_byte:.4f}",
+            "unknown" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}",
         )
         for score in scores
     ]

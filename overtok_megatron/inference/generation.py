@@ -153,9 +153,7 @@ def stream_tokens(
     running = [True] * len(prompts)
     for _ in range(sampling.max_new_tokens):
         logits = decoder.feed(tokens, last=True)[:, -1].float()  # [b, V]
-        chosen = torch.cat(
-            [choose(row.unsqueeze(0), sampling, own) for row, own in zip(logits, generators, strict=True)]
-        )
+        chosen = torch.cat([choose(row[None], sampling, own) for row, own in zip(logits, generators, strict=True)])
         values = chosen.tolist()
         running = [runs and token != eod for runs, token in zip(running, values, strict=True)]
         if not any(running):

@@ -117,11 +117,20 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take all of `jobs`, or raise BusyError and take none."""
         with self._changed:
+            self._drop_waiting()  # those that were given up hold no place in the queue
             free = self.places - len(self._running)
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 raise BusyError(f"{len(self._waiting)} sequences wait already; try again later")
             self._waiting.extend(jobs)
             self._changed.notify()
+
+    def _drop_waiting(self) -> None:
+        """Forget waiting jobs that were given up or are out of time. The caller holds the lock."""
+        now = time.monotonic()
+        late = [job for job in self._waiting if job.deadline < now]
+        self._waiting = deque(job for job in self._waiting if job.deadline >= now and not job.cancelled.is_set())
+        for job in late:
+            job.deliver(Piece("", [], 0, "timeout"))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Nobody listens any more: give their places to others."""
@@ -135,6 +144,7 @@ class Engine:
                     self._changed.wait()
                 if self._stopping:
                     break
+                self._drop_waiting()
             try:
                 self._admit()
                 self._step()
@@ -160,11 +170,6 @@ class Engine:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-            if job.cancelled.is_set():
-                continue
-            if time.monotonic() > job.deadline:
-                job.deliver(Piece("", [], 0, "timeout"))
-                continue
             one = _Running(job, self.trained, self._device)
             self._running.append(one)  # before the model is asked: if that fails, this job is told so
             logits = self._batch.join(job.prompt, last=not job.prompt_scores).float()  # [1 or p, V]

@@ -63,7 +63,7 @@ class CompletionRequest(BaseModel):
     logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_SCORES)] | None = None
     echo: bool | None = None
     user: str | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Literal[""] | None = None
     presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
@@ -143,7 +143,7 @@ def _read(body: bytes) -> CompletionRequest:
         return CompletionRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = str(first["loc"][0])[:80]
+        param = str(first["loc"][0])[:80] if first["loc"] else "a key"  # one that is no text has no place
         message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
         raise RequestError(400, f"{_printable(param)}: {message}", _printable(param)) from None
 

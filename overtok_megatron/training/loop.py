@@ -120,6 +120,7 @@ class TrainingRun:
                     values |= self._validate()
                     values |= self._table_figures()
                 self.consumed += self.config.training.global_batch_size
+                values |= {f"data/epoch/{name}": epoch for name, epoch in self.batches.epochs(self.consumed).items()}
                 if reporter is not None:
                     self._report(reporter, done, values)
                     bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
@@ -225,11 +226,9 @@ class TrainingRun:
     def _validate(self) -> dict[str, float]:
         assert self.data.validation is not None
         loss, tokens = self.trainer.evaluate(self._validation_batches())
-        return {
-            "validation/loss": loss,
-            "validation/perplexity": perplexity(loss),
-            "validation/bits_per_byte": bits_per_byte(loss, tokens, self.data.validation.manifest.source_bytes),
-        }
+        values = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
+        bits = bits_per_byte(loss, tokens, self.data.validation.manifest.source_bytes)
+        return values if bits is None else {**values, "validation/bits_per_byte": bits}
 
     def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor] | None]:
         assert self.data.validation is not None

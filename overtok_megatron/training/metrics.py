@@ -100,4 +100,7 @@ def step_line(step: int, total: int, values: dict[str, float]) -> str:
     ]
     if "tables/unique_rows" in values:
         parts.append(f"rows {values['tables/unique_rows']:8.0f}")
+    epochs = [f"{value:.3f}" for name, value in values.items() if name.startswith("data/epoch/")]
+    if epochs:
+        parts.append(f"epoch {' '.join(epochs)}")
     return "  ".join(parts)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from overtok_megatron.cli import main
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
-from overtok_megatron.evaluation.perplexity import score_set
+from overtok_megatron.evaluation import harness
+from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table
 
 
 def last_record(run: Path) -> dict[str, float]:
@@ -56,6 +58,17 @@ def documents(tokens: list[int]) -> list[list[int]]:
     return [tokens[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
+def test_a_set_whose_text_is_not_known(trained_runs: TrainedRuns, tmp_path: Path) -> None:
+    for kind in ("bin", "idx"):
+        (tmp_path / f"set.{kind}").symlink_to(trained_runs.folder / f"other.{kind}")
+    manifest = json.loads((trained_runs.folder / "other.json").read_text())
+    (tmp_path / "set.json").write_text(json.dumps({**manifest, "source_bytes": 0}))
+    score = score_set(trained_runs.trained(), str(tmp_path / "set"), 5)
+    assert score.bits_per_byte is None
+    assert score_table([score]).endswith("  unknown")
+    assert json.loads(score_json([score], 3))["sets"][0]["bits_per_byte"] is None
+
+
 def test_several_sets_as_a_table(trained_runs: TrainedRuns, capsys: pytest.CaptureFixture[str]) -> None:
     names = [str(trained_runs.folder / name) for name in ("validation", "other")]
     assert main(("evaluate", str(trained_runs.run("fp32")), "--data", names[0], "--data", names[1])) == 0
@@ -64,7 +77,12 @@ def test_several_sets_as_a_table(trained_runs: TrainedRuns, capsys: pytest.Captu
     assert [row.split()[0] for row in rows] == names
 
 
-def test_sets_that_do_not_fit(trained_runs: TrainedRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sets_that_do_not_fit(
+    trained_runs: TrainedRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_tasks = partial(harness.TaskManager, include_defaults=False)  # lm-eval's thousands take seconds to look through
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: own_tasks(include_path=include_path))
+
     def line(*arguments: str) -> str:
         assert main(("evaluate", str(trained_runs.run("fp32")), *arguments)) == 2
         return capsys.readouterr().err.removesuffix("\n")

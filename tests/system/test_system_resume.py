@@ -2,17 +2,21 @@
 
 from pathlib import Path
 
-from conftest import Workspace, kill_session, losses, wait_for
+from conftest import Workspace, kill_session, losses, records, wait_for
 
 
 def test_a_run_killed_while_it_saves_resumes_bit_for_bit(workspace: Workspace) -> None:
-    code, output = workspace.run("train", str(workspace.config("whole")), "--processes", "2")
+    sets = ", ".join(
+        f"{{path: {workspace.data}/{name}, weight: {weight}}}" for name, weight in (("train", 3), ("validation", 1))
+    )
+    how = (f"data.train=[{sets}]", "--processes", "2")
+    code, output = workspace.run("train", str(workspace.config("whole")), *how)
     assert code == 0, output
     expected = losses(workspace.scratch / "whole")
     assert [step for step, *_ in expected] == list(range(1, 13))
 
     save_run = workspace.scratch / "save"
-    command = ("train", str(workspace.config("save")), "--processes", "2")
+    command = ("train", str(workspace.config("save")), *how)
     process = workspace.start(*command)
     checkpoints = save_run / "checkpoints"
     second = checkpoints / "step_00000008.partial"
@@ -25,6 +29,9 @@ def test_a_run_killed_while_it_saves_resumes_bit_for_bit(workspace: Workspace) -
     assert "resumed from" in output
     assert "which an interrupted save left behind" in output
     assert losses(save_run) == expected
+    last, whole = records(save_run)[-1], records(workspace.scratch / "whole")[-1]
+    for name in ("train", "validation"):
+        assert last[f"data/epoch/{name}"] == whole[f"data/epoch/{name}"] > 0
     assert not list(checkpoints.glob("*.partial"))
     assert kept(checkpoints) == ["step_00000008", "step_00000012"]
 
