@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from overtok_megatron import __version__
-from overtok_megatron.commands import checkpoints, data, runs, text
+from overtok_megatron.commands import checkpoints, conversion, data, runs, text
 from overtok_megatron.errors import OvertokError
 
 
@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="overtok", description="Pretrain over-tokenized transformers.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="verb")
-    for module in (runs, data, checkpoints, text):
+    for module in (runs, data, checkpoints, conversion, text):
         module.add_verbs(verbs)
     return parser
 

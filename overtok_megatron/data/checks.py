@@ -40,7 +40,7 @@ def open_run_data(config: RunConfig) -> RunData:
     name = given.path or given.type
     train = IndexedDataset(config.data.train)
     validation = None if config.data.validation is None else IndexedDataset(config.data.validation)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:  # fewer are well: imported models have rows that no token uses
         raise DataError(
             f"tokenizer {name}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
