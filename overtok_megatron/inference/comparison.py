@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overtok_megatron.checkpoint.formats import exporting
+from overtok_megatron.checkpoint.formats.exporting import MODELING
 from overtok_megatron.checkpoint.formats.hugging_face import require_transformers
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.inference.loading import TrainedModel, load_trained
@@ -39,13 +41,21 @@ class Comparison:
 
 
 def hugging_face_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits [1, s, V] float32 of the model in a Hugging Face folder; tokens [1, s]."""
+    """Logits [1, s, V] float32 of the model in a Hugging Face folder; tokens [1, s].
+
+    Of code in the folder only the modelling file of this package is executed. Raises CheckpointError where it is another.
+    """
+    modeling = folder / MODELING
+    if modeling.is_file() and modeling.read_bytes() != Path(exporting.__file__).with_name(MODELING).read_bytes():
+        raise CheckpointError(
+            f"{modeling}: not the one of this version, and nobody else's code is executed; --no-check converts without it"
+        )
     transformers = require_transformers()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder.resolve()), trust_remote_code=True, dtype=torch.float32, local_files_only=True
+            str(folder.resolve()), trust_remote_code=modeling.is_file(), dtype=torch.float32, local_files_only=True
         )
     with torch.no_grad():
         logits: Tensor = model.eval()(tokens, use_cache=False).logits

@@ -149,6 +149,13 @@ def _copy_tokenizer(
         path = source / _FILES[kind]
         if not path.is_file():
             raise CheckpointError(f"holds neither {' nor '.join(_FILES.values())}; name one with --tokenizer")
+    if kind == "hugging_face" and eod_token is None:
+        eod_token = _token_of(path, raw.get("eos_token_id"))
+    loaded = load_tokenizer(kind, None if kind == "bytes" else path, eod_token)
+    if loaded.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{path}: has {loaded.vocab_size} tokens, the model's vocabulary is {vocab_size}; name the model's own tokenizer"
+        )
     section: dict[str, Any] = {"type": kind, "path": None, "eod_token": eod_token}
     run.mkdir(parents=True, exist_ok=True)
     if kind != "bytes":
@@ -156,15 +163,8 @@ def _copy_tokenizer(
         try:
             shutil.copyfile(path, target)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be copied ({error.strerror})") from None
+            raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from None
         section["path"] = str(target)
-        if kind == "hugging_face" and eod_token is None:
-            section["eod_token"] = _token_of(target, raw.get("eos_token_id"))
-    loaded = load_tokenizer(kind, section["path"], section["eod_token"])
-    if loaded.vocab_size > vocab_size:
-        raise CheckpointError(
-            f"{path}: has {loaded.vocab_size} tokens, the model's vocabulary is {vocab_size}; name the model's own tokenizer"
-        )
     return section, loaded.eod_id, loaded.fingerprint()
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # table_storage: "device" beside the model, "cpu" in host memory, "mapped" left on disk
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True, table_storage="device")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 """
 
 
