@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,7 +212,11 @@ def test_nothing_is_overwritten_and_a_wrong_conversion_leaves_nothing(
     assert "not empty" in refused(capsys, "import", str(workspace / "olmo2"), "--output", run)
     assert "not empty" in refused(capsys, "export", run, "--output", str(workspace / "olmo2"))
     convert = exporting.to_theirs
-    wrong = lambda *given: ((n, w * 1.001 if n.endswith("q_proj.weight") else w) for n, w in convert(*given))  # noqa: E731
+
+    def wrong(*given: Any, **more: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in convert(*given, **more):
+            yield name, weight * 1.001 if name.endswith("q_proj.weight") else weight
+
     monkeypatch.setattr(exporting, "to_theirs", wrong)
     line = refused(capsys, "export", run, "--output", str(output))
     assert "does not compute what the source does" in line

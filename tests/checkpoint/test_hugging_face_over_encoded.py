@@ -133,7 +133,7 @@ def test_rows_are_where_they_are_asked_to_be(workspace: Path, tmp_path: Path) ->
     """Mapped rows are no part of the model; saving and copying by transformers' own means keeps them all."""
     model = theirs(workspace / "olmo2", table_storage="mapped")
     held = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    assert held < sum(model.over_encoding.sizes) * model.over_encoding.width / 5
+    assert held < sum(model.over_encoding.sizes) * model.over_encoding.width / 3
     assert type(model.over_encoding.store).__name__ == "RowsInFiles"
     model.save_pretrained(tmp_path / "saved")
     again = theirs(tmp_path / "saved", table_storage="device")

@@ -91,15 +91,16 @@ def _write(
             yield name, weight
 
     weights = _dense(source, manifest, config, options)
-    size = write_shards(folder, noted(to_theirs(config.model, weights)), options.max_shard_bytes)
-    size += _write_rows(source, folder, options.max_shard_bytes) if config.over_encoding.enabled else 0
+    over = config.over_encoding.enabled  # transformers takes experts apart and together for its own families only
+    size = write_shards(folder, noted(to_theirs(config.model, weights, fused=over)), options.max_shard_bytes)
+    size += _write_rows(source, folder, options.max_shard_bytes) if over else 0
     values["dtype"] = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     _write_json(folder / "config.json", values)
     ends = {"eos_token_id": manifest.eod_id, "pad_token_id": manifest.eod_id}
     _write_json(folder / "generation_config.json", {"_from_model_config": False, "do_sample": False, **ends})
     notes = write_tokenizer(config, folder, manifest.eod_id)
     (folder / "README.md").write_text(model_card(config, manifest, source, size, values, notes), encoding="utf-8")
-    if config.over_encoding.enabled:
+    if over:
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
     return notes
 
@@ -113,7 +114,8 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     transformers = require_transformers()
     family = family_of(config.model)
     name = FAMILIES[family]
-    own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": manifest.eod_id}
+    # no pad_token_id: a torch embedding takes no gradient for it; generation_config.json has one
+    own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": None}
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(config.model, config.data.seq_length), **own)
     values: dict[str, Any] = made.to_dict()

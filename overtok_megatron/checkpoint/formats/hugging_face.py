@@ -5,6 +5,7 @@ olmoe (experts, norms before, q and k normalised). What one of them cannot expre
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -169,9 +170,23 @@ def _scaling(rope: dict[str, Any], place: str) -> dict[str, Any] | None:
     return {"type": kind, **numbers}
 
 
-def hugging_face_names(model: ModelConfig) -> dict[str, str | list[str]]:
-    """Hugging Face's name for each of our dense weights; for experts, which are one tensor here, one name each."""
-    names: dict[str, str | list[str]] = {"embedding.word.weight": "model.embed_tokens.weight"}
+@dataclass(frozen=True)
+class Half:
+    """The first (0) or second (1) half of a tensor along dimension 1."""
+
+    name: str
+    index: int
+
+
+Place = str | list[str] | Half  # a tensor, the tensors of all experts, or a half of one
+
+
+def hugging_face_names(model: ModelConfig, *, fused: bool = False) -> dict[str, Place]:
+    """Where each of our dense weights is in Hugging Face's files.
+
+    Experts, one tensor here, are one tensor each there; where `fused`, they are together, as in transformers' memory.
+    """
+    names: dict[str, Place] = {"embedding.word.weight": "model.embed_tokens.weight"}
     pre = model.norm_placement == "pre"
     norms = ("input", "post_attention") if pre else ("post_attention", "post_feedforward")
     for index in range(model.num_layers):
@@ -188,7 +203,11 @@ def hugging_face_names(model: ModelConfig) -> dict[str, str | list[str]]:
             names[f"{ours}.mlp.down_proj.weight"] = f"{theirs}.mlp.down_proj.weight"
         else:
             names[f"{ours}.mlp.router"] = f"{theirs}.mlp.gate.weight"
-            for part in ("gate", "up", "down"):
+            if fused:
+                for number, part in enumerate(("gate", "up")):
+                    names[f"{ours}.mlp.experts_{part}"] = Half(f"{theirs}.mlp.experts.gate_up_proj", number)
+                names[f"{ours}.mlp.experts_down"] = f"{theirs}.mlp.experts.down_proj"
+            for part in () if fused else ("gate", "up", "down"):
                 experts = [f"{theirs}.mlp.experts.{expert}.{part}_proj.weight" for expert in range(model.num_experts)]
                 names[f"{ours}.mlp.experts_{part}"] = experts
         for own, norm in zip(("attention_norm", "mlp_norm"), norms, strict=True):
@@ -204,14 +223,21 @@ def to_ours(model: ModelConfig, held: Iterable[str], read: Callable[[str], Tenso
 
     Raises CheckpointError where one is missing, or has no place in the model.
     """
-    left = set(held)
-    for ours, theirs in hugging_face_names(model).items():
-        needed = [theirs] if isinstance(theirs, str) else theirs
-        missing = [name for name in needed if name not in left]
+    there = set(held)
+    left = set(there)
+    fused = any(name.endswith("mlp.experts.gate_up_proj") for name in there)
+    for ours, theirs in hugging_face_names(model, fused=fused).items():
+        needed = theirs if isinstance(theirs, list) else [theirs.name if isinstance(theirs, Half) else theirs]
+        missing = [name for name in needed if name not in there]
         if missing:
             raise CheckpointError(f"the folder holds no weight {missing[0]}")
         left -= set(needed)
-        yield ours, read(theirs) if isinstance(theirs, str) else torch.stack([read(name) for name in theirs])
+        if isinstance(theirs, list):
+            yield ours, torch.stack([read(name) for name in theirs])
+        elif isinstance(theirs, Half):
+            yield ours, read(theirs.name).chunk(2, dim=1)[theirs.index].clone()
+        else:
+            yield ours, read(theirs)
     if model.tie_word_embeddings:
         left.discard("lm_head.weight")  # the word embedding once more
     left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}  # of old releases; not trained
@@ -219,12 +245,21 @@ def to_ours(model: ModelConfig, held: Iterable[str], read: Callable[[str], Tenso
         raise CheckpointError(f"the folder holds a weight {min(left)}, which this model has no place for")
 
 
-def to_theirs(model: ModelConfig, dense: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def to_theirs(
+    model: ModelConfig, dense: Iterable[tuple[str, Tensor]], *, fused: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's weights out of ours, one after the other; names that are not of the backbone stay."""
-    names = hugging_face_names(model)
+    names = hugging_face_names(model, fused=fused)
+    halves: dict[str, Tensor] = {}
     for ours, weight in dense:
         theirs = names.get(ours, ours)
         if isinstance(theirs, str):
             yield theirs, weight
-        else:
+        elif isinstance(theirs, list):
             yield from zip(theirs, weight.unbind(0), strict=True)
+        elif theirs.name in halves:
+            other = halves.pop(theirs.name)
+            yield theirs.name, torch.cat([weight, other] if theirs.index == 0 else [other, weight], dim=1)
+        else:
+            halves[theirs.name] = weight
+    assert not halves, "half a tensor is left"
