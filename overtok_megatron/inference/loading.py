@@ -34,9 +34,12 @@ Storage = Literal["device", "host", "mapped"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
-def load_trained(run: Path, device: torch.device, storage: Storage = "device") -> TrainedModel:
+def load_trained(
+    run: Path, device: torch.device, storage: Storage = "device", precision: Literal["bf16", "fp32"] | None = None
+) -> TrainedModel:
     """Load the model that `run` names.
 
+    precision: to compute in; None = that of training.
     storage: tables beside the model, in host memory, or left on disk, where rows are read as they are needed; then the
     checksums of their files, which are as large as the tables, are not compared (`overtok checkpoint verify` does).
     Raises CheckpointError where files are missing, damaged or do not fit, and where the tokenizer is another one.
@@ -49,6 +52,8 @@ def load_trained(run: Path, device: torch.device, storage: Storage = "device") -
         if name.endswith(".safetensors"):  # what is read here; a flipped byte would be a wrong text, not an error
             verify_file(path, name, manifest)
     config = RunConfig.model_validate(manifest.config)
+    if precision is not None:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
     if storage != "mapped":
         over = config.over_encoding.model_copy(update={"storage": storage, "ranks_per_host": None})
         config = config.model_copy(update={"over_encoding": over})

@@ -1,0 +1,67 @@
+"""The README.md of an exported model: what it is, its figures, how it is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from overtok_megatron.checkpoint.store import Manifest
+from overtok_megatron.config.counts import parameter_counts, table_shape
+from overtok_megatron.config.schema import RunConfig
+
+_PLAIN = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+"""
+_OVER_ENCODED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# table_storage: "device" beside the model, "cpu" in host memory, "mapped" left on disk
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True, table_storage="device")
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+"""
+
+
+def model_card(
+    config: RunConfig, manifest: Manifest, source: Path, size: int, values: dict[str, Any], notes: list[str]
+) -> str:
+    """Markdown. size: bytes of all tensors; values: config.json; notes: what else a reader must know."""
+    count = parameter_counts(config)
+    over = config.over_encoding
+    rows = [
+        ("architecture", values["architectures"][0]),
+        ("parameters, dense", f"{count.dense:,}"),
+        ("parameters, n-gram tables", f"{count.tables:,}"),
+        ("vocabulary", f"{config.model.vocab_size:,}"),
+        ("context", f"{config.data.seq_length:,} tokens"),
+        ("weights", f"{values['dtype']}, {size:,} bytes in all"),
+        ("training steps", f"{manifest.step:,} ({manifest.consumed_samples * config.data.seq_length:,} tokens)"),
+    ]
+    if over.enabled:
+        total, width = table_shape(config)
+        rows.insert(
+            3, ("n-gram tables", f"{total:,} rows of {width}, n-grams up to {over.ngram_order}, {over.row_dtype}")
+        )
+    loss = validation_loss(source, manifest.step)
+    if loss is not None:
+        rows.append(("validation loss", f"{loss:.4f} nats a token"))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    kind = "An over-encoded language model: its input vocabulary has hashed n-grams beside tokens (arXiv 2501.16975)."
+    code = (_OVER_ENCODED if over.enabled else _PLAIN).format(folder="FOLDER")
+    notes_text = "".join(f"\nNote: {note}.\n" for note in notes)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# Model\n\n"
+        f"{kind if over.enabled else 'A language model'} {'' if over.enabled else 'trained with overtok_megatron.'}\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n```python\n{code}```\n{notes_text}"
+    )
+
+
+def validation_loss(checkpoint: Path, step: int) -> float | None:
+    """The validation loss that the run reported at a checkpoint's step, where its metrics are beside it."""
+    try:
+        lines = (checkpoint.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [record for line in lines if (record := json.loads(line)).get("step") == step]
+        return next((float(record["validation/loss"]) for record in found if "validation/loss" in record), None)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,92 @@
+"""Tensors in one or several safetensors files with Hugging Face's index: read one by one, written shard by shard."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from overtok_megatron.checkpoint.dense import open_tensors
+from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.errors import CheckpointError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """The weights of a Hugging Face folder, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where the folder has no safetensors files, or not those that its index names."""
+        self._folder = folder
+        self._files: dict[str, str] = {}
+        index = folder / _INDEX
+        if index.is_file():
+            self._files = self._read_index(index)
+        elif (folder / _SINGLE).is_file():
+            with open_tensors(folder / _SINGLE) as file:
+                self._files = dict.fromkeys(file.keys(), _SINGLE)
+        else:
+            raise CheckpointError(
+                f"{folder}: holds neither {_SINGLE} nor {_INDEX}; name a folder that save_pretrained wrote"
+            )
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        try:
+            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = set(files.values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: unreadable ({error})") from None
+        for name in sorted(names):
+            if Path(name).name != name or not (self._folder / name).is_file():
+                raise CheckpointError(f"{index}: names {name}, which is not in the folder; copy all files of the model")
+        return files
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """Raises CheckpointError where the file is damaged, or holds no such tensor."""
+        path = self._folder / self._files[name]
+        with open_tensors(path) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> int:
+    """Write tensors in files of at most `most_bytes` (one tensor may be larger), with an index where they are several.
+
+    Returns the bytes of all. Memory: one file. Names with numbers are given when it is known how many files there are.
+    """
+    held: dict[str, Tensor] = {}
+    pieces: list[tuple[Path, list[str]]] = []
+    total = 0
+
+    def flush() -> None:
+        path = folder / f"piece-{len(pieces)}.safetensors"
+        save_file(held, path, {"format": "pt"})
+        sync(path)
+        pieces.append((path, list(held)))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(own.nbytes for own in held.values()) + tensor.nbytes > most_bytes:
+            flush()
+        held[name] = tensor.clone(memory_format=torch.contiguous_format)  # parts of one tensor would be refused
+        total += tensor.nbytes
+    if held:
+        flush()
+    where: dict[str, str] = {}
+    for number, (path, names) in enumerate(pieces):
+        file = _SINGLE if len(pieces) == 1 else f"model-{number + 1:05d}-of-{len(pieces):05d}.safetensors"
+        path.rename(folder / file)
+        where |= dict.fromkeys(names, file)
+    if len(pieces) > 1:
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return total
