@@ -3,9 +3,11 @@
 As in test_layout_matrix.py, which has the layouts themselves.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from test_layout_changes import check_pairs, check_universal
 from test_layout_matrix import TIED, Layout, layout, run_matrix
 
 LLAMA = {"norm_placement": "pre", "qk_norm": "none", "head_size": 8, "init_std": 0.3,
@@ -66,3 +68,10 @@ def test_core_layouts_equal_one_process(world: int) -> None:
 @pytest.mark.parametrize("world", SLOW)
 def test_more_layouts_equal_one_process(world: int) -> None:
     run_matrix(world, SLOW[world], timeout=800)
+
+
+def test_experts_go_on_in_another_layout(tmp_path: Path) -> None:
+    """Their three dimensions split along two of them, read by another layout and by DeepSpeed's converter."""
+    layouts = {"TP2": (2, experts("tp2 z1")), "DP2, ZeRO 3": (2, experts("z3"))}
+    check_pairs(layouts, [("TP2", "DP2, ZeRO 3")], tmp_path)
+    check_universal(tmp_path / "TP2", tmp_path / "universal")
