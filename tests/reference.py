@@ -20,6 +20,7 @@ from transformers import (
     OlmoeForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from overtok_megatron.config.derived import attention_windows, table_rate_factor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
@@ -230,6 +231,19 @@ class Reference:
         combined = {"sum": total + ngrams, "mean": (total + ngrams) * share, "scaled": total + ngrams * share}
         return combined[over.combine], asked
 
+    def router_loss(self, logits: Sequence[Tensor], batch_size: int) -> Tensor:
+        """Of logits [G s, E], a layer each: the mean over layers and micro-batches, whose shares of experts are their own."""
+        model, micro_batches = self.config.model, batch_size // self.config.training.micro_batch_size
+        experts, chosen = model.num_experts, model.num_experts_per_token
+        assert chosen is not None
+        parts = []
+        for layer in logits:
+            for part in layer.chunk(micro_batches):
+                balance = load_balancing_loss_func((part,), experts, chosen) / chosen
+                square = part.logsumexp(-1).square().mean()
+                parts.append(model.router_aux_loss_weight * balance + model.router_z_loss_weight * square)
+        return torch.stack(parts).mean()
+
     @torch.no_grad()
     def loss(self, batch: Tensor) -> float:
         """Mean cross entropy of [G, s + 1] without a step."""
@@ -238,9 +252,14 @@ class Reference:
 
     def step(self, batch: Tensor) -> float:
         embedded, asked = self.embed(batch[:, :-1])
-        logits = self.model(inputs_embeds=embedded).logits
+        result = self.model(
+            inputs_embeds=embedded, **({"output_router_logits": True} if self.config.model.num_experts else {})
+        )
+        logits = result.logits
         cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         objective = cross_entropy + self.config.training.z_loss * logits.logsumexp(-1).square().mean()
+        if self.config.model.num_experts:
+            objective = objective + self.router_loss(result.router_logits, batch.shape[0])
         for parameter in [*self.dense, *self.tables]:
             parameter.grad = None
         objective.backward()

@@ -132,5 +132,5 @@ def flops_per_token(config: RunConfig) -> float:
     model, count, length = config.model, parameter_counts(config), config.data.seq_length
     products = count.blocks - count.idle + model.vocab_size * model.hidden_size + count.encoder
     windows = [min(window or length, length) for window in attention_windows(model)]
-    seen = sum(window - window * window / (2 * length) for window in windows)
+    seen = sum(window - window * (window - 1) / (2 * length) - 0.5 for window in windows)  # half of its own position
     return 6.0 * products + 12.0 * model.num_attention_heads * head_size(model) * seen

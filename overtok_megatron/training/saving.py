@@ -178,11 +178,26 @@ class Saver:
         everyone: dict[str, int | None] = {}
         for names in gather(own | self._splits()):
             everyone |= names
+        # the names for dimension 1 and for whole copies; any other is told as one part of a shape, cut evenly along it
         kinds = {"parameter_with_row_parallelism_patterns": 1, "tp_replicated_parameter_patterns": None}
         info: dict[str, Any] = {"universal_checkpoint_version": 0.2}
         for key, dim in kinds.items():
             info[key] = [f"^{re.escape(name)}$" for name, split in everyone.items() if split == dim]
+        info["parameter_with_sub_params"] = self._deeper_splits()
         return {"step": self._step, "universal_checkpoint_info": info, ORDER: self.trainer.optimizer_order}
+
+    def _deeper_splits(self) -> list[dict[str, Any]]:
+        """Parameters of all stages that are split along a dimension beyond the second, as DeepSpeed's SubparamShape."""
+        own = {}
+        for name, parameter in self.trainer.model.named_parameters():
+            shard = shard_of(parameter)
+            if shard is not None and shard.dim > 1:
+                shape = [*shard.full_shape[: shard.dim], 1, *shard.full_shape[shard.dim + 1 :]]
+                own[name] = {"patterns": [f"^{re.escape(name)}$"], "shape": shape, "partition_dim": shard.dim}
+        everyone: dict[str, dict[str, Any]] = {}
+        for found in gather(own):
+            everyone |= found
+        return list(everyone.values())
 
     def _complete(
         self,

@@ -109,6 +109,49 @@ def test_a_valid_one(world: int) -> None:
             "multiple of parallel.tensor_parallel_size x context_parallel_size 4",
         ),
         ({"logging__trace_steps": [3]}, "logging.trace_steps", "as [3, 4]"),
+        ({"model__head_size": 5}, "model.head_size", "6 does"),
+        ({"model__full_attention_interval": 4}, "model.full_attention_interval", "no model.sliding_window"),
+        ({"model__attention_pattern": ["full", "full"]}, "model.attention_pattern", "no model.sliding_window"),
+        (
+            {"model__sliding_window": 4, "model__attention_pattern": ["full"]},
+            "model.attention_pattern",
+            "each of the 2 layers",
+        ),
+        (
+            {"model__sliding_window": 4, "model__attention_pattern": ["full"] * 2, "model__full_attention_interval": 2},
+            "model.full_attention_interval",
+            "remove one",
+        ),
+        (
+            {"model__rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "model.rope_scaling.original_max_position_embeddings",
+            "is needed by type yarn",
+        ),
+        (
+            {"model__rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3.0}},
+            "model.rope_scaling.beta_fast",
+            "no part of type linear",
+        ),
+        (
+            {
+                "model__rope_scaling": {
+                    "type": "llama3",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 8,
+                    "low_freq_factor": 4.0,
+                }
+            },
+            "model.rope_scaling.low_freq_factor",
+            "less than high_freq_factor 4.0",
+        ),
+        (
+            {"model__rope_scaling": {"type": "linear", "factor": 2.0}, "model__sliding_window": 4},
+            "model.rope_scaling",
+            "every layer slides",
+        ),
+        ({"model__num_experts_per_token": 2}, "model.num_experts_per_token", "needs model.num_experts"),
+        ({"model__num_experts": 4}, "model.num_experts_per_token", "4 is usual"),
+        ({"model__num_experts": 4, "model__num_experts_per_token": 5}, "model.num_experts_per_token", "4 is the most"),
         ({"logging__trace_steps": [3, 3], "logging__trace_ranks": [4]}, "logging.trace_ranks", "0 to 3 are"),
     ],
 )
@@ -182,6 +225,20 @@ def test_bytes_fall_with_the_stage() -> None:
 def test_flops_count_the_head_and_no_look_up() -> None:
     small, large = make(), make(model__vocab_size=2000)
     assert flops_per_token(large) - flops_per_token(small) == 6 * 1000 * 48
+
+
+def test_flops_count_what_a_token_meets() -> None:
+    """Of experts those that it goes to; of positions those that a layer sees, on average."""
+    experts = {"model__num_experts": 8, "model__num_experts_per_token": 2}
+    router = 6 * 2 * 48 * 8
+    assert flops_per_token(make(**experts)) - flops_per_token(make()) == 6 * 2 * 3 * 48 * 64 + router
+    seen = (
+        sum(min(position, 4) for position in range(1, 17)) / 16 - 0.5
+    )  # half of a position's own product is not counted
+    difference = flops_per_token(make()) - flops_per_token(
+        make(model__sliding_window=4, model__full_attention_interval=2)
+    )
+    assert difference == pytest.approx(12 * 48 * (8 - seen))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,23 @@ class Letters:
         return "letters"
 
 
-@pytest.fixture(params=["plain", "over-encoded"])
+LLAMA = {"norm_placement": "pre", "qk_norm": "none", "head_size": 16, "init_std": 0.3,
+         "rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 8}}  # fmt: skip
+OLMO3 = {"sliding_window": 3, "full_attention_interval": 2,
+         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}}  # fmt: skip
+OLMOE = {"norm_placement": "pre", "num_experts": 6, "num_experts_per_token": 2, "intermediate_size": 16}
+KINDS: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, False),
+    "over-encoded": ({}, True),
+    "Llama": (LLAMA, False),
+    "Olmo3, over-encoded": (OLMO3, True),
+    "Olmoe": (OLMOE, False),
+}
+
+
+@pytest.fixture(params=KINDS)
 def trained(request: pytest.FixtureRequest) -> TrainedModel:
+    model_keys, over_encoded = KINDS[request.param]
     over = {"enabled": True, "ngram_order": 4, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
     config = RunConfig.model_validate(
         {
@@ -49,8 +65,9 @@ def trained(request: pytest.FixtureRequest) -> TrainedModel:
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "init_std": 0.3,
-            },
-            "over_encoding": over if request.param == "over-encoded" else {},
+            }
+            | model_keys,
+            "over_encoding": over if over_encoded else {},
             "tokenizer": {"path": "none"},
             "data": {"train": "none", "seq_length": 40},
             "optimizer": {"learning_rate": 1e-3},

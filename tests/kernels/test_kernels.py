@@ -66,8 +66,12 @@ def _norm(kernels: Kernels, dtype: torch.dtype, x: Tensor, weight: Tensor) -> tu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [1, 63, 256, 257, 520])
-def test_attention_of_any_length(loops: Kernels, dtype: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [(1, None), (63, None), (256, None), (257, None), (520, None),
+     (1, 1), (63, 2), (63, 7), (63, 63), (63, 64), (256, 255), (257, 100), (520, 256), (777, 300)],
+)  # fmt: skip
+def test_attention_of_any_length(loops: Kernels, dtype: torch.dtype, length: int, window: int | None) -> None:
     inputs = [normal(2, 3, length, 8, seed=seed) for seed in range(3)]
     tolerance = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 2)  # scores and probabilities are rounded, too
     results = []
@@ -75,7 +79,7 @@ def test_attention_of_any_length(loops: Kernels, dtype: torch.dtype, length: int
         leaves = [
             value.to(dtype).to(kind).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for value in inputs
         ]
-        out = kernels.causal_attention(*leaves)
+        out = kernels.causal_attention(*leaves, window)
         results.append([out, *torch.autograd.grad(out, leaves, normal(*out.shape, seed=7).to(dtype).to(kind))])
     for ours, exact in zip(*results, strict=True):
         assert (ours.double() - exact).norm() <= tolerance * exact.norm()
@@ -105,6 +109,16 @@ def test_softmax(loops: Kernels, dtype: torch.dtype, size: int) -> None:
     theirs = reference.softmax_gradient(logits.clone(), log_sum, scale, target)
     ours = loops.softmax_gradient(logits.clone(), log_sum, scale, target)
     torch.testing.assert_close(ours, theirs, rtol=3e-6 if dtype == torch.float32 else 1e-2, atol=3e-7)
+
+
+@pytest.mark.parametrize(("length", "window"), [(9, 1), (9, 4), (600, 7), (600, 299)])
+def test_a_window_by_the_formula(length: int, window: int) -> None:
+    q, k, v = (normal(1, 2, length, 4, seed=seed) for seed in range(3))
+    scores = q @ k.mT / 2.0
+    for query in range(length):
+        scores[..., query, query + 1 :] = -torch.inf
+        scores[..., query, : max(0, query + 1 - window)] = -torch.inf
+    torch.testing.assert_close(reference.causal_attention(q, k, v, window), scores.softmax(-1) @ v)
 
 
 def everything(kernels: Kernels) -> list[Tensor]:

@@ -30,6 +30,10 @@ def configuration(model: dict[str, Any], over: dict[str, Any]) -> RunConfig:
     )  # fmt: skip
 
 
+LLAMA = {"norm_placement": "pre", "qk_norm": "none", "head_size": 20, "num_key_value_heads": 2}
+OLMOE = {"num_experts": 7, "num_experts_per_token": 3, "num_layers": 3, "intermediate_size": 10}
+
+
 def size_of(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
@@ -50,6 +54,8 @@ OVER = {"enabled": True, "table_rows": 53}
         ({}, OVER | {"state_dtype": "float32", "row_dtype": "float32", "optimizer": "adam"}),
         ({}, OVER | {"row_dtype": "int8", "optimizer": "rowwise_adam"}),
         ({}, OVER | {"row_width": 5, "added": [{"orders": [5, 2], "num_slices": 3, "table_rows": 9}]}),
+        (LLAMA, {}),
+        (OLMOE, OVER),
     ],
 )
 def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, Any]) -> None:
@@ -62,6 +68,9 @@ def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, A
     assert counts.head == (0 if config.model.tie_word_embeddings else built.head.output.weight.numel())
     assert counts.encoder == (0 if encoder is None else size_of(encoder))
     assert counts.dense == size_of(built)
+    experts = [weight for name, weight in built.named_parameters() if ".experts_" in name]
+    chosen = config.model.num_experts_per_token or 0
+    assert counts.active == counts.dense - sum(weight[chosen:].numel() for weight in experts)
     needed = bytes_per_rank(config, 1)
     assert needed.weights == needed.gradients == 4 * size_of(built)
     assert needed.optimizer == 8 * size_of(built)

@@ -31,6 +31,7 @@ class Layout:
     model: dict[str, Any] = field(default_factory=dict)
     over: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 KEYS = {
@@ -66,7 +67,7 @@ def configuration(case: Layout) -> RunConfig:
             "tokenizer": {"path": "none"},
             "data": {"train": "none", "seq_length": SEQ},
             "parallel": {"zero_stage": 0} | case.parallel,
-            "optimizer": {"learning_rate": 3e-3, "gradient_clipping": 0.5},
+            "optimizer": {"learning_rate": 3e-3, "gradient_clipping": 0.5} | case.optimizer,
             "training": {"output_directory": "none", "micro_batch_size": 2, "global_batch_size": BATCH, "train_iters": STEPS,
                          "precision": "fp32", "kernels": "torch"} | case.training,
         }

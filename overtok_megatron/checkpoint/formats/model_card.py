@@ -39,7 +39,7 @@ def model_card(
         ("training steps", f"{manifest.step:,} ({manifest.consumed_samples * config.data.seq_length:,} tokens)"),
     ]
     if over.enabled:
-        total, width = table_shape(config)
+        _, total, width = table_shape(config)
         rows.insert(
             3, ("n-gram tables", f"{total:,} rows of {width}, n-grams up to {over.ngram_order}, {over.row_dtype}")
         )
