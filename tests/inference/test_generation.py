@@ -38,7 +38,8 @@ class Letters:
 
 @pytest.fixture(params=["plain", "over-encoded"])
 def trained(request: pytest.FixtureRequest) -> TrainedModel:
-    over = {"enabled": True, "ngram_order": 4, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
+    over = {"enabled": True, "ngram_order": 3, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
+    over |= {"row_width": 16, "added": [{"orders": [5, 2], "table_rows": 700}]}
     config = RunConfig.model_validate(
         {
             "model": {
