@@ -52,6 +52,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     """
     import torch  # late: `overtok --help` and configuration errors need not wait for it
 
+    from overtok_megatron.checkpoint.weights_only import starting_point
     from overtok_megatron.data.checks import open_run_data
     from overtok_megatron.kernels.choice import choose_kernels
 
@@ -63,6 +64,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
             f"--processes: {processes}, but this host has {torch.cuda.device_count()} CUDA devices; ask for that many"
         )
     open_run_data(config)
+    starting_point(config)
     choose_kernels(
         config.training.kernels, torch.device("cuda" if cuda else "cpu")
     )  # compiles once, before the ranks do

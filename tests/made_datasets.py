@@ -5,8 +5,10 @@ from pathlib import Path
 from overtok_megatron.data.indexed import IndexedDataset, IndexedWriter
 
 
-def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> IndexedDataset:
-    with IndexedWriter(prefix, vocab_size, 0, "fingerprint") as writer:
+def write(
+    prefix: Path, documents: list[list[int]], vocab_size: int = 1000, fingerprint: str = "fingerprint"
+) -> IndexedDataset:
+    with IndexedWriter(prefix, vocab_size, 0, fingerprint) as writer:
         for document in documents:
             writer.add(document, len(document))
         writer.finish()

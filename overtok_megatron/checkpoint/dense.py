@@ -5,8 +5,8 @@ only these.
 """
 
 import json
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 
 from overtok_megatron.checkpoint.store import sync
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.parallel.sharding import Shard
+
+FOLDER = "dense"
 
 
 @contextmanager
@@ -31,7 +34,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 def dense_files(ranks: int) -> list[str]:
     """Names of the dense weights' files, one a model-parallel rank: pipeline stages in order, each with its tensor ranks."""
-    return [f"dense/model-{rank:05d}-of-{ranks:05d}.safetensors" for rank in range(ranks)]
+    return [f"{FOLDER}/model-{rank:05d}-of-{ranks:05d}.safetensors" for rank in range(ranks)]
 
 
 def save_dense(folder: Path, state: dict[str, torch.Tensor], splits: dict[str, int], rank: int, ranks: int) -> str:
@@ -65,3 +68,44 @@ def load_dense(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
         for key, weight in weights.items():
             parts.setdefault(key, []).append(weight)
     return {key: torch.cat(tensors, dim=splits[key]) if key in splits else tensors[0] for key, tensors in parts.items()}
+
+
+def read_parts(
+    folder: Path, ranks: int, wanted: Mapping[str, Shard | None] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that `ranks` model-parallel ranks of any layout wrote, one after the other, each read just in part.
+
+    wanted: the names, each with the part that is read (None = all of it); None = all weights whole. Raises CheckpointError
+    where one is missing.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(folder / name)) for name in dense_files(ranks)]
+        holders: dict[str, list[Any]] = {}
+        splits: dict[str, int] = {}
+        for file in files:
+            splits |= json.loads(file.metadata()["splits"])
+            for key in file.keys():  # noqa: SIM118  # no mapping
+                holders.setdefault(key, []).append(file)
+        for name, shard in (dict.fromkeys(holders) if wanted is None else wanted).items():
+            if name not in holders:
+                raise CheckpointError(f"{folder}: holds no {name}; written by another version?")
+            slices = [file.get_slice(name) for file in holders[name]]
+            yield name, _part(slices if name in splits else slices[:1], splits.get(name, 0), shard)
+
+
+def _part(slices: list[Any], dim: int, shard: Shard | None) -> torch.Tensor:
+    """A weight cut into `slices` along `dim`: of it what `shard` says."""
+    found, begin = [], 0
+    for part in slices:
+        ranges = [(0, size) for size in part.get_shape()]
+        end = begin + ranges[dim][1]
+        ranges[dim] = (begin, end)
+        if shard is not None:
+            low, high = ranges[shard.dim]
+            ranges[shard.dim] = (max(low, shard.start), min(high, shard.stop))
+        low, high = ranges[dim]
+        ranges[dim] = (low - begin, high - begin)
+        if low < high:
+            found.append(part[tuple(slice(*own) for own in ranges)])
+        begin = end
+    return found[0] if len(found) == 1 else torch.cat(found, dim=dim)

@@ -25,6 +25,7 @@ ORDER = "optimizer_parameters"  # names in the optimizer's order, beside the sta
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ENGINE_FOLDER = "engine"  # of DeepSpeed's files, in a checkpoint
 WHOLE = -1  # in place of a ZeRO stage: the state of whole parameters, which no rank of an engine wrote
+WEIGHTS_ONLY = -2  # in place of a ZeRO stage: whole parameters and rows, no optimizer state
 Load = Callable[[str], Any]
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from overtok_megatron.checkpoint.engine_state import WHOLE
+from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY, WHOLE
 from overtok_megatron.checkpoint.store import read_manifest
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.schema import RunConfig
@@ -15,6 +15,8 @@ def describe(path: Path) -> str:
     count = parameter_counts(config)
     if layout["zero_stage"] == WHOLE:
         written_by = "none: written anew, whole parameters"
+    elif layout["zero_stage"] == WEIGHTS_ONLY:
+        written_by = "none: weights only, whole parameters"
     else:
         axes = ("pipeline", "data", "context", "tensor")
         sizes = " x ".join(f"{layout[f'{axis}_parallel_size']} {axis}" for axis in axes)

@@ -125,15 +125,19 @@ def table_files(folder: Path) -> list[Path]:
     ]
 
 
-def load_tables(folder: Path, tables: OverTables) -> None:
+def load_tables(folder: Path, tables: OverTables, *, weights_only: bool = False) -> None:
     """Fill this rank's rows, and their optimizer's state where there is one, from whichever files hold them.
+
+    weights_only: the rows' values alone; none counts as touched, and the optimizer stays as it was made.
 
     Raises CheckpointError where rows are missing or of another width, the optimizer's state is another one, or a file is
     damaged.
     """
     shard, optimizer = tables.shard, tables.optimizer
     assert isinstance(shard, TableShard)
-    columns = shard.columns() if optimizer is None else tables.columns()
+    columns = shard.columns() if optimizer is None or weights_only else tables.columns()
+    if weights_only:
+        del columns["touched"]
     filled = 0
     for path, file, begin, end in _overlapping(folder, shard.start, shard.stop):
         _check_columns(path, file, columns)
@@ -148,7 +152,7 @@ def load_tables(folder: Path, tables: OverTables) -> None:
             place = (rows[ours] - shard.start).to(shard.device)
             for key, target in columns.items():
                 target[place] = file.get_tensor(key)[ours].to(target.device, target.dtype)
-        if optimizer is not None:
+        if optimizer is not None and not weights_only:
             optimizer.steps = int(file.metadata()["steps"])
     if filled != shard.num_rows:
         raise CheckpointError(

@@ -131,6 +131,9 @@ class TrainingConfig(Section):
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
     resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
+    initial_checkpoint: Text | None = Field(
+        None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
     )

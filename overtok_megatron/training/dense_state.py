@@ -44,7 +44,8 @@ def set_parameter_state(engine: Any, parameter: nn.Parameter, state: ParameterSt
         _set_fragment(optimizer, parameter, state)
     elif kind == "FP16_Optimizer":
         raise CheckpointError(
-            "parallel.zero_stage: 0; with bf16 and apex's AdamW it resumes on the layout that wrote the checkpoint only; "
+            "parallel.zero_stage: 0; with bf16 and apex's AdamW it resumes on the layout that wrote the checkpoint only, and "
+            "starts from no other weights; "
             "use 1, or training.kernels: torch"
         )
     else:

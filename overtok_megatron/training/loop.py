@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from overtok_megatron.checkpoint.store import CheckpointStore
+from overtok_megatron.checkpoint.weights_only import starting_point
 from overtok_megatron.config import counts, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
@@ -30,7 +31,7 @@ from overtok_megatron.training.engine import StepResult, TrainingEngine, local_d
 from overtok_megatron.training.metrics import Reporter
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.state import load_state
+from overtok_megatron.training.state import load_state, load_weights
 from overtok_megatron.training.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -141,14 +142,17 @@ class TrainingRun:
             for name in self.store.clean():
                 log.warning("removed %s, which an interrupted save left behind", name)
         dist.barrier()
-        path = self.store.latest() if self.config.training.resume == "auto" else None
-        if path is None:
+        start = starting_point(self.config)
+        if start is None:
             return 0
-        manifest = load_state(self.trainer, path)
+        path, fresh = start.path, start.fresh
+        manifest = load_weights(self.trainer, path) if fresh else load_state(self.trainer, path)
         if manifest.tokenizer_fingerprint != self.data.tokenizer_fingerprint:
             self.data.refuse_tokenizer(path)
         if self.first:
-            log.info("resumed from %s", path)
+            log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
+        if fresh:
+            return 0
         self.consumed = manifest.consumed_samples
         return manifest.step
 

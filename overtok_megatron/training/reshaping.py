@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import WHOLE, read_dense_states, stage_names, write_whole
+from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY, WHOLE, read_dense_states, stage_names, write_whole
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, file_digest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import merged_rows, write_rows
 from overtok_megatron.errors import CheckpointError
@@ -23,8 +23,8 @@ def reshape(source: Path, output: Path) -> Path:
     `source` is damaged. Memory: the weights and state of one pipeline stage, or one file of rows.
     """
     manifest = verify_checkpoint(source)
-    if manifest.layout["zero_stage"] == WHOLE:
-        raise CheckpointError(f"{source}: written anew already; any layout loads it as it is")
+    if manifest.layout["zero_stage"] in (WHOLE, WEIGHTS_ONLY):
+        raise CheckpointError(f"{source}: holds whole parameters already; any layout loads it as it is")
     store = CheckpointStore(output)
     store.clean()
     folder = store.begin(manifest.step)

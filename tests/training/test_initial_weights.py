@@ -1,0 +1,244 @@
+"""A run that starts from another checkpoint's weights: those weights, fresh optimizers, on every layout."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from distributed_harness import run_ranks
+from made_datasets import write
+from one_line import fails
+from reference import Reference, hugging_face_names
+from test_layout_matrix import CPU, EOD, Layout, configuration, layout, own_tokens, stream
+
+from overtok_megatron.checkpoint.report import describe
+from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, read_manifest, verify_checkpoint
+from overtok_megatron.checkpoint.weights_only import (
+    read_dense_weights,
+    read_rows,
+    starting_point,
+    weight_shapes,
+    write_weights,
+)
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.inference.loading import load_trained
+from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.loop import TrainingRun
+from overtok_megatron.training.saving import Saver
+from overtok_megatron.training.state import load_weights
+
+ADAM = {"optimizer": "adam"}
+HALF = {"precision": "bf16"}
+SINGLE = layout("z1", micro=6, over=ADAM)
+CASES: dict[int, dict[str, Layout]] = {
+    1: {"single": SINGLE, "single, bf16": layout("z1", micro=6, over=ADAM, training=HALF)},
+    2: {
+        "DP2, ZeRO 3": layout("z3", over=ADAM),
+        "TP2, no ZeRO": layout("tp2", micro=6, over=ADAM),
+        "CP2, ZeRO 2, bf16": layout("cp2 z2", micro=6, over=ADAM, training=HALF),
+        "DP2, ZeRO 3, bf16": layout("z3", over=ADAM, training=HALF),
+        "DP2, no ZeRO, bf16": layout("", micro=6, over=ADAM, training=HALF),
+    },
+    4: {"TP2xPP2": layout("tp2 pp2 z1", over=ADAM)},
+}
+STEPS = 3
+
+
+def trained_reference() -> Reference:
+    """A model that has been trained for a while, by other code than this project's."""
+    reference = Reference(configuration(SINGLE), EOD)
+    for batch in stream()[-4:]:
+        reference.step(batch)
+    return reference
+
+
+def our_weights(reference: Reference) -> dict[str, torch.Tensor]:
+    model = build_transformer(reference.config, device=CPU)
+    theirs = dict(reference.model.named_parameters())
+    ours = {id(weight): name for name, weight in model.named_parameters()}
+    found = {ours[id(weight)]: theirs[name].detach() for name, weight in hugging_face_names(model).items()}
+    found["embedding.over_encoding.projection"] = torch.cat([part.detach() for part in reference.projections], dim=1)
+    return found
+
+
+def pieces(rows: torch.Tensor, size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    begin = 0
+    for part in rows.split(size):
+        yield begin, {"weight": part.clone()}
+        begin += part.shape[0]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
+    reference, run = trained_reference(), tmp_path_factory.mktemp("source")
+    dense, rows = our_weights(reference), reference.rows()
+    write_weights(run, reference.config, dense.items(), pieces(rows, 100), eod_id=EOD, tokenizer_fingerprint="none")
+    return run, reference
+
+
+def start_from(cases: dict[str, Layout], run: Path, saved: Path | None) -> list[tuple[float, list[float], bool]]:
+    """One rank's work: validation loss before a step, losses, and whether master weights and rows are those of the file.
+
+    saved: where the last case is saved as it starts, with its optimizer state.
+    """
+    path = find_checkpoint(run)
+    dense = dict(read_dense_weights(path, read_manifest(path)))
+    rows = torch.cat([values["weight"] for _, values in read_rows(path)])
+    results = []
+    for case in cases.values():
+        config = configuration(case)
+        trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+        load_weights(trainer, path)
+        same = True
+        if config.parallel.tensor_parallel_size == 1:
+            for name, parameter in trainer.model.named_parameters():
+                low = config.training.precision == "bf16" and config.parallel.zero_stage > 0
+                master = safe_get_full_fp32_param(parameter) if low else None
+                given = dense[name].to(torch.bfloat16).float() if config.training.precision == "bf16" else dense[name]
+                same &= master is None or torch.equal(master, dense[name])
+                same &= torch.equal(trainer.dense_state()[name].float(), given)
+        assert trainer.tables is not None
+        shard = trainer.tables.shard
+        same &= torch.equal(shard.rows.weight, rows[shard.start : shard.stop]) and trainer.tables.num_touched() == 0
+        batch = own_tokens(trainer, stream()[0])
+        both = None if batch is None else (batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:])
+        validation, _ = trainer.evaluate([both, both])
+        if saved is not None and case is list(cases.values())[-1]:
+            saver = Saver(trainer, CheckpointStore(saved), eod_id=EOD, tokenizer_fingerprint="none")
+            saver.save(0, 0)
+            saver.finish()
+        losses = [trainer.step(own_tokens(trainer, batch), 3e-3).loss for batch in stream()[:STEPS]]
+        results.append((validation, losses, same))
+    return results
+
+
+def test_every_layout_starts_from_the_weights(source: tuple[Path, Reference], tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    run, reference = source
+    full = tmp_path / "full"  # with optimizer state, of four ranks: as good a start
+    before = reference.loss(stream()[0])
+    expected = restarted(reference)
+    for world, cases in CASES.items():
+        for rank in run_ranks(world, start_from, cases, run, full if world == 4 else None, timeout=100):
+            for (name, case), (validation, losses, same) in zip(cases.items(), rank, strict=True):
+                tolerance = 1e-5 if case.training.get("precision") != "bf16" else 4e-3
+                assert same, name
+                assert validation == pytest.approx(before, rel=tolerance), name
+                assert losses == pytest.approx(expected, rel=tolerance), name
+    for rank in run_ranks(2, start_from, {"DP2, ZeRO 3": CASES[2]["DP2, ZeRO 3"]}, full, None, timeout=100):
+        assert rank[0][2]
+        assert rank[0][1] == pytest.approx(expected, rel=1e-5)
+
+
+def restarted(reference: Reference) -> list[float]:
+    """Losses of first steps from a model's weights, with optimizers that know of no step before."""
+    fresh = Reference(reference.config, EOD)
+    fresh.model.load_state_dict(reference.model.state_dict())
+    with torch.no_grad():
+        for mine, theirs in ((fresh.tables, reference.tables), (fresh.projections, reference.projections)):
+            for own, other in zip(mine, theirs, strict=True):
+                own.copy_(other)
+    return [fresh.step(batch) for batch in stream()[:STEPS]]
+
+
+def test_what_is_written_is_a_checkpoint(source: tuple[Path, Reference]) -> None:
+    run, reference = source
+    path = find_checkpoint(run)
+    manifest = verify_checkpoint(path)
+    assert "weights only" in describe(path)
+    assert {name.split("/")[0] for name in manifest.files} == {"dense", "tables"}
+    dense = dict(read_dense_weights(path, manifest))
+    assert {name: tuple(weight.shape) for name, weight in dense.items()} == weight_shapes(reference.config)
+    for name, weight in our_weights(reference).items():
+        assert torch.equal(dense[name], weight), name
+
+
+def test_what_does_not_fit_leaves_nothing(source: tuple[Path, Reference], tmp_path: Path) -> None:
+    run, reference = source
+    dense, rows = our_weights(reference), reference.rows()
+    name = "head.norm.weight"
+
+    def written(weights: dict[str, torch.Tensor], values: torch.Tensor = rows, folder: Path = tmp_path) -> None:
+        chunks = pieces(values, 100)
+        write_weights(folder, reference.config, weights.items(), chunks, eod_id=EOD, tokenizer_fingerprint="none")
+
+    fails(lambda: written({key: value for key, value in dense.items() if key != name}), name, "missing")
+    fails(lambda: written(dense | {name: torch.ones(5)}), name, "[5]", "[48]")
+    fails(lambda: written(dense | {"other": torch.ones(5)}), "other", "no weight of this model")
+    fails(lambda: written(dense, rows[:-1]), f"{len(rows) - 1} of {len(rows)} rows")
+    fails(lambda: written(dense, rows[:, :4]), "of width 4")
+    fails(lambda: written(dense, folder=run), "holds checkpoints already")
+    assert not CheckpointStore(tmp_path).complete() and not list((tmp_path / "checkpoints").iterdir())
+
+
+def refuse_other_model(run: Path) -> str:
+    case = replace(SINGLE, over={**SINGLE.over, "table_rows": 107})
+    config = configuration(case)
+    trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+    try:
+        load_weights(trainer, find_checkpoint(run))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def test_another_model_is_named(source: tuple[Path, Reference], tmp_path: Path) -> None:
+    (message,) = run_ranks(1, refuse_other_model, source[0])
+    assert message.startswith("CheckpointError")
+    assert "over_encoding.table_rows is 97 there and 107 in this run" in message
+    assert "training.initial_checkpoint" in message and "\n" not in message
+    nowhere = run_config(tmp_path, "run", 1, initial_checkpoint=str(tmp_path / "nowhere"))
+    fails(lambda: starting_point(nowhere), "training.initial_checkpoint", "nowhere", "no checkpoint here")
+
+
+def run_config(folder: Path, name: str, steps: int, **training: str) -> RunConfig:
+    plain = configuration(SINGLE)
+    values = plain.model_dump(mode="json")
+    values["tokenizer"]["path"] = str(folder / "tokenizer.model")
+    values["data"] |= {"train": str(folder / "set"), "validation": str(folder / "set")}
+    values["training"] |= {"output_directory": str(folder / name), "train_iters": steps, "validation_interval": 1}
+    values["training"] |= training
+    values["model"]["vocab_size"] = 300
+    values["logging"]["tensorboard"] = False
+    return RunConfig.model_validate(values)
+
+
+def whole_runs(folder: Path) -> list[tuple[int, float, float]]:
+    """(first step, validation loss before it, validation loss at the end) of runs that follow each other."""
+    first = run_config(folder, "first", 2)
+    second = run_config(folder, "second", 1, initial_checkpoint=str(folder / "first"))
+    longer = run_config(folder, "second", 2, initial_checkpoint=str(folder / "first"))
+    results = []
+    for config in (first, second, longer):
+        Path(config.training.output_directory).mkdir(exist_ok=True)
+        run = TrainingRun(config, 1)
+        resume, before = run._resume, []
+
+        def watched(resume=resume, run=run, before=before) -> int:  # type: ignore[no-untyped-def]
+            begin: int = resume()
+            before += [begin, run._validate()["validation/loss"]]
+            return begin
+
+        run._resume = watched  # type: ignore[method-assign]
+        run.run()
+        results.append((*before, run._validate()["validation/loss"]))
+    trained = load_trained(folder / "second", CPU)
+    assert trained.step == 2
+    return results
+
+
+def test_a_run_starts_from_another_and_goes_on_from_itself(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the people of the united states in order to form a more perfect union\n" * 40)
+    train_sentencepiece([text], 300, tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer("sentencepiece", tmp_path / "tokenizer.model")
+    documents = [[*tokenizer.encode(line), 0] for line in text.read_text().splitlines()]
+    write(tmp_path / "set", documents, 300, tokenizer.fingerprint())
+    (first, second, longer) = run_ranks(1, whole_runs, tmp_path)[0]
+    assert [first[0], second[0], longer[0]] == [0, 0, 1]
+    assert second[1] == first[2]  # bit for bit the model that the first run ended with
+    assert longer[1] == second[2]
