@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -38,6 +39,10 @@ def nearest(key: str) -> str:
         section, name = key.split(".", 1)
         return f"write it as {name} below {section}:"
     section, name = key.split(".", 1)
+    entry = _keys_of_entry(section, name)
+    if entry:
+        close = difflib.get_close_matches(_name(name), entry, n=1, cutoff=0.65)
+        return f"did you mean {close[0]}?" if close else f"keys of an entry: {', '.join(entry)}"
     if section == "base":
         return "base is the path of another file"
     same = [known for known in keys if known.startswith(f"{section}.")]
@@ -83,6 +88,20 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
 
 def _keys_of(section: str) -> list[str]:
     return [_name(known) for known in known_keys() if known.startswith(f"{section}.")]
+
+
+def _keys_of_entry(section: str, name: str) -> list[str]:
+    """Keys of the entries of a list of sections, where `name` is one of an entry (`added.0.rows`)."""
+    field, number, *_ = [*name.split("."), ""]
+    kind = getattr(RunConfig.model_fields.get(section), "annotation", None)
+    if not number.isdigit() or not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return []
+    inside = [
+        one
+        for one in get_args(kind.model_fields[field].annotation)
+        if isinstance(one, type) and issubclass(one, BaseModel)
+    ]
+    return list(inside[0].model_fields) if inside else []
 
 
 def _name(key: str) -> str:
