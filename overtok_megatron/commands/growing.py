@@ -16,8 +16,8 @@ def _grow(options: argparse.Namespace) -> int:
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
     old = RunConfig.model_validate(read_manifest(source).config)
     grown = grow_config(old, [parse_tables(text) for text in options.tables], freeze=options.freeze)
-    places = {"output_directory": str(output), "initial_checkpoint": None}
-    grown = grown.model_copy(update={"training": grown.training.model_copy(update=places)})
+    start = {"output_directory": str(output), "initial_checkpoint": None, "resume": "auto"}  # from what grow writes
+    grown = grown.model_copy(update={"training": grown.training.model_copy(update=start)})
     loaded = change_config(grown, options.overrides, "--tables")
     place = loaded.config.training.output_directory
     if place != str(output):

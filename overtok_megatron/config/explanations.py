@@ -50,7 +50,13 @@ def nearest(key: str) -> str:
     if key in keys:
         section, name = key.split(".", 1)
         return f"write it as {name} below {section}:"
-    section, name = key.rsplit(".", 1) if key.rsplit(".", 1)[0] in keys else key.split(".", 1)
+    section, name = key.split(".", 1)
+    entry = _keys_of_entry(section, name)
+    if entry:
+        close = difflib.get_close_matches(_name(name), entry, n=1, cutoff=0.65)
+        return f"did you mean {close[0]}?" if close else f"keys of an entry: {', '.join(entry)}"
+    if key.rsplit(".", 1)[0] in keys:
+        section, name = key.rsplit(".", 1)
     if section == "base":
         return "base is the path of another file"
     same = _inside(section)
@@ -108,6 +114,20 @@ def _keys_of(section: str) -> list[str]:
 def _inside(section: str) -> list[str]:
     """Dotted keys of a section, without those of the sections within it."""
     return [known for known in known_keys() if known.rpartition(".")[0] == section]
+
+
+def _keys_of_entry(section: str, name: str) -> list[str]:
+    """Keys of the entries of a list of sections, where `name` is one of an entry (`added.0.rows`)."""
+    field, number, *_ = [*name.split("."), ""]
+    kind = getattr(RunConfig.model_fields.get(section), "annotation", None)
+    if not number.isdigit() or not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return []
+    inside = [
+        one
+        for one in get_args(kind.model_fields[field].annotation)
+        if isinstance(one, type) and issubclass(one, BaseModel)
+    ]
+    return list(inside[0].model_fields) if inside else []
 
 
 def _name(key: str) -> str:

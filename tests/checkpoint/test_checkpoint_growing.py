@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.checkpoint import growing
+from overtok_megatron.checkpoint.mapped import MappedShard
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import load_tables
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, write_weights
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import parse_resolved
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_tables, build_transformer, row_space
+from overtok_megatron.kernels.rows import RowKernels
+from overtok_megatron.model.assembly import build_tables, build_transformer, row_space, tables_over
 from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.ngram.table import TableShard
 
@@ -67,7 +69,13 @@ def read_model(run: Path) -> tuple[RunConfig, dict[str, Tensor], OverTables | No
         load_tables(path, tables, weights_only=True)
         slots = tables.begin(tokens, training=False)
     with torch.no_grad():
-        return config, weights, tables, model.logits(tokens, slots)
+        logits = model.logits(tokens, slots)
+        if config.over_encoding.enabled:  # the rows read in place give the same
+            space = row_space(config.model, config.over_encoding)
+            on_disk = MappedShard(path, space.total_rows, space.width, RowKernels())
+            reader = tables_over(config, model.embedding.over_encoding, EOD, on_disk, device=CPU)
+            assert torch.equal(model.logits(tokens, reader.begin(tokens, training=False)), logits)
+    return config, weights, tables, logits
 
 
 SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

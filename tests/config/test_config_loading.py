@@ -83,6 +83,11 @@ def test_a_stored_configuration_is_the_same(file: Path, tmp_path: Path) -> None:
     [
         ("model:\n  hiddensize: 3\n", [":2:", "unknown key model.hiddensize", "did you mean model.hidden_size?"]),
         ("lr: 3\n", [":1:", "unknown key lr"]),
+        (
+            "over_encoding:\n  added: [{order: [4], table_rows: 9}]\n",
+            [":2:", "over_encoding.added.0.order", "did you mean orders?"],
+        ),
+        ("over_encoding:\n  added: [{dots: 3}]\n", [":2:", "keys of an entry: orders, num_slices, table_rows, frozen"]),
         ("modle: {}\n", ["unknown key modle", "did you mean model?"]),
         ("hidden_size: 3\n", ["did you mean model.hidden_size?"]),
         ("model: {hidden_size: '32'}\n", [":1:", "model.hidden_size", "'32'", "valid integer"]),

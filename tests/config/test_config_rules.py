@@ -34,9 +34,12 @@ def make(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
+OVER = {"over_encoding__enabled": True, "over_encoding__table_rows": 128_618}
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_valid_one(world: int) -> None:
-    config = make(over_encoding__enabled=True, over_encoding__table_rows=128_618)
+    config = make(**OVER, over_encoding__num_slices=5, over_encoding__row_width=9)
     validate(config, world, lambda key: "here")
     assert accumulation_steps(config, world) == 8 // world
 
@@ -69,6 +72,22 @@ def test_a_valid_one(world: int) -> None:
             "over_encoding.table_rows",
             "is a good size nearby",
         ),
+        (
+            OVER | {"over_encoding__added": [{"orders": [2, 4, 2], "table_rows": 5}]},
+            "over_encoding.added",
+            "names an order twice",
+        ),
+        (
+            OVER | {"over_encoding__added": [{"orders": [2], "table_rows": 7}, {"orders": [2], "table_rows": 100_000}]},
+            "over_encoding.added",
+            "is a good size nearby",
+        ),
+        (
+            OVER | {"over_encoding__added": [{"orders": [2, 3], "num_slices": 2, "table_rows": 2**31 - 6}]},
+            "over_encoding.added",
+            f"at most {2**31 - 7}",
+        ),
+        (OVER | {"over_encoding__num_slices": 5}, "over_encoding.num_slices", "or give over_encoding.row_width"),
         ({"parallel__zero_stage": 3, "parallel__tensor_parallel_size": 2}, "parallel.zero_stage", "use 2"),
         ({"training__train_tokens": 5}, "training.train_iters", "not both"),
         ({"training__train_iters": None}, "training.train_iters", "give either"),

@@ -54,7 +54,8 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.fixture(params=KINDS)
 def trained(request: pytest.FixtureRequest) -> TrainedModel:
     model_keys, over_encoded = KINDS[request.param]
-    over = {"enabled": True, "ngram_order": 4, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
+    over = {"enabled": True, "ngram_order": 3, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
+    over |= {"row_width": 16, "added": [{"orders": [5, 2], "table_rows": 700}]}
     config = RunConfig.model_validate(
         {
             "model": {

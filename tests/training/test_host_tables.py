@@ -11,6 +11,7 @@ from torch import Tensor
 from overtok_megatron.training.engine import TrainingEngine, start_processes
 
 STORED = {"optimizer": "rowwise_adagrad", "row_dtype": "bfloat16", "state_dtype": "bfloat16", "combine": "scaled"}
+GROWN = {"added": [{"orders": [4, 2], "table_rows": 61}, {"orders": [2], "table_rows": 43, "frozen": True}]}
 
 
 def batches(steps: int) -> list[Tensor]:
@@ -23,7 +24,7 @@ def train(
     over: dict[str, Any], parallel: dict[str, Any], steps: int, rate: float
 ) -> tuple[list[float], list[float], Tensor, Tensor]:
     """One rank's work: losses, validation losses on the way, and its rows and their state in the end."""
-    config = configuration(Layout({"zero_stage": 1, **parallel}, over=STORED | over))
+    config = configuration(Layout({"zero_stage": 1, **parallel}, over=STORED | GROWN | over))
     trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
     parts = [own_tokens(trainer, batch) for batch in batches(steps)]
     losses, validations = [], []

@@ -18,7 +18,7 @@ from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.state import load_state
 
 SAVED_AT, END = 3, 7
-ADAM = {"optimizer": "adam"}  # whose state must come along
+ADAM = {"optimizer": "adam", "added": [{"orders": [4, 2], "table_rows": 31}]}  # whose state must come along
 LAYOUTS: dict[str, tuple[int, Layout]] = {
     "single": (1, layout("z1", micro=6, over=ADAM)),
     "DP2, ZeRO 1": (2, layout("z1", over=ADAM)),

@@ -19,15 +19,26 @@ from overtok_megatron.training.state import load_state
 
 CPU = torch.device("cpu")
 
+ADDED = [{"orders": [4], "num_slices": 2, "table_rows": 41}]
 CASES = [
     Case("zero 0, float32", parallel={"zero_stage": 0}),
     Case("zero 1", {"optimizer": "rowwise_adagrad"}, parallel={"zero_stage": 1}, training={"precision": "bf16"}),
-    Case("zero 2", {"state_dtype": "bfloat16"}, parallel={"zero_stage": 2}, training={"precision": "bf16"}),
+    Case(
+        "zero 2, added tables",
+        {"state_dtype": "bfloat16", "row_dtype": "int8", "added": ADDED},
+        parallel={"zero_stage": 2},
+        training={"precision": "bf16"},
+    ),
     Case("zero 3", {"optimizer": "sgd"}, parallel={"zero_stage": 3}, training={"precision": "bf16"}),
     Case("zero 3, float32, tied", model={"tie_word_embeddings": True}, parallel={"zero_stage": 3}),
     Case("zero 0", parallel={"zero_stage": 0}, training={"precision": "bf16", "micro_batch_size": 4}),
     Case("tensor parallel", parallel={"tensor_parallel_size": 2, "zero_stage": 1}, training={"precision": "bf16"}),
-    Case("pipeline", parallel={"pipeline_parallel_size": 2, "zero_stage": 1}, training={"precision": "bf16"}),
+    Case(
+        "pipeline, frozen base",
+        {"frozen": True, "added": ADDED},
+        parallel={"pipeline_parallel_size": 2, "zero_stage": 1},
+        training={"precision": "bf16"},
+    ),
     Case("pipeline, tied", model={"tie_word_embeddings": True}, parallel={"pipeline_parallel_size": 2}),
     Case("context", parallel={"context_parallel_size": 2, "zero_stage": 2}, training={"precision": "bf16"}),
     Case("no tables here", {"ngram_order": 2, "num_slices": 1, "table_rows": 1}, parallel={"zero_stage": 1}),
