@@ -4,13 +4,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 from measuring import alternate
 
 from overtok_megatron.data.corpus import sotu_files
@@ -47,6 +48,12 @@ def _batches(texts: list[str]) -> list[list[str]]:
     return batches
 
 
+def _cpu_seconds(pool: ProcessPoolExecutor) -> float:
+    """Of this process, its children that ended, and the pool's."""
+    running = [psutil.Process(pid).cpu_times() for pid in pool._processes]
+    return sum(os.times()[:4]) + sum(times.user + times.system for times in running)
+
+
 def prepare_speed(options: argparse.Namespace) -> dict[str, Any]:
     """The whole of `overtok prepare`, worker start to synced files, beside encoding alone by running processes or threads."""
     path, workers = Path(options.tokenizer), options.threads
@@ -66,15 +73,28 @@ def prepare_speed(options: argparse.Namespace) -> dict[str, Any]:
             "library, processes": lambda: sum(pool.map(_encode, batches)),
             "library, threads": lambda: [tokenizer.encode_batch(batch, workers) for batch in batches],
         }
-        seconds = alternate(contenders, options.rounds)
-        begin = time.perf_counter()
-        prepare_sets([corpus], Path(scratch) / "set", tokenizer, Plan(workers=1))
-        alone = time.perf_counter() - begin
-    best = min(seconds["library, processes"], seconds["library, threads"])
+        cpu: dict[str, list[float]] = {name: [] for name in contenders}
+
+        def counted(name: str) -> Callable[[], object]:
+            def run() -> None:
+                begin = _cpu_seconds(pool)
+                contenders[name]()
+                cpu[name].append(_cpu_seconds(pool) - begin)
+
+            return run
+
+        seconds = alternate({name: counted(name) for name in contenders}, options.rounds)
+    work = {name: statistics.median(values[2:]) for name, values in cpu.items()}
     return {
         "text_bytes": size,
         "documents": len(texts),
-        "seconds": seconds | {"overtok prepare, in one process": alone},
+        "seconds": seconds,
+        "cpu_seconds": work,
         "bytes_per_second": {name: size / value for name, value in seconds.items()},
-        "share_of_library": best / seconds["overtok prepare"],
+        "share_of_library": _share(seconds),
+        "share_of_library_cpu": _share(work),  # what remains of it where other work takes turns on the cores
     }
+
+
+def _share(seconds: dict[str, float]) -> float:
+    return min(seconds["library, processes"], seconds["library, threads"]) / seconds["overtok prepare"]

@@ -162,13 +162,16 @@ def _check_tokenizer(config: RunConfig, check: _Checker) -> None:
     tokenizer = config.tokenizer
     if tokenizer.type == "bytes":
         check.need(
-            tokenizer.path is None, "tokenizer.path", tokenizer.path, "is no part of tokenizer.type: bytes; remove it"
+            tokenizer.path is None,
+            "tokenizer.path",
+            tokenizer.path,
+            "is no part of tokenizer.type: bytes; write null, or remove it",
         )
         check.need(
             tokenizer.eod_token is None,
             "tokenizer.eod_token",
             tokenizer.eod_token,
-            "is no part of tokenizer.type: bytes, where 256 ends documents; remove it",
+            "is no part of tokenizer.type: bytes, where 256 ends documents; write null, or remove it",
         )
     else:
         check.need(

@@ -60,6 +60,13 @@ def test_a_valid_one(world: int) -> None:
             "multiple",
         ),
         ({"parallel__tensor_parallel_size": 4, "model__intermediate_size": 66}, "model.intermediate_size", "multiple"),
+        ({"tokenizer__type": "bytes"}, "tokenizer.path", "write null"),
+        (
+            {"tokenizer__type": "bytes", "tokenizer__path": None, "tokenizer__eod_token": "x"},
+            "tokenizer.eod_token",
+            "256 ends documents",
+        ),
+        ({"tokenizer__type": "hugging_face", "tokenizer__path": None}, "tokenizer.path", "is needed"),
         ({"over_encoding__enabled": True}, "over_encoding.table_rows", "is needed"),
         ({"over_encoding__enabled": True, "over_encoding__table_rows": 2**31}, "over_encoding.table_rows", "2^31"),
         (

@@ -1,0 +1,56 @@
+"""Whether tokenizer, sets and model fit together, as it is asked before a run."""
+
+from pathlib import Path
+
+import pytest
+
+from overtok_megatron.config.loading import load_config
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.byte_tokenizer import ByteTokenizer
+from overtok_megatron.data.checks import open_run_data
+from overtok_megatron.data.indexed import IndexedWriter
+from overtok_megatron.errors import DataError
+
+BASE = Path(__file__).parent.parent.parent / "configs" / "quickstart_baseline.yaml"
+
+
+def configuration(*overrides: str) -> RunConfig:
+    bytes_only = ("tokenizer.type=bytes", "tokenizer.path=null", "data.validation=null", "model.vocab_size=257")
+    return load_config(BASE, [*bytes_only, "data.seq_length=8", *overrides]).config
+
+
+def write(prefix: Path, eod_id: int, fingerprint: str, tokens: int = 40) -> Path:
+    with IndexedWriter(prefix, 257, eod_id, fingerprint) as writer:
+        writer.add([*range(1, tokens), eod_id], tokens)
+        writer.finish()
+    return prefix
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return write(tmp_path / "good", 256, ByteTokenizer().fingerprint())
+
+
+def test_a_blend_of_byte_sets_opens(good: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", 256, ByteTokenizer().fingerprint(), 90)
+    data = open_run_data(configuration(f"data.train=[{{path: {good}, weight: 1}}, {{path: {other}, weight: 0.5}}]"))
+    assert [(one.dataset.num_tokens, one.weight) for one in data.train] == [(40, 1.0), (90, 0.5)]
+    assert (data.eod_id, data.tokenizer_path) == (256, "bytes")
+    assert [one.weight for one in open_run_data(configuration(f"data.train={good}")).train] == [1.0]
+
+
+def test_what_does_not_fit_is_named_with_its_set(good: Path, tmp_path: Path) -> None:
+    fingerprint = ByteTokenizer().fingerprint()
+    for prefix, said in (
+        (write(tmp_path / "foreign", 256, "f"), "was prepared with another tokenizer than bytes"),
+        (write(tmp_path / "ends", 0, fingerprint), "its documents end with token 0, the tokenizer's with 256"),
+        (write(tmp_path / "short", 256, fingerprint, 5), "5 tokens, too few for one sample"),
+        (tmp_path / "absent", "no such file"),
+    ):
+        blend = f"data.train=[{{path: {good}, weight: 1}}, {{path: {prefix}, weight: 1}}]"
+        with pytest.raises(DataError, match=said) as caught:
+            open_run_data(configuration(blend))
+        assert str(caught.value).startswith(str(prefix))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"tokenizer bytes: has 257 pieces, model\.vocab_size is 300"):
+        open_run_data(configuration(f"data.train={good}", "model.vocab_size=300"))
