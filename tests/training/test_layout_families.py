@@ -70,6 +70,8 @@ def test_more_layouts_equal_one_process(world: int) -> None:
     run_matrix(world, SLOW[world], timeout=800)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_experts_go_on_in_another_layout(tmp_path: Path) -> None:
     """Their three dimensions split along two of them, read by another layout and by DeepSpeed's converter."""
     layouts = {"TP2": (2, experts("tp2 z1")), "DP2, ZeRO 3": (2, experts("z3"))}
