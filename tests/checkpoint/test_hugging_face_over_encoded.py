@@ -33,7 +33,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "llama": (
         {"norm_placement": "pre", "qk_norm": "none", "head_size": 16, "tie_word_embeddings": True},
-        {"ngram_order": 2, "num_slices": 1, "combine": "sum", "boundary": "ignore"},
+        {"ngram_order": 2, "num_slices": 1, "combine": "scaled", "boundary": "ignore", "row_width": 12}
+        | {"added": [{"orders": [5, 2], "num_slices": 1, "table_rows": 613}, {"orders": [3], "table_rows": 90}]},
     ),
     "olmoe": (
         {"norm_placement": "pre", "num_experts": 4, "num_experts_per_token": 2},

@@ -40,9 +40,8 @@ def model_card(
     ]
     if over.enabled:
         _, total, width = table_shape(config)
-        rows.insert(
-            3, ("n-gram tables", f"{total:,} rows of {width}, n-grams up to {over.ngram_order}, {over.row_dtype}")
-        )
+        longest = max(over.ngram_order, *(max(group.orders) for group in over.added), 0)
+        rows.insert(3, ("n-gram tables", f"{total:,} rows of {width}, n-grams up to {longest}, {over.row_dtype}"))
     loss = validation_loss(source, manifest.step)
     if loss is not None:
         rows.append(("validation loss", f"{loss:.4f} nats a token"))
