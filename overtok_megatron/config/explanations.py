@@ -76,7 +76,8 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     ancestors = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     place = next((places[name] for name in ancestors if name in places), path)
     if error["type"] in ("extra_forbidden", "invalid_key"):
-        if len(parts) > 2 and ".".join(parts[:2]) in known:
+        of_list = bool(_keys_of_entry(parts[0], ".".join(parts[1:])))
+        if len(parts) > 2 and ".".join(parts[:2]) in known and not of_list:
             return f"{place}: unknown key {_short(key)}; {'.'.join(parts[:2])} is the {known['.'.join(parts[:2])]}"
         return f"{place}: unknown key {_short(key)}; {nearest(key)}"
     meaning = next((known[name] for name in ancestors if name in known), "")

@@ -52,5 +52,5 @@ def test_what_does_not_fit_is_named_with_its_set(good: Path, tmp_path: Path) -> 
             open_run_data(configuration(blend))
         assert str(caught.value).startswith(str(prefix))
         assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match=r"tokenizer bytes: has 257 pieces, model\.vocab_size is 300"):
-        open_run_data(configuration(f"data.train={good}", "model.vocab_size=300"))
+    with pytest.raises(DataError, match=r"tokenizer bytes: has 257 pieces, model\.vocab_size is 200"):
+        open_run_data(configuration(f"data.train={good}", "model.vocab_size=200"))
