@@ -52,7 +52,7 @@ SLOW = pytest.mark.slow
     [
         (1, {}, 200),
         (2, {}, 50),
-        (4, TENSOR, 25),
+        (4, TENSOR, 12),
         *(pytest.param(n, p, 200, marks=SLOW) for n, p in ((2, {}), (4, TENSOR))),
     ],
 )
@@ -70,8 +70,8 @@ def test_rows_fetched_ahead_change_nothing(ranks: int, parallel: dict[str, Any],
 
 def test_two_levels_give_the_flat_numbers() -> None:
     exact = {"row_dtype": "float32", "state_dtype": "float32"}
-    flat = run_ranks(4, train, exact, TENSOR, 20, 1e-3)
-    levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, TENSOR, 20, 1e-3)
+    flat = run_ranks(4, train, exact, TENSOR, 10, 1e-3)
+    levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, TENSOR, 10, 1e-3)
     assert levels[0][0] == pytest.approx(flat[0][0], rel=1e-5)
     # owners are ordered by (place within the host, host): ranks 1 and 2 change places
     for mine, theirs in zip((0, 1, 2, 3), (0, 2, 1, 3), strict=True):
