@@ -244,16 +244,29 @@ class Reference:
                 parts.append(model.router_aux_loss_weight * balance + model.router_z_loss_weight * square)
         return torch.stack(parts).mean()
 
+    def mask(self, tokens: Tensor) -> Tensor | None:
+        """[G, 1, s, s] bool, which positions each attends to, where that is not simply all before it."""
+        if self.config.data.document_attention == "across":
+            return None
+        lines = [
+            [[u <= t and self.eod_id not in line[u:t] for u in range(len(line))] for t in range(len(line))]
+            for line in tokens.tolist()
+        ]
+        return torch.tensor(lines).unsqueeze(1)
+
     @torch.no_grad()
     def loss(self, batch: Tensor) -> float:
         """Mean cross entropy of [G, s + 1] without a step."""
-        logits = self.model(inputs_embeds=self.embed(batch[:, :-1])[0]).logits
+        tokens = batch[:, :-1]
+        logits = self.model(inputs_embeds=self.embed(tokens)[0], attention_mask=self.mask(tokens)).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
 
     def step(self, batch: Tensor) -> float:
         embedded, asked = self.embed(batch[:, :-1])
         result = self.model(
-            inputs_embeds=embedded, **({"output_router_logits": True} if self.config.model.num_experts else {})
+            inputs_embeds=embedded,
+            attention_mask=self.mask(batch[:, :-1]),
+            **({"output_router_logits": True} if self.config.model.num_experts else {}),
         )
         logits = result.logits
         cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())

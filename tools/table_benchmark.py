@@ -157,7 +157,7 @@ def _synthetic_rows(folder: Path, config: RunConfig) -> None:
 
 def _made_model(config: RunConfig, shard: Shard) -> TrainedModel:
     torch.manual_seed(0)
-    model = build_transformer(config, device=DEVICE).eval()
+    model = build_transformer(config, device=DEVICE, eod_id=0).eval()
     tables = tables_over(config, model.embedding.over_encoding, 0, shard, device=DEVICE)
     given = config.tokenizer
     return TrainedModel(config, model, tables, load_tokenizer(given.type, given.path, given.eod_token), 0)

@@ -159,6 +159,9 @@ class DataConfig(Section):
     validation: Text | None = Field(None, description="prefix of the validation set")
     seq_length: Annotated[int, Field(ge=1, description="tokens a sample")]
     shuffle_seed: NonNegative = Field(1234, description="seed of the order of samples")
+    document_attention: Literal["across", "within"] = Field(
+        "across", description="whether a token sees the documents before its own in a sample, or its own only"
+    )
 
 
 class ParallelConfig(Section):

@@ -14,6 +14,7 @@ from overtok_megatron.errors import InputError
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.stream import TextStream
 from overtok_megatron.model.attention import DecodeStep, empty_cache
+from overtok_megatron.model.documents import document_ids
 from overtok_megatron.ngram.ids import MISSING
 
 
@@ -61,7 +62,7 @@ class Decoder:
             head_size=head_size(config),
             like=next(trained.model.parameters()),
         )
-        self._present = torch.zeros(batch, room, dtype=torch.bool, device=device)
+        self._tokens = torch.full((batch, room), MISSING, dtype=torch.int64, device=device)  # fed so far
         self._history: Tensor | None = None
         if trained.tables is not None:
             reach = trained.tables.ngram_hash.space.longest - 1
@@ -75,13 +76,17 @@ class Decoder:
         """
         rows, length = tokens.shape
         begin, end = self.length, self.length + length
-        present = self._present[:rows]
-        present[:, begin:end] = tokens >= 0
-        counted = present[:, :end].cumsum(dim=1)
+        self._tokens[:rows, begin:end] = tokens
+        fed = self._tokens[:rows, :end]
+        present = fed >= 0
+        counted = present.cumsum(dim=1)
         positions = (counted[:, begin:] - 1).clamp(min=0)  # [b, s]: padding takes no position
         places = torch.arange(end, device=tokens.device)
         causal = places <= places[begin:, None]  # [s, end]
-        mask = causal & present[:, None, :end]
+        mask = causal & present[:, None, :]  # [b, s, end]
+        if self.trained.model.document_end is not None:
+            documents = document_ids(fed, self.trained.model.document_end)
+            mask = mask & (documents[:, begin:, None] == documents[:, None, :])
         mask = mask | (places == places[begin:, None])  # padding sees itself, so that no softmax row is empty
         near = mask if self._window is None else mask & (places > places[begin:, None] - self._window)
         keys, values = ([cache[:rows] for cache in caches] for caches in (self._keys, self._values))

@@ -59,7 +59,7 @@ def load_trained(
         config = config.model_copy(update={"over_encoding": over})
     tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path, config.tokenizer.eod_token)
     _check_tokenizer(tokenizer, manifest, config, path)
-    model = build_transformer(config, device=device)
+    model = build_transformer(config, device=device, eod_id=manifest.eod_id)
     weights = load_dense(path, manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"])
     if config.model.tie_word_embeddings:
         weights = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}

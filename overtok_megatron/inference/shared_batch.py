@@ -12,6 +12,7 @@ from torch import Tensor
 
 from overtok_megatron.inference.generation import Decoder
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.ngram.ids import MISSING
 
 _SLACK = 128  # columns behind the longest sequence before the cache is moved: what is moved is then moved seldom
 
@@ -32,14 +33,14 @@ class SharedBatch(Decoder):
         row, size = len(self._lengths), len(prompt)
         assert row < self.places
         own = Decoder(self.trained, 1, size)
-        logits = own.feed(torch.tensor([list(prompt)], device=self._present.device), last=last)[0]
+        logits = own.feed(torch.tensor([list(prompt)], device=self._tokens.device), last=last)[0]
         if size > self.length:
             self._move(size - self.length)
         begin = self.length - size
         for ours, theirs in zip(self._keys + self._values, own._keys + own._values, strict=True):
             ours[row, :, begin : self.length] = theirs[0]
-        self._present[row] = False
-        self._present[row, begin : self.length] = True
+        self._tokens[row] = MISSING
+        self._tokens[row, begin : self.length] = own._tokens[0]
         if self._history is not None and own._history is not None:
             self._history[row] = own._history[0]
         self._lengths.append(size)
@@ -52,7 +53,7 @@ class SharedBatch(Decoder):
         if spare >= _SLACK:
             self._move(-spare)
         self._lengths = [length + 1 for length in self._lengths]
-        column = torch.tensor(tokens, device=self._present.device).unsqueeze(1)
+        column = torch.tensor(tokens, device=self._tokens.device).unsqueeze(1)
         return self.feed(column)[:, 0]
 
     def leave(self, row: int) -> None:
@@ -61,7 +62,7 @@ class SharedBatch(Decoder):
         if row != last:
             for cache in self._keys + self._values:
                 cache[row, :, : self.length] = cache[last, :, : self.length]
-            self._present[row] = self._present[last]
+            self._tokens[row] = self._tokens[last]
             if self._history is not None:
                 self._history[row] = self._history[last]
             self._lengths[row] = self._lengths[last]
@@ -76,7 +77,7 @@ class SharedBatch(Decoder):
         for cache in self._keys + self._values:
             moved = cache[:used, :, begin:end].clone()
             cache[:used, :, begin + columns : end + columns] = moved
-        present = self._present[:used, begin:end].clone()
-        self._present[:used] = False
-        self._present[:used, begin + columns : end + columns] = present
+        tokens = self._tokens[:used, begin:end].clone()
+        self._tokens[:used] = MISSING
+        self._tokens[:used, begin + columns : end + columns] = tokens
         self.length += columns

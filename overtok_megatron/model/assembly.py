@@ -161,10 +161,17 @@ def build_transformer(
     device: torch.device,
     group: dist.ProcessGroup | None = None,
     context_group: dist.ProcessGroup | None = None,
+    eod_id: int | None = None,
 ) -> Transformer:
-    """The model of a run with its initial weights, in the run's precision."""
+    """The model of a run with its initial weights, in the run's precision.
+
+    eod_id: the token that ends a document; without need where attention goes across documents.
+    """
     layers = build_run_layers(config, device=device, group=group, context_group=context_group)
-    return Transformer(layers)
+    if config.data.document_attention == "across":
+        return Transformer(layers)
+    assert eod_id is not None, "attention within documents needs the token that ends them"
+    return Transformer(layers, document_end=eod_id, context_group=context_group)
 
 
 def build_tables(

@@ -1,6 +1,6 @@
 """Causal self-attention: grouped queries, RMSNorm over all of q and of k or none, rotary positions, no biases.
 
-A layer sees all positions before it, or the last few of them (a sliding window).
+A layer sees all positions before it, or the last few of them (a sliding window), of all documents or of its own only.
 
 Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, h query heads, g key/value heads,
 e head size. Heads are split over the tensor-parallel group; under context parallelism s is a slice, and one all-to-all on
@@ -91,7 +91,8 @@ class Attention(nn.Module):
         self.qkv.reset(seed, f"{name}.qkv", std)
         self.o_proj.reset(seed, f"{name}.o_proj", std)
 
-    def forward(self, x: Tensor, decode: DecodeStep | None = None) -> Tensor:
+    def forward(self, x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None) -> Tensor:
+        """documents: see `run_blocks`."""
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
         batch, length = q.shape[:2]  # the whole sequence: sequence parallelism gathered it
         if self.q_norm is not None and self.k_norm is not None:
@@ -110,16 +111,16 @@ class Attention(nn.Module):
             mask = decode.mask if self.window is None else decode.sliding_mask
             mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=mask)
         elif self.recompute_core and torch.is_grad_enabled():
-            mixed = checkpoint(self._core, q, k, v, use_reentrant=False, preserve_rng_state=False)
+            mixed = checkpoint(self._core, q, k, v, documents, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._core(q, k, v)
+            mixed = self._core(q, k, v, documents)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
         """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; positions of all context ranks take part."""
         q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
-        mixed = self.kernels.causal_attention(q, *self._repeat(k, v), self.window)
+        mixed = self.kernels.causal_attention(q, *self._repeat(k, v), self.window, documents)
         return exchange_dims(mixed, self.context_group, split=2, join=1)
 
     def _repeat(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

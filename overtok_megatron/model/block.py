@@ -114,20 +114,22 @@ class Block(nn.Module):
         self.attention.reset(seed, f"blocks.{self.layer_index}.attention", std)
         self.mlp.reset(seed, f"blocks.{self.layer_index}.mlp", std)
 
-    def forward(self, x: Tensor, decode: DecodeStep | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The layer's output, and with experts the router's own loss, summed over this rank's positions."""
         if self.recompute == "full" and torch.is_grad_enabled():
             out: tuple[Tensor, Tensor | None]
-            out = checkpoint(self._layer, x, decode, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(self._layer, x, decode, documents, use_reentrant=False, preserve_rng_state=False)
             return out
-        return self._layer(x, decode)
+        return self._layer(x, decode, documents)
 
-    def _layer(self, x: Tensor, decode: DecodeStep | None) -> tuple[Tensor, Tensor | None]:
+    def _layer(self, x: Tensor, decode: DecodeStep | None, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.norm_placement == "pre":
-            x = x + self.attention(self.attention_norm(x), decode)
+            x = x + self.attention(self.attention_norm(x), decode, documents)
             out, router_loss = self._feed_forward(self.mlp_norm(x))
             return x + out, router_loss
-        x = x + self.attention_norm(self.attention(x, decode))
+        x = x + self.attention_norm(self.attention(x, decode, documents))
         out, router_loss = self._feed_forward(x)
         return x + self.mlp_norm(out), router_loss
 
@@ -139,12 +141,16 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None
+    blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Blocks one after the other: the last one's output, and the sum of their routers' losses (None without experts)."""
+    """Blocks one after the other: the last one's output, and the sum of their routers' losses (None without experts).
+
+    documents [b, s] int64, of whole sequences: positions attend to those with the same number; None = to all. A decoding
+    call has that in its masks.
+    """
     total: Tensor | None = None
     for block in blocks:
-        x, router_loss = block(x, decode)
+        x, router_loss = block(x, decode, documents)
         if router_loss is not None:
             total = router_loss if total is None else total + router_loss
     return x, total

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block, run_blocks
+from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.heads import InputEmbedding, OutputHead
+from overtok_megatron.parallel.collectives import gather_from_group
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,18 @@ class Layers(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and head, called one after the other."""
+    """Embedding, blocks and head, called one after the other.
 
-    def __init__(self, layers: Layers) -> None:
+    document_end: the token that ends a document, where positions attend within their document only; None = across.
+    context_group: the ranks over which sequences are split.
+    """
+
+    def __init__(
+        self, layers: Layers, *, document_end: int | None = None, context_group: dist.ProcessGroup | None = None
+    ) -> None:
         super().__init__()
+        self.document_end = document_end
+        self.context_group = context_group
         assert layers.embedding is not None and layers.head is not None, "a part of a pipeline is no whole model"
         self.embedding = layers.embedding
         self.blocks = nn.ModuleList(layers.blocks.values())
@@ -62,7 +73,10 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """tokens [b, s] int64, slots [b, s / ranks, T] -> the last hidden states, before the final norm, and with experts
         their routers' summed loss."""
-        return run_blocks(self.blocks, self.embedding(tokens, slots), decode)
+        documents = None
+        if self.document_end is not None and decode is None:
+            documents = document_ids(gather_from_group(tokens, self.context_group, dim=1), self.document_end)
+        return run_blocks(self.blocks, self.embedding(tokens, slots), decode, documents)
 
     def forward(
         self, tokens: Tensor, slots: Tensor | None, targets: Tensor, z_loss: float = 0.0

@@ -85,7 +85,7 @@ class TrainingEngine:
         self.device = device
         self.stop_asked = False
         self.micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
-        model = self._build_model()
+        model = self._build_model(eod_id)
         encoder = None if model.embedding is None else model.embedding.over_encoding
         self.tables: OverTables | None = None
         if config.over_encoding.enabled:
@@ -111,11 +111,11 @@ class TrainingEngine:
         table_square = None if self.tables is None else self._collect_tables
         self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping, table_square)
 
-    def _build_model(self) -> Transformer | PipelineStage:
+    def _build_model(self, eod_id: int) -> Transformer | PipelineStage:
         config, grid = self.config, self.grid
         groups = {"group": grid.tensor_group, "context_group": grid.context_group}
         if grid.shape.pipe == 1:
-            return build_transformer(config, device=self.device, **groups)
+            return build_transformer(config, device=self.device, eod_id=eod_id, **groups)
         counts = derived.blocks_per_stage(config)
         layers = build_run_layers(config, device=self.device, stage=Stage.of(grid.place("pipe"), counts), **groups)
         return PipelineStage(

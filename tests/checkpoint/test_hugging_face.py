@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def same_bits(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     for name, weight in model.state_dict().items():
         assert torch.equal(state[name], weight), name
     return again.eval()
+
+
+def test_attention_within_documents_is_named_in_the_card(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = find_checkpoint(workspace / "olmo2-run")
+    manifest = read_manifest(source)
+    store = CheckpointStore(tmp_path / "run", keep_last=1)
+    shutil.copytree(source, store.partial(manifest.step))
+    data = manifest.config["data"] | {"document_attention": "within"}
+    store.publish(replace(manifest, config=manifest.config | {"data": data}))
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "back")]) == 0
+    assert "one document at a time" in capsys.readouterr().out
+    assert "one document at a time" in (tmp_path / "back" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -42,12 +42,13 @@ LLAMA = {"norm_placement": "pre", "qk_norm": "none", "head_size": 16, "init_std"
 OLMO3 = {"sliding_window": 3, "full_attention_interval": 2,
          "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}}  # fmt: skip
 OLMOE = {"norm_placement": "pre", "num_experts": 6, "num_experts_per_token": 2, "intermediate_size": 16}
+WITHIN = "Olmoe, within documents"
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "plain": ({}, False),
     "over-encoded": ({}, True),
     "Llama": (LLAMA, False),
     "Olmo3, over-encoded": (OLMO3, True),
-    "Olmoe": (OLMOE, False),
+    WITHIN: (OLMOE, False),
 }
 
 
@@ -70,7 +71,11 @@ def trained(request: pytest.FixtureRequest) -> TrainedModel:
             | model_keys,
             "over_encoding": over if over_encoded else {},
             "tokenizer": {"path": "none"},
-            "data": {"train": "none", "seq_length": 40},
+            "data": {
+                "train": "none",
+                "seq_length": 40,
+                "document_attention": "within" if request.param == WITHIN else "across",
+            },
             "optimizer": {"learning_rate": 1e-3},
             "training": {
                 "output_directory": "none",
@@ -81,7 +86,7 @@ def trained(request: pytest.FixtureRequest) -> TrainedModel:
             },
         }
     )
-    model = build_transformer(config, device=CPU).eval()
+    model = build_transformer(config, device=CPU, eod_id=Letters.eod_id).eval()
     tables = (
         build_tables(config, model.embedding.over_encoding, 0, device=CPU) if config.over_encoding.enabled else None
     )
@@ -121,6 +126,13 @@ def test_pieces_of_any_size_in_a_padded_batch(trained: TrainedModel, seed: int) 
     for index, sequence in enumerate(sequences):
         own = full_logits(trained, torch.tensor([sequence]))[0]
         torch.testing.assert_close(logits[index, -len(sequence) :], own, rtol=1e-5, atol=1e-5 * own.abs().max().item())
+
+
+def test_a_document_that_has_ended_counts_only_across(trained: TrainedModel) -> None:
+    """N-grams forget it in any case."""
+    text = torch.tensor([[5, 9, 0, 7, 8]])
+    behind, alone = Decoder(trained, 1, 5).feed(text)[:, 3:], full_logits(trained, text[:, 3:])
+    assert torch.allclose(behind, alone, rtol=1e-5, atol=1e-4) == (trained.config.data.document_attention == "within")
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(trained: TrainedModel) -> None:

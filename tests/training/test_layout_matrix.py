@@ -21,6 +21,7 @@ from overtok_megatron.training.engine import TrainingEngine, start_processes
 CPU = torch.device("cpu")
 EOD, VOCAB, SEQ, BATCH, STEPS = 3, 59, 12, 12, 20
 TIED = {"tie_word_embeddings": True}
+WITHIN = {"document_attention": "within"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Layout:
     parallel: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
     over: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
 
@@ -65,7 +67,7 @@ def configuration(case: Layout) -> RunConfig:
                               "row_dtype": "float32", "state_dtype": "float32",
                               "combine": "sum"} | case.over,
             "tokenizer": {"path": "none"},
-            "data": {"train": "none", "seq_length": SEQ},
+            "data": {"train": "none", "seq_length": SEQ} | case.data,
             "parallel": {"zero_stage": 0} | case.parallel,
             "optimizer": {"learning_rate": 3e-3, "gradient_clipping": 0.5} | case.optimizer,
             "training": {"output_directory": "none", "micro_batch_size": 2, "global_batch_size": BATCH, "train_iters": STEPS,
@@ -150,6 +152,10 @@ CORE = {
         "DP2, ZeRO 1": layout("z1"),
         "DP2, ZeRO 3": layout("z3"),
         "CP2": layout("cp2", micro=6),
+        "TP2+SP, ZeRO 1, within documents, recomputation": layout(
+            "tp2 sp z1", micro=6, data=WITHIN, training={"recompute": "full"}
+        ),
+        "CP2, within documents": layout("cp2", micro=6, data=WITHIN, training={"recompute": "selective"}),
         "recomputation of blocks": layout("", training={"recompute": "full"}),
         "m smaller than the world": layout("pp2", over={"ngram_order": 2, "num_slices": 1, "table_rows": 1}),
     },
@@ -177,6 +183,7 @@ SLOW = {
         "recomputation, ZeRO 3": layout("z3", training={"recompute": "full"}),
         "recomputation, PP2": layout("pp2 z1", training={"recompute": "full"}),
         "PP2, z-loss": layout("pp2", training={"z_loss": 1e-2}),
+        "DP2, ZeRO 3, within documents": layout("z3", data=WITHIN),
         "CP2, ZeRO 3, recomputation": layout("cp2 z3", micro=6, training={"recompute": "selective"}),
     },
     3: {"DP3": layout(""), "DP3, ZeRO 1": layout("z1"), "PP3": layout("pp3 z1")},

@@ -99,6 +99,11 @@ def _write(
     ends = {"eos_token_id": manifest.eod_id, "pad_token_id": manifest.eod_id}
     _write_json(folder / "generation_config.json", {"_from_model_config": False, "do_sample": False, **ends})
     notes = write_tokenizer(config, folder, manifest.eod_id)
+    if config.data.document_attention == "within":
+        notes.append(
+            "it was trained with attention within documents, but in transformers it attends across end-of-document tokens "
+            "as well: logits are the same on text without any inside; give it one document at a time"
+        )
     (folder / "README.md").write_text(model_card(config, manifest, source, size, values, notes), encoding="utf-8")
     if over:
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
