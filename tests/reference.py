@@ -159,7 +159,7 @@ class Reference:
     def __init__(self, config: RunConfig, eod_id: int) -> None:
         self.config = config
         self.eod_id = eod_id
-        ours = build_transformer(config, device=torch.device("cpu")).float()
+        ours = build_transformer(config, device=torch.device("cpu"), eod_id=eod_id).float()
         self.model = hugging_face_model(config.model)
         self.model.load_state_dict({name: weight.detach().clone() for name, weight in hugging_face_names(ours).items()})
         self.space = row_space(config.model, config.over_encoding)

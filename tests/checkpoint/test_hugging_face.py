@@ -66,8 +66,8 @@ def test_attention_within_documents_is_named_in_the_card(
 ) -> None:
     source = find_checkpoint(workspace / "olmo2-run")
     manifest = read_manifest(source)
-    store = CheckpointStore(tmp_path / "run", keep_last=1)
-    shutil.copytree(source, store.partial(manifest.step))
+    store = CheckpointStore(tmp_path / "run")
+    shutil.copytree(source, store.partial(manifest.step))  # whose manifest is written anew
     data = manifest.config["data"] | {"document_attention": "within"}
     store.publish(replace(manifest, config=manifest.config | {"data": data}))
     assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "back")]) == 0

@@ -216,7 +216,7 @@ def check(name: str, case: Layout, ranks: list[RankResult]) -> None:
     assert ranks[0].validation == pytest.approx(reference.loss(stream()[0].flip(0)), rel=1e-5), name
     rows = torch.cat([result.rows for result in ranks])
     assert (rows - reference.rows()).norm() <= 1e-5 * rows.norm(), name
-    model = build_transformer(configuration(case), device=CPU)
+    model = build_transformer(configuration(case), device=CPU, eod_id=EOD)
     model.load_state_dict(whole_weights(ranks, case.parallel.get("tensor_parallel_size", 1)), strict=False)
     theirs = dict(reference.model.named_parameters())
     for parameter, weight in hugging_face_names(model).items():
