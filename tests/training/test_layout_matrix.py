@@ -152,8 +152,9 @@ CORE = {
         "DP2, ZeRO 1": layout("z1"),
         "DP2, ZeRO 3": layout("z3"),
         "CP2": layout("cp2", micro=6),
+        # eps: one entry of the embedding has a gradient of nearly zero, and made 98% of a distance of 1.06e-4 with 1e-8
         "TP2+SP, ZeRO 1, within documents, recomputation": layout(
-            "tp2 sp z1", micro=6, data=WITHIN, training={"recompute": "full"}
+            "tp2 sp z1", micro=6, data=WITHIN, training={"recompute": "full"}, optimizer={"eps": 1e-6}
         ),
         "CP2, within documents": layout("cp2", micro=6, data=WITHIN, training={"recompute": "selective"}),
         "recomputation of blocks": layout("", training={"recompute": "full"}),
