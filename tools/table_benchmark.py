@@ -152,7 +152,8 @@ def _synthetic_rows(folder: Path, config: RunConfig) -> None:
         stop = min(start + _PART, space.total_rows)
         values = torch.empty(stop - start, space.width).uniform_(-0.03, 0.03).to(torch.bfloat16)
         metadata = {"start": str(start), "stop": str(stop), "steps": "0"}
-        write_rows(folder, f"rows-{start:012d}", {"weight": values}, metadata)
+        touched = torch.ones(stop - start, dtype=torch.uint8)
+        write_rows(folder, f"rows-{start:012d}", {"weight": values, "touched": touched}, metadata)
 
 
 def _made_model(config: RunConfig, shard: Shard) -> TrainedModel:

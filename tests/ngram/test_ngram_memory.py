@@ -1,7 +1,5 @@
 """Contract C3 measured: a step's memory beside the tables follows its look-ups, never the size of the tables."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from distributed_harness import run_ranks
@@ -13,15 +11,10 @@ from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.sizing import RowSpace
 from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.training.metrics import peak_memory
 
 CPU = torch.device("cpu")
 WIDTH = 64
-
-
-def peak_bytes() -> int:
-    """The most that this process ever held; getrusage would count what its parent held, too."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def peak_of(power: int, most: int) -> tuple[int, int]:
@@ -51,8 +44,8 @@ def peak_of(power: int, most: int) -> tuple[int, int]:
         gather_rows(tables.step, slots).square().sum().backward()
         tables.collect(1.0)
         tables.apply(0.01, 1.0)
-        before = before or peak_bytes()  # after a small step: what comes with the first use of anything is there
-    return held, peak_bytes() - before
+        before = before or peak_memory(CPU)  # after a small step: what comes with the first use of anything is there
+    return held, peak_memory(CPU) - before
 
 
 def test_a_steps_memory_follows_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
