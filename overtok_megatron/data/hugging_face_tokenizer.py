@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -49,6 +50,11 @@ class HuggingFaceTokenizer:
                 f"tokenizer {path}: a text can spell its token {wanted!r}, so that it cannot end documents; name a special "
                 "token as tokenizer.eod_token (--eod-token)"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker: the library does not pickle how special tokens in a text are read."""
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

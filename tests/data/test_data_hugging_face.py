@@ -1,5 +1,6 @@
 """Hugging Face and byte tokenizers: the ids of their library, and an end of document that no text can spell."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_any_text_comes_back_and_none_ends_a_document(library: tuple[Path, token
     assert ours.decode(ids) == text
     assert ours.eod_id not in ids
     assert ours.encode_batch([text, "words"]) == [ids, ours.encode("words")]
+
+
+def test_a_worker_reads_a_text_as_its_parent_does(library: tuple[Path, tokenizers.Tokenizer]) -> None:
+    ours = HuggingFaceTokenizer(library[0])
+    sent = pickle.loads(pickle.dumps(ours))
+    text = f"words{EOD} more <|padding|>|||EMAIL|||"
+    assert sent.encode(text) == ours.encode(text)
+    assert sent.encode_batch([text]) == [ours.encode(text)]
+    assert ours.eod_id not in sent.encode(text)
 
 
 def test_ids_are_the_librarys(library: tuple[Path, tokenizers.Tokenizer]) -> None:
