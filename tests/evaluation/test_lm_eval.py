@@ -236,3 +236,28 @@ def test_over_encoded_scores_are_the_models(trained_runs: TrainedRuns) -> None:
         logits = trained.model.logits(tokens[:, :-1], trained.tables.begin(tokens[:, :-1], training=False))[0]
         scores = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[-len(own[1]) :]
         assert value == pytest.approx(scores.sum().item(), abs=1e-4)
+
+
+def test_an_exported_model_scores_as_ours(trained_runs: TrainedRuns, tasks: Path, tmp_path: Path) -> None:
+    """With tables, after `overtok export`: lm-eval's own adapter, transformers' tokenizer and our adapter, request by request."""
+    assert main(["export", str(trained_runs.run("fp32")), "--output", str(tmp_path / "exported")]) == 0
+    settings = {"trust_remote_code": True, "dtype": "float32", "device": "cpu", "batch_size": 5}
+    exported = HFLM(pretrained=str(tmp_path / "exported"), **settings)
+    ours = OvertokLM(run=str(trained_runs.run("fp32")), storage="mapped", batch_size=3)
+    assert exported.max_length == ours.max_length == CONTEXT
+    pairs = [(text(size, 7 * size), " " + text(4 + size % 23, 5 * size)) for size in (1, 5, 17, 60, 111, 400, 2000)]
+    pairs += [("", "The people"), ("The union  ", " of states"), ("Zwölf Boxkämpfer ", "jagen 中文字")]
+    requests = asked("loglikelihood", pairs)
+    both = [lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, exported)]
+    rolling = asked("loglikelihood_rolling", [(text(size, size),) for size in (3, 200, 2503)])
+    assert ours.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(
+        exported.loglikelihood_rolling(rolling, disable_tqdm=True), abs=1e-4, rel=2e-7
+    )
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    for lm, results in zip((ours, exported), both, strict=True):
+        evaluated = simple_evaluate(model=lm, tasks=["hellaswag", "lambada"], task_manager=manager, bootstrap_iters=0)
+        for task in ("hellaswag", "lambada"):
+            results += [scored for sample in evaluated["samples"][task] for scored in sample["filtered_resps"]]
+    assert len(both[0]) == len(pairs) + 8 * 4 + 8
+    assert [value for value, _ in both[0]] == pytest.approx([value for value, _ in both[1]], abs=1e-4)
+    assert [greedy for _, greedy in both[0]] == [greedy for _, greedy in both[1]]
