@@ -17,7 +17,9 @@ def _import(options: argparse.Namespace) -> int:
     path = import_folder(source, run, tokenizer=tokenizer, eod_token=options.eod_token)
     if options.check:
         _compare(run, source, run, options.text, rounded=False)
-    print(f"{path}: the weights of {source}; set data.train and go on with overtok train {run / 'config.yaml'}")
+    print(f"{path}: the weights of {source}")
+    print(f"to go on: overtok prepare TEXTS --tokenizer {run} --output SET, then")
+    print(f"overtok train {run / 'config.yaml'} data.train=SET")
     return 0
 
 

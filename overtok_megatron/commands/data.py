@@ -18,6 +18,8 @@ def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
     from overtok_megatron.data.tokenizer import infer_kind, load_tokenizer
 
     path = None if options.tokenizer == "bytes" else Path(options.tokenizer)
+    if path is not None and (path / "config.yaml").is_file():
+        return _tokenizer_of_run(path / "config.yaml", options)
     kind = options.tokenizer_type or ("bytes" if path is None else infer_kind(path))
     if kind == "bytes" and (path is not None or options.eod_token is not None):
         raise DataError(
@@ -26,6 +28,17 @@ def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
     if kind != "bytes" and path is None:
         raise DataError(f"--tokenizer: bytes is no file for --tokenizer-type {kind}; name one")
     return load_tokenizer(kind, path, options.eod_token)
+
+
+def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
+    from overtok_megatron.config.loading import load_config
+    from overtok_megatron.data.tokenizer import load_tokenizer
+
+    for flag, value in (("--tokenizer-type", options.tokenizer_type), ("--eod-token", options.eod_token)):
+        if value is not None:
+            raise DataError(f"{flag}: {value}; --tokenizer names a run, {path}, which says it: leave the flag out")
+    section = load_config(path).config.tokenizer
+    return load_tokenizer(section.type, section.path, section.eod_token)
 
 
 def _reading(options: argparse.Namespace) -> "Reading":
@@ -122,7 +135,12 @@ def _add_reading(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_tokenizer(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--tokenizer", required=True, help="sentencepiece model, Hugging Face tokenizer.json, or: bytes")
+    verb.add_argument(
+        "--tokenizer",
+        required=True,
+        help="sentencepiece model, Hugging Face tokenizer.json, a run's folder (its tokenizer, with the token that ends its "
+        "documents), or: bytes",
+    )
     verb.add_argument(
         "--tokenizer-type",
         choices=("sentencepiece", "hugging_face", "bytes"),

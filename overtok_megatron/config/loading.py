@@ -45,7 +45,7 @@ def change_config(config: RunConfig, overrides: Sequence[str], source: str) -> L
 
     Raises ConfigError as load_config does.
     """
-    return _resolve(config.model_dump(mode="json"), {}, overrides, source)
+    return _resolve(config.model_dump(mode="json"), dict.fromkeys(known_keys(), source), overrides, source)
 
 
 def _resolve(values: dict[str, Any], places: dict[str, str], overrides: Sequence[str], source: str) -> LoadedConfig:

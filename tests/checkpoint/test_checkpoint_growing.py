@@ -145,6 +145,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 GOOD = "orders=2-3,slices=2,rows=1618"
+SUM = "over_encoding.combine=sum"
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,13 @@ GOOD = "orders=2-3,slices=2,rows=1618"
     [
         ("plain", ["--tables", GOOD], ["over_encoding.combine: mean", "combine=scaled"]),
         ("plain", ["--tables", GOOD, "--freeze"], ["--freeze", "leave it out"]),
-        ("plain", ["--tables", "order=3,rows=1618", "over_encoding.combine=sum"], ["orders 3-3", "write orders=2-3"]),
-        ("plain", ["--tables", "orders=2-6,rows=1618", "over_encoding.combine=sum"], ["5 tables", "row_width"]),
+        ("plain", ["--tables", "order=3,rows=1618", SUM], ["orders 3-3", "write orders=2-3"]),
+        ("plain", ["--tables", "orders=2-6,rows=1618", SUM], ["5 tables", "row_width"]),
+        (
+            "plain",
+            ["--tables", "orders=2,rows=5900", SUM, "over_encoding.collision_check=error"],
+            ["error: --tables: over_"],
+        ),
         ("over", ["--tables", "orders=2-3,rows=5900", "over_encoding.collision_check=error"], ["100.00", "added"]),
         ("over", ["--tables", "orders=2-3,rows=2147483647"], ["entry 0, table_rows 2147483647", "at most"]),
         ("over", ["--tables", "orders=1-3,rows=9"], ["orders=1-3", "from 2 on"]),

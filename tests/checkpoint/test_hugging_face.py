@@ -20,6 +20,7 @@ from overtok_megatron.cli import main
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.config.validation import validate
+from overtok_megatron.data.manifest import read_manifest as read_set
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.inference.comparison import our_logits
 from overtok_megatron.inference.loading import load_trained
@@ -92,6 +93,21 @@ def test_there_and_back(models: dict[str, PreTrainedModel], workspace: Path, tmp
     loaded = load_config(run / "config.yaml")  # complete: a run of it can be started
     validate(loaded.config, 2, loaded.locate)
     assert loaded.config.training.output_directory == str(run)
+
+
+def test_a_run_is_named_as_the_tokenizer_of_its_data(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the token that ends its documents: here none that a tokenizer.json has by default."""
+    run = workspace / "llama-run"
+    (tmp_path / "text.txt").write_text("some words")
+    words = ["prepare", str(tmp_path / "text.txt"), "--output", str(tmp_path / "set"), "--tokenizer"]
+    assert main([*words, str(run)]) == 0
+    manifest, checkpoint = read_set(tmp_path / "set.json"), read_manifest(find_checkpoint(run))
+    assert manifest.eod_id == checkpoint.eod_id
+    assert manifest.tokenizer_fingerprint == checkpoint.tokenizer_fingerprint
+    assert "--eod-token: x" in refused(capsys, *words, str(run), "--eod-token", "x")
+    assert "<|endoftext|>" in refused(capsys, *words, str(run / "tokenizer.json"))
 
 
 def save_as_loaded(runs: list[Path], parallel: dict[str, int], output: Path) -> list[float]:

@@ -239,7 +239,7 @@ def test_over_encoded_scores_are_the_models(trained_runs: TrainedRuns) -> None:
 
 
 def test_an_exported_model_scores_as_ours(trained_runs: TrainedRuns, tasks: Path, tmp_path: Path) -> None:
-    """With tables, after `overtok export`: lm-eval's own adapter, transformers' tokenizer and our adapter, request by request."""
+    """With tables, after `overtok export`: lm-eval's own adapter and transformers' tokenizer against ours, by request."""
     assert main(["export", str(trained_runs.run("fp32")), "--output", str(tmp_path / "exported")]) == 0
     settings = {"trust_remote_code": True, "dtype": "float32", "device": "cpu", "batch_size": 5}
     exported = HFLM(pretrained=str(tmp_path / "exported"), **settings)
