@@ -1,56 +1,109 @@
 """`overtok evaluate | prepare-tasks`."""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overtok_megatron.commands.arguments import positive
 from overtok_megatron.commands.models import add_model, load_model
 from overtok_megatron.errors import InputError
 
+if TYPE_CHECKING:
+    from overtok_megatron.config.schema import RunConfig
+    from overtok_megatron.inference.loading import TrainedModel
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What a model is asked: of JSON's types, to know it again; and its answer, as figures and as text."""
+
+    asked: dict[str, Any]
+    answer: Callable[["TrainedModel"], tuple[dict[str, float], str]]
+
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if options.tasks:
-        return _tasks(options)
-    from tqdm import tqdm
-
-    from overtok_megatron.evaluation.perplexity import open_set, score_json, score_set, score_table
-
-    trained = load_model(options)
-    prefixes = options.data or ([trained.config.data.validation] if trained.config.data.validation else [])
-    if not prefixes:
-        raise InputError(f"{options.run}: has no validation set; name a prepared one by --data PREFIX")
-    for prefix in prefixes:  # a misspelt one is told before hours are spent on the others
-        open_set(trained, prefix)
-    scores = []
-    length = trained.config.data.seq_length
-    for prefix in prefixes:
-        windows = -(-(open_set(trained, prefix).num_tokens - 1) // length)
-        with tqdm(total=windows, unit="window", desc=prefix, disable=None) as bar:
-            scores.append(score_set(trained, prefix, options.batch_size, bar.update))
-    print(score_json(scores, trained.step) if options.json else score_table(scores))
+    if options.follow:
+        return _follow(options)
+    print(_question(options).answer(load_model(options))[1])
     return 0
 
 
-def _tasks(options: argparse.Namespace) -> int:
+def _question(options: argparse.Namespace) -> _Question:
+    return _tasks(options) if options.tasks else _sets(options)
+
+
+def _follow(options: argparse.Namespace) -> int:
+    from overtok_megatron.config.loading import load_config
+    from overtok_megatron.evaluation.following import follow
+
+    run = Path(options.run)
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"--follow: {run} holds no config.yaml; name the output folder of a run that was started")
+    if not options.data and not options.tasks:  # of the run, not of each checkpoint: a grown model's first knows none
+        options.data = _validation_sets(load_config(run / "config.yaml").config, options.run)
+    question = _question(options)
+
+    def score(path: Path) -> dict[str, float]:
+        figures, text = question.answer(load_model(options, path))
+        print(text if options.json else f"{path.name}\n{text}", flush=True)
+        return figures
+
+    for _ in follow(run, question.asked, score):
+        pass
+    return 0
+
+
+def _validation_sets(config: "RunConfig", run: str) -> list[str]:
+    if not config.data.validation:
+        raise InputError(f"{run}: has no validation set; name a prepared one by --data PREFIX")
+    return [config.data.validation]
+
+
+def _sets(options: argparse.Namespace) -> _Question:
+    def answer(trained: "TrainedModel") -> tuple[dict[str, float], str]:
+        from tqdm import tqdm
+
+        from overtok_megatron.evaluation.perplexity import open_set, score_figures, score_json, score_set, score_table
+
+        prefixes = options.data or _validation_sets(trained.config, options.run)
+        for prefix in prefixes:  # a misspelt one is told before hours are spent on the others
+            open_set(trained, prefix)
+        scores = []
+        length = trained.config.data.seq_length
+        for prefix in prefixes:
+            windows = -(-(open_set(trained, prefix).num_tokens - 1) // length)
+            with tqdm(total=windows, unit="window", desc=prefix, disable=None) as bar:
+                scores.append(score_set(trained, prefix, options.batch_size, bar.update))
+        return score_figures(scores), score_json(scores, trained.step) if options.json else score_table(scores)
+
+    return _Question({"sets": options.data}, answer)
+
+
+def _tasks(options: argparse.Namespace) -> _Question:
     if options.data:
         raise InputError("--data: scores prepared sets, --tasks runs tasks; give one of the two")
     if find_spec("lm_eval") is None:
         raise InputError("--tasks: needs lm-eval; pip install 'overtok_megatron[eval]'")
-    from overtok_megatron.evaluation.harness import results_json, results_table, run_tasks
+    tasks = [name for names in options.tasks for name in names.split(",")]
 
-    trained = load_model(options)
-    results = run_tasks(
-        trained,
-        [name for names in options.tasks for name in names.split(",")],
-        include=[Path(folder) for folder in options.include_path],
-        batch=options.batch_size,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-    )
-    print(results_json(results, trained.step) if options.json else results_table(results))
-    return 0
+    def answer(trained: "TrainedModel") -> tuple[dict[str, float], str]:
+        from overtok_megatron.evaluation.harness import results_figures, results_json, results_table, run_tasks
+
+        results = run_tasks(
+            trained,
+            tasks,
+            include=[Path(folder) for folder in options.include_path],
+            batch=options.batch_size,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+        )
+        text = results_json(results, trained.step) if options.json else results_table(results)
+        return results_figures(results), text
+
+    return _Question({"tasks": tasks, "limit": options.limit, "num_fewshot": options.num_fewshot}, answer)
 
 
 def _prepare_tasks(options: argparse.Namespace) -> int:
@@ -78,6 +131,12 @@ def add_verbs(verbs: Any) -> None:
     )
     verb.add_argument("--limit", type=positive, default=None, help="questions of each task (default: all)")
     verb.add_argument("--num-fewshot", type=positive, default=None, help="solved examples before each question")
+    verb.add_argument(
+        "--follow",
+        action="store_true",
+        help="every checkpoint of the run as it appears, until its last step; figures go to TensorBoard and to "
+        "evaluations.jsonl in the run's folder, what they hold already is left out",
+    )
     verb.set_defaults(work=_evaluate)
 
     verb = verbs.add_parser("prepare-tasks", help="LAMBADA, HellaSwag, PIQA and ARC as local files for lm-eval")

@@ -19,11 +19,11 @@ def add_model(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(options: argparse.Namespace) -> "TrainedModel":
-    """The model that those arguments name, on the accelerator where there is one."""
+def load_model(options: argparse.Namespace, run: Path | None = None) -> "TrainedModel":
+    """The model that those arguments name, or that of `run`, on the accelerator where there is one."""
     import torch
 
     from overtok_megatron.inference.loading import load_trained
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_trained(Path(options.run), device, options.storage)
+    return load_trained(run or Path(options.run), device, options.storage)

@@ -58,3 +58,13 @@ def results_json(results: dict[str, Any], step: int) -> str:
     """The figures of every task, and the checkpoint's step."""
     kept = {name: results[name] for name in ("results", "n-shot", "n-samples", "versions")}
     return json.dumps({"step": step, **kept}, indent=1, default=handle_non_serializable)
+
+
+def results_figures(results: dict[str, Any]) -> dict[str, float]:
+    """Every metric of every task, as lambada/perplexity; without standard errors."""
+    return {
+        f"{task}/{metric.removesuffix(',none').replace(',', '/')}": float(value)
+        for task, metrics in results["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "_stderr" not in metric
+    }

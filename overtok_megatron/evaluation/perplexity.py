@@ -97,3 +97,17 @@ def score_json(scores: Sequence[SetScore], step: int) -> str:
         {**asdict(score), "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte} for score in scores
     ]
     return json.dumps({"step": step, "sets": records}, indent=1)
+
+
+def score_figures(scores: Sequence[SetScore]) -> dict[str, float]:
+    """Every figure of every set, as data/code/loss."""
+    return {
+        f"{score.data}/{name}": value
+        for score in scores
+        for name, value in (
+            ("loss", score.loss),
+            ("perplexity", score.perplexity),
+            ("bits_per_byte", score.bits_per_byte),
+        )
+        if value is not None
+    }

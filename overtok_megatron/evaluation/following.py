@@ -1,0 +1,101 @@
+"""Every checkpoint of a run scored as it appears, beside the training: a line of evaluations.jsonl and TensorBoard scalars.
+
+What was scored once is not scored again: a record names the checkpoint by the digest of its manifest, and what was asked.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from overtok_megatron.checkpoint.store import MANIFEST_DIGEST, CheckpointStore, read_manifest, step_of
+from overtok_megatron.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+RECORDS = "evaluations.jsonl"
+BOARD = "tensorboard/evaluation"  # a folder of its own: TensorBoard reads one writer a folder
+
+
+def follow(
+    run: Path,
+    asked: dict[str, Any],
+    score: Callable[[Path], dict[str, float]],
+    *,
+    seconds: float = 10.0,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, figures by name) of each checkpoint of `run`, oldest first, until that of the run's last step is scored.
+
+    asked: what `score` does, of JSON's types. score: a checkpoint's folder to its figures. seconds: between looks for new
+    ones. A checkpoint that the run removes while it is scored is left out. Raises CheckpointError on a damaged one.
+    """
+    store = CheckpointStore(run)
+    with _Records(run) as records:
+        while True:
+            for path in store.complete():
+                try:
+                    digest = (path / MANIFEST_DIGEST).read_text(encoding="utf-8").split()[0]
+                    if (digest, asked) in records:
+                        continue
+                    figures = score(path)
+                except (CheckpointError, OSError, IndexError):
+                    if path.exists():
+                        raise
+                    log.info("%s: removed by the run before it was scored", path)
+                    continue
+                records.add(step_of(path), digest, asked, figures)
+                yield step_of(path), figures
+            if _ended(store):
+                return
+            sleep(seconds)
+
+
+def _ended(store: CheckpointStore) -> bool:
+    newest = store.complete()[-1:]
+    try:
+        return any(step_of(path) >= read_manifest(path).config["training"]["train_iters"] for path in newest)
+    except CheckpointError:
+        if newest[0].exists():
+            raise
+        return False
+
+
+class _Records:
+    def __init__(self, run: Path) -> None:
+        self._path = run / RECORDS
+        self._known: list[tuple[str, dict[str, Any]]] = []
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+                self._known.append((record["checkpoint"], record["asked"]))
+            except (ValueError, LookupError, TypeError):  # a line cut by a kill
+                continue
+        self._file = self._path.open("a", encoding="utf-8")
+        if text and not text.endswith("\n"):
+            self._file.write("\n")
+        self._board = SummaryWriter(str(run / BOARD))
+
+    def __enter__(self) -> "_Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def __contains__(self, key: tuple[str, dict[str, Any]]) -> bool:
+        return key in self._known
+
+    def add(self, step: int, digest: str, asked: dict[str, Any], figures: dict[str, float]) -> None:
+        record = {"step": step, "checkpoint": digest, "asked": asked, "figures": figures}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._known.append((digest, asked))
+        for name, value in figures.items():
+            self._board.add_scalar(f"evaluation/{name}", value, step)
+        self._board.flush()
