@@ -151,13 +151,6 @@ def _check_pipeline(config: RunConfig, check: _Checker) -> None:
         "with bf16 and a pipeline adds the gradients of micro-batches in bfloat16, which loses small ones; use 1",
     )
     check.need(
-        config.data.document_attention == "across",
-        "data.document_attention",
-        config.data.document_attention,
-        "does not go with parallel.pipeline_parallel_size > 1: stages behind the first see no tokens that would tell "
-        "documents apart; use across, or pipeline_parallel_size 1",
-    )
-    check.need(
         parallel.offload_optimizer == "none",
         "parallel.offload_optimizer",
         parallel.offload_optimizer,

@@ -34,7 +34,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
     swiglu: Callable[[Tensor], Tensor] = reference.swiglu
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.rotate
-    causal_attention: Callable[[Tensor, Tensor, Tensor, int | None, Tensor | None], Tensor] = reference.causal_attention
+    causal_attention: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = reference.causal_attention
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
     adamw: Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer] = torch_adamw

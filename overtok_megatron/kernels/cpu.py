@@ -60,11 +60,7 @@ class CpuLoops:
         result: Tensor = _Rotate.apply(x, cos, sin, self)
         return result
 
-    def causal_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        if documents is not None:  # the compiled softmax knows no mask but the causal one
-            return reference.causal_attention(q, k, v, window, documents)
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         result: Tensor = _TiledAttention.apply(q, k, v, window, self)
         return result
 

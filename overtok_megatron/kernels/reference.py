@@ -66,18 +66,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Tensor | None = None
-) -> Tensor:
-    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t, or the last `window` of them.
-
-    documents [b, s] int64: of these only the positions with its own number; None = all.
-    """
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t, or the last `window` of them."""
     length = q.shape[2]
-    if documents is not None:
-        seen = window_mask(length, length, length if window is None else window, q.device)
-        mask = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))  # [b, s, s]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
     if window is None or window >= length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     step = max(window, 256)  # queries of a tile; what they see is less than a window before them

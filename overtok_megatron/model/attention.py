@@ -91,8 +91,8 @@ class Attention(nn.Module):
         self.qkv.reset(seed, f"{name}.qkv", std)
         self.o_proj.reset(seed, f"{name}.o_proj", std)
 
-    def forward(self, x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None) -> Tensor:
-        """documents: see `run_blocks`."""
+    def forward(self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None) -> Tensor:
+        """mask [b, 1, s, s]: what is added to the scores instead of the causal mask and its window."""
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
         batch, length = q.shape[:2]  # the whole sequence: sequence parallelism gathered it
         if self.q_norm is not None and self.k_norm is not None:
@@ -108,19 +108,23 @@ class Attention(nn.Module):
         k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g, s, e]
         if decode is not None:
             k, v = self._remember(k, v, decode)
-            mask = decode.mask if self.window is None else decode.sliding_mask
-            mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=mask)
+            seen = decode.mask if self.window is None else decode.sliding_mask
+            mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=seen)
         elif self.recompute_core and torch.is_grad_enabled():
-            mixed = checkpoint(self._core, q, k, v, documents, use_reentrant=False, preserve_rng_state=False)
+            mixed = checkpoint(self._core, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._core(q, k, v, documents)
+            mixed = self._core(q, k, v, mask)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; positions of all context ranks take part."""
         q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
-        mixed = self.kernels.causal_attention(q, *self._repeat(k, v), self.window, documents)
+        k, v = self._repeat(k, v)
+        if mask is None:
+            mixed = self.kernels.causal_attention(q, k, v, self.window)
+        else:  # the compiled loops and torch's fastest kernels know no mask but the causal one
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return exchange_dims(mixed, self.context_group, split=2, join=1)
 
     def _repeat(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.attention import Attention, DecodeStep
+from overtok_megatron.model.documents import document_mask
 from overtok_megatron.model.mlp import SwiGLU
 from overtok_megatron.model.moe import MixtureOfExperts
 from overtok_megatron.model.norm import RMSNorm
@@ -115,21 +116,24 @@ class Block(nn.Module):
         self.mlp.reset(seed, f"blocks.{self.layer_index}.mlp", std)
 
     def forward(
-        self, x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None
+        self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output, and with experts the router's own loss, summed over this rank's positions."""
+        """The layer's output, and with experts the router's own loss, summed over this rank's positions.
+
+        mask: as in `Attention`.
+        """
         if self.recompute == "full" and torch.is_grad_enabled():
             out: tuple[Tensor, Tensor | None]
-            out = checkpoint(self._layer, x, decode, documents, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(self._layer, x, decode, mask, use_reentrant=False, preserve_rng_state=False)
             return out
-        return self._layer(x, decode, documents)
+        return self._layer(x, decode, mask)
 
-    def _layer(self, x: Tensor, decode: DecodeStep | None, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _layer(self, x: Tensor, decode: DecodeStep | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.norm_placement == "pre":
-            x = x + self.attention(self.attention_norm(x), decode, documents)
+            x = x + self.attention(self.attention_norm(x), decode, mask)
             out, router_loss = self._feed_forward(self.mlp_norm(x))
             return x + out, router_loss
-        x = x + self.attention_norm(self.attention(x, decode, documents))
+        x = x + self.attention_norm(self.attention(x, decode, mask))
         out, router_loss = self._feed_forward(x)
         return x + self.mlp_norm(out), router_loss
 
@@ -149,8 +153,13 @@ def run_blocks(
     call has that in its masks.
     """
     total: Tensor | None = None
+    masks: dict[int | None, Tensor] = {}  # made once for all layers of a window
     for block in blocks:
-        x, router_loss = block(x, decode, documents)
+        assert isinstance(block, Block)
+        window = block.attention.window
+        if documents is not None and window not in masks:
+            masks[window] = document_mask(documents, window, x.dtype)
+        x, router_loss = block(x, decode, masks.get(window))
         if router_loss is not None:
             total = router_loss if total is None else total + router_loss
     return x, total

@@ -64,10 +64,9 @@ class ProcessGrid:
     tensor_group: ranks that split one layer. context_group: ranks that split a sequence. data_group: ranks that hold the
     same shard, for other data or another part of the sequence, over which gradients are averaged. model_group: ranks
     that together hold one copy of the weights. ends_group: the first and the last pipeline stage's rank of the same
-    place. batch_group: the ranks that need the same samples, which are the ends of one pipeline with all its tensor and
-    context ranks; ends and batch are None, too, for a rank in the middle of a pipeline. table_group: the whole world, over
-    which the n-gram tables are sharded. engine_groups: the tensor and data groups where DeepSpeed needs them even with
-    one member; None without a process group.
+    place, None for a rank in the middle of a pipeline. batch_group: the ranks that see the same samples, which are all of
+    one pipeline. table_group: the whole world, over which the n-gram tables are sharded. engine_groups: the tensor and data
+    groups where DeepSpeed needs them even with one member; None without a process group.
     """
 
     shape: GridShape
@@ -139,7 +138,7 @@ class ProcessGrid:
             data if shape.data * shape.context > 1 else None,
             split_group("model", shape.all_groups("pipe", "model")),
             split_group("pipeline ends", [shape.pipe_ends(ranks) for ranks in shape.all_groups("pipe")]),
-            split_group("batch", [shape.pipe_ends(ranks) for ranks in shape.all_groups("pipe", "context", "model")]),
+            split_group("batch", shape.all_groups("pipe", "context", "model")),
             own_group("tables", [list(range(world))]) if world > 1 else None,
             (tensor, data),
         )

@@ -33,6 +33,8 @@ from overtok_megatron.training.dense_state import load_engine_file
 from overtok_megatron.training.engine_files import EngineFiles
 from overtok_megatron.training.pipeline import PipelineStage
 
+MicroBatch = tuple[Tensor, Tensor | None, Tensor]  # inputs, slots, targets
+
 
 def start_processes(config: RunConfig) -> ProcessGrid:
     """Join the process group that the launcher described, and build the grid."""
@@ -126,6 +128,7 @@ class TrainingEngine:
             z_loss=config.training.z_loss,
             micro_batches=self.micro_batches,
             sequence_parallel=config.parallel.sequence_parallel,
+            document_end=eod_id if config.data.document_attention == "within" else None,
         )
 
     def _build_optimizer(self, model: Transformer | PipelineStage) -> torch.optim.Optimizer:
@@ -153,22 +156,20 @@ class TrainingEngine:
         # The loss is already divided by the micro-batches; the mean over the ranks with other tokens is still to be taken.
         return self.tables.collect(1.0 / (self.grid.shape.data * self.grid.shape.context))
 
-    def step(self, tokens: Tensor | None, learning_rate: float) -> StepResult:
-        """One optimizer step on this pipeline's tokens [A, b, s + 1] int64; None on stages that see none.
+    def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
+        """One optimizer step on this pipeline's tokens [A, b, s + 1] int64.
 
         Raises OvertokError where the gradient norm is not finite; nothing is saved after that.
         """
-        assert tokens is None or tokens.shape[0] == self.micro_batches
-        inputs, targets = (None, None) if tokens is None else (tokens[..., :-1], tokens[..., 1:])  # [A, b, s]
+        assert tokens.shape[0] == self.micro_batches
+        inputs, targets = tokens[..., :-1], tokens[..., 1:]  # [A, b, s]
         slots = self._begin(inputs)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        inputs, targets = self._own_part(inputs), self._own_part(targets)
-        if self.is_pipeline:
-            scored = self._train_pipeline(inputs, slots, targets)
-        else:
-            assert inputs is not None and targets is not None
-            scored = [self._micro_batch(*parts) for parts in self._parts(inputs, slots, targets)]
+        parts = self._parts(inputs, slots, targets)
+        scored = (
+            self._train_pipeline(inputs, parts) if self.is_pipeline else [self._micro_batch(*part) for part in parts]
+        )
         grad_norm, table_norm, factor = self.norm.finish()
         if not torch.isfinite(torch.tensor(grad_norm)):
             raise OvertokError(
@@ -181,16 +182,16 @@ class TrainingEngine:
             self.tables.apply(learning_rate * derived.table_rate_factor(self.config), factor)
         return self._joined(scored, counts, grad_norm, table_norm)
 
-    def prefetch(self, tokens: Tensor | None) -> None:
+    def prefetch(self, tokens: Tensor) -> None:
         """Announce the tokens [A, b, s + 1] of a coming step, in the order of the steps, where rows are fetched ahead."""
         if self.tables is not None:
-            self.tables.prefetch(tokens[..., :-1] if tokens is not None and self.grid.is_first_stage else None)
+            self.tables.prefetch(tokens[..., :-1] if self.grid.is_first_stage else None)
 
     @property
     def is_pipeline(self) -> bool:
         return self.grid.shape.pipe > 1
 
-    def _begin(self, inputs: Tensor | None, *, training: bool = True) -> Tensor | None:
+    def _begin(self, inputs: Tensor, *, training: bool = True) -> Tensor | None:
         """Fetch the rows of all micro-batches, for which every rank is needed; slots on the first stage, else None."""
         if self.tables is None:
             return None
@@ -198,15 +199,10 @@ class TrainingEngine:
         slots = self.tables.begin(inputs if first else None, training=training)
         return slots if first else None
 
-    def _own_part(self, tokens: Tensor | None) -> Tensor | None:
-        """The part of each sequence that this context-parallel rank handles: [.., s] -> [.., s / ranks]."""
-        if tokens is None or self.grid.context_group is None:
-            return tokens
-        return tokens.chunk(self.grid.shape.context, dim=-1)[self.grid.place("context")]
-
-    def _parts(
-        self, inputs: Tensor, slots: Tensor | None, targets: Tensor
-    ) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    def _parts(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> list[MicroBatch]:
+        """By micro-batch, and of inputs and targets [A, b, s] what this context-parallel rank handles: [b, s / ranks]."""
+        ranks, place = self.grid.shape.context, self.grid.place("context")
+        inputs, targets = inputs.chunk(ranks, dim=-1)[place], targets.chunk(ranks, dim=-1)[place]
         return [(inputs[i], None if slots is None else slots[i], targets[i]) for i in range(inputs.shape[0])]
 
     def _micro_batch(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> Tensor:
@@ -217,25 +213,25 @@ class TrainingEngine:
         scored: Tensor = cross_entropy
         return scored
 
-    def _train_pipeline(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> list[Tensor]:
-        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage."""
+    def _train_pipeline(self, whole: Tensor, parts: list[MicroBatch]) -> list[Tensor]:
+        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage.
+
+        whole [A, b, s]: the inputs of all context ranks.
+        """
         assert isinstance(self.model, PipelineStage)
-        self.engine.train_batch(self._fed(inputs, slots, targets))
+        self.engine.train_batch(self._fed(whole, parts))
         return self.model.take_scored()
 
-    def _evaluate_pipeline(
-        self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None, count: int
-    ) -> list[Tensor]:
+    def _evaluate_pipeline(self, whole: Tensor, parts: list[MicroBatch]) -> list[Tensor]:
         assert isinstance(self.model, PipelineStage)
-        batches = self._fed(inputs, slots, targets)
-        self.engine.eval_batch(batches, num_micro_batches=count, reduce_output=None, bcast_loss=False)
+        batches = self._fed(whole, parts)
+        self.engine.eval_batch(batches, num_micro_batches=len(parts), reduce_output=None, bcast_loss=False)
         return self.model.take_scored()
 
-    def _fed(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> Iterator[Any]:
-        """What the engine's ends ask for, a micro-batch each: ((tokens, slots), targets). The stage gets its targets itself."""
+    def _fed(self, whole: Tensor, parts: list[MicroBatch]) -> Iterator[Any]:
+        """What the engine's ends ask for, a micro-batch each: ((tokens, slots), targets). The stage is told the rest here."""
         assert isinstance(self.model, PipelineStage)
-        parts = [] if inputs is None or targets is None else self._parts(inputs, slots, targets)
-        self.model.expect([target for *_, target in parts] if self.grid.is_last_stage else [])
+        self.model.expect([(tokens, target) for tokens, (*_, target) in zip(whole, parts, strict=True)])
         return iter([((tokens,) if slot is None else (tokens, slot), target) for tokens, slot, target in parts])
 
     def _table_counts(self, slots: Tensor | None) -> list[int]:
@@ -275,10 +271,10 @@ class TrainingEngine:
         return state
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
         """Mean cross entropy and the number of scored tokens over batches of (inputs, targets) [b, s] int64.
 
-        Every rank must bring the same number of batches, stages that see none None; a target of -100 is not scored.
+        Every rank must bring the same number of batches; a target of -100 is not scored.
         """
         self.engine.eval()
         if self.is_pipeline:
@@ -286,18 +282,16 @@ class TrainingEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         stream = iter(batches)
         while group := list(islice(stream, self.grid.shape.pipe)):  # as many at once as keep every stage busy
-            seen = [batch for batch in group if batch is not None]
-            inputs, targets = (torch.stack(parts) for parts in zip(*seen, strict=True)) if seen else (None, None)
-            slots = self._begin(inputs, training=False)
-            inputs, targets = self._own_part(inputs), self._own_part(targets)
-            if self.is_pipeline:
-                scored = self._evaluate_pipeline(inputs, slots, targets, len(group))
-            else:
-                assert inputs is not None and targets is not None
-                scored = [self.engine(*parts)[1] for parts in self._parts(inputs, slots, targets)]
+            inputs, targets = (torch.stack(tensors) for tensors in zip(*group, strict=True))
+            parts = self._parts(inputs, self._begin(inputs, training=False), targets)
+            scored = (
+                self._evaluate_pipeline(inputs, parts)
+                if self.is_pipeline
+                else [self.engine(*part)[1] for part in parts]
+            )
             if scored and self.grid.tensor_rank == 0:
-                assert targets is not None
-                sums += torch.stack([torch.stack(scored).double().sum(), (targets >= 0).sum().double()])
+                count = torch.stack([(target >= 0).sum() for *_, target in parts]).sum()
+                sums += torch.stack([torch.stack(scored).double().sum(), count.double()])
         self.engine.train()
         if self.is_pipeline:
             self.engine.reset_activation_shape()

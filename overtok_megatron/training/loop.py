@@ -61,7 +61,7 @@ class TrainingRun:
             published=self._saved,
         )
         self.consumed = 0  # samples, of which the position in the data follows
-        self._announced: deque[Tensor | None] = deque()
+        self._announced: deque[Tensor] = deque()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_after_step)
         self.total_steps = derived.train_iters(config)
@@ -167,7 +167,7 @@ class TrainingRun:
         seconds = time.perf_counter() - begin
         return self._figures(result, learning_rate, seconds), result.stop
 
-    def _next_tokens(self, step: int) -> Tensor | None:
+    def _next_tokens(self, step: int) -> Tensor:
         """The tokens of a step; those of the step after it are read and announced, for their rows to be fetched meanwhile."""
         last = step + 1 == self.total_steps
         ahead = [self.consumed] if not self._announced else []
@@ -182,19 +182,14 @@ class TrainingRun:
     def _reads(self) -> bool:
         return self.grid.batch_group is None or self.grid.rank == self.grid.batch_source
 
-    def _tokens(self, consumed: int) -> Tensor | None:
-        """The samples after the first `consumed`, for one step: [A, b, s + 1], None on stages that see none."""
+    def _tokens(self, consumed: int) -> Tensor:
+        """The samples after the first `consumed`, for one step: [A, b, s + 1]."""
         own = torch.from_numpy(self.batches.read(consumed)) if self._reads else None
         return self._shared(own, self.batches.shape)
 
-    def _shared(self, own: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-        """What one rank of a pipeline has read, int64 of `shape`, on all that need it; None on stages that do not.
-
-        A collective of the batch group.
-        """
+    def _shared(self, own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """What one rank of a pipeline has read, int64 of `shape`, on all of its ranks: a collective of the batch group."""
         grid, device = self.grid, self.trainer.device
-        if not (grid.is_first_stage or grid.is_last_stage):
-            return None
         tokens = torch.empty(shape, dtype=torch.int64, device=device) if own is None else own.to(device)
         if grid.batch_group is None:
             return tokens
@@ -230,7 +225,7 @@ class TrainingRun:
         bits = bits_per_byte(loss, tokens, self.data.validation.manifest.source_bytes)
         return values if bits is None else {**values, "validation/bits_per_byte": bits}
 
-    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor] | None]:
+    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         assert self.data.validation is not None
         length, size = self.config.data.seq_length, self.config.training.micro_batch_size
         for inputs, targets in validation_batches(
@@ -244,7 +239,7 @@ class TrainingRun:
             both = self._shared(
                 torch.from_numpy(np.stack([inputs, targets])) if self._reads else None, (2, size, length)
             )
-            yield None if both is None else (both[0], both[1])
+            yield both[0], both[1]
 
     def _table_figures(self) -> dict[str, float]:
         """Figures that sweep the tables or look at n-grams twice: taken where validation is, not every step."""
@@ -253,7 +248,7 @@ class TrainingRun:
             return {}
         touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM)
         tokens = self._tokens(self.consumed)
-        sample = tokens[:, :, :-1] if tokens is not None and self.grid.is_first_stage else None
+        sample = tokens[:, :, :-1] if self.grid.is_first_stage else None
         norms = tables.contribution_norms(None if sample is None else sample[:1])
         values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
         if sample is not None:

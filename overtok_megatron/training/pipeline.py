@@ -6,7 +6,7 @@ Knows no data and no optimizer. Shapes: b batch, s sequence, d hidden, T tables.
 import contextlib
 import io
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from overtok_megatron.model.block import run_blocks
+from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.transformer import Layers
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.sharding import mark_pipeline_replica
@@ -41,6 +42,9 @@ class PipelineStage(PipelineModule):
     Parameters are called as in `Transformer`, whatever the stage, so that nothing that goes by names (checkpoints, the
     optimizer's groups) knows of pipelines. The last stage's output is the mean objective of a micro-batch. Losses of
     routers on the stages before it are no part of that number; their gradients are those of a model in one piece.
+
+    document_end: as in `Transformer`. What stages know of a micro-batch beside its hidden states they are told before it,
+    in `expect`, so that nothing else travels between them.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class PipelineStage(PipelineModule):
         z_loss: float,
         micro_batches: int,
         sequence_parallel: bool,
+        document_end: int | None = None,
     ) -> None:
         # plain values and a tuple only: modules can be attributes after DeepSpeed's constructor has begun
         self._layers = layers
@@ -64,7 +69,8 @@ class PipelineStage(PipelineModule):
         self._z_loss = z_loss
         self._micro_batches = micro_batches
         self._sequence_parallel = sequence_parallel
-        self._targets: deque[Tensor] = deque()
+        self._document_end = document_end
+        self._expected: deque[tuple[Tensor, Tensor]] = deque()
         shape = grid.shape
         topology = PipeModelDataParallelTopology(
             num_pp=shape.pipe, num_mp=shape.model, num_dp=shape.data * shape.context
@@ -103,9 +109,12 @@ class PipelineStage(PipelineModule):
         """What the engine sums over the ends; not registered a second time, which would change its name."""
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
-    def expect(self, targets: Iterable[Tensor]) -> None:
-        """The targets [b, s] of the micro-batches to come, on the last stage, which runs them in order."""
-        self._targets = deque(targets)
+    def expect(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """(tokens of whole sequences [b, s], this rank's targets [b, s / ranks]) int64 of the micro-batches to come.
+
+        Every stage runs them in order.
+        """
+        self._expected = deque(micro_batches)
         self._scored: list[Tensor] = []
 
     def forward(self, x: Any) -> Tensor:
@@ -114,18 +123,19 @@ class PipelineStage(PipelineModule):
         The loss is a part of the forward pass, not DeepSpeed's `loss_fn` behind it: with bf16 the engine clears gradients
         when backward reaches the module's output, and what ran behind it would lose its own.
         """
+        whole, targets = self._expected.popleft()
+        documents = None if self._document_end is None else document_ids(whole, self._document_end)
         if self._place.is_first_stage:
             assert self.embedding is not None
             x = self.embedding(*x)
         tokens = x.shape[0] * x.shape[1]
-        hidden, router_loss = run_blocks(self.blocks.values(), x)
+        hidden, router_loss = run_blocks(self.blocks.values(), x, documents=documents)
         if self.head is None:
             if router_loss is None:
                 return hidden
             slices = self._place.shape.model if self._sequence_parallel else 1
             attached: Tensor = _Attached.apply(hidden, router_loss, 1.0 / (tokens * slices * self._micro_batches))
             return attached
-        targets = self._targets.popleft()
         z_loss = self._z_loss if self.training else 0.0
         objective, cross_entropy = self.head.loss(hidden, targets, z_loss, router_loss)
         self._scored.append(cross_entropy)
@@ -133,6 +143,6 @@ class PipelineStage(PipelineModule):
 
     def take_scored(self) -> list[Tensor]:
         """The summed cross entropies since expect(); empty on all stages but the last."""
-        assert not self._targets, "micro-batches that never arrived"
+        assert not self._expected, "micro-batches that never arrived"
         scored, self._scored = self._scored, []
         return scored

@@ -120,9 +120,7 @@ def save_as_loaded(runs: list[Path], parallel: dict[str, int], output: Path) -> 
         config = RunConfig.model_validate(values)
         trainer = TrainingEngine(config, start_processes(config), CPU, 0)
         load_weights(trainer, find_checkpoint(run))
-        grid = trainer.grid
-        both = (tokens()[:, :-1], tokens()[:, 1:]) if grid.is_first_stage or grid.is_last_stage else None
-        results.append(trainer.evaluate([both])[0])
+        results.append(trainer.evaluate([(tokens()[:, :-1], tokens()[:, 1:])])[0])
         store = CheckpointStore(output / run.name)
         fingerprint = manifest.tokenizer_fingerprint
         saver = Saver(trainer, store, eod_id=manifest.eod_id, tokenizer_fingerprint=fingerprint)

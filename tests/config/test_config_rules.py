@@ -123,11 +123,6 @@ def test_a_valid_one(world: int) -> None:
             "use none",
         ),
         (
-            {"parallel__pipeline_parallel_size": 2, "data__document_attention": "within"},
-            "data.document_attention",
-            "use across, or pipeline_parallel_size 1",
-        ),
-        (
             {"parallel__offload_optimizer": "cpu", "parallel__zero_stage": 0, "training__precision": "fp32"},
             "parallel.offload_optimizer",
             "use zero_stage 1",

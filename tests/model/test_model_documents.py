@@ -6,9 +6,10 @@ from reference import hugging_face_model, hugging_face_names
 
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig
 from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.model import block
 from overtok_megatron.model.assembly import build_layers
 from overtok_megatron.model.block import Recompute
-from overtok_megatron.model.documents import document_ids
+from overtok_megatron.model.documents import document_ids, document_mask
 from overtok_megatron.model.transformer import Transformer
 
 CPU, VOCAB, END = torch.device("cpu"), 101, 7
@@ -32,6 +33,18 @@ def test_an_end_is_of_the_document_that_it_ends() -> None:
         [0, 1, 1, 2, 3],
         [0, 0, 0, 0, 0],
     ]
+
+
+def test_a_mask_has_the_document_and_the_window() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
+    for window, sees in (
+        (None, ["1....", "11...", "111..", "...1.", "...11", "1....", ".1...", ".11..", ".111.", ".1111"]),
+        (2, ["1....", "11...", ".11..", "...1.", "...11", "1....", ".1...", ".11..", "..11.", "...11"]),
+    ):
+        mask = document_mask(documents, window, torch.bfloat16)
+        assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bfloat16
+        wanted = torch.tensor([[0.0 if place == "1" else -torch.inf for place in line] for line in sees])
+        assert torch.equal(mask.flatten(0, 2).float(), wanted)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -59,6 +72,27 @@ def test_logits_and_gradients(windows: dict[str, int], kernels: str, recompute: 
         if name in parameters:
             wanted = parameters[name].grad
             assert (grad - wanted).norm() < 1e-5 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_layers_of_a_window_share_a_mask(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.model_validate(
+        {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_layers": 5, "num_attention_heads": 2,
+         "sliding_window": 6, "full_attention_interval": 2}
+    )  # fmt: skip
+    layers = build_layers(config, OverEncodingConfig(), kernels=choose_kernels("auto", CPU), recompute=recompute)
+    layers.reset(seed=1, std=0.05)
+    made: list[int | None] = []
+
+    def watched(documents: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        made.append(window)
+        return document_mask(documents, window, dtype)
+
+    monkeypatch.setattr(block, "document_mask", watched)
+    model = Transformer(layers, document_end=END).to(torch.bfloat16)
+    objective, _ = model(packed(), None, packed())
+    objective.backward()
+    assert made == [6, None]
 
 
 def test_without_inner_ends_it_is_the_causal_model() -> None:

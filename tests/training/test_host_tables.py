@@ -34,7 +34,6 @@ def train(
             trainer.prefetch(parts[step + 1])
         losses.append(trainer.step(part, rate).loss)
         if step % 70 == 3:
-            assert part is not None
             pair = (part.flatten(0, 1)[:, :-1], part.flatten(0, 1)[:, 1:])
             validations.append(trainer.evaluate([pair])[0])
     assert trainer.tables is not None

@@ -108,7 +108,7 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
         shard = trainer.tables.shard
         same &= torch.equal(shard.rows.weight, rows[shard.start : shard.stop]) and trainer.tables.num_touched() == 0
         batch = own_tokens(trainer, stream()[0])
-        both = None if batch is None else (batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:])
+        both = batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:]
         validation, _ = trainer.evaluate([both, both])
         if saved is not None:
             saver = Saver(trainer, CheckpointStore(saved), eod_id=EOD, tokenizer_fingerprint="none")

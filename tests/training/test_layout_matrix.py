@@ -84,11 +84,9 @@ def stream() -> Tensor:
     return torch.where(torch.rand(tokens.shape, generator=generator) < 0.6, common, tokens)
 
 
-def own_tokens(trainer: TrainingEngine, batch: Tensor) -> Tensor | None:
+def own_tokens(trainer: TrainingEngine, batch: Tensor) -> Tensor:
     """A rank's part of a global batch [G, s + 1], as the loop would hand it over."""
     grid = trainer.grid
-    if not (grid.is_first_stage or grid.is_last_stage):
-        return None
     return batch.view(trainer.micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank]
 
 
@@ -111,8 +109,9 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
         trainer = TrainingEngine(config, grid, CPU, EOD)
         steps = [trainer.step(own_tokens(trainer, batch), 3e-3) for batch in stream()]
         held_out = own_tokens(trainer, stream()[0].flip(0))
-        both = None if held_out is None else (held_out.flatten(0, 1)[:, :-1], held_out.flatten(0, 1)[:, 1:])
-        validation, scored = trainer.evaluate([both, both])
+        both = held_out.flatten(0, 1)[:, :-1], held_out.flatten(0, 1)[:, 1:]
+        turned = both[0].flip(0), both[1].flip(0)  # the same mean, and another micro-batch for stages to tell apart
+        validation, scored = trainer.evaluate([both, turned])
         assert scored == 2 * BATCH * SEQ
         splits = {name: shard_of(weight) for name, weight in trainer.model.named_parameters()}
         state = trainer.dense_state()
@@ -157,12 +156,15 @@ CORE = {
             "tp2 sp z1", micro=6, data=WITHIN, training={"recompute": "full"}, optimizer={"eps": 1e-6}
         ),
         "CP2, within documents": layout("cp2", micro=6, data=WITHIN, training={"recompute": "selective"}),
+        "PP2, within documents, recomputation": layout("pp2 z1", data=WITHIN, training={"recompute": "full"}),
         "recomputation of blocks": layout("", training={"recompute": "full"}),
         "m smaller than the world": layout("pp2", over={"ngram_order": 2, "num_slices": 1, "table_rows": 1}),
     },
     4: {
         "TP2xPP2": layout("tp2 pp2 z1"),
         "PP4": layout("pp4"),
+        "PP4, within documents": layout("pp4", data=WITHIN),
+        "TP2xPP2+SP, ZeRO 1, within documents": layout("tp2 pp2 sp z1", data=WITHIN),
         "TP2xCP2+SP": layout("tp2 cp2 sp z1", micro=6),
     },
 }
@@ -194,6 +196,8 @@ SLOW = {
         "PP4, ZeRO 1, tied": layout("pp4 z1", model=TIED),
         "PP2xDP2, ZeRO 1": layout("pp2 z1"),
         "PP2xCP2, ZeRO 1, tied": layout("pp2 cp2 z1", model=TIED),
+        "PP2xCP2, ZeRO 1, within documents": layout("pp2 cp2 z1", data=WITHIN, training={"recompute": "selective"}),
+        "PP2xDP2, within documents": layout("pp2", data=WITHIN),
         "TP2xCP2, ZeRO 2": layout("tp2 cp2 z2", micro=6),
         "CP4, ZeRO 1": layout("cp4 z1", micro=6),
         "CP2xDP2, ZeRO 2": layout("cp2 z2"),

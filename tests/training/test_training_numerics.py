@@ -69,8 +69,7 @@ def train_cases(cases: list[Case]) -> list[Result]:
         losses, norms = [], []
         for step in range(STEPS):
             own = tokens[step].view(trainer.micro_batches, ranks, -1, SEQ + 1)[:, grid.data_rank]
-            sees_tokens = grid.is_first_stage or grid.is_last_stage
-            result = trainer.step(own if sees_tokens else None, config.optimizer.learning_rate)
+            result = trainer.step(own, config.optimizer.learning_rate)
             losses.append(result.loss)
             norms.append(result.grad_norm)
         assert trainer.tables is not None
