@@ -54,7 +54,7 @@ def score_set(
     for inputs, targets in validation_batches(dataset, trained.config.data.seq_length, batch, 0, 1):
         tokens, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)  # [b, s]
         slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
-        _, cross_entropy = trained.model(tokens, slots, wanted)
+        _, cross_entropy, _ = trained.model(tokens, slots, wanted)
         total += cross_entropy.double()
         count += int((targets != IGNORED).sum())
         advance(batch)

@@ -32,6 +32,7 @@ from overtok_megatron.training.clipping import JointNorm
 from overtok_megatron.training.dense_state import load_engine_file
 from overtok_megatron.training.engine_files import EngineFiles
 from overtok_megatron.training.pipeline import PipelineStage
+from overtok_megatron.training.routing import RouterFigures
 
 
 def start_processes(config: RunConfig) -> ProcessGrid:
@@ -64,7 +65,7 @@ def local_device() -> torch.device:
 class StepResult:
     """What one optimizer step did, the same on every rank. Norms are before clipping; loss is the mean cross entropy.
 
-    stop: some rank was asked to stop after this step.
+    stop: some rank was asked to stop after this step. router: figures of experts' routers by name (routing.py).
     """
 
     loss: float
@@ -74,6 +75,7 @@ class StepResult:
     unique_rows: int
     looked_up_rows: int
     exchange_bytes: int
+    router: dict[str, float]
 
 
 class TrainingEngine:
@@ -94,6 +96,7 @@ class TrainingEngine:
             self.tables = build_tables(
                 config, encoder, eod_id, device=device, group=grid.table_group, sequence_slice=own_slice
             )
+        self.router = RouterFigures(config, grid, device)
         self.optimizer = self._build_optimizer(model)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             self.engine, *_ = deepspeed.initialize(
@@ -165,10 +168,12 @@ class TrainingEngine:
             group["lr"] = learning_rate
         inputs, targets = self._own_part(inputs), self._own_part(targets)
         if self.is_pipeline:
-            scored = self._train_pipeline(inputs, slots, targets)
+            scored, routed = self._train_pipeline(inputs, slots, targets)
         else:
             assert inputs is not None and targets is not None
-            scored = [self._micro_batch(*parts) for parts in self._parts(inputs, slots, targets)]
+            done = [self._micro_batch(*parts) for parts in self._parts(inputs, slots, targets)]
+            scored = [cross_entropy for cross_entropy, _ in done]
+            routed = [figures for _, figures in done if figures is not None]
         grad_norm, table_norm, factor = self.norm.finish()
         if not torch.isfinite(torch.tensor(grad_norm)):
             raise OvertokError(
@@ -179,7 +184,7 @@ class TrainingEngine:
         if self.tables is not None:
             counts = self._table_counts(slots)
             self.tables.apply(learning_rate * derived.table_rate_factor(self.config), factor)
-        return self._joined(scored, counts, grad_norm, table_norm)
+        return self._joined(scored, routed, counts, grad_norm, table_norm)
 
     def prefetch(self, tokens: Tensor | None) -> None:
         """Announce the tokens [A, b, s + 1] of a coming step, in the order of the steps, where rows are fetched ahead."""
@@ -209,19 +214,22 @@ class TrainingEngine:
     ) -> list[tuple[Tensor, Tensor | None, Tensor]]:
         return [(inputs[i], None if slots is None else slots[i], targets[i]) for i in range(inputs.shape[0])]
 
-    def _micro_batch(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> Tensor:
-        """Forward and backward of one micro-batch, the optimizer's step after the last; its summed cross entropy."""
-        objective, cross_entropy = self.engine(inputs, slots, targets, self.config.training.z_loss)
+    def _micro_batch(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Forward and backward of one micro-batch, the optimizer's step after the last; its summed cross entropy, and
+        figures of its routers."""
+        objective, cross_entropy, figures = self.engine(inputs, slots, targets, self.config.training.z_loss)
         self.engine.backward(objective / targets.numel())
         self.engine.step()
-        scored: Tensor = cross_entropy
-        return scored
+        return cross_entropy, figures
 
-    def _train_pipeline(self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None) -> list[Tensor]:
-        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage."""
+    def _train_pipeline(
+        self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage, and
+        figures of this stage's routers."""
         assert isinstance(self.model, PipelineStage)
         self.engine.train_batch(self._fed(inputs, slots, targets))
-        return self.model.take_scored()
+        return self.model.take_scored(), self.model.take_routed()
 
     def _evaluate_pipeline(
         self, inputs: Tensor | None, slots: Tensor | None, targets: Tensor | None, count: int
@@ -244,14 +252,21 @@ class TrainingEngine:
         plan = self.tables.last_plan
         return [plan.count, 0 if slots is None else slots.numel(), self.tables.payload_bytes(plan)]
 
-    def _joined(self, scored: list[Tensor], counts: list[int], grad_norm: float, table_norm: float) -> StepResult:
+    def _joined(
+        self, scored: list[Tensor], routed: list[Tensor], counts: list[int], grad_norm: float, table_norm: float
+    ) -> StepResult:
         """The step's figures over all ranks, and whether any of them was asked to stop: one small reduction."""
         tokens = self.config.training.global_batch_size * self.config.data.seq_length
         stop = float(self.stop_asked)
-        values = torch.tensor([self._own_loss(scored), stop, *counts], dtype=torch.float64, device=self.device)
+        own = torch.tensor([self._own_loss(scored), stop, *counts], dtype=torch.float64, device=self.device)
+        values = torch.cat([own, self.router.own(routed)])
         self._sum_over_ranks(values)
-        total, stops, *sums = values.tolist()
-        return StepResult(total / tokens, grad_norm, table_norm, stops > 0, *map(int, sums))
+        values = values.cpu()
+        total, stops, unique, looked_up, sent = values[: own.numel()].tolist()
+        router = self.router.of_step(values[own.numel() :])
+        return StepResult(
+            total / tokens, grad_norm, table_norm, stops > 0, int(unique), int(looked_up), int(sent), router
+        )
 
     def _own_loss(self, scored: list[Tensor]) -> float:
         """Tensor-parallel ranks of the last stage hold the same sums: the first one's count."""

@@ -222,7 +222,7 @@ class TrainingRun:
                 "tables/duplicate_share": 1.0 - result.unique_rows / result.looked_up_rows,
                 "tables/exchange_bytes": float(result.exchange_bytes),
             }
-        return values
+        return values | {f"router/{name}": value for name, value in result.router.items()}
 
     def _validate(self) -> dict[str, float]:
         """The figures of every set, one after the other: a collective, in the configuration's order on all ranks."""
