@@ -80,7 +80,8 @@ def main(overrides: list[str]) -> int:
     (root / "summary.md").write_text(summary, encoding="utf-8")
     draw_curves(runs, root / "curves.png")
     print(f"\n{summary}\n{root / 'summary.md'}  {root / 'curves.png'}  (tensorboard --logdir {root})")
-    (root / "summary.json").write_text(json.dumps({run.name: run.validation[-1][1] for run in runs}), encoding="utf-8")
+    ends = {run.name: run.ends.get("", run.ends) for run in runs}  # numbers, or a mapping of named validation sets
+    (root / "summary.json").write_text(json.dumps(ends), encoding="utf-8")
     return 0
 
 

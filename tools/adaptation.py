@@ -72,7 +72,7 @@ def adapt(source: Path, output: Path, seed: int, options: argparse.Namespace) ->
     ]
     train(str(source / "config.yaml"), own, options)
     curve = read_curve(output.name, output, parameter_counts(parse_resolved(output / "config.yaml")))
-    return curve.validation[-1][1]
+    return curve.ends[""]
 
 
 def compare(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:

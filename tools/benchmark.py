@@ -80,7 +80,7 @@ def our_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
     inputs, targets = batch[:, :-1], batch[:, 1:]
 
     def step() -> None:
-        objective, _ = model(inputs, None, targets)
+        objective, *_ = model(inputs, None, targets)
         (objective / targets.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """`overtok evaluate | prepare-tasks`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,8 @@ from overtok_megatron.errors import InputError
 if TYPE_CHECKING:
     from overtok_megatron.config.schema import RunConfig
     from overtok_megatron.inference.loading import TrainedModel
+
+Sets = Sequence[tuple[str, str]]  # (name, "" = none; prefix)
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _question(options: argparse.Namespace) -> _Question:
-    return _tasks(options) if options.tasks else _sets(options)
+def _question(options: argparse.Namespace, sets: Sets = ()) -> _Question:
+    """sets: those to score without --data; none = those of each model's own run."""
+    return _tasks(options) if options.tasks else _sets(options, [("", prefix) for prefix in options.data or ()] or sets)
 
 
 def _follow(options: argparse.Namespace) -> int:
@@ -42,9 +45,10 @@ def _follow(options: argparse.Namespace) -> int:
     run = Path(options.run)
     if not (run / "config.yaml").is_file():
         raise InputError(f"--follow: {run} holds no config.yaml; name the output folder of a run that was started")
+    sets: Sets = ()
     if not options.data and not options.tasks:  # of the run, not of each checkpoint: a grown model's first knows none
-        options.data = _validation_sets(load_config(run / "config.yaml").config, options.run)
-    question = _question(options)
+        sets = _validation_sets(load_config(run / "config.yaml").config, options.run)
+    question = _question(options, sets)
 
     def score(path: Path) -> dict[str, float]:
         figures, text = question.answer(load_model(options, path))
@@ -56,30 +60,34 @@ def _follow(options: argparse.Namespace) -> int:
     return 0
 
 
-def _validation_sets(config: "RunConfig", run: str) -> list[str]:
-    if not config.data.validation:
+def _validation_sets(config: "RunConfig", run: str) -> Sets:
+    from overtok_megatron.config.derived import validation_sets
+
+    sets = list(validation_sets(config).items())
+    if not sets:
         raise InputError(f"{run}: has no validation set; name a prepared one by --data PREFIX")
-    return [config.data.validation]
+    return sets
 
 
-def _sets(options: argparse.Namespace) -> _Question:
+def _sets(options: argparse.Namespace, given: Sets) -> _Question:
     def answer(trained: "TrainedModel") -> tuple[dict[str, float], str]:
         from tqdm import tqdm
 
         from overtok_megatron.evaluation.perplexity import open_set, score_figures, score_json, score_set, score_table
 
-        prefixes = options.data or _validation_sets(trained.config, options.run)
-        for prefix in prefixes:  # a misspelt one is told before hours are spent on the others
+        sets = given or _validation_sets(trained.config, options.run)
+        for _, prefix in sets:  # a misspelt one is told before hours are spent on the others
             open_set(trained, prefix)
         scores = []
         length = trained.config.data.seq_length
-        for prefix in prefixes:
+        for name, prefix in sets:
             windows = -(-(open_set(trained, prefix).num_tokens - 1) // length)
-            with tqdm(total=windows, unit="window", desc=prefix, disable=None) as bar:
-                scores.append(score_set(trained, prefix, options.batch_size, bar.update))
+            with tqdm(total=windows, unit="window", desc=name or prefix, disable=None) as bar:
+                scores.append(score_set(trained, prefix, options.batch_size, bar.update, name=name))
         return score_figures(scores), score_json(scores, trained.step) if options.json else score_table(scores)
 
-    return _Question({"sets": options.data}, answer)
+    named = any(name for name, _ in given)
+    return _Question({"sets": dict(given) if named else [prefix for _, prefix in given]}, answer)
 
 
 def _tasks(options: argparse.Namespace) -> _Question:
@@ -121,7 +129,7 @@ def add_verbs(verbs: Any) -> None:
         "--data",
         action="append",
         metavar="PREFIX",
-        help="prefix of a prepared set; may be repeated (default: the run's validation set)",
+        help="prefix of a prepared set; may be repeated (default: the run's validation sets)",
     )
     verb.add_argument("--batch-size", type=positive, default=16, help="sequences at once")
     verb.add_argument("--json", action="store_true", help="print JSON")

@@ -36,6 +36,14 @@ def block_parameters(model: ModelConfig) -> tuple[int, int]:
     return attention + 3 * d * model.intermediate_size * (experts or 1), 2 * d + router
 
 
+def validation_sets(config: RunConfig) -> dict[str, str]:
+    """Prefixes of the validation sets by name, in the order given; a single one without a name has the name ""."""
+    given = config.data.validation
+    if given is None:
+        return {}
+    return {"": given} if isinstance(given, str) else dict(given)
+
+
 def model_ranks(config: RunConfig) -> int:
     """Ranks that together hold one copy of the model and see the same samples."""
     parallel = config.parallel

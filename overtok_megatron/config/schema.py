@@ -1,8 +1,11 @@
 """The schema of a run: every key, its type, its bounds and its meaning. Rules across keys are in validation.py."""
 
+import re
+from os.path import normpath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -149,6 +152,24 @@ class WeightedSet(Section):
     weight: PositiveFloat = Field(description="share of the samples, at any scale")
 
 
+def _named_sets(given: dict[Any, Any]) -> dict[Any, Any]:
+    """What holds of validation sets beside their types. Names are parts of metrics' names, so no slash and no space."""
+
+    def refuse(problem: str) -> None:
+        raise PydanticCustomError("named_sets", "{problem}", {"problem": problem})
+
+    if not given:
+        refuse("names no set; write name: prefix, or null for none")
+    known: dict[str, str] = {}
+    for name, prefix in given.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            refuse(f"has the name {name!r}; write one of letters, digits, _ and -")
+        other = known.setdefault(normpath(prefix), name) if isinstance(prefix, str) else name
+        if other != name:
+            refuse(f"has {prefix} twice, as {other} and as {name}; remove one")
+    return given
+
+
 class DataConfig(Section):
     train: Annotated[
         Annotated[Text, Tag("<prefix>")] | Annotated[list[WeightedSet], Field(min_length=1), Tag("<sets>")],
@@ -156,7 +177,15 @@ class DataConfig(Section):
             lambda value: "<sets>" if isinstance(value, list) else "<prefix>"
         ),  # an error is of one form alone
     ] = Field(description="prefix of the training set (PREFIX.bin, .idx, .json), or a list of {path, weight}")
-    validation: Text | None = Field(None, description="prefix of the validation set")
+    validation: Annotated[
+        Annotated[Text | None, Tag("<prefix>")]
+        | Annotated[dict[str, Text], BeforeValidator(_named_sets), Tag("<named>")],
+        Discriminator(lambda value: "<named>" if isinstance(value, dict) else "<prefix>"),
+    ] = Field(
+        None,
+        description="prefix of the validation set, or of several as a mapping name: prefix, each evaluated and reported "
+        "as validation/NAME/loss; a file adds to the names of its base",
+    )
     seq_length: Annotated[int, Field(ge=1, description="tokens a sample")]
     shuffle_seed: NonNegative = Field(1234, description="seed of the order of samples")
     document_attention: Literal["across", "within"] = Field(

@@ -4,33 +4,43 @@ import contextlib
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from overtok_megatron.config.counts import ParameterCounts
+from overtok_megatron.data.scores import perplexity, validation_losses
 from overtok_megatron.errors import DataError
 
 _WARM_STEPS = 5  # left out of medians: the first steps fill caches and buffers
+_MARKS = "os^Dvp"
 
 
 @dataclass(frozen=True)
 class RunCurve:
-    """A run's records. training and validation: (step, loss) in nats a token; seconds: median of a step; memory: peak
-    bytes of the first rank."""
+    """A run's records. training and validation: (step, loss) in nats a token, validation by the names of its sets ("" = one
+    without); seconds: median of a step; memory: peak bytes of the first rank."""
 
     name: str
     directory: Path
     parameters: ParameterCounts
     training: list[tuple[int, float]]
-    validation: list[tuple[int, float]]
+    validation: dict[str, list[tuple[int, float]]]
     seconds: float
     tokens_per_second: float
     memory: float
 
+    @property
+    def ends(self) -> dict[str, float]:
+        """The last loss of each validation set."""
+        return {name: curve[-1][1] for name, curve in self.validation.items()}
+
 
 def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCurve:
-    """Read a run's metrics.jsonl. Raises DataError where there is none, or no validation in it."""
+    """Read a run's metrics.jsonl. Raises DataError where there is none, or no validation in it.
+
+    Sets that the run no longer had at its last validation are left out: their ends are of another step than the others'.
+    """
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: no such file; train the run first")
@@ -38,9 +48,12 @@ def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCu
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):  # a line cut by a kill
             records.append(json.loads(line))
-    validation = [(record["step"], record["validation/loss"]) for record in records if "validation/loss" in record]
-    if not validation:
+    validated = [(record["step"], losses) for record in records if (losses := validation_losses(record))]
+    if not validated:
         raise DataError(f"{path}: holds no validation loss; set data.validation")
+    validation = {
+        name: [(step, losses[name]) for step, losses in validated if name in losses] for name in validated[-1][1]
+    }
     warm = records[_WARM_STEPS:] or records
     return RunCurve(
         name=name,
@@ -55,27 +68,26 @@ def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCu
 
 
 def table(runs: Sequence[RunCurve]) -> str:
-    """A Markdown table, one row a run; step times relative to the first."""
+    """A Markdown table, one row a run; step times relative to the first. Named validation sets have columns of their own."""
+    names = _set_names(runs)
     header = [
         "",
         "dense parameters",
         "in tables",
-        "validation loss",
-        "perplexity",
+        *(f"{name + ' ' if name else ''}{figure}" for name in names for figure in ("validation loss", "perplexity")),
         "tokens/s",
         "peak memory a rank",
         "step time",
     ]
     rows = [header, ["---"] * len(header)]
     for run in runs:
-        loss = run.validation[-1][1]
+        ends = [run.ends.get(name) for name in names]
         rows.append(
             [
                 run.name,
                 f"{run.parameters.dense / 1e6:.2f} M",
                 f"{run.parameters.tables / 1e6:.1f} M",
-                f"{loss:.4f}",
-                f"{math.exp(loss):.2f}",
+                *(cell for loss in ends for cell in _loss_cells(loss)),
                 f"{run.tokens_per_second:,.0f}",
                 f"{run.memory / 2**30:.2f} GiB",
                 f"{run.seconds / runs[0].seconds:.2f} x",
@@ -88,23 +100,36 @@ def table(runs: Sequence[RunCurve]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _set_names(runs: Iterable[RunCurve]) -> list[str]:
+    """Names of all runs' validation sets, in the order in which they first come."""
+    return list(dict.fromkeys(name for run in runs for name in run.validation))
+
+
+def _loss_cells(loss: float | None) -> tuple[str, str]:
+    """Loss and perplexity; a run that lacks another's set has neither."""
+    return ("-", "-") if loss is None else (f"{loss:.4f}", f"{perplexity(loss):.2f}")
+
+
 def draw_curves(runs: Sequence[RunCurve], path: Path) -> None:
-    """Both curves of every run as one PNG: training thin, validation with marks."""
+    """All curves of every run as one PNG: training thin, validation with marks, of another form for each named set."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    names = _set_names(runs)
     figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
     for index, run in enumerate(runs):
         color = f"C{index}"
         axes.plot(*zip(*run.training, strict=True), color=color, alpha=0.3, linewidth=0.8)
-        end = run.validation[-1][1]
-        label = f"{run.name}: validation {end:.3f}"
-        axes.plot(*zip(*run.validation, strict=True), color=color, marker="o", markersize=4, label=label)
+        for name, curve in run.validation.items():
+            label = f"{run.name}: {name or 'validation'} {run.ends[name]:.3f}"
+            mark = _MARKS[names.index(name) % len(_MARKS)]
+            axes.plot(*zip(*curve, strict=True), color=color, marker=mark, markersize=4, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats a token (thin: training)")
-    losses = [loss for run in runs for _, loss in run.validation + run.training if math.isfinite(loss)]
+    curves = [curve for run in runs for curve in (run.training, *run.validation.values())]
+    losses = [loss for curve in curves for _, loss in curve if math.isfinite(loss)]
     if losses:  # a run that diverged has others than finite ones
         axes.set_ylim(min(losses) - 0.1, min(losses) + 3.0)
     axes.legend()

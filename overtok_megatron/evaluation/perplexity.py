@@ -16,13 +16,14 @@ from overtok_megatron.parallel.cross_entropy import IGNORED
 
 @dataclass(frozen=True)
 class SetScore:
-    """loss: nats a token; tokens: scored ones, all of the set but its first; source_bytes: of the text before tokenizing,
-    0 = not known."""
+    """data: prefix; loss: nats a token; tokens: scored ones, all of the set but its first; source_bytes: of the text
+    before tokenizing, 0 = not known; name: what the run calls the set, "" = nothing."""
 
     data: str
     loss: float
     tokens: int
     source_bytes: int
+    name: str = ""
 
     @property
     def perplexity(self) -> float:
@@ -35,7 +36,12 @@ class SetScore:
 
 @torch.no_grad()
 def score_set(
-    trained: TrainedModel, prefix: str, batch: int, advance: Callable[[int], object] = lambda windows: None
+    trained: TrainedModel,
+    prefix: str,
+    batch: int,
+    advance: Callable[[int], object] = lambda windows: None,
+    *,
+    name: str = "",
 ) -> SetScore:
     """Score every token of the set `prefix` but its first once, in windows of the trained context.
 
@@ -48,11 +54,11 @@ def score_set(
     for inputs, targets in validation_batches(dataset, trained.config.data.seq_length, batch, 0, 1):
         tokens, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)  # [b, s]
         slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
-        _, cross_entropy = trained.model(tokens, slots, wanted)
+        _, cross_entropy, _ = trained.model(tokens, slots, wanted)
         total += cross_entropy.double()
         count += int((targets != IGNORED).sum())
         advance(batch)
-    return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes)
+    return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes, name)
 
 
 def open_set(trained: TrainedModel, prefix: str) -> IndexedDataset:
@@ -69,11 +75,11 @@ def open_set(trained: TrainedModel, prefix: str) -> IndexedDataset:
 
 
 def score_table(scores: Sequence[SetScore]) -> str:
-    """Column-aligned, a row a set."""
+    """Column-aligned, a row a set, by its name where it has one."""
     rows = [("set", "tokens", "bytes", "loss", "perplexity", "bits/byte")]
     rows += [
         (
-            score.data,
+            score.name or score.data,
             f"{score.tokens:,}",
             f"{score.source_bytes:,}",
             f"{score.loss:.4f}",
@@ -100,9 +106,9 @@ def score_json(scores: Sequence[SetScore], step: int) -> str:
 
 
 def score_figures(scores: Sequence[SetScore]) -> dict[str, float]:
-    """Every figure of every set, as data/code/loss."""
+    """Every figure of every set, as data/code/loss, or by the set's name where it has one."""
     return {
-        f"{score.data}/{name}": value
+        f"{score.name or score.data}/{name}": value
         for score in scores
         for name, value in (
             ("loss", score.loss),

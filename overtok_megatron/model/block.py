@@ -13,7 +13,7 @@ from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.attention import Attention, DecodeStep
 from overtok_megatron.model.documents import document_mask
 from overtok_megatron.model.mlp import SwiGLU
-from overtok_megatron.model.moe import MixtureOfExperts
+from overtok_megatron.model.moe import MixtureOfExperts, Routing
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 
@@ -117,28 +117,28 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output, and with experts the router's own loss, summed over this rank's positions.
+    ) -> tuple[Tensor, Routing | None]:
+        """The layer's output, and with experts the router's own loss, summed over this rank's positions, and figures.
 
         mask: as in `Attention`.
         """
         if self.recompute == "full" and torch.is_grad_enabled():
-            out: tuple[Tensor, Tensor | None]
+            out: tuple[Tensor, Routing | None]
             out = checkpoint(self._layer, x, decode, mask, use_reentrant=False, preserve_rng_state=False)
             return out
         return self._layer(x, decode, mask)
 
-    def _layer(self, x: Tensor, decode: DecodeStep | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _layer(self, x: Tensor, decode: DecodeStep | None, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
         if self.norm_placement == "pre":
             x = x + self.attention(self.attention_norm(x), decode, mask)
-            out, router_loss = self._feed_forward(self.mlp_norm(x))
-            return x + out, router_loss
+            out, routing = self._feed_forward(self.mlp_norm(x))
+            return x + out, routing
         x = x + self.attention_norm(self.attention(x, decode, mask))
-        out, router_loss = self._feed_forward(x)
-        return x + self.mlp_norm(out), router_loss
+        out, routing = self._feed_forward(x)
+        return x + self.mlp_norm(out), routing
 
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        out: tuple[Tensor, Tensor | None] = (
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        out: tuple[Tensor, Routing | None] = (
             self.mlp(x) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(x), None)
         )
         return out
@@ -146,20 +146,23 @@ class Block(nn.Module):
 
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Blocks one after the other: the last one's output, and the sum of their routers' losses (None without experts).
+) -> tuple[Tensor, Routing | None]:
+    """Blocks one after the other: the last one's output, and with experts the sum of their routers' losses and the figures of
+    each, [blocks, F].
 
     documents [b, s] int64, of whole sequences: positions attend to those with the same number; None = to all. A decoding
     call has that in its masks.
     """
     total: Tensor | None = None
+    figures: list[Tensor] = []
     masks: dict[int | None, Tensor] = {}  # made once for all layers of a window
     for block in blocks:
         assert isinstance(block, Block)
         window = block.attention.window
         if documents is not None and window not in masks:
             masks[window] = document_mask(documents, window, x.dtype)
-        x, router_loss = block(x, decode, masks.get(window))
-        if router_loss is not None:
-            total = router_loss if total is None else total + router_loss
-    return x, total
+        x, routing = block(x, decode, masks.get(window))
+        if routing is not None:
+            total = routing[0] if total is None else total + routing[0]
+            figures.append(routing[1])
+    return x, None if total is None else (total, torch.stack(figures))

@@ -10,6 +10,10 @@ tensor-parallel ranks counted, and p_e the router's probability (arXiv 2409.0206
 alike; transformers' load_balancing_loss_func of one layer, over k). f_e has no gradient, and counts one micro-batch of one
 data-parallel rank: the run's loss is the mean over micro-batches and ranks, each with shares of its own.
 z: log(sum exp logits)^2 (eq. 5).
+
+Beside its loss a router returns what it did, its figures [F], detached float32, for whoever reports them: how often it chose
+each of the E experts, the sum over its positions of balance, and where z has a weight that of z. They are an output like any
+other, not a counter in the module, so that a layer that backward computes again counts once.
 """
 
 from typing import Any
@@ -63,8 +67,12 @@ class _Combine(torch.autograd.Function):
         return grad[order // ctx.k], None, None, None
 
 
+# A router's loss, summed over this rank's positions, with gradient, float32; and its figures [F], or [layers, F] of several.
+Routing = tuple[Tensor, Tensor]
+
+
 class MixtureOfExperts(nn.Module):
-    """[b, s_shard, d] -> ([b, s_shard, d], the router's loss summed over these positions, float32).
+    """[b, s_shard, d] -> ([b, s_shard, d], the router's loss over these positions and its figures).
 
     router [E, d]; experts_gate, experts_up [E, f_shard, d]; experts_down [E, d, f_shard]. normalize_weights: a token's
     weights sum to 1. balance_weight, z_weight: of the two parts of the router's loss.
@@ -108,7 +116,7 @@ class MixtureOfExperts(nn.Module):
         for own_name, weight in self.named_parameters():
             initialise(weight, std, seed, f"{name}.{own_name}")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         split = self.group if self.sequence_parallel else None  # over whose ranks positions are split
         logits = F.linear(x, copy_to_group(self.router, split)).float()  # [b, s_shard, E]
         probabilities = logits.softmax(dim=-1)
@@ -130,7 +138,7 @@ class MixtureOfExperts(nn.Module):
             if self.sequence_parallel
             else reduce_from_group(out, self.group)
         )
-        return leave, self._router_loss(logits, probabilities, ends)
+        return leave, self._routing(logits, probabilities, ends)
 
     def _experts(self, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor) -> Tensor:
         """x [n, d], weights [n k, 1] -> [n, d], this rank's part of a sum. order [n k]: which choice comes where."""
@@ -143,15 +151,17 @@ class MixtureOfExperts(nn.Module):
         out: Tensor = _Combine.apply(grouped_linear(inner, self.experts_down, ends), order, inverse, self.per_token)
         return out
 
-    def _router_loss(self, logits: Tensor, probabilities: Tensor, ends: Tensor) -> Tensor:
-        counts = ends.diff(prepend=ends.new_zeros(1)).float()
-        counts = reduce_from_group(counts, self.context_group)
+    def _routing(self, logits: Tensor, probabilities: Tensor, ends: Tensor) -> Routing:
+        own_counts = ends.diff(prepend=ends.new_zeros(1)).float()
+        counts = reduce_from_group(own_counts, self.context_group)
         shares = counts / counts.sum()
         balance = shares.numel() * torch.dot(shares, probabilities.flatten(0, 1).sum(0))
-        loss = self.balance_weight * balance
+        loss, sums = self.balance_weight * balance, [balance.detach()]
         if self.z_weight > 0.0:
-            loss = loss + self.z_weight * logits.logsumexp(dim=-1).square().sum()
-        return loss
+            z = logits.logsumexp(dim=-1).square().sum()
+            loss = loss + self.z_weight * z
+            sums.append(z.detach())
+        return loss, torch.cat([own_counts, torch.stack(sums)])
 
     def extra_repr(self) -> str:
         num_experts, f_shard, d = self.experts_gate.shape

@@ -15,6 +15,7 @@ from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.heads import InputEmbedding, OutputHead
+from overtok_megatron.model.moe import Routing
 from overtok_megatron.parallel.collectives import gather_from_group
 
 
@@ -70,9 +71,9 @@ class Transformer(nn.Module):
 
     def hidden(
         self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Routing | None]:
         """tokens [b, s] int64, slots [b, s / ranks, T] -> the last hidden states, before the final norm, and with experts
-        their routers' summed loss."""
+        their routers' summed loss and figures."""
         documents = None
         if self.document_end is not None and decode is None:
             documents = document_ids(gather_from_group(tokens, self.context_group, dim=1), self.document_end)
@@ -80,11 +81,13 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens: Tensor, slots: Tensor | None, targets: Tensor, z_loss: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Summed objective (with gradient) and summed cross entropy of a micro-batch, float32 scalars."""
-        hidden, router_loss = self.hidden(tokens, slots)
-        result: tuple[Tensor, Tensor] = self.head.loss(hidden, targets, z_loss, router_loss)
-        return result
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Summed objective (with gradient) and summed cross entropy of a micro-batch, float32 scalars; with experts the
+        figures of their routers [layers, F]."""
+        hidden, routing = self.hidden(tokens, slots)
+        router_loss, figures = (None, None) if routing is None else routing
+        objective, cross_entropy = self.head.loss(hidden, targets, z_loss, router_loss)
+        return objective, cross_entropy, figures
 
     def logits(self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None) -> Tensor:
         """tokens [b, s] -> [b, s, V]."""

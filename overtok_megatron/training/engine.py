@@ -32,6 +32,7 @@ from overtok_megatron.training.clipping import JointNorm
 from overtok_megatron.training.dense_state import load_engine_file
 from overtok_megatron.training.engine_files import EngineFiles
 from overtok_megatron.training.pipeline import PipelineStage
+from overtok_megatron.training.routing import RouterFigures
 
 MicroBatch = tuple[Tensor, Tensor | None, Tensor]  # inputs, slots, targets
 
@@ -66,7 +67,7 @@ def local_device() -> torch.device:
 class StepResult:
     """What one optimizer step did, the same on every rank. Norms are before clipping; loss is the mean cross entropy.
 
-    stop: some rank was asked to stop after this step.
+    stop: some rank was asked to stop after this step. router: figures of experts' routers by name (routing.py).
     """
 
     loss: float
@@ -76,6 +77,7 @@ class StepResult:
     unique_rows: int
     looked_up_rows: int
     exchange_bytes: int
+    router: dict[str, float]
 
 
 class TrainingEngine:
@@ -96,6 +98,7 @@ class TrainingEngine:
             self.tables = build_tables(
                 config, encoder, eod_id, device=device, group=grid.table_group, sequence_slice=own_slice
             )
+        self.router = RouterFigures(config, grid, device)
         self.optimizer = self._build_optimizer(model)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             self.engine, *_ = deepspeed.initialize(
@@ -167,9 +170,12 @@ class TrainingEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parts = self._parts(inputs, slots, targets)
-        scored = (
-            self._train_pipeline(inputs, parts) if self.is_pipeline else [self._micro_batch(*part) for part in parts]
-        )
+        if self.is_pipeline:
+            scored, routed = self._train_pipeline(inputs, parts)
+        else:
+            done = [self._micro_batch(*part) for part in parts]
+            scored = [cross_entropy for cross_entropy, _ in done]
+            routed = [figures for _, figures in done if figures is not None]
         grad_norm, table_norm, factor = self.norm.finish()
         if not torch.isfinite(torch.tensor(grad_norm)):
             raise OvertokError(
@@ -180,7 +186,7 @@ class TrainingEngine:
         if self.tables is not None:
             counts = self._table_counts(slots)
             self.tables.apply(learning_rate * derived.table_rate_factor(self.config), factor)
-        return self._joined(scored, counts, grad_norm, table_norm)
+        return self._joined(scored, routed, counts, grad_norm, table_norm)
 
     def prefetch(self, tokens: Tensor) -> None:
         """Announce the tokens [A, b, s + 1] of a coming step, in the order of the steps, where rows are fetched ahead."""
@@ -205,22 +211,23 @@ class TrainingEngine:
         inputs, targets = inputs.chunk(ranks, dim=-1)[place], targets.chunk(ranks, dim=-1)[place]
         return [(inputs[i], None if slots is None else slots[i], targets[i]) for i in range(inputs.shape[0])]
 
-    def _micro_batch(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> Tensor:
-        """Forward and backward of one micro-batch, the optimizer's step after the last; its summed cross entropy."""
-        objective, cross_entropy = self.engine(inputs, slots, targets, self.config.training.z_loss)
+    def _micro_batch(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Forward and backward of one micro-batch, the optimizer's step after the last; its summed cross entropy, and
+        figures of its routers."""
+        objective, cross_entropy, figures = self.engine(inputs, slots, targets, self.config.training.z_loss)
         self.engine.backward(objective / targets.numel())
         self.engine.step()
-        scored: Tensor = cross_entropy
-        return scored
+        return cross_entropy, figures
 
-    def _train_pipeline(self, whole: Tensor, parts: list[MicroBatch]) -> list[Tensor]:
-        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage.
+    def _train_pipeline(self, whole: Tensor, parts: list[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage, and
+        figures of this stage's routers.
 
         whole [A, b, s]: the inputs of all context ranks.
         """
         assert isinstance(self.model, PipelineStage)
         self.engine.train_batch(self._fed(whole, parts))
-        return self.model.take_scored()
+        return self.model.take_scored(), self.model.take_routed()
 
     def _evaluate_pipeline(self, whole: Tensor, parts: list[MicroBatch]) -> list[Tensor]:
         assert isinstance(self.model, PipelineStage)
@@ -240,14 +247,21 @@ class TrainingEngine:
         plan = self.tables.last_plan
         return [plan.count, 0 if slots is None else slots.numel(), self.tables.payload_bytes(plan)]
 
-    def _joined(self, scored: list[Tensor], counts: list[int], grad_norm: float, table_norm: float) -> StepResult:
+    def _joined(
+        self, scored: list[Tensor], routed: list[Tensor], counts: list[int], grad_norm: float, table_norm: float
+    ) -> StepResult:
         """The step's figures over all ranks, and whether any of them was asked to stop: one small reduction."""
         tokens = self.config.training.global_batch_size * self.config.data.seq_length
         stop = float(self.stop_asked)
-        values = torch.tensor([self._own_loss(scored), stop, *counts], dtype=torch.float64, device=self.device)
+        own = torch.tensor([self._own_loss(scored), stop, *counts], dtype=torch.float64, device=self.device)
+        values = torch.cat([own, self.router.own(routed)])
         self._sum_over_ranks(values)
-        total, stops, *sums = values.tolist()
-        return StepResult(total / tokens, grad_norm, table_norm, stops > 0, *map(int, sums))
+        values = values.cpu()
+        total, stops, unique, looked_up, sent = values[: own.numel()].tolist()
+        router = self.router.of_step(values[own.numel() :])
+        return StepResult(
+            total / tokens, grad_norm, table_norm, stops > 0, int(unique), int(looked_up), int(sent), router
+        )
 
     def _own_loss(self, scored: list[Tensor]) -> float:
         """Tensor-parallel ranks of the last stage hold the same sums: the first one's count."""

@@ -24,7 +24,8 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
-from overtok_megatron.data.scores import bits_per_byte, perplexity
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.scores import validation_figures, validation_losses
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.training import metrics
@@ -116,7 +117,7 @@ class TrainingRun:
                 done = step + 1
                 with tracer.step(done, self.grid.rank):
                     values, stop = self._one_step(step)
-                if self._due(done, self.config.training.validation_interval) and self.data.validation is not None:
+                if self._due(done, self.config.training.validation_interval) and self.data.validation:
                     values |= self._validate()
                     values |= self._table_figures()
                 self.consumed += self.config.training.global_batch_size
@@ -216,20 +217,20 @@ class TrainingRun:
                 "tables/duplicate_share": 1.0 - result.unique_rows / result.looked_up_rows,
                 "tables/exchange_bytes": float(result.exchange_bytes),
             }
-        return values
+        return values | {f"router/{name}": value for name, value in result.router.items()}
 
     def _validate(self) -> dict[str, float]:
-        assert self.data.validation is not None
-        loss, tokens = self.trainer.evaluate(self._validation_batches())
-        values = {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
-        bits = bits_per_byte(loss, tokens, self.data.validation.manifest.source_bytes)
-        return values if bits is None else {**values, "validation/bits_per_byte": bits}
+        """The figures of every set, one after the other: a collective, in the configuration's order on all ranks."""
+        values: dict[str, float] = {}
+        for name, dataset in self.data.validation.items():
+            loss, tokens = self.trainer.evaluate(self._validation_batches(dataset))
+            values |= validation_figures(name, loss, tokens, dataset.manifest.source_bytes)
+        return values
 
-    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self.data.validation is not None
+    def _validation_batches(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
         length, size = self.config.data.seq_length, self.config.training.micro_batch_size
         for inputs, targets in validation_batches(
-            self.data.validation,
+            dataset,
             length,
             size,
             self.grid.data_rank,
@@ -256,11 +257,13 @@ class TrainingRun:
         return values | {f"tables/norm_{order}gram": norm for order, norm in norms.items()}
 
     def _report(self, reporter: Reporter, done: int, values: dict[str, float]) -> None:
-        if done % self.config.logging.interval == 0 or done == self.total_steps or "validation/loss" in values:
+        losses = validation_losses(values)
+        if done % self.config.logging.interval == 0 or done == self.total_steps or losses:
             reporter.write(done, values)
             log.info(metrics.step_line(done, self.total_steps, values))
-        if "validation/loss" in values:
-            log.info("step %d/%d  validation loss %.4f", done, self.total_steps, values["validation/loss"])
+        for name, loss in losses.items():
+            of_set = f" of {name}" if name else ""
+            log.info("step %d/%d  validation loss%s %.4f", done, self.total_steps, of_set, loss)
 
     def _save(self, done: int) -> None:
         begin = time.perf_counter()

@@ -116,6 +116,7 @@ class PipelineStage(PipelineModule):
         """
         self._expected = deque(micro_batches)
         self._scored: list[Tensor] = []
+        self._routed: list[Tensor] = []
 
     def forward(self, x: Any) -> Tensor:
         """This stage's layers on what the engine hands over; the loss on the last.
@@ -129,7 +130,10 @@ class PipelineStage(PipelineModule):
             assert self.embedding is not None
             x = self.embedding(*x)
         tokens = x.shape[0] * x.shape[1]
-        hidden, router_loss = run_blocks(self.blocks.values(), x, documents=documents)
+        hidden, routing = run_blocks(self.blocks.values(), x, documents=documents)
+        router_loss, figures = (None, None) if routing is None else routing
+        if figures is not None:
+            self._routed.append(figures)
         if self.head is None:
             if router_loss is None:
                 return hidden
@@ -146,3 +150,8 @@ class PipelineStage(PipelineModule):
         assert not self._expected, "micro-batches that never arrived"
         scored, self._scored = self._scored, []
         return scored
+
+    def take_routed(self) -> list[Tensor]:
+        """The figures [blocks of this stage, F] of each micro-batch's routers since expect(); empty without experts."""
+        routed, self._routed = self._routed, []
+        return routed

@@ -54,3 +54,24 @@ def test_what_does_not_fit_is_named_with_its_set(good: Path, tmp_path: Path) -> 
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"tokenizer bytes: has 257 pieces, model\.vocab_size is 200"):
         open_run_data(configuration(f"data.train={good}", "model.vocab_size=200"))
+
+
+def test_every_validation_set_is_checked_and_named_with_its_key(good: Path, tmp_path: Path) -> None:
+    fingerprint = ByteTokenizer().fingerprint()
+    other = write(tmp_path / "other", 256, fingerprint, 90)
+    train = f"data.train={good}"
+    data = open_run_data(configuration(train, f"data.validation={{b: {other}, a: {good}}}"))
+    assert [(name, one.num_tokens) for name, one in data.validation.items()] == [("b", 90), ("a", 40)]
+    assert list(open_run_data(configuration(train, f"data.validation={other}")).validation) == [""]
+    assert open_run_data(configuration(train)).validation == {}
+    for prefix, said in (
+        (write(tmp_path / "foreign", 256, "f"), "was prepared with another tokenizer than bytes"),
+        (write(tmp_path / "ends", 0, fingerprint), "its documents end with token 0, the tokenizer's with 256"),
+        (write(tmp_path / "short", 256, fingerprint, 1), "holds 1 tokens, nothing to validate on"),
+        (tmp_path / "absent", "no such file.*correct the path in the data section"),
+    ):
+        for sets, start in ((f"{{a: {good}, b: {prefix}}}", f"data.validation.b: {prefix}"), (prefix, str(prefix))):
+            with pytest.raises(DataError, match=said) as caught:
+                open_run_data(configuration(train, f"data.validation={sets}"))
+            assert str(caught.value).startswith(start)
+            assert "\n" not in str(caught.value)

@@ -43,7 +43,8 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     assert curve.name == "run"
     assert curve.directory == tmp_path / "run"
     assert curve.training == [(step, 5.0 - step / 10) for step in range(1, 11)]
-    assert curve.validation == [(4, 4.75), (10, 4.0)]
+    assert curve.validation == {"": [(4, 4.75), (10, 4.0)]}
+    assert curve.ends == {"": 4.0}
     assert curve.seconds == pytest.approx(0.508)  # the median of steps 6 to 10
     assert curve.tokens_per_second == 8000.0
     assert curve.memory == 3.0 * 2**30
@@ -83,6 +84,21 @@ def test_the_table(tmp_path: Path) -> None:
     assert cells[3][0] == "a-longer-name"
     assert cells[3][3:6] == ["3.5000", f"{math.exp(3.5):.2f}", "18,000"]
     assert cells[3][-1] == f"{0.518 / 0.508:.2f} x"
+
+
+def test_named_sets_have_columns_of_their_own(tmp_path: Path) -> None:
+    ends = {"a/loss": 4.0, "b/loss": 3.0, "loss/loss": 2.0, "a/perplexity": 54.6}
+    named = [record(1, **{"old/loss": 5.0, "a/loss": 4.5}), record(2), record(3, **ends)]
+    curve = read_curve("named", write(tmp_path / "named", named), COUNTS)
+    assert curve.validation == {"a": [(1, 4.5), (3, 4.0)], "b": [(3, 3.0)], "loss": [(3, 2.0)]}
+    runs = [made_up(tmp_path / "plain"), curve]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table(runs).splitlines())
+    assert header[3:7] == ["validation loss", "perplexity", "a validation loss", "a perplexity"]
+    assert [len(row) for row in rows] == [len(header)] * 2
+    assert rows[0][3:11] == ["4.0000", "54.60", "-", "-", "-", "-", "-", "-"]
+    assert rows[1][3:11] == ["-", "-", "4.0000", "54.60", "3.0000", "20.09", "2.0000", "7.39"]
+    draw_curves(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_tokens_do_not_see_each_other() -> None:
     mixture.reset(1, "mixture", 0.3)
     x = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1))
     x[:, 2:] = x[:1, :1]  # most tokens choose the same experts
-    out, loss = mixture(x)
+    out, (loss, _) = mixture(x)
     for sequence in range(3):
         for place in range(7):
             alone, _ = mixture(x[sequence : sequence + 1, place : place + 1])

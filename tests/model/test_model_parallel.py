@@ -76,7 +76,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
         slots = tables.begin(tokens)
     with torch.no_grad():
         logits = model.logits(tokens, slots)
-    objective, cross_entropy = model(tokens, slots, targets, 1e-2)
+    objective, cross_entropy, _ = model(tokens, slots, targets, 1e-2)
     objective.backward()
     return {
         "initial": initial,

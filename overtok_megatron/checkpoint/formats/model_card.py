@@ -7,6 +7,7 @@ from typing import Any
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.counts import parameter_counts, table_shape
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.scores import validation_losses
 
 _PLAIN = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,9 +43,8 @@ def model_card(
         _, total, width = table_shape(config)
         longest = max(over.ngram_order, *(max(group.orders) for group in over.added), 0)
         rows.insert(3, ("n-gram tables", f"{total:,} rows of {width}, n-grams up to {longest}, {over.row_dtype}"))
-    loss = validation_loss(source, manifest.step)
-    if loss is not None:
-        rows.append(("validation loss", f"{loss:.4f} nats a token"))
+    for name, loss in reported_losses(source, manifest.step).items():
+        rows.append((f"validation loss, {name}" if name else "validation loss", f"{loss:.4f} nats a token"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     kind = "An over-encoded language model: its input vocabulary has hashed n-grams beside tokens (arXiv 2501.16975)."
     code = (_OVER_ENCODED if over.enabled else _PLAIN).format(folder="FOLDER")
@@ -56,11 +56,11 @@ def model_card(
     )
 
 
-def validation_loss(checkpoint: Path, step: int) -> float | None:
-    """The validation loss that the run reported at a checkpoint's step, where its metrics are beside it."""
+def reported_losses(checkpoint: Path, step: int) -> dict[str, float]:
+    """The validation losses by set that the run reported at a checkpoint's step, where its metrics are beside it."""
     try:
         lines = (checkpoint.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found = [record for line in lines if (record := json.loads(line)).get("step") == step]
-        return next((float(record["validation/loss"]) for record in found if "validation/loss" in record), None)
+        return {name: float(loss) for record in found for name, loss in validation_losses(record).items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return None
+        return {}

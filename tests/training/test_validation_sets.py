@@ -1,0 +1,104 @@
+"""Several named validation sets: the same figures on every layout, in all that reads them, before and after resuming."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_harness import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trained_runs import TrainedRuns, configuration
+
+from overtok_megatron.checkpoint.formats.model_card import reported_losses
+from overtok_megatron.cli import main
+from overtok_megatron.config.loading import save_resolved
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.scores import validation_losses
+
+FIGURES = ("loss", "perplexity", "bits_per_byte")
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pipeline": {"pipeline_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2, "sequence_parallel": True},
+    "data": {"zero_stage": 3},
+}
+
+
+def config_of(folder: Path, output: Path, parallel: dict[str, Any], validation: Any, steps: int) -> RunConfig:
+    values = configuration(folder, "fp32").model_dump(mode="json")
+    # state_dtype: sums of squares rounded to bfloat16 would make another path of each layout's last bits
+    values["over_encoding"] |= {"row_dtype": "float32", "state_dtype": "float32"}
+    values["data"]["validation"] = validation
+    values["parallel"] |= parallel
+    values["training"] |= {
+        "output_directory": str(output),
+        "micro_batch_size": 4,
+        "train_iters": steps,
+        "validation_interval": 2,
+    }
+    return RunConfig.model_validate(values)
+
+
+def train(folder: Path, scratch: Path, cases: dict[str, dict[str, Any]], steps: int, validation: Any) -> None:
+    """One rank's work."""
+    from overtok_megatron.training.loop import TrainingRun
+
+    for name, parallel in cases.items():
+        (scratch / name).mkdir(exist_ok=True)
+        assert TrainingRun(config_of(folder, scratch / name, parallel, validation, steps), 1).run()
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_named_sets(trained_runs: TrainedRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained_runs.folder
+    both = {"speeches": str(folder / "validation"), "early": str(folder / "other")}
+    run_ranks(1, train, folder, tmp_path, {"one": {}}, 4, both)
+    run_ranks(2, train, folder, tmp_path, LAYOUTS, 4, both, timeout=200)
+
+    wanted = records(tmp_path / "one")
+    keys = [f"validation/{name}/{figure}" for name in both for figure in FIGURES]
+    assert [[key for key in record if key.startswith("validation")] for record in wanted] == [[], keys, [], keys]
+    assert wanted[-1]["validation/speeches/loss"] != wanted[-1]["validation/early/loss"]
+    for name in LAYOUTS:
+        for record, expected in zip(records(tmp_path / name), wanted, strict=True):
+            for key in ("train/loss", *(key for key in keys if key in expected)):
+                assert record[key] == pytest.approx(expected[key], rel=1e-5), (name, key)
+
+    board = EventAccumulator(str(tmp_path / "one" / "tensorboard")).Reload()
+    for key in keys:
+        assert [event.value for event in board.Scalars(key)] == pytest.approx([wanted[step][key] for step in (1, 3)])
+
+    assert main(("evaluate", str(tmp_path / "pipeline"), "--json")) == 0
+    scores = json.loads(capsys.readouterr().out)["sets"]
+    assert {score["name"]: score["data"] for score in scores} == both
+    for score in scores:
+        for figure in FIGURES:
+            assert score[figure] == pytest.approx(wanted[-1][f"validation/{score['name']}/{figure}"], rel=1e-5)
+    assert main(("evaluate", str(tmp_path / "one"), "--data", both["early"])) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == ["set", both["early"]]
+    assert main(("evaluate", str(tmp_path / "one"))) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == ["set", *both]
+
+    save_resolved(config_of(folder, tmp_path / "one", {}, both, 4), tmp_path / "one" / "config.yaml")
+    assert main(("evaluate", str(tmp_path / "one"), "--follow")) == 0
+    (followed,) = [json.loads(line) for line in (tmp_path / "one" / "evaluations.jsonl").read_text().splitlines()]
+    assert followed["asked"] == {"sets": both}
+    assert followed["figures"] == {
+        key.removeprefix("validation/"): pytest.approx(wanted[-1][key], rel=1e-5) for key in keys
+    }
+
+    checkpoint = tmp_path / "one" / "checkpoints" / "step_00000004"
+    assert reported_losses(checkpoint, 4) == validation_losses(wanted[-1])
+    assert reported_losses(checkpoint, 3) == {}
+    assert reported_losses(tmp_path / "none" / "checkpoints" / "step_00000004", 4) == {}
+
+    # sets may change when a run goes on; one without a name has the plain metrics
+    run_ranks(2, train, folder, tmp_path, {"one": LAYOUTS["pipeline"]}, 6, both["early"])
+    last = records(tmp_path / "one")
+    assert [record["step"] for record in last] == list(range(1, 7))
+    assert last[:4] == wanted
+    assert list(validation_losses(last[-1])) == [""]
+    assert last[-1]["validation/loss"] < wanted[-1]["validation/early/loss"]
