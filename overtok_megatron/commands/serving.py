@@ -27,7 +27,14 @@ def _serve(options: argparse.Namespace) -> int:
         hosts=("localhost", "127.0.0.1") if options.host in ("localhost", "127.0.0.1") else (),
     )
     limits = Limits(context, min(options.max_tokens or context, context), options.max_choices)
-    app = build_app(trained, settings, limits, places=options.max_batch, max_waiting=options.max_waiting)
+    app = build_app(
+        trained,
+        settings,
+        limits,
+        places=options.max_batch,
+        max_waiting=options.max_waiting,
+        prefill_chunk=options.prefill_chunk,
+    )
     listening = open_socket(options.host, options.port)
     if not is_loopback(options.host):
         print(
@@ -55,6 +62,13 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--port", type=_port, default=8000, help="0 = a free one")
     verb.add_argument("--model-name", default=None, help="name that requests give (default: the folder's)")
     verb.add_argument("--max-batch", type=positive, default=8, help="sequences decoded together")
+    verb.add_argument(
+        "--prefill-chunk",
+        type=positive,
+        default=256,
+        help="tokens of prompts that are fed at most between two steps of the running texts: fewer, and a long prompt holds "
+        "the others up less, but is itself slower to its first token",
+    )
     verb.add_argument("--max-waiting", type=positive, default=64, help="sequences that may wait for a place")
     verb.add_argument("--max-choices", type=positive, default=16, help="texts of one request: prompts times n")
     verb.add_argument("--max-tokens", type=positive, default=None, help="new tokens of a text (default: the context)")

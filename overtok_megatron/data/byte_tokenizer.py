@@ -18,5 +18,8 @@ class ByteTokenizer:
     def decode(self, tokens: list[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
+    def undecided(self, token: int) -> bool:
+        return False
+
     def fingerprint(self) -> str:
         return hashlib.sha256(b"bytes, end of document 256").hexdigest()

@@ -1,6 +1,7 @@
 """Tokenizers in Hugging Face's form, tokenizer.json, encoded by their library `tokenizers`."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises bare Exception
             reason = (str(error).splitlines() or ["unreadable"])[0][:120]
             raise DataError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({reason})") from None
+        self._falls_back, self._fuses = _decoding(json.loads(self._content).get("decoder"))
         self._digest = hashlib.sha256(self._content).hexdigest()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(ids.values()) + 1  # ids may have gaps
@@ -69,6 +71,12 @@ class HuggingFaceTokenizer:
     def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
+    def undecided(self, token: int) -> bool:
+        if not self._falls_back:
+            return self._fuses
+        piece = self._tokenizer.id_to_token(token)  # an id without a piece does not end a run of bytes
+        return self._fuses or piece is None or (len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"))
+
     def fingerprint(self) -> str:
         return self._digest
 
@@ -80,3 +88,27 @@ def _build(content: bytes) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _decoding(decoder: dict[str, Any] | None) -> tuple[bool, bool]:
+    """What a file's decoder makes of tokens beyond joining them one by one: (bytes in runs, anything else).
+
+    A run of byte pieces is one text or, where a single byte is wrong, nothing but replacement characters: it is undecided
+    until it ends. A change of the joined text, of repeated tokens or of the last one reaches anywhere.
+    """
+    pending, joined, runs = [decoder] if decoder else [], False, False
+    while pending:
+        step = pending.pop(0)
+        kind = step["type"]
+        if kind == "Sequence":
+            pending = step["decoders"] + pending
+        elif joined:
+            if kind != "Fuse" and not (kind == "Strip" and step["stop"] == 0):
+                return runs, True
+        elif kind in ("Fuse", "ByteLevel"):
+            joined = True
+        elif kind == "ByteFallback":
+            runs = True
+        elif kind not in ("Replace", "Strip", "Metaspace", "WordPiece"):  # these change each token by itself
+            return runs, True
+    return runs, False

@@ -8,6 +8,7 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from overtok_megatron.errors import DataError
 _MAX_SENTENCE_BYTES = 1 << 16  # the trainer drops longer ones without a word
 _MAX_LINE_CHARACTERS = _MAX_SENTENCE_BYTES // 4  # so longer lines are cut: a character takes at most 4 bytes
 _SENTENCES = 100_000  # sampled for training a tokenizer: more changes a vocabulary of this size little, and costs time
+_DENORMALIZER = 5  # field of a sentencepiece model
 _SPACE_MARK = "\u2581"  # sentencepiece's own sign for a space: as text it would come back as one
 
 
@@ -28,6 +30,8 @@ class Tokenizer(Protocol):
     """vocab_size V; eod_id ends a document; encode never yields it; fingerprint is the SHA-256 of the model file.
 
     threads: of encode_batch, -1 = one a core, where the library lets it be chosen.
+    undecided: whether what the tokens up to this one spell may change with those that follow, beyond bytes that become a
+    character. Where it may not, tokens behind a text that has begun spell the same whatever that text is.
     """
 
     vocab_size: int
@@ -36,6 +40,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]: ...
     def decode(self, tokens: list[int]) -> str: ...
+    def undecided(self, token: int) -> bool: ...
     def fingerprint(self) -> str: ...
 
 
@@ -96,8 +101,34 @@ class SentencePieceTokenizer:
         text: str = self._processor.DecodeIds(tokens)
         return text
 
+    def undecided(self, token: int) -> bool:
+        """Else a space is left out only at the begin, and bytes that are no character are shown one by one."""
+        return self._rewrites
+
+    @cached_property
+    def _rewrites(self) -> bool:
+        """Whether the model has rules that change a decoded text once more. Its library does not tell, the file does."""
+        content = self._processor.serialized_model_proto()
+        place = 0
+        while place < len(content):  # one message of protobuf's, all of whose fields have a length
+            tag, place = _varint(content, place)
+            size, place = _varint(content, place)
+            if tag >> 3 == _DENORMALIZER and size:
+                return True
+            place += size
+        return False
+
     def fingerprint(self) -> str:
         return self._digest
+
+
+def _varint(content: bytes, place: int) -> tuple[int, int]:
+    """(a number as protobuf writes it, the place behind it)"""
+    value = shift = 0
+    while content[place] >= 128:
+        value |= (content[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+    return value | content[place] << shift, place + 1
 
 
 def load_tokenizer(kind: str, path: str | Path | None, eod_token: str | None = None) -> Tokenizer:

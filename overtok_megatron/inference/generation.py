@@ -182,6 +182,8 @@ def generate_texts(
                 stream.add(token)
         if all(stream.stopped or token is None for stream, token in zip(streams, chosen, strict=True)):
             break
+    for stream in streams:
+        stream.finish()
     return [stream.text for stream in streams]
 
 

@@ -1,8 +1,8 @@
 """A batch that sequences join and leave while the others are being decoded (continuous batching).
 
-All sequences end at the same column of the cache, as in a left-padded batch: one that joins is fed alone, and its keys and
-values are copied before that column; one that leaves gives its row to the last. Rows in use are the first ones.
-Shapes: k rows in use, p tokens of a prompt, V vocabulary.
+All sequences end at the same column of the cache, as in a left-padded batch: one that joins was fed to a decoder of its own,
+and its keys and values are copied before that column; one that leaves gives its row to the last. Rows in use are the first.
+Shapes: k rows in use, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -28,23 +28,20 @@ class SharedBatch(Decoder):
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def join(self, prompt: Sequence[int], *, last: bool = True) -> Tensor:
-        """Add a sequence as the last row: logits [1, V] of its last token, or [p, V] of all."""
-        row, size = len(self._lengths), len(prompt)
+    def join(self, own: Decoder) -> None:
+        """Add the one sequence that `own` was fed as the last row."""
+        row, size = len(self._lengths), own.length
         assert row < self.places
-        own = Decoder(self.trained, 1, size)
-        logits = own.feed(torch.tensor([list(prompt)], device=self._tokens.device), last=last)[0]
         if size > self.length:
             self._move(size - self.length)
         begin = self.length - size
         for ours, theirs in zip(self._keys + self._values, own._keys + own._values, strict=True):
-            ours[row, :, begin : self.length] = theirs[0]
+            ours[row, :, begin : self.length] = theirs[0, :, :size]
         self._tokens[row] = MISSING
-        self._tokens[row, begin : self.length] = own._tokens[0]
+        self._tokens[row, begin : self.length] = own._tokens[0, :size]
         if self._history is not None and own._history is not None:
             self._history[row] = own._history[0]
         self._lengths.append(size)
-        return logits
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every sequence, in row order: logits [k, V] of what follows."""

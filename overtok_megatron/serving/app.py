@@ -250,10 +250,16 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 def build_app(
-    trained: TrainedModel, settings: ServerSettings, limits: Limits, *, places: int, max_waiting: int
+    trained: TrainedModel,
+    settings: ServerSettings,
+    limits: Limits,
+    *,
+    places: int,
+    max_waiting: int,
+    prefill_chunk: int,
 ) -> Starlette:
     """The ASGI application; its lifespan starts and stops the engine."""
-    engine = Engine(trained, places=places, max_waiting=max_waiting)
+    engine = Engine(trained, places=places, max_waiting=max_waiting, prefill_chunk=prefill_chunk)
     service = Service(engine, trained, settings, limits)
 
     @asynccontextmanager

@@ -1,7 +1,8 @@
 """One thread that owns the model and decodes whatever sequences there are together; the rest of the server only asks it.
 
-Knows no HTTP. A sequence joins the batch as soon as a place is free, between two steps of the others, and leaves it when it
-ends, is cancelled or runs out of time. Each has a random stream of its own: what it says depends on its seed, not on others.
+Knows no HTTP. Prompts are fed in chunks, one prompt after the other, between the steps of the sequences that run: a long prompt
+delays each of their tokens by a chunk at most. A sequence joins the batch when its prompt is fed, and leaves it when it ends,
+is cancelled or runs out of time. Each has a random stream of its own: what it says depends on its seed, not on others.
 """
 
 import logging
@@ -10,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from overtok_megatron.errors import OvertokError
-from overtok_megatron.inference.generation import Sampling, choose
+from overtok_megatron.inference.generation import Decoder, Sampling, choose
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.shared_batch import SharedBatch
 from overtok_megatron.inference.stream import TextStream
@@ -70,7 +72,7 @@ class Job:
 
 
 class _Running:
-    """A job in the batch."""
+    """A job that has a place: its prompt is being fed, or it is in the batch."""
 
     def __init__(self, job: Job, trained: TrainedModel, device: torch.device) -> None:
         self.job = job
@@ -79,17 +81,69 @@ class _Running:
         self.count = 0
         self.token = -1
 
+    @property
+    def given_up(self) -> bool:
+        return self.job.cancelled.is_set() or time.monotonic() > self.job.deadline
+
+
+class _Prompt:
+    """A prompt as it is fed in chunks, by a decoder of its own."""
+
+    def __init__(self, one: _Running, trained: TrainedModel, device: torch.device) -> None:
+        self.one = one
+        self.scores: list[TokenScore] = []
+        self._tokens = torch.tensor([list(one.job.prompt)], device=device)  # [1, p]
+        self._spelled = TextStream(trained.tokenizer)  # for the offsets of scores
+        self._trained = trained
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Made when it is first used, by when the engine knows whom to tell that there is no memory for it."""
+        return Decoder(self._trained, 1, self._tokens.shape[1])
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be fed."""
+        return self._tokens.shape[1] - self.decoder.length
+
+    def feed(self, count: int) -> Tensor:
+        """The next `count` tokens: logits [1, V] float32 of the last of them."""
+        begin, scored = self.decoder.length, self.one.job.prompt_scores
+        tokens = self._tokens[:, begin : begin + count]
+        logits = self.decoder.feed(tokens, last=not scored)[0].float()  # [1 or count, V]
+        if scored:
+            self._score(logits, begin)
+        return logits[-1:]
+
+    def _score(self, logits: Tensor, begin: int) -> None:
+        """Of what follows the tokens from `begin` on: logits [r, V] are theirs. Offsets are within the prompt's text."""
+        job = self.one.job
+        if begin == 0:
+            self.scores.append(TokenScore(job.prompt[0], None, [], 0))
+            self._spelled.add(job.prompt[0])
+        following = job.prompt[begin + 1 : begin + 1 + len(logits)]
+        offsets = []
+        for token in following:
+            offsets.append(self._spelled.length)
+            self._spelled.add(token)
+        self.scores += _scores(logits[: len(following)], following, job.top_scores or 0, offsets)
+
 
 class Engine:
-    """Start it with `with`; leaving ends what runs and joins the thread."""
+    """Start it with `with`; leaving ends what runs and joins the thread.
 
-    def __init__(self, trained: TrainedModel, *, places: int, max_waiting: int) -> None:
+    prefill_chunk: tokens of prompts that are fed at most between two steps of the batch.
+    """
+
+    def __init__(self, trained: TrainedModel, *, places: int, max_waiting: int, prefill_chunk: int) -> None:
         self.trained = trained
         self.places = places
         self.max_waiting = max_waiting
+        self.prefill_chunk = prefill_chunk
         self._device = next(trained.model.parameters()).device
         self._batch = SharedBatch(trained, places)
         self._running: list[_Running] = []  # in the batch's row order
+        self._prompt: _Prompt | None = None  # takes a place, too
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -111,14 +165,19 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Sequences (in the batch, waiting)."""
-        return len(self._running), len(self._waiting)
+        """Sequences (that have a place, waiting)."""
+        with self._changed:
+            return self._taken, len(self._waiting)
+
+    @property
+    def _taken(self) -> int:
+        return len(self._running) + (self._prompt is not None)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take all of `jobs`, or raise BusyError and take none."""
         with self._changed:
             self._drop_waiting()  # those that were given up hold no place in the queue
-            free = self.places - len(self._running)
+            free = self.places - self._taken
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 raise BusyError(f"{len(self._waiting)} sequences wait already; try again later")
             self._waiting.extend(jobs)
@@ -140,13 +199,13 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._running or self._stopping):
+                while not (self._waiting or self._taken or self._stopping):
                     self._changed.wait()
                 if self._stopping:
                     break
                 self._drop_waiting()
             try:
-                self._admit()
+                self._feed()
                 self._step()
             except Exception:  # out of memory, a file that vanished: the requests fail, the server lives
                 log.exception("decoding failed; the requests in the batch are given up")
@@ -159,31 +218,52 @@ class Engine:
         self._end_all("error")
 
     def _end_all(self, reason: str) -> None:
-        running, self._running = self._running, []
-        for one in running:
+        ended, self._running = self._running, []
+        if self._prompt is not None:
+            ended.append(self._prompt.one)
+            self._prompt = None
+        for one in ended:
             one.job.deliver(Piece(one.stream.finish(), [], 0, reason))
 
-    def _admit(self) -> None:
-        """Feed the prompts of waiting jobs while there are places, and choose their first tokens."""
-        while len(self._running) < self.places:
+    def _feed(self) -> None:
+        """Feed one chunk of prompts, and let those into the batch that are fed."""
+        left = self.prefill_chunk
+        while left and (prompt := self._next_prompt()):
+            count = min(left, prompt.left)
+            left -= count
+            logits = prompt.feed(count)
+            if not prompt.left:
+                self._join(prompt, logits)
+
+    def _next_prompt(self) -> _Prompt | None:
+        """The prompt that is being fed, or else the first that waits for a place, where there is one."""
+        if self._prompt is not None and self._prompt.one.given_up:
+            one, self._prompt = self._prompt.one, None
+            one.job.deliver(Piece("", [], 0, "timeout"))
+        if self._prompt is None and self._taken < self.places:
             with self._changed:
-                if not self._waiting:
-                    return
-                job = self._waiting.popleft()
-            one = _Running(job, self.trained, self._device)
-            self._running.append(one)  # before the model is asked: if that fails, this job is told so
-            logits = self._batch.join(job.prompt, last=not job.prompt_scores).float()  # [1 or p, V]
-            scores = self._prompt_scores(job, logits) if job.prompt_scores else []
-            if job.max_new_tokens == 0:
-                self._leave(len(self._running) - 1, Piece("", scores, 0, "length"))
-            else:
-                self._advance(len(self._running) - 1, logits[-1:], scores)
+                if self._waiting:
+                    one = _Running(self._waiting.popleft(), self.trained, self._device)
+                    self._prompt = _Prompt(one, self.trained, self._device)
+        return self._prompt
+
+    def _join(self, prompt: _Prompt, logits: Tensor) -> None:
+        """Give the sequence a row of the batch, and choose its first token from logits [1, V]."""
+        one = prompt.one
+        self._batch.join(prompt.decoder)
+        with self._changed:
+            self._running.append(one)
+            self._prompt = None
+        if one.job.max_new_tokens == 0:
+            self._leave(len(self._running) - 1, Piece("", prompt.scores, 0, "length"))
+        else:
+            self._advance(len(self._running) - 1, logits, prompt.scores)
 
     def _step(self) -> None:
         """One more token for every sequence of the batch."""
         for row in range(len(self._running) - 1, -1, -1):
             one = self._running[row]
-            if one.job.cancelled.is_set() or time.monotonic() > one.job.deadline:
+            if one.given_up:
                 self._leave(row, Piece(one.stream.finish(), [], 0, "timeout"))
         if not self._running:
             return
@@ -200,14 +280,15 @@ class Engine:
             self._leave(row, Piece(one.stream.finish(), scores, 0, "stop"))
             return
         if job.top_scores is not None:
-            offset = len(one.stream.text)
+            offset = one.stream.length
             scores = [*scores, *_scores(logits, [one.token], job.top_scores, [offset])]
         text = one.stream.add(one.token)
         one.count += 1
         if one.stream.stopped:
             self._leave(row, Piece(text, scores, 1, "stop"))
         elif one.count == job.max_new_tokens:
-            self._leave(row, Piece(text + one.stream.finish(), scores, 1, "length"))
+            text += one.stream.finish()
+            self._leave(row, Piece(text, scores, 1, "stop" if one.stream.stopped else "length"))
         else:
             job.deliver(Piece(text, scores, 1, None))
 
@@ -217,16 +298,6 @@ class Engine:
         self._running[row] = self._running[-1]
         self._running.pop()
         one.job.deliver(piece)
-
-    def _prompt_scores(self, job: Job, logits: Tensor) -> list[TokenScore]:
-        """Of the prompt's tokens, from logits [p, V]; offsets are within the prompt's text."""
-        stream = TextStream(self.trained.tokenizer)
-        offsets = []
-        for token in job.prompt:
-            offsets.append(len(stream.text))
-            stream.add(token)
-        first = TokenScore(job.prompt[0], None, [], 0)
-        return [first, *_scores(logits[:-1], job.prompt[1:], job.top_scores or 0, offsets[1:])]
 
 
 def _scores(logits: Tensor, tokens: Sequence[int], count: int, offsets: Sequence[int]) -> list[TokenScore]:

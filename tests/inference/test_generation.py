@@ -33,6 +33,9 @@ class Letters:
     def decode(self, tokens: list[int]) -> str:
         return "".join(chr(64 + token) for token in tokens)
 
+    def undecided(self, token: int) -> bool:
+        return False
+
     def fingerprint(self) -> str:
         return "letters"
 

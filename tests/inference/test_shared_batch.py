@@ -8,6 +8,7 @@ from test_generation import full_logits
 from test_generation import trained as trained  # a fixture, plain and over-encoded
 
 from overtok_megatron.inference import shared_batch
+from overtok_megatron.inference.generation import Decoder
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.shared_batch import SharedBatch
 
@@ -37,7 +38,13 @@ def test_any_order_of_joining_and_leaving(trained: TrainedModel, monkeypatch: py
             prompt = [draw.randrange(VOCAB) for _ in range(draw.choice([1, 2, 9, 30, CONTEXT - 1]))]
             sequences.append(prompt)
             joined += 1
-            check(prompt, batch.join(prompt)[-1])
+            own, place = Decoder(trained, 1, len(prompt) + draw.choice([0, 5])), 0
+            while place < len(prompt):
+                count = draw.choice([1, 4, CONTEXT])
+                logits = own.feed(torch.tensor([prompt[place : place + count]]), last=True)
+                place += count
+            batch.join(own)
+            check(prompt, logits[0, -1])
         if sequences:
             tokens = [draw.choice([0, draw.randrange(VOCAB)]) for _ in sequences]
             logits = batch.step(tokens)
@@ -47,12 +54,3 @@ def test_any_order_of_joining_and_leaving(trained: TrainedModel, monkeypatch: py
         assert len(batch) == len(sequences)
     assert joined > 8
     assert moves == {True, False}  # to the right for long prompts, to the left behind long sequences that left
-
-
-def test_all_logits_of_a_prompt(trained: TrainedModel) -> None:
-    batch = SharedBatch(trained, 2)
-    batch.join([5, 6])
-    prompt = [7, 0, 9, 30, 2]
-    torch.testing.assert_close(
-        batch.join(prompt, last=False), full_logits(trained, torch.tensor([prompt]))[0], rtol=1e-5, atol=1e-4
-    )

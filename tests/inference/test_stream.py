@@ -1,19 +1,98 @@
-"""Text as it comes: whole characters, nothing of a stop string, and together what decoding at once gives."""
+"""Text as it comes: whole characters, nothing of a stop string, together what decoding at once gives, at a constant cost."""
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import sentencepiece
+import tokenizers
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from trained_runs import VOCAB, TrainedRuns
+from tokenizers import AddedToken, decoders, models
+from trained_runs import TrainedRuns
 
+from overtok_megatron.data.corpus import sotu_files
 from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from overtok_megatron.inference.stream import TextStream
 
-tokens_of = st.lists(st.integers(1, VOCAB - 1) | st.integers(2, 258), max_size=40)  # the latter are mostly bytes
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+WORDS = ["a", "b", "\u2581", "\u2581a", "\u2581\u2581", "\u2581the", "##b", "b</w>", "</w>", "the</w>", " ", " .", "n't",
+         "\ufffd", "é", "🙂", "a\u2581b", "\u2581\u2581a", "<pad>", "|", ".", "0",
+         "Ġa", "ðŁ", "Ļ", "ĤĢ", "ï¿½", "âĤ", "¬"]  # fmt: skip
+LLAMA = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+DECODERS: dict[str, Any] = {
+    "byte-level": decoders.ByteLevel(),
+    "Llama's": decoders.Sequence(LLAMA),
+    "Gemma's": decoders.Sequence(LLAMA[:3]),
+    "three spaces off": decoders.Sequence([*LLAMA[:3], decoders.Strip(" ", 3, 0)]),
+    "changed when joined": decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "Q")]),
+    "metaspace": decoders.Metaspace(),
+    "metaspace, never first": decoders.Metaspace(prepend_scheme="never"),
+    "WordPiece": decoders.WordPiece(),
+    "ends of words": decoders.BPEDecoder(),
+    "CTC": decoders.CTC(),
+    "each token off its spaces": decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)]),
+    "none": None,
+}
+RULE = "sentencepiece, rewritten"  # "the" comes out as "THE", wherever it is put together
+SENTENCES: dict[str, dict[str, Any]] = {
+    "sentencepiece, prefixed": {"add_dummy_prefix": True, "remove_extra_whitespaces": False, "byte_fallback": True},
+    "sentencepiece, spaces removed": {"add_dummy_prefix": True, "byte_fallback": True},
+    "sentencepiece, only removed": {"add_dummy_prefix": False, "byte_fallback": True},
+    "sentencepiece, without bytes": {"add_dummy_prefix": True, "byte_fallback": False},
+    RULE: {"byte_fallback": True, "denormalization_rule_tsv": "rule.tsv"},
+}
+LATE = {"changed when joined", "ends of words", "CTC", RULE}  # nothing is certain before the end
+KINDS = ["ours", "bytes", *SENTENCES, *DECODERS]
+
+
+def hugging_face(decoder: Any, path: Path) -> Tokenizer:
+    """Every piece that could matter to a decoder, in a vocabulary with gaps."""
+    vocabulary = {piece: 2 * index for index, piece in enumerate([*WORDS, *BYTES])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    tokenizer.save(str(path))
+    return load_tokenizer("hugging_face", path)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(trained_runs: TrainedRuns) -> Tokenizer:
-    return load_tokenizer("sentencepiece", trained_runs.folder / "tokenizer.model")
+def tokenizer_of(trained_runs: TrainedRuns, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tokenizer]:
+    folder = tmp_path_factory.mktemp("kinds")
+    made = {
+        "ours": load_tokenizer("sentencepiece", trained_runs.folder / "tokenizer.model"),
+        "bytes": load_tokenizer("bytes", None),
+    }
+    lines = "".join(path.read_text(encoding="utf-8") for path in sotu_files()[:2]).splitlines()
+    rule = folder / "rule.tsv"
+    rule.write_text("74 68 65\t54 48 45\n")
+    for kind, choices in SENTENCES.items():
+        choices = {key: str(rule) if value == rule.name else value for key, value in choices.items()}
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=400, minloglevel=2,
+            control_symbols=["<one>", "<two>"], user_defined_symbols=["\u2581", "\u2581\u2581", "\n"], **choices,
+        )  # fmt: skip
+        path = folder / f"{len(made)}.model"
+        path.write_bytes(model.getvalue())
+        made[kind] = load_tokenizer("sentencepiece", path)
+    for kind, decoder in DECODERS.items():
+        made[kind] = hugging_face(decoder, folder / f"{len(made)}.json")
+    return made.__getitem__
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def tokenizer(tokenizer_of: Callable[[str], Tokenizer], request: pytest.FixtureRequest) -> Tokenizer:
+    return tokenizer_of(request.param)
+
+
+@pytest.fixture
+def ours(tokenizer_of: Callable[[str], Tokenizer]) -> Tokenizer:
+    return tokenizer_of("ours")
 
 
 def pieces(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> tuple[list[str], TextStream]:
@@ -26,16 +105,38 @@ def pieces(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> tuple[l
     return [*told, stream.finish()], stream
 
 
-@settings(max_examples=200)
-@given(tokens=tokens_of)
-def test_pieces_are_the_text(tokenizer: Tokenizer, tokens: list[int]) -> None:
+def runs_of_tokens(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
+    """Few distinct tokens, so that they repeat and meet often, with runs long enough to stay undecided for long."""
+    few = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=6))
+    drawn = data.draw(st.lists(st.tuples(st.sampled_from(few), st.sampled_from([1, 1, 1, 1, 2, 3, 50])), max_size=30))
+    return [token for token, count in drawn for _ in range(count)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_are_the_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    some = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40)
+    tokens = data.draw(some) if data.draw(st.booleans()) else runs_of_tokens(data, tokenizer)
     told, stream = pieces(tokenizer, tokens, [])
-    assert "".join(told) == stream.text == tokenizer.decode(tokens)
+    whole = tokenizer.decode(tokens)
+    assert "".join(told) == stream.text == whole
+    assert stream.length == len(whole)
 
 
-@settings(max_examples=200)
-@given(tokens=tokens_of, data=st.data())
-def test_nothing_behind_a_stop_string(tokenizer: Tokenizer, tokens: list[int], data: st.DataObject) -> None:
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("ab .\n\ufffd\u2581é中🙂") | st.characters(exclude_categories=["Cs"])))
+@example(text="  a  b")
+@example(text="\u2581\u2581a")
+def test_pieces_of_an_encoded_text(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert "".join(pieces(tokenizer, tokens, [])[0]) == tokenizer.decode(tokens)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_nothing_behind_a_stop_string(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Of tokens few enough to be looked at one by one."""
+    tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     whole = tokenizer.decode(tokens)
     begin = data.draw(st.integers(0, max(0, len(whole) - 1)))
     inside = whole[begin : begin + data.draw(st.integers(1, 6))]
@@ -43,23 +144,100 @@ def test_nothing_behind_a_stop_string(tokenizer: Tokenizer, tokens: list[int], d
     told, stream = pieces(tokenizer, tokens, stops)
     text = "".join(told)
     assert text == stream.text
+    assert stream.length == len(text)
     assert whole.startswith(text) or stream.stopped  # bytes of a character that a stop string cut off decode anew
-    assert not any(stop in text for stop in stops if stop)
-    if not any(stop in tokenizer.decode(tokens[:end]) for stop in stops if stop for end in range(len(tokens) + 1)):
-        assert text == whole
+    for end in range(len(tokens) + 1):  # as the whole text would be searched after each token
+        so_far = tokenizer.decode(tokens[:end])
+        if places := [so_far.index(stop) for stop in stops if stop and stop in so_far]:
+            assert (text, stream.stopped) == (so_far[: min(places)], True)
+            return
+    assert (text, stream.stopped) == (whole, False)
+
+
+class Counting:
+    """Counts the tokens that are decoded."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.tokens = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, tokens: list[int]) -> str:
+        self.tokens += len(tokens)
+        return self._tokenizer.decode(tokens)
+
+
+def sequences(tokenizer: Tokenizer, size: int) -> dict[str, list[int]]:
+    """Texts of `size` tokens, and what could keep a text undecided: bytes in no order, one token for ever."""
+    draw = random.Random(0)
+    text = tokenizer.encode(sotu_files()[3].read_text(encoding="utf-8")[:2000])
+    alike = [token for letter in (" ", "\u2581", "\n", "é", "🙂") for token in tokenizer.encode(letter)]
+    return {
+        "text": (text * size)[:size],
+        "random": [draw.randrange(tokenizer.vocab_size) for _ in range(size)],
+        **{f"only {token}": [token] * size for token in {*alike, tokenizer.eod_id}},
+    }
+
+
+@pytest.mark.parametrize("stops", [[], ["\ufffd" * 300 + "Q", "the people QQ"]], ids=["", "with stop strings"])
+def test_the_cost_of_a_token_does_not_grow(tokenizer: Tokenizer, stops: list[str]) -> None:
+    counting = Counting(tokenizer)
+    for name, tokens in sequences(tokenizer, 2000).items():
+        counting.tokens = 0
+        told, _ = pieces(counting, tokens, stops)  # type: ignore[arg-type]
+        assert "".join(told) == tokenizer.decode(tokens), name
+        assert counting.tokens < 30 * len(tokens), name  # all at each token: 1000 times
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in LATE])
+def test_text_comes_with_its_tokens(tokenizer_of: Callable[[str], Tokenizer], kind: str) -> None:
+    """Not merely at the end; and a token costs two."""
+    counting = Counting(tokenizer_of(kind))
+    tokens = counting.encode("a a ab b a b a b" * 50)
+    stream = TextStream(counting)  # type: ignore[arg-type]
+    counting.tokens, lags = 0, []
+    for end, token in enumerate(tokens, 1):
+        stream.add(token)
+        lags.append(len(counting._tokenizer.decode(tokens[:end])) - stream.length)
+    assert max(lags) == 0
+    assert counting.tokens < 2.1 * len(tokens)
+
+
+def test_decoders_that_know_no_certain_text(tmp_path: Path) -> None:
+    """What takes spaces off the end of a text is tried without decoding: the library panics on texts of spaces."""
+    for index, (steps, undecided) in enumerate([
+        ([*LLAMA[:3], decoders.Strip(" ", 1, 1)], True),
+        ([decoders.Fuse(), decoders.Metaspace()], True),
+        ([decoders.Sequence(LLAMA[:3]), decoders.CTC()], True),
+        ([decoders.Strip(" ", 1, 1), decoders.Sequence(LLAMA)], False),
+    ]):  # fmt: skip
+        made = hugging_face(decoders.Sequence(steps), tmp_path / f"{index}.json")
+        assert made.undecided(0) == undecided
+        assert made.undecided(1)  # no piece
+        assert made.undecided(2 * len(WORDS))  # a byte
+
+
+def test_a_rule_reaches_over_tokens(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    prefixed, rewritten = tokenizer_of("sentencepiece, prefixed"), tokenizer_of(RULE)
+    assert (prefixed.undecided(5), rewritten.undecided(5)) == (False, True)
+    # behind unknown, begin, end, two control pieces and three of ours
+    tokens = [BYTES.index(f"<0x{byte:02X}>") + 8 for byte in b"of the"]
+    assert pieces(prefixed, tokens, [])[0] == [*"of the", ""]
+    assert pieces(rewritten, tokens, [])[0] == [""] * 6 + ["of THE"]
 
 
 @pytest.mark.parametrize("letter", ["é", "中", "🙂"])
-def test_no_half_character_is_told(tokenizer: Tokenizer, letter: str) -> None:
-    tokens = tokenizer.encode(f"we {letter}{letter} the")
-    told, _ = pieces(tokenizer, tokens, [])
+def test_no_half_character_is_told(ours: Tokenizer, letter: str) -> None:
+    tokens = ours.encode(f"we {letter}{letter} the")
+    told, _ = pieces(ours, tokens, [])
     assert "".join(told) == f"we {letter}{letter} the"
     assert not any("\ufffd" in piece for piece in told)
 
 
-def test_a_stop_string_in_pieces(tokenizer: Tokenizer) -> None:
-    tokens = [token for letter in "abcabXabcd" for token in tokenizer.encode(letter)]
-    assert pieces(tokenizer, tokens, ["abXabcd"])[0] == ["", "", "abc", *[""] * 4, "", "", "", ""]
-    told, stream = pieces(tokenizer, tokens, ["cabX", "Xa"])
+def test_a_stop_string_in_pieces(ours: Tokenizer) -> None:
+    tokens = [token for letter in "abcabXabcd" for token in ours.encode(letter)]
+    assert pieces(ours, tokens, ["abXabcd"])[0] == ["", "", "abc", *[""] * 4, "", "", "", ""]
+    told, stream = pieces(ours, tokens, ["cabX", "Xa"])
     assert ("".join(told), stream.stopped) == ("ab", True)
-    assert "".join(pieces(tokenizer, tokens, ["Xabce"])[0]) == "abcabXabcd"
+    assert "".join(pieces(ours, tokens, ["Xabce"])[0]) == "abcabXabcd"

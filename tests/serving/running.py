@@ -41,10 +41,17 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    trained: TrainedModel, *, places: int = 4, max_waiting: int = 40, connections: int = 100, **settings: Any
+    trained: TrainedModel,
+    *,
+    places: int = 4,
+    max_waiting: int = 40,
+    prefill_chunk: int = 7,
+    connections: int = 100,
+    **settings: Any,
 ) -> Iterator[Running]:
     limits = Limits(trained.config.data.seq_length, 40, 8)
-    app = build_app(trained, replace(SETTINGS, **settings), limits, places=places, max_waiting=max_waiting)
+    bounds = {"places": places, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
+    app = build_app(trained, replace(SETTINGS, **settings), limits, **bounds)
     with open_socket("127.0.0.1", 0) as listening:
         server = uvicorn.Server(server_config(app, connections))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -29,7 +29,7 @@ def test_sigterm_lets_an_answer_end(trained_runs: TrainedRuns) -> None:
         "mapped",
     ]
     process = subprocess.Popen(
-        [*command, "--host", "0.0.0.0", "--port", "0", "--model-name", "mine"],
+        [*command, "--host", "0.0.0.0", "--port", "0", "--model-name", "mine", "--prefill-chunk", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

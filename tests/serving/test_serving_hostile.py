@@ -290,7 +290,7 @@ def test_who_gave_up_waiting_holds_no_place(slow: TrainedModel) -> None:
         deadline = time.monotonic() + seconds
         return Job([5, 6], 30, Sampling(30), [], None, False, deadline, lambda piece: pieces.append((name, piece)))
 
-    with Engine(slow, places=1, max_waiting=1) as engine:
+    with Engine(slow, places=1, max_waiting=1, prefill_chunk=8) as engine:
         first, second = job("first"), job("second")
         engine.submit([first])
         while not pieces:

@@ -1,0 +1,226 @@
+"""Prompts that are fed in chunks between the steps of others: the same tokens, and nobody waits for a long one."""
+
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from running import running
+from test_generation import full_logits
+from test_generation import trained as kind_of_model  # a fixture: windows, experts, documents, tables
+from test_serving_hostile import Endless
+from trained_runs import CONTEXT, TrainedRuns
+
+from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
+from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
+from overtok_megatron.inference.shared_batch import SharedBatch
+from overtok_megatron.serving.engine import Engine, Job, Piece
+
+__all__ = ["kind_of_model"]
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Asked:
+    """A job and what came of it; `seen`: how many pieces the others had when its own came."""
+
+    prompt: list[int]
+    sampling: Sampling
+    scores: bool = False
+    pieces: list[Piece] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+    job: Job = field(init=False)
+
+    def submit(self, engine: Engine, clock: list[int], seconds: float = 60.0) -> "Asked":
+        """clock: one count of all pieces, whosever."""
+
+        def deliver(piece: Piece) -> None:
+            self.pieces.append(piece)
+            self.times.append(clock[0])
+            clock[0] += 1
+            if piece.finish:
+                self.done.set()
+
+        deadline = time.monotonic() + seconds
+        top = 2 if self.scores else None
+        size = self.sampling.max_new_tokens
+        self.job = Job(self.prompt, size, self.sampling, [], top, self.scores, deadline, deliver)
+        engine.submit([self.job])
+        return self
+
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    def expected(self, trained: TrainedModel) -> str:
+        """Not while an engine uses the same model: its tables hold the rows of one call."""
+        (tokens,) = generate_tokens(trained, [self.prompt], self.sampling)
+        return trained.tokenizer.decode(tokens)
+
+
+def ended(asked: list["Asked"]) -> list["Asked"]:
+    assert all(one.done.wait(60) for one in asked)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def trained(trained_runs: TrainedRuns) -> TrainedModel:
+    model = trained_runs.trained()
+    return replace(model, tokenizer=Endless(model.tokenizer))
+
+
+def prompt_of(size: int, seed: int, vocabulary: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (size,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 1000])
+def test_any_chunk_gives_generates_tokens(kind_of_model: TrainedModel, chunk: int) -> None:
+    """Ends of documents in the prompts, greedy and sampled, prompts' scores too; more sequences than places."""
+    samplings = [Sampling(8), Sampling(8, 1.0, seed=3), Sampling(5, 0.7, top_p=0.9, seed=4)]
+    asked = [
+        Asked([*prompt_of(size, size, 61)], samplings[size % 3], scores=True) for size in (30, 1, 2, 25, 7, 31, 3, 16)
+    ]
+    with Engine(kind_of_model, places=3, max_waiting=20, prefill_chunk=chunk) as engine:
+        ended([one.submit(engine, [0]) for one in asked])
+    for one in asked:
+        assert one.text() == one.expected(kind_of_model)
+        check_scores(kind_of_model, one)
+
+
+def check_scores(trained: TrainedModel, one: Asked) -> None:
+    """Of the prompt's tokens, as one forward pass gives them, with the places of their texts."""
+    scores = [score for piece in one.pieces for score in piece.scores][: len(one.prompt)]
+    assert [score.token for score in scores] == one.prompt
+    shares = full_logits(trained, torch.tensor([one.prompt]))[0].log_softmax(-1)
+    assert scores[0].logprob is None
+    for place, score in enumerate(scores[1:]):
+        assert score.logprob == pytest.approx(shares[place, score.token].item(), abs=1e-3)
+        assert [token for token, _ in score.top] == shares[place].topk(2).indices.tolist()
+    texts = [trained.tokenizer.decode(one.prompt[:end]) for end in range(len(one.prompt))]
+    assert [score.offset for score in scores] == [len(text) for text in texts]
+
+
+def test_others_go_on_while_a_long_prompt_is_fed(trained: TrainedModel) -> None:
+    """A token of theirs for each of its chunks, and all texts are those of generate."""
+    short = [Asked(prompt_of(2 + seed, seed, 512), Sampling(50, 1.0, seed=seed)) for seed in range(2)]
+    long = Asked(prompt_of(56, 9, 512), Sampling(6, 1.0, seed=9))
+    with Engine(trained, places=3, max_waiting=9, prefill_chunk=4) as engine:
+        clock = [0]
+        for one in short:
+            one.submit(engine, clock)
+        while not all(one.pieces for one in short):
+            time.sleep(0.001)
+        begun = clock[0]
+        long.submit(engine, clock)
+        ended([*short, long])
+    for one in [*short, long]:
+        assert one.text() == one.expected(trained)
+    for one in short:
+        assert sum(begun <= moment < long.times[0] for moment in one.times) >= 56 // 4 - 1
+
+
+def test_small_prompts_share_a_chunk(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many tokens of prompts between two steps, over all prompts; and so many where they are there."""
+    fed, feed, step = [0], Decoder.feed, SharedBatch.step
+
+    def counted(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        if not isinstance(decoder, SharedBatch):
+            fed[-1] += tokens.shape[1]
+        return feed(decoder, tokens, **options)
+
+    monkeypatch.setattr(Decoder, "feed", counted)
+    monkeypatch.setattr(SharedBatch, "step", lambda batch, tokens: (fed.append(0), step(batch, tokens))[1])
+    asked = [Asked(prompt_of(5, seed, 512), Sampling(30, 1.0, seed=seed)) for seed in range(6)]
+    engine = Engine(trained, places=6, max_waiting=9, prefill_chunk=12)
+    for one in asked:
+        one.submit(engine, [0])  # before its thread begins
+    with engine:
+        ended(asked)
+    assert fed[:3] == [12, 12, 6]
+    assert not any(fed[3:])
+
+
+@pytest.fixture
+def slow_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Chunks of prompts take 50 ms each; how many were fed."""
+    feed, fed = Decoder.feed, [0]
+
+    def slowly(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        if not isinstance(decoder, SharedBatch):
+            time.sleep(0.05)
+            fed[0] += 1
+        return feed(decoder, tokens, **options)
+
+    monkeypatch.setattr(Decoder, "feed", slowly)
+    return fed
+
+
+@pytest.mark.parametrize("company", [False, True])
+def test_who_leaves_during_the_prompt_frees_the_place(
+    trained: TrainedModel, slow_chunks: list[int], company: bool
+) -> None:
+    long, late = Asked(prompt_of(60, 1, 512), Sampling(2)), Asked(prompt_of(60, 2, 512), Sampling(2))
+    next_one = Asked(prompt_of(2, 3, 512), Sampling(3))
+    other = Asked(prompt_of(1, 4, 512), Sampling(60, 1.0))
+    with Engine(trained, places=1 + company, max_waiting=9, prefill_chunk=1) as engine:
+        clock = [0]
+        if company:
+            other.submit(engine, clock)
+        long.submit(engine, clock)
+        while slow_chunks[0] < 4:
+            time.sleep(0.01)
+        assert engine.load == (1 + company, 0)
+        engine.cancel([long.job])
+        late.submit(engine, clock, seconds=0.3)  # out of time during its prompt
+        next_one.submit(engine, clock)
+        ended([next_one])
+        assert slow_chunks[0] < 30  # not the rest of 60
+        assert [piece.finish for piece in late.pieces] == ["timeout"]
+        ended([other] * company)
+    for one in [next_one, *[other] * company]:
+        assert one.text() == one.expected(trained)
+    assert engine.load == (0, 0)
+
+
+def test_what_fails_or_ends_during_a_prompt_is_told(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = Decoder.feed
+
+    def failing(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        if decoder.length >= 4 and not isinstance(decoder, SharedBatch):
+            raise MemoryError
+        return feed(decoder, tokens, **options)
+
+    with Engine(trained, places=2, max_waiting=9, prefill_chunk=2) as engine:
+        monkeypatch.setattr(Decoder, "feed", failing)
+        failed = Asked(prompt_of(9, 1, 512), Sampling(2)).submit(engine, [0])
+        ended([failed])
+        monkeypatch.setattr(
+            Decoder, "feed", lambda *arguments, **options: (time.sleep(0.05), feed(*arguments, **options))[1]
+        )
+        cut = Asked(prompt_of(60, 1, 512), Sampling(2)).submit(engine, [0])
+        time.sleep(0.2)
+    assert [piece.finish for piece in failed.pieces + cut.pieces] == ["error", "error"]
+
+
+@pytest.mark.parametrize("storage", get_args(Storage))
+def test_tables_wherever_they_are(trained_runs: TrainedRuns, trained: TrainedModel, storage: Storage) -> None:
+    """Two sequences look rows up in turn: those of a chunk are not those of a step."""
+    model = replace(load_trained(trained_runs.run("fp32"), CPU, storage), tokenizer=trained.tokenizer)
+    asked = [Asked(prompt_of(size, size, 512), Sampling(9, 1.0, seed=size)) for size in (3, 40, 50)]
+    with Engine(model, places=3, max_waiting=9, prefill_chunk=5) as engine:
+        ended([one.submit(engine, [0]) for one in asked])
+    assert [one.text() for one in asked] == [one.expected(trained) for one in asked]
+
+
+def test_a_prompt_of_the_whole_context(trained: TrainedModel) -> None:
+    """Its scores alone are wanted: no token follows."""
+    with running(trained, prefill_chunk=9) as server:
+        prompt = prompt_of(CONTEXT, 5, 512)
+        (choice,) = server.post(prompt=prompt, max_tokens=0, echo=True, logprobs=0).json()["choices"]
+    shares = full_logits(trained, torch.tensor([prompt]))[0].log_softmax(-1)
+    expected = [shares[place, token].item() for place, token in enumerate(prompt[1:])]
+    assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-3)
+    assert choice["finish_reason"] == "length"
