@@ -62,6 +62,7 @@ def test_one_run_through_many_layouts(workspace: Workspace, capsys: pytest.Captu
     assert main(("generate", str(run), "--prompt", "The", "--max-new-tokens", "2")) == 0
 
 
+@pytest.mark.slow  # the layouts of tests/training have the same in fewer processes
 def test_every_stage_of_a_pipeline_tells_documents_apart(workspace: Workspace) -> None:
     """Sentences as documents, of which a sample has several; the middle stage needs the tokens for nothing else."""
     tokenizer = load_tokenizer("sentencepiece", workspace.data / "tokenizer.model")
