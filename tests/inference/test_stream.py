@@ -112,7 +112,7 @@ def runs_of_tokens(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
     return [token for token, count in drawn for _ in range(count)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_pieces_are_the_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
     some = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40)
@@ -123,7 +123,7 @@ def test_pieces_are_the_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
     assert stream.length == len(whole)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("ab .\n\ufffd\u2581é中🙂") | st.characters(exclude_categories=["Cs"])))
 @example(text="  a  b")
 @example(text="\u2581\u2581a")
@@ -132,7 +132,7 @@ def test_pieces_of_an_encoded_text(tokenizer: Tokenizer, text: str) -> None:
     assert "".join(pieces(tokenizer, tokens, [])[0]) == tokenizer.decode(tokens)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_nothing_behind_a_stop_string(tokenizer: Tokenizer, data: st.DataObject) -> None:
     """Of tokens few enough to be looked at one by one."""

@@ -67,7 +67,7 @@ def kill_and_resume(workspace: Workspace, kills: int, seed: int) -> None:
 
 
 def test_a_few_random_kills(workspace: Workspace) -> None:
-    kill_and_resume(workspace, kills=4, seed=1)
+    kill_and_resume(workspace, kills=2, seed=1)
 
 
 @pytest.mark.slow

@@ -155,14 +155,12 @@ CORE = {
         "TP2+SP, ZeRO 1, within documents, recomputation": layout(
             "tp2 sp z1", micro=6, data=WITHIN, training={"recompute": "full"}, optimizer={"eps": 1e-6}
         ),
-        "CP2, within documents": layout("cp2", micro=6, data=WITHIN, training={"recompute": "selective"}),
         "PP2, within documents, recomputation": layout("pp2 z1", data=WITHIN, training={"recompute": "full"}),
         "recomputation of blocks": layout("", training={"recompute": "full"}),
         "m smaller than the world": layout("pp2", over={"ngram_order": 2, "num_slices": 1, "table_rows": 1}),
     },
     4: {
         "TP2xPP2": layout("tp2 pp2 z1"),
-        "PP4": layout("pp4"),
         "PP4, within documents": layout("pp4", data=WITHIN),
         "TP2xPP2+SP, ZeRO 1, within documents": layout("tp2 pp2 sp z1", data=WITHIN),
         "TP2xCP2+SP": layout("tp2 cp2 sp z1", micro=6),
@@ -187,11 +185,13 @@ SLOW = {
         "recomputation, PP2": layout("pp2 z1", training={"recompute": "full"}),
         "PP2, z-loss": layout("pp2", training={"z_loss": 1e-2}),
         "DP2, ZeRO 3, within documents": layout("z3", data=WITHIN),
+        "CP2, within documents": layout("cp2", micro=6, data=WITHIN, training={"recompute": "selective"}),
         "CP2, ZeRO 3, recomputation": layout("cp2 z3", micro=6, training={"recompute": "selective"}),
     },
     3: {"DP3": layout(""), "DP3, ZeRO 1": layout("z1"), "PP3": layout("pp3 z1")},
     4: {
         "TP4": layout("tp4", micro=6),
+        "PP4": layout("pp4"),
         "TP2xDP2, ZeRO 1": layout("tp2 z1"),
         "PP4, ZeRO 1, tied": layout("pp4 z1", model=TIED),
         "PP2xDP2, ZeRO 1": layout("pp2 z1"),
