@@ -66,11 +66,7 @@ def kill_and_resume(workspace: Workspace, kills: int, seed: int) -> None:
         assert not list((run / "checkpoints").glob("*.partial*"))
 
 
-def test_a_few_random_kills(workspace: Workspace) -> None:
-    kill_and_resume(workspace, kills=2, seed=1)
-
-
-@pytest.mark.slow
+@pytest.mark.slow  # test_system_resume.py has the two kinds of kill, each once
 @pytest.mark.timeout(1800)
 def test_fifty_random_kills(workspace: Workspace) -> None:
     kill_and_resume(workspace, kills=50, seed=time.time_ns())
