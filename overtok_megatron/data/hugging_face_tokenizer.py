@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises bare Exception
             reason = (str(error).splitlines() or ["unreadable"])[0][:120]
             raise DataError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({reason})") from None
-        self._falls_back, self._fuses = _decoding(json.loads(self._content).get("decoder"))
         self._digest = hashlib.sha256(self._content).hexdigest()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(ids.values()) + 1  # ids may have gaps
@@ -72,10 +72,17 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
     def undecided(self, token: int) -> bool:
-        if not self._falls_back:
-            return self._fuses
+        falls_back, fuses = self._decoder
+        if not falls_back:
+            return fuses
         piece = self._tokenizer.id_to_token(token)  # an id without a piece does not end a run of bytes
-        return self._fuses or piece is None or (len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"))
+        return fuses or piece is None or (len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"))
+
+    @cached_property
+    def _decoder(self) -> tuple[bool, bool]:
+        return _decoding(
+            json.loads(self._content).get("decoder")
+        )  # 0.1 s for 100,000 pieces: where text is streamed only
 
     def fingerprint(self) -> str:
         return self._digest

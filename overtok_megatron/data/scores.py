@@ -17,14 +17,17 @@ def bits_per_byte(loss: float, tokens: int, source_bytes: int) -> float | None:
     return loss * tokens / (math.log(2.0) * source_bytes) if source_bytes else None
 
 
+def figures(loss: float, tokens: int, source_bytes: int) -> dict[str, float]:
+    """All that a loss is reported as, by name; without bits per byte where the size of the text is not known."""
+    bits = bits_per_byte(loss, tokens, source_bytes)
+    known = {} if bits is None else {"bits_per_byte": bits}
+    return {"loss": loss, "perplexity": perplexity(loss), **known}
+
+
 def validation_figures(name: str, loss: float, tokens: int, source_bytes: int) -> dict[str, float]:
     """What a run reports of the validation set `name` ("" = of one without): its figures by their metrics' names."""
     prefix = f"validation/{name}/" if name else "validation/"
-    figures = {"loss": loss, "perplexity": perplexity(loss)}
-    bits = bits_per_byte(loss, tokens, source_bytes)
-    if bits is not None:
-        figures["bits_per_byte"] = bits
-    return {prefix + figure: value for figure, value in figures.items()}
+    return {prefix + figure: value for figure, value in figures(loss, tokens, source_bytes).items()}
 
 
 def validation_losses(record: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 
 from overtok_megatron.data.batches import validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.scores import bits_per_byte, perplexity
+from overtok_megatron.data.scores import bits_per_byte, figures, perplexity
 from overtok_megatron.errors import DataError
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.parallel.cross_entropy import IGNORED
@@ -110,10 +110,5 @@ def score_figures(scores: Sequence[SetScore]) -> dict[str, float]:
     return {
         f"{score.name or score.data}/{name}": value
         for score in scores
-        for name, value in (
-            ("loss", score.loss),
-            ("perplexity", score.perplexity),
-            ("bits_per_byte", score.bits_per_byte),
-        )
-        if value is not None
+        for name, value in figures(score.loss, score.tokens, score.source_bytes).items()
     }
