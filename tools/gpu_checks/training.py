@@ -129,7 +129,8 @@ def engine_of(context: Context, config: RunConfig) -> "TrainingEngine":
     """A training engine with its initial weights; token 0 ends documents."""
     from overtok_megatron.training.engine import TrainingEngine
 
-    torch.use_deterministic_algorithms(config.training.deterministic)
+    if config.training.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(config.training.deterministic)
     return TrainingEngine(config, grid_of(context, config), context.device, eod_id=0)
 
 
@@ -157,7 +158,6 @@ def losses_of(context: Context, config: RunConfig) -> list[float]:
     try:
         return train_steps(trainer, made_tokens(context, config))
     finally:
-        torch.use_deterministic_algorithms(False)
         del trainer
         gc.collect()
 

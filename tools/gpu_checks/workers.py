@@ -5,8 +5,10 @@ their own: after a check that hangs, kills its process or leaves the device or t
 They are spawned: what the starting script does when it is imported is done in each of them as well.
 """
 
+import gc
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from gpu_checks.registry import Check, Context, Outcome, Result, Status
 from overtok_megatron.launch import free_port, process_environment
@@ -56,7 +59,8 @@ def _run(function: Callable[[Context], Result], context: Context) -> Result | _S
     except Exception as error:  # whatever a check stumbles over is a line of the table, not the end of the tool
         return _Silent(f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())
     finally:
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():  # to ask is quick; to set imports a compiler
+            torch.use_deterministic_algorithms(False)
 
 
 def _work(pipe: Connection, rank: int, ranks: int, folder: Path, quick: bool, log: Path) -> None:
@@ -64,6 +68,7 @@ def _work(pipe: Connection, rank: int, ranks: int, folder: Path, quick: bool, lo
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    tqdm.set_lock(threading.RLock())  # its own default is a semaphore of the system, which outlives a killed process
     context = Context(local_device(rank), folder, quick, ranks, rank)
     pipe.send(None)
     while True:
@@ -72,6 +77,8 @@ def _work(pipe: Connection, rank: int, ranks: int, folder: Path, quick: bool, lo
         except EOFError:
             os._exit(0)  # taking gloo's threads apart at interpreter exit aborts the process now and then
         pipe.send(_run(function, context))
+        gc.collect()
+        gc.freeze()  # DeepSpeed collects garbage many times per engine: not among all the modules that are loaded by now
 
 
 class Workers:
