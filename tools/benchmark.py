@@ -170,7 +170,7 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
             for folder in folders:
                 folder.mkdir()
             begin = time.perf_counter()
-            thread = in_background(writer.begin(folders[0]))
+            thread = in_background(writer.begin(folders[0]), DEVICE)
             stall, during = time.perf_counter() - begin, []
             while thread.is_alive():
                 during.append(step())

@@ -46,9 +46,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def over_ranks(value: float, operation: Any) -> float:
-    """Reduce one number over all ranks (a collective)."""
-    tensor = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+def over_ranks(value: float, operation: Any, device: torch.device) -> float:
+    """Reduce one number over all ranks, which must all call this; device: of the run, whose backend reduces it."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=operation)
     return float(tensor)
 

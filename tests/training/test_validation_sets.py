@@ -45,7 +45,9 @@ def train(folder: Path, scratch: Path, cases: dict[str, dict[str, Any]], steps: 
 
     for name, parallel in cases.items():
         (scratch / name).mkdir(exist_ok=True)
-        assert TrainingRun(config_of(folder, scratch / name, parallel, validation, steps), 1).run()
+        assert TrainingRun(
+            config_of(folder, scratch / name, parallel, validation, steps), device=CPU, num_threads=1
+        ).run()
 
 
 def records(run: Path) -> list[dict[str, float]]:
