@@ -189,9 +189,7 @@ def load_for_evaluation(run: str | None, storage: str, device: str | None) -> Tr
         raise InputError("model_args: name a run's output folder, as in --model_args run=runs/mine")
     if storage not in STORAGES:
         raise InputError(f"model_args: storage={storage}; must be one of {', '.join(STORAGES)}")
-    unavailable = device is not None and device.startswith("cuda") and num_accelerators() == 0
-    if device is None or unavailable:  # lm-eval asks for cuda:0 whatever there is
-        chosen = default_device()
-    else:
-        chosen = named_device(device, "model_args: device")
+    if device is not None and device.startswith("cuda") and num_accelerators() == 0:
+        device = None  # lm-eval asks for cuda:0 whatever there is
+    chosen = default_device() if device is None else named_device(device, "model_args: device")
     return load_trained(Path(str(run)), chosen, next(known for known in STORAGES if known == storage))

@@ -31,6 +31,7 @@ from overtok_megatron.parallel.collectives import named
 from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine, start_processes
 from overtok_megatron.training.metrics import Reporter
+from overtok_megatron.training.peaks import peak_flops
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.state import load_state, load_weights
@@ -87,8 +88,10 @@ class TrainingRun:
         self.first = self.grid.rank == 0
         self.tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self.flops_per_token = counts.flops_per_token(config)
-        rate = metrics.matmul_rate(device, DTYPES[config.training.precision])
-        self.peak_flops = metrics.over_ranks(rate, dist.ReduceOp.SUM, device)
+        peak = peak_flops(device, DTYPES[config.training.precision])
+        self.peak_flops = metrics.over_ranks(peak.flops, dist.ReduceOp.SUM, device)
+        if self.first:
+            log.info("utilisation is of %.4g TFLOP/s per rank: %s", peak.flops / 1e12, peak.source)
 
     def run(self) -> bool:
         """Train to the end, or to where SIGTERM asked to stop: False then, with a checkpoint of that step.
@@ -207,6 +210,7 @@ class TrainingRun:
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": speed,
             "speed/step_seconds": seconds,
+            "speed/tflops_per_rank": speed * self.flops_per_token / self.grid.shape.world_size / 1e12,
             "speed/model_flops_utilisation": speed * self.flops_per_token / self.peak_flops,
             "memory/peak_bytes": float(metrics.peak_memory(self.trainer.device)),
         }

@@ -14,6 +14,7 @@ from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.scores import validation_losses
+from overtok_megatron.parallel.devices import CPU
 
 FIGURES = ("loss", "perplexity", "bits_per_byte")
 LAYOUTS: dict[str, dict[str, Any]] = {
