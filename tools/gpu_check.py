@@ -9,6 +9,7 @@ failed or was not run for want of time, 2 the call is wrong.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from gpu_checks.installation import device_name, versions
 from gpu_checks.listing import all_checks, references
 from gpu_checks.registry import Check, Outcome
 from gpu_checks.workers import Workers
+from overtok_megatron.environment import asks_for_cpu
 from overtok_megatron.parallel.devices import num_accelerators
 
 _SECONDS = {False: 600.0, True: 120.0}  # for everything, long and quick
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="for all checks together (600, with --quick 120)")
     parser.add_argument("--folder", help="where scratch files are written (default: the system's temporary folder)")
     options = parser.parse_args(arguments)
-    ranks, cuda = options.processes, num_accelerators() > 0
+    ranks, cuda = options.processes, _uses_cuda()
     if ranks < 1 or (cuda and ranks > num_accelerators()):
         most = f"1 to {num_accelerators()}, the CUDA devices of this machine" if cuda else "1 or more"
         parser.error(f"--processes: {ranks}; write {most}")
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if options.json is not None:
-        head = {"versions": versions(), "processes": ranks, "quick": options.quick}
+        head = {"versions": versions(_uses_cuda()), "processes": ranks, "quick": options.quick}
         records = [asdict(outcome) for outcome in outcomes]
         options.json.write_text(json.dumps(head | {"checks": records}, indent=1) + "\n", encoding="utf-8")
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
@@ -68,8 +70,8 @@ _STATUSES = ("passed", "failed", "measured", "skipped", "not run")
 
 def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: float) -> list[Outcome]:
     """Run the checks one after the other, with a line each; limit: seconds for all of them."""
-    cuda = num_accelerators() > 0
-    title = f"{device_name()}{f', {ranks} processes' if ranks > 1 else ''}"
+    cuda = _uses_cuda()
+    title = f"{device_name(cuda)}{f', {ranks} processes' if ranks > 1 else ''}"
     width = max(len(check.name) for check in checks)
     print(f"{title}\n{'check':{width}}  {'':8}  {'figure'} | {'limit'}", flush=True)
     begin, outcomes = time.monotonic(), []
@@ -88,6 +90,10 @@ def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: fl
         workers.close()
         helper.close()
     return outcomes
+
+
+def _uses_cuda() -> bool:
+    return num_accelerators() > 0 and not asks_for_cpu(os.environ)
 
 
 def _outcome(check: Check, workers: Workers, cuda: bool, left: float) -> Outcome:

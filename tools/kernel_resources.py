@@ -1,7 +1,7 @@
 """Registers, spilled bytes and shared memory of every Triton kernel, compiled for cards that need not be here.
 
-One line per case: what NVIDIA's assembler says of the code that Triton makes for an A100 (sm_80) and an H100 (sm_90). A
-kernel that spills keeps values in device memory and is slow without any error.
+One line per case: what the code needs that Triton makes for an A100 (sm_80) and an H100 (sm_90). A kernel that spills keeps
+values of its threads in device memory, and is slow without any error.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled case; bytes per thread spilled, bytes per block of shared memory."""
+    """Of one compiled case. spilled: bytes per thread that lie in memory; shared: bytes per block."""
 
     name: str
     capability: int
@@ -66,7 +66,7 @@ def cases(widths: Sequence[int] = WIDTHS) -> Iterator[Case]:
         for grad, fresh in (("*fp32", True), ("*bf16", False)):
             types = {"grad": grad, "order": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32"}
             constants = {"FRESH": fresh, "WIDTH": width, "COLUMNS": tiles["COLUMNS"]}
-            yield Case(f"add {grad[1:]} w {width}", rows.add_kernel, types, constants, warps=1)
+            yield Case(f"add {grad[1:]} w {width}", rows.add_kernel, types, constants, warps=rows.add_warps(tiles["COLUMNS"]))
         for stored, more in zip(_FORMATS, ({}, {"index": "*i64"}, {"scale": "*fp32"}), strict=True):
             types = {"weight": stored, "slots": "*i64", "out": "*bf16", "count": "i32"} | more
             constants = {"INDEXED": "index" in more, "SCALED": "scale" in more, **tiles}
@@ -89,25 +89,20 @@ def resources(case: Case, capability: int) -> Resources:
     signature = {name: given[name] for name in names}
     source = ASTSource(case.kernel, signature, constexprs={**case.constants, **absent})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})
-    text = _assembled(compiled.asm["ptx"])
-    registers, spilled = re.search(r"Used (\d+) registers", text), re.findall(r"(\d+) bytes spill", text)
-    assert registers is not None and spilled, text
-    return Resources(
-        case.name, capability, int(registers[1]), sum(map(int, spilled)), compiled.metadata.shared, compiled.asm["ptx"]
-    )
+    usage = dict(re.findall(r"(\w+):(\d+)", _usage(compiled.asm["cubin"])))
+    stack = int(usage["STACK"]) + int(usage["LOCAL"])
+    return Resources(case.name, capability, int(usage["REG"]), stack, compiled.metadata.shared, compiled.asm["ptx"])
 
 
-def _assembled(ptx: str) -> str:
-    """What the assembler that Triton ships reports of a kernel."""
+def _usage(binary: bytes) -> str:
+    """What the tool that Triton ships reads from a compiled kernel: REG, STACK (where spills go), LOCAL, SHARED."""
     import triton.backends.nvidia as nvidia
 
-    assembler = Path(nvidia.__path__[0]) / "bin" / "ptxas"
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert target is not None
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
-        source.write_text(ptx, encoding="utf-8")
-        command = [str(assembler), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        path = Path(scratch) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [str(tool), "-res-usage", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_checks import CHECKS, stored
+from gpu_checks.row_checks import CHECKS, stored
 
 from overtok_megatron.kernels.build import load_library
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels

@@ -133,6 +133,6 @@ def saving_device(context: Context) -> Result:
     from overtok_megatron.training.saving import in_background
 
     seen: list[int] = []
-    thread = in_background(lambda: seen.append(torch.cuda.current_device()))
+    thread = in_background(lambda: seen.append(torch.cuda.current_device()), context.device)
     thread.join()
     return Result(seen == [context.device.index], f"CUDA device {seen[0]}", f"{context.device.index}")

@@ -11,7 +11,7 @@ from gpu_checks.registry import Context, Result
 from gpu_checks.timing import free_memory, seconds_of
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.heads import OutputHead
-from overtok_megatron.training.metrics import matmul_rate
+from overtok_megatron.training.peaks import measured
 
 _EPSILON = 1e-6
 
@@ -39,7 +39,7 @@ class Head:
         floor = 2e-3 if dtype == torch.bfloat16 else 2e-5
         wrong = [name for name in names if not errors[name] <= 2 * limits[name] + floor]
         seconds = seconds_of(lambda: _ours(head, hidden, targets), context.device, rounds=5)
-        least = 6 * count * vocabulary * hidden_size / matmul_rate(context.device, dtype)
+        least = 6 * count * vocabulary * hidden_size / measured(context.device, dtype)
         worst = max(names, key=lambda name: errors[name])
         return Result(
             not wrong,

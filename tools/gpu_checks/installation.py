@@ -36,7 +36,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def versions() -> dict[str, Any]:
+def versions(cuda: bool) -> dict[str, Any]:
     """Of packages, libraries, driver and this tree, and what the machine is."""
     found: dict[str, Any] = {name: _version(name) for name in _SEEN}
     found |= {
@@ -47,14 +47,14 @@ def versions() -> dict[str, Any]:
         "commit": _output("git", "rev-parse", "HEAD"),
         "changed": bool(_output("git", "status", "--porcelain")),
         "devices": num_accelerators(),
-        "device": device_name(),
+        "device": device_name(cuda),
     }
     return found
 
 
-def device_name() -> str:
+def device_name(cuda: bool) -> str:
     """The card, or the processor."""
-    if num_accelerators():
+    if cuda:
         return torch.cuda.get_device_name()
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def installation(context: Context) -> Result:
     """Requirements are met, DeepSpeed imports, and rows have the kernels that belong to the device."""
     import deepspeed
 
-    found = versions()
+    found = versions(context.cuda)
     problems = [f"{name} {have or 'is missing'} (needs {wanted})" for name, have, wanted in _requirements()]
     rows = type(choose_kernels("auto", context.device).rows)
     if context.cuda and rows is RowKernels:

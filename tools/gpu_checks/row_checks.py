@@ -1,6 +1,6 @@
-"""What every compiled form of the row kernels must do, against torch's operators; run by the tests of each form.
+"""What every compiled form of the row kernels must do, against torch's operators; `gpu_check.py` and the tests run it.
 
-`python tests/kernels/row_checks.py` runs them on Triton's interpreter, where TRITON_INTERPRET=1 is set.
+`python tools/gpu_checks/row_checks.py` runs them on Triton's interpreter, where TRITON_INTERPRET=1 is set.
 """
 
 import os

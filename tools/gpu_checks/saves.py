@@ -51,7 +51,7 @@ def save(context: Context) -> Result:
     writer = TableWriter(trainer.tables, 2)
     _reset_peak(context)
     begin = time.perf_counter()
-    thread = in_background(writer.begin(folders[0]))
+    thread = in_background(writer.begin(folders[0]), context.device)
     stall, during = time.perf_counter() - begin, [step()]
     while thread.is_alive():
         during.append(step())

@@ -110,7 +110,7 @@ def _grid(world: int, tensor: int, pipe: int, slices: int, device: torch.device)
     }
     sizes = {"training.micro_batch_size": 1, "training.global_batch_size": world // (tensor * pipe * slices)}
     model = _SHAPE | {"model.num_layers": max(2, pipe), "data.seq_length": 64 * tensor * slices}
-    return start_processes(configuration(model | shape | sizes | {"training.precision": "fp32"}, world))
+    return start_processes(configuration(model | shape | sizes | {"training.precision": "fp32"}, world), device)
 
 
 def grid_of(context: Context, config: RunConfig) -> ProcessGrid:

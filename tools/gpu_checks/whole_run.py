@@ -85,7 +85,8 @@ def _train(context: Context, folder: Path, name: str, steps: int, every: int | N
         output.mkdir(exist_ok=True)
         save_resolved(config, output / "config.yaml")
     _meet(context)
-    assert TrainingRun(config, torch.get_num_threads()).run(), f"the run {name} did not reach step {steps}"
+    run = TrainingRun(config, device=context.device, num_threads=torch.get_num_threads())
+    assert run.run(), f"the run {name} did not reach step {steps}"
     _meet(context)
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

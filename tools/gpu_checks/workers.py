@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from gpu_checks.registry import Check, Context, Outcome, Result, Status
-from overtok_megatron.launch import free_port, process_environment
+from overtok_megatron.environment import VISIBLE, rank_environment, restore_visible_devices
+from overtok_megatron.launch import free_port
 from overtok_megatron.parallel.devices import local_device
 
 _START_SECONDS = 180.0  # until a new process has imported everything and opened its device
@@ -124,9 +125,11 @@ class Workers:
             return []
         self._started += 1
         # deterministic: its cuBLAS setting is read when a process first multiplies, and is the default of recent cards
-        environment = process_environment(self._ranks + 1, deterministic=True, cuda=self._cuda)
+        environment = rank_environment(os.environ, self._ranks + 1, deterministic=True, cuda=self._cuda)
+        restore_visible_devices(environment)
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self._ranks)}
-        environment |= {"LOCAL_WORLD_SIZE": str(self._ranks)} | ({} if self._cuda else {"CUDA_VISIBLE_DEVICES": ""})
+        environment |= {"LOCAL_WORLD_SIZE": str(self._ranks), "DS_ACCELERATOR": "cuda" if self._cuda else "cpu"}
+        environment |= {} if self._cuda else {VISIBLE: ""}
         spawn = multiprocessing.get_context("spawn")
         before = dict(os.environ)
         for rank in range(self._ranks):
