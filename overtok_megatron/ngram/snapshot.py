@@ -1,8 +1,8 @@
 """The rows of a shard as they were at one moment, handed out piece by piece while training goes on changing them.
 
 Copy on write in software: whoever changes rows first lets the snapshot keep their old values, once a row and only of rows that
-were not handed out yet. A snapshot therefore costs nothing when it is made, and host memory by what changes while it is read, beside
-one flag per row.
+were not handed out yet. A snapshot therefore costs nothing when it is made. While it is read it takes host memory by what
+changes, and one flag per row where the rows are.
 """
 
 import threading

@@ -44,6 +44,8 @@ def start_processes(config: RunConfig, device: torch.device) -> ProcessGrid:
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce (half a minute, and a compiler) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = deepspeed.accelerator.get_accelerator().device_name().split(":")[0]
+    assert accelerator == device.type, f"DeepSpeed was imported for {accelerator}, the run is on {device}"
     deepspeed.init_distributed(dist_backend=backend_of(device), verbose=False)
     parallel = config.parallel
     shape = GridShape(
