@@ -1,4 +1,4 @@
-"""A CUDA build of torch, as GPU users install it, on a machine without a GPU: everything is on the device where it should be."""
+"""A CUDA build of torch, as GPU users install it, on a machine without a GPU: every tensor is where it should be."""
 
 import os
 import subprocess
