@@ -30,6 +30,11 @@ def default_device() -> torch.device:
     return indexed(torch.device("cuda")) if num_accelerators() else CPU
 
 
+def first_device() -> torch.device:
+    """What ranks will run on, for a process that must not take memory there itself: CUDA is not initialised."""
+    return torch.device("cuda", 0) if num_accelerators() else CPU
+
+
 def named_device(name: str, key: str) -> torch.device:
     """The device that a user named, such as `cpu`, `cuda` or `cuda:1`.
 
