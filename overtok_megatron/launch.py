@@ -36,7 +36,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     from overtok_megatron.checkpoint.weights_only import starting_point
     from overtok_megatron.data.checks import open_run_data
     from overtok_megatron.kernels.choice import choose_kernels
-    from overtok_megatron.parallel.devices import CPU, default_device, num_accelerators
+    from overtok_megatron.parallel.devices import CPU, first_device, num_accelerators
 
     config = loaded.config
     validate(config, processes, loaded.locate)
@@ -47,7 +47,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         )
     open_run_data(config)
     starting_point(config)
-    choose_kernels(config.training.kernels, default_device() if devices else CPU)  # compiles once, before the ranks do
+    choose_kernels(config.training.kernels, first_device() if devices else CPU)  # compiles once, before the ranks do
     directory = Path(config.training.output_directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)

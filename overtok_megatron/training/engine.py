@@ -20,7 +20,7 @@ from torch import Tensor
 from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import OvertokError
-from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.kernels.choice import choose_adamw
 from overtok_megatron.model.assembly import build_run_layers, build_tables, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.embedding import OverTables
@@ -44,6 +44,8 @@ def start_processes(config: RunConfig, device: torch.device) -> ProcessGrid:
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce (half a minute, and a compiler) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = deepspeed.accelerator.get_accelerator().device_name().split(":")[0]
+    assert accelerator == device.type, f"DeepSpeed was imported for {accelerator}, the run is on {device}"
     deepspeed.init_distributed(dist_backend=backend_of(device), verbose=False)
     parallel = config.parallel
     shape = GridShape(
@@ -142,9 +144,10 @@ class TrainingEngine:
         ]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.optimizer_order = [names[id(parameter)] for parameter in [*decayed, *free]]
-        kernels = choose_kernels(self.config.training.kernels, self.device)
+        offloaded = self.config.parallel.offload_optimizer == "cpu"
+        adamw = choose_adamw(self.config.training.kernels, self.device, offloaded=offloaded)
         # step() sets the rate; until then it is 0, so that nothing DeepSpeed does at start moves a weight
-        return kernels.adamw(groups, 0.0, settings.betas, settings.eps)
+        return adamw(groups, 0.0, settings.betas, settings.eps)
 
     def _collect_tables(self) -> Tensor:
         assert self.tables is not None
