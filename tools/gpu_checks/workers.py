@@ -37,6 +37,7 @@ class _Silent:
 
     why: str
     words: str
+    alive: bool = False
 
 
 def first_line(error: BaseException) -> str:
@@ -58,7 +59,7 @@ def _run(function: Callable[[Context], Result], context: Context) -> Result | _S
     try:
         return function(context)
     except Exception as error:  # whatever a check stumbles over is a line of the table, not the end of the tool
-        return _Silent(f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())
+        return _Silent(f"{type(error).__name__}: {first_line(error)}", traceback.format_exc(), alive=True)
     finally:
         if torch.are_deterministic_algorithms_enabled():  # to ask is quick; to set imports a compiler
             torch.use_deterministic_algorithms(False)
@@ -106,13 +107,14 @@ class Workers:
         answers = self._collect(check.seconds)
         for rank, answer in answers.items():  # in the order in which they came: the cause before those that wait for it
             if not isinstance(answer, Result):
-                self.close()
+                if self._ranks > 1 or self._cuda or not answer.alive:
+                    self.close()  # its device, or the group, may be in any state
                 return _failed(check, begin, answer, rank if self._ranks > 1 else None)
             if answer.passed is False:  # a wrong figure leaves the processes as they were
                 return Outcome(check.name, "failed", answer.figure, answer.limit, _since(begin), numbers=answer.numbers)
         late = [rank for rank in range(self._ranks) if rank not in answers]
         if late:
-            answer = self._silent(late[0], f"no result within its {check.seconds:.0f} s")
+            answer = self._silent(late[0], f"no result within its {check.seconds:g} s")
             self.close()
             return _failed(check, begin, answer, late[0] if self._ranks > 1 else None)
         first = answers[0]
