@@ -240,8 +240,10 @@ def main() -> int:
     verb.add_argument("--tokens", type=int, default=65536, help="positions a step, four look-ups each")
     verb.add_argument("--widths", type=int, nargs="+", default=[64, 256], help="values a row")
     verb.add_argument(
-        "--memory", type=float, help="GiB that all contenders of a case may take together with the process itself; those "
-        "that do not fit are left out (default: four fifths of what is available)"
+        "--memory",
+        type=float,
+        help="GiB that all contenders of a case may take together with the process itself; those "
+        "that do not fit are left out (default: four fifths of what is available)",
     )
     verb.add_argument("--dense-up-to", type=int, default=18, help="largest power for the dense optimizer")
     verb.add_argument("--png", default=None, help="draw the times here")

@@ -17,24 +17,25 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gpu_checks.installation import device_name, versions
+from gpu_checks.installation import versions
 from gpu_checks.listing import all_checks, references
 from gpu_checks.registry import Check, Outcome
 from gpu_checks.workers import Workers
+
 from overtok_megatron.environment import asks_for_cpu
 from overtok_megatron.parallel.devices import num_accelerators
 
-_SECONDS = {False: 600.0, True: 120.0}  # for everything, long and quick
+_SECONDS = {False: 600.0, True: 240.0}  # after which no further check begins, long and quick
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the short form: two minutes instead of ten")
+    parser.add_argument("--quick", action="store_true", help="the short form, meant for two minutes instead of ten")
     parser.add_argument("--processes", type=int, default=1, help="check so many GPUs together (ranks over gloo on CPU)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="checks whose names begin with one of these")
     parser.add_argument("--list", action="store_true", help="print the names of the checks and leave")
     parser.add_argument("--json", type=Path, help="write results, versions and tracebacks to this file")
-    parser.add_argument("--seconds", type=float, help="for all checks together (600, with --quick 120)")
+    parser.add_argument("--seconds", type=float, help="after which no further check begins (600; with --quick 240)")
     parser.add_argument("--folder", help="where scratch files are written (default: the system's temporary folder)")
     options = parser.parse_args(arguments)
     ranks, cuda = options.processes, _uses_cuda()
@@ -53,11 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     folder = Path(tempfile.mkdtemp(prefix="gpu_check-", dir=options.folder))
     try:
-        outcomes = run(checks, ranks, folder, quick=options.quick, limit=options.seconds or _SECONDS[options.quick])
+        device, outcomes = run(
+            checks, ranks, folder, quick=options.quick, limit=options.seconds or _SECONDS[options.quick]
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if options.json is not None:
-        head = {"versions": versions(_uses_cuda()), "processes": ranks, "quick": options.quick}
+        head = {"device": device, "versions": versions(), "processes": ranks, "quick": options.quick}
         records = [asdict(outcome) for outcome in outcomes]
         options.json.write_text(json.dumps(head | {"checks": records}, indent=1) + "\n", encoding="utf-8")
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
@@ -68,12 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
 _STATUSES = ("passed", "failed", "measured", "skipped", "not run")
 
 
-def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: float) -> list[Outcome]:
-    """Run the checks one after the other, with a line each; limit: seconds for all of them."""
+def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: float) -> tuple[str, list[Outcome]]:
+    """Run the checks one after the other, with a line each: the device's name and what came of them.
+
+    limit: seconds for all of them.
+    """
     cuda = _uses_cuda()
-    title = f"{device_name(cuda)}{f', {ranks} processes' if ranks > 1 else ''}"
     width = max(len(check.name) for check in checks)
-    print(f"{title}\n{'check':{width}}  {'':8}  {'figure'} | {'limit'}", flush=True)
     begin, outcomes = time.monotonic(), []
     workers = Workers(ranks, folder, quick=quick, cuda=cuda)
     wanted = references([check for check in checks if check.references], ranks, cuda)
@@ -81,6 +85,9 @@ def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: fl
     try:
         if wanted is not None:
             helper.begin(wanted)
+        workers.start()  # where that fails, the first check says why
+        print(f"{workers.device}{f', {ranks} processes' if ranks > 1 else ''}")
+        print(f"{'check':{width}}  {'':8}  {'figure'} | {'limit'}", flush=True)
         for check in checks:
             outcome = _outcome(check, workers, cuda, limit - (time.monotonic() - begin))
             outcomes.append(outcome)
@@ -89,7 +96,7 @@ def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: fl
     finally:
         workers.close()
         helper.close()
-    return outcomes
+    return workers.device, outcomes
 
 
 def _uses_cuda() -> bool:

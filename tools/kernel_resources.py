@@ -66,7 +66,9 @@ def cases(widths: Sequence[int] = WIDTHS) -> Iterator[Case]:
         for grad, fresh in (("*fp32", True), ("*bf16", False)):
             types = {"grad": grad, "order": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32"}
             constants = {"FRESH": fresh, "WIDTH": width, "COLUMNS": tiles["COLUMNS"]}
-            yield Case(f"add {grad[1:]} w {width}", rows.add_kernel, types, constants, warps=rows.add_warps(tiles["COLUMNS"]))
+            yield Case(
+                f"add {grad[1:]} w {width}", rows.add_kernel, types, constants, warps=rows.add_warps(tiles["COLUMNS"])
+            )
         for stored, more in zip(_FORMATS, ({}, {"index": "*i64"}, {"scale": "*fp32"}), strict=True):
             types = {"weight": stored, "slots": "*i64", "out": "*bf16", "count": "i32"} | more
             constants = {"INDEXED": "index" in more, "SCALED": "scale" in more, **tiles}

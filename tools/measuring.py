@@ -20,9 +20,7 @@ def configuration(overrides: list[str], data: str) -> RunConfig:
     return load_config(path, [f"data.train={data}", "training.output_directory=unused", *overrides]).config
 
 
-def alternate(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, float]:
+def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each, after two warm-up rounds, in turn: the machine's drift hits all alike.
 
     device: on which they work; a call has ended when the device has.

@@ -64,7 +64,9 @@ class Budget:
             return True
         self.left_out[name] = size
         needs, before, limit = (part / 2**30 for part in (size, self._base + self._promised, self.limit))
-        self._words.append(f"{name} left out: {needs:.2f} GiB beside {before:.2f} GiB is more than {limit:.2f} GiB (--memory)")
+        self._words.append(
+            f"{name} left out: {needs:.2f} GiB beside {before:.2f} GiB is more than {limit:.2f} GiB (--memory)"
+        )
         return False
 
     def give_back(self, size: int) -> None:

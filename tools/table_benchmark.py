@@ -233,7 +233,14 @@ def mapped(options: argparse.Namespace) -> dict[str, Any]:
             cold = pool.submit(_from_cold_files, folder, config, prompts, options.new, options.device).result()
         kernels = choose_kernels("auto", options.device).rows
         memory = TableShard(
-            0, space.total_rows, space.width, std=0.0, seed=0, device=options.device, dtype=torch.bfloat16, kernels=kernels
+            0,
+            space.total_rows,
+            space.width,
+            std=0.0,
+            seed=0,
+            device=options.device,
+            dtype=torch.bfloat16,
+            kernels=kernels,
         )
         on_disk = _mapped_shard(folder, config)
         for start in range(0, space.total_rows, 2**16):

@@ -38,7 +38,9 @@ def test_what_does_not_fit_is_left_out_and_named(data: str, capsys: pytest.Captu
     room = need.ours(torch.float32) + need.ours(torch.bfloat16)
     spare = 2**25
     assert need.ours(torch.float32) + need.torch_tables(sparse=True) > room + 2 * spare
-    assert "SparseAdam" in tables(options(data, None))["cases"]["w 64, 2^15, text"]["seconds"]  # nor does it fit by chance
+    assert (
+        "SparseAdam" in tables(options(data, None))["cases"]["w 64, 2^15, text"]["seconds"]
+    )  # nor does it fit by chance
     capsys.readouterr()
     cases = tables(options(data, (held(CPU) + room + spare) / 2**30))["cases"]
     said = capsys.readouterr().out

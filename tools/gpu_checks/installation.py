@@ -36,8 +36,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def versions(cuda: bool) -> dict[str, Any]:
-    """Of packages, libraries, driver and this tree, and what the machine is."""
+def versions() -> dict[str, Any]:
+    """Of packages, libraries, driver and this tree. Takes no memory of a device."""
     found: dict[str, Any] = {name: _version(name) for name in _SEEN}
     found |= {
         "python": platform.python_version(),
@@ -47,13 +47,12 @@ def versions(cuda: bool) -> dict[str, Any]:
         "commit": _output("git", "rev-parse", "HEAD"),
         "changed": bool(_output("git", "status", "--porcelain")),
         "devices": num_accelerators(),
-        "device": device_name(cuda),
     }
     return found
 
 
 def device_name(cuda: bool) -> str:
-    """The card, or the processor."""
+    """The card, or the processor; a process that asks for the card takes memory of it."""
     if cuda:
         return torch.cuda.get_device_name()
     try:
@@ -82,7 +81,7 @@ def installation(context: Context) -> Result:
     """Requirements are met, DeepSpeed imports, and rows have the kernels that belong to the device."""
     import deepspeed
 
-    found = versions(context.cuda)
+    found = versions()
     problems = [f"{name} {have or 'is missing'} (needs {wanted})" for name, have, wanted in _requirements()]
     rows = type(choose_kernels("auto", context.device).rows)
     if context.cuda and rows is RowKernels:

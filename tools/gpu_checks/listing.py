@@ -64,7 +64,11 @@ def all_checks(ranks: int) -> list[Check]:
 
 def references(checks: list[Check], ranks: int, cuda_sizes: bool) -> References | None:
     """What the CPU process has to compute for these checks; None = nothing."""
-    models = [WAYS[name.removeprefix("training: ")].model for name in (check.name for check in checks) if name[:9] == "training:"]
+    models = [
+        WAYS[name.removeprefix("training: ")].model
+        for name in (check.name for check in checks)
+        if name[:9] == "training:"
+    ]
     models += ["plain" for check in checks if check.name.startswith("layout:")]
     cases: dict[str, Settings] = {name: MODELS[name] for name in dict.fromkeys(models)}
     return References(cases, ranks, cuda_sizes) if cases else None

@@ -1,9 +1,10 @@
 """Speed of a model of the 1B class: tokens/s, model FLOPs utilisation, what over-encoding costs, where the time goes."""
 
-import gc
 import json
+import math
 import statistics
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,39 @@ from overtok_megatron.training.metrics import peak_memory
 from overtok_megatron.training.peaks import peak_flops
 
 _ROWS = 12_800_000  # of each of four tables
-_ACTIVATIONS = 18 * 2**30  # bytes that 8,192 tokens of this shape need at most, beside the model's state
+_ACTIVATIONS = 26 * 2**30  # bytes that 8,192 tokens of 16 layers may need, with the engine's buffers, beside the state
+_LAYERS = (16, 8, 4, 2)
 _TOP = 5
 
 
 def _shape(context: Context, vocabulary: int) -> Settings:
-    """d 2048, 16 layers, sequences of 4096; 4 layers in the quick form; something tiny on the CPU."""
+    """d 2048, sequences of 4096, 16 layers or as many of `_LAYERS` as leave a tenth of the device's memory for tables; 4 in
+    the quick form; something tiny on the CPU."""
     if not context.cuda:
         return {
             "model.vocab_size": vocabulary // 100, "model.hidden_size": 32, "model.intermediate_size": 64,
             "model.num_layers": 2, "model.num_attention_heads": 2, "data.seq_length": 32,
             "training.micro_batch_size": 2, "training.global_batch_size": 2,
         }  # fmt: skip
-    return {
+    settings: Settings = {
         "model.vocab_size": vocabulary, "model.hidden_size": 2048, "model.intermediate_size": 8192,
-        "model.num_layers": 4 if context.quick else 16, "model.num_attention_heads": 16, "data.seq_length": 4096,
+        "model.num_attention_heads": 16, "data.seq_length": 4096,
         "training.micro_batch_size": 2, "training.global_batch_size": 2,
     }  # fmt: skip
+    room = 0.9 * free_memory(context)
+    for layers in _LAYERS[2:] if context.quick else _LAYERS:
+        settings["model.num_layers"] = layers
+        if bytes_per_rank(configuration(settings, 1), 1).total + _ACTIVATIONS * layers / 16 < room:
+            break
+    return settings
 
 
 def _tables(context: Context, dense: RunConfig) -> Settings:
     """Four tables of 12.8 M rows of 512, or of as many as the device's memory leaves room for; rows begin at zero."""
     rows = 3001
     if context.cuda:
-        room = free_memory(context) - bytes_per_rank(dense, 1).total - _ACTIVATIONS
+        taken = bytes_per_rank(dense, 1).total + _ACTIVATIONS * dense.model.num_layers / 16
+        room = free_memory(context) - taken
         rows = min(_ROWS, int(room * 0.9) // (4 * (512 * 2 + 2 + 1)))
         if rows < 100_000:
             raise RuntimeError(f"{max(0, room) / 2**30:.1f} GiB are left for tables beside the model")
@@ -66,36 +76,22 @@ class Model:
         if self.tables:
             settings |= _tables(context, configuration(settings, 1))
         config = configuration(settings, 1)
-        trainer = engine_of(context, config)
-        parts = [own_part(trainer, batch) for batch in made_tokens(context, config, 4)]
-        rounds = 3 if context.quick or not context.cuda else 6
-        times, losses = [], []
-        for turn in range(2 + rounds):
-            begin = time.perf_counter()
-            losses.append(trainer.step(parts[turn % len(parts)], 1e-4).loss)  # its loss is read: the device is done
-            times.append(time.perf_counter() - begin)
-        seconds = statistics.median(times[2:])
-        top, idle = _profiled(context, lambda: trainer.step(parts[0], 1e-4))
+        speed = _speed(context, config)
         peak = peak_flops(context.device, torch.bfloat16)
-        rate = config.training.global_batch_size * config.data.seq_length / seconds
+        rate = config.training.global_batch_size * config.data.seq_length / speed.seconds
         reached = rate * flops_per_token(config)
-        numbers = {
-            "step_seconds": seconds, "tokens_per_second": rate, "flops": reached, "peak_flops": peak.flops,
-            "peak_source": peak.source, "utilisation": reached / peak.flops, "kernels": top, "idle_share": idle,
-            "losses": losses, "parameters": parameter_counts(config).total, "peak_bytes": peak_memory(context.device),
+        ratio = self._ratio(context.folder, speed.seconds)
+        words = [f"{config.model.num_layers} layers, {rate:,.0f} tokens/s, {reached / 1e12:.4g} TFLOP/s"]
+        words += [f"MFU {reached / peak.flops:.1%}, {speed.peak_bytes / 2**30:.1f} GiB"]
+        words += [] if speed.idle is None else [f"idle {speed.idle:.1%}"]
+        words += [f"{config.over_encoding.table_rows:,} rows x 4"] if self.tables else []
+        words += [] if ratio is None else [f"step {ratio:.2f} x without tables"]
+        numbers = asdict(speed) | {
+            "tokens_per_second": rate, "flops": reached, "peak_flops": peak.flops, "peak_source": peak.source,
+            "utilisation": reached / peak.flops, "ratio": ratio, "parameters": parameter_counts(config).total,
             "table_rows": config.over_encoding.table_rows or 0,
         }  # fmt: skip
-        del trainer
-        gc.collect()
-        words = [f"{rate:,.0f} tokens/s", f"{reached / 1e12:.4g} TFLOP/s", f"MFU {reached / peak.flops:.1%}"]
-        words += [f"{numbers['peak_bytes'] / 2**30:.1f} GiB"] + ([] if idle is None else [f"idle {idle:.1%}"])
-        numbers["ratio"] = self._ratio(context.folder, seconds)
-        if self.tables:
-            words += [f"{config.over_encoding.table_rows:,} rows x 4"]
-            words += [] if numbers["ratio"] is None else [f"step {numbers['ratio']:.2f} x without tables"]
-        assert all(loss == loss for loss in losses), "a loss is NaN"
-        limit = f"{peak.flops / 1e12:.4g} TFLOP/s ({peak.source})"
-        return Result(None, ", ".join(words), limit, numbers)
+        return Result(None, ", ".join(words), f"{peak.flops / 1e12:.4g} TFLOP/s ({peak.source})", numbers)
 
     def _ratio(self, folder: Path, seconds: float) -> float | None:
         """Step time with tables over that without, of which a file tells; None without it."""
@@ -104,6 +100,33 @@ class Model:
             path.write_text(json.dumps(seconds), encoding="utf-8")
             return None
         return seconds / float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """seconds: median of a step. kernels: those that took longest in one step. idle: share of it that the device waited."""
+
+    seconds: float
+    losses: list[float]
+    peak_bytes: int
+    kernels: list[dict[str, Any]]
+    idle: float | None
+
+
+def _speed(context: Context, config: RunConfig) -> Speed:
+    """Time some steps after two that are not counted, then profile one."""
+    trainer = engine_of(context, config)
+    parts = [own_part(trainer, batch) for batch in made_tokens(context, config, 4)]
+    rounds = 3 if context.quick or not context.cuda else 6
+    times, losses = [], []
+    for turn in range(2 + rounds):
+        begin = time.perf_counter()
+        losses.append(trainer.step(parts[turn % len(parts)], 1e-4).loss)  # its loss is read: the device is done
+        times.append(time.perf_counter() - begin)
+    assert all(math.isfinite(loss) for loss in losses), f"a loss is not finite: {losses}"
+    peak = peak_memory(context.device)
+    top, idle = _profiled(context, lambda: trainer.step(parts[0], 1e-4))
+    return Speed(statistics.median(times[2:]), losses, peak, top, idle)
 
 
 def _profiled(context: Context, work: Any) -> tuple[list[dict[str, Any]], float | None]:

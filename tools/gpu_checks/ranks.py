@@ -51,12 +51,10 @@ class OnRanks:
 
     def __call__(self, context: Context) -> Result:
         settings = dict(LAYOUTS[self.name].settings)
-        if settings.get("parallel.pipeline_parallel_size", 1) > 1 and context.batch >= 2 * context.ranks:
+        if settings.get("parallel.pipeline_parallel_size", 1) > 1:
             settings["micro_batches"] = 2
         losses = losses_of(context, small_configuration(context, context.cuda, settings))
         bf16 = settings | {"training.precision": "bf16"}
-        if self.name == "data, zero 0":
-            bf16["micro_batches"] = 1
         narrow = losses_of(context, small_configuration(context, context.cuda, bf16))
         return compared(losses, narrow, reference_losses(context, "plain"), _LAYOUT_ERROR)
 

@@ -4,6 +4,7 @@ Shapes: m rows of a table, w their width, N look-ups, U distinct rows of them.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,7 +66,9 @@ def large_table(context: Context) -> Result:
     kernels, plain = choose_kernels("auto", device).rows, RowKernels()
     for order in (None, kernels.order(index, rows)):  # the table's own numbers as slots
         gathered = kernels.gather(table, None, index, torch.bfloat16, order)
-        assert torch.equal(gathered, plain.gather(table, None, index, torch.bfloat16)), "a row that was looked up is wrong"
+        assert torch.equal(gathered, plain.gather(table, None, index, torch.bfloat16)), (
+            "a row that was looked up is wrong"
+        )
     copy = TableRows(table.weight.clone(), None, table.first, None if table.flags is None else table.flags.clone())
     grad = torch.randn(index.numel(), _WIDTH, generator=generator).to(device)
     sums = [torch.ones(rows, device=device) for _ in range(2)]
@@ -99,40 +102,44 @@ def _compare_updated(table: TableRows, expected: TableRows, index: Tensor) -> fl
 
 def row_speed(context: Context) -> Result:
     """GB/s of look-ups, sums and updates at three widths, beside a copy."""
-    device, kernels = context.device, choose_kernels("auto", context.device).rows
-    limit, numbers, words = copy_rate(context), {}, []
+    limit = copy_rate(context)
+    numbers: dict[str, float] = {"copy": limit}
+    words = []
     for width in (64, 256, 512):
-        rows, count = (2**31 // width, 2**25 // width) if context.cuda else (4096, 2048)
-        if context.cuda:
-            rows = min(rows, free_memory(context) // (16 * width))
-        table = TableRows(torch.zeros(rows, width, dtype=torch.bfloat16, device=device), None, 0, None)
-        generator = torch.Generator().manual_seed(width)
-        ids = torch.randint(0, rows, (count,), generator=generator).to(device)
-        found = kernels.unique(ids, rows)
-        unique = found.ids.numel()
-        grad = torch.randn(count, width, generator=generator).to(device, torch.bfloat16)
-        sums, state = Sums.empty(unique, width, device), {"square_sum": torch.zeros(rows, device=device)}
-        kernels.add(sums, found.order, grad, fresh=True)
-        work: dict[str, tuple[Callable[[], object], float]] = {  # and the bytes that it cannot avoid
-            "look-ups": (
-                lambda t=table, f=found: kernels.gather(t, f.ids, f.slots, torch.bfloat16, f.order),  # type: ignore[misc]
-                width * (2 * unique + 2 * count) + 8 * count,
-            ),
-            "sums": (
-                lambda s=sums, f=found, g=grad: kernels.add(s, f.order, g, fresh=True),  # type: ignore[misc]
-                width * (2 * count + 4 * unique) + 8 * count,
-            ),
-            "update": (
-                lambda t=table, x=state, f=found, s=sums: kernels.update(t, x, f.ids, s.total, _STEP),  # type: ignore[misc]
-                width * (2 + 2 + 4) * unique,
-            ),
-        }
-        rates = {name: size / seconds_of(call, device) for name, (call, size) in work.items()}
+        rates = _rates(context, width)
         numbers |= {f"{name}, w {width}": rate for name, rate in rates.items()}
         words.append(f"w {width}: " + " ".join(f"{rate / 1e9:.0f}" for rate in rates.values()))
-    return Result(
-        None, "look-ups, sums, update GB/s: " + "; ".join(words), f"{limit / 1e9:.0f} (copy)", numbers | {"copy": limit}
-    )
+    return Result(None, "look-ups, sums, update GB/s: " + "; ".join(words), f"{limit / 1e9:.0f} (copy)", numbers)
+
+
+def _rates(context: Context, width: int) -> dict[str, float]:
+    """Bytes/s of each kernel, by the bytes that it cannot avoid; rows of 2 bytes a value, uniform look-ups."""
+    device, kernels = context.device, choose_kernels("auto", context.device).rows
+    rows, count = 4096, 2048
+    if context.cuda:
+        rows, count = min(2**31, free_memory(context) // 16) // width, 2**28 // width
+    table = TableRows(torch.zeros(rows, width, dtype=torch.bfloat16, device=device), None, 0, None)
+    ids = torch.randint(0, rows, (count,), generator=torch.Generator().manual_seed(width)).to(device)
+    found = kernels.unique(ids, rows)
+    unique = found.ids.numel()
+    grad = torch.randn(count, width, device=device, dtype=torch.bfloat16)
+    sums, state = Sums.empty(unique, width, device), {"square_sum": torch.zeros(rows, device=device)}
+    kernels.add(sums, found.order, grad, fresh=True)
+    work: dict[str, tuple[Callable[[], object], float]] = {
+        "look-ups": (
+            partial(kernels.gather, table, found.ids, found.slots, torch.bfloat16, found.order),
+            width * (2 * unique + 2 * count) + 8 * count,
+        ),
+        "sums": (
+            partial(kernels.add, sums, found.order, grad, fresh=True),
+            width * (2 * count + 4 * unique) + 8 * count,
+        ),
+        "update": (
+            partial(kernels.update, table, state, found.ids, sums.total, _STEP),
+            width * (2 + 2 + 4) * unique,
+        ),
+    }
+    return {name: size / seconds_of(call, device) for name, (call, size) in work.items()}
 
 
 def hot_row(context: Context) -> Result:
@@ -147,7 +154,7 @@ def hot_row(context: Context) -> Result:
     times, worst = {}, 0.0
     for name, slots in (("even", even), ("hot", hot)):
         order, sums = kernels.order(slots.to(device), unique), Sums.empty(unique, _WIDTH, device)
-        times[name] = seconds_of(lambda s=sums, o=order: kernels.add(s, o, grad, fresh=True), device)  # type: ignore[misc]
+        times[name] = seconds_of(partial(kernels.add, sums, order, grad, fresh=True), device)
         exact = torch.zeros(unique, _WIDTH, dtype=torch.float64, device=device)
         exact.index_add_(0, slots.to(device), grad.double())
         size = torch.zeros_like(exact).index_add_(0, slots.to(device), grad.double().abs())

@@ -19,8 +19,8 @@ def save(context: Context) -> Result:
     from overtok_megatron.training.saving import in_background
 
     width, rows = 512, 4001
-    if context.cuda:  # 1 GB, or 8 GB in the long form, or a quarter of what is free
-        rows = int(min((1 if context.quick else 8) * 2**30, free_memory(context) // 4)) // (4 * width * 2)
+    if context.cuda:  # 1 GiB, or 4 GiB in the long form, or a quarter of what is free
+        rows = int(min((1 if context.quick else 4) * 2**30, free_memory(context) // 4)) // (4 * width * 2)
     config = configuration(
         {
             "model.vocab_size": 8192 if context.cuda else 320, "model.hidden_size": 512 if context.cuda else 32,

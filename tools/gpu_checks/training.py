@@ -1,4 +1,4 @@
-"""Small training runs: their configuration, a few optimizer steps of it, and the losses of a CPU process beside which they stand.
+"""Small training runs: their configuration, a few optimizer steps of it, and the losses of a CPU process beside them.
 
 Shapes: B sequences per step over all ranks, A micro-batches, b micro batch, s sequence.
 """
@@ -77,7 +77,7 @@ def small_configuration(context: Context, cuda_sizes: bool, settings: Settings) 
     cuda_sizes: of the device that is checked, also where the CPU computes what it is compared with.
     """
     shape = _SHAPE | (_CUDA_SHAPE if cuda_sizes else {})
-    given = {"training.precision": "fp32"} | shape | settings
+    given: Settings = {"training.precision": "fp32"} | shape | settings
     others = [given.get(f"parallel.{axis}_parallel_size", 1) for axis in ("tensor", "pipeline", "context")]
     copies = context.ranks // (others[0] * others[1] * others[2])
     micro_batches = given.pop("micro_batches", 1)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from gpu_checks.installation import device_name
 from gpu_checks.registry import Check, Context, Outcome, Result, Status
 from overtok_megatron.environment import VISIBLE, rank_environment, restore_visible_devices
 from overtok_megatron.launch import free_port
@@ -72,7 +73,7 @@ def _work(pipe: Connection, rank: int, ranks: int, folder: Path, quick: bool, lo
     os.dup2(output, 2)
     tqdm.set_lock(threading.RLock())  # its own default is a semaphore of the system, which outlives a killed process
     context = Context(local_device(rank), folder, quick, ranks, rank)
-    pipe.send(None)
+    pipe.send(device_name(context.cuda))
     while True:
         try:
             function = pipe.recv()
@@ -91,6 +92,7 @@ class Workers:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._started = 0
+        self.device = ""  # its name, once the processes have started
 
     def run(self, check: Check) -> Outcome:
         """Run one check on all ranks and wait for it, at most its seconds."""
@@ -150,9 +152,10 @@ class Workers:
         answers = self._collect(_START_SECONDS)
         late = f"its process did not start within {_START_SECONDS:.0f} s"
         silent = [self._silent(rank, late) for rank in range(self._ranks) if rank not in answers]
-        return [answer for answer in answers.values() if answer is not None] + silent
+        self.device = next((name for name in answers.values() if isinstance(name, str)), self.device)
+        return [answer for answer in answers.values() if not isinstance(answer, str)] + silent
 
-    def begin(self, function: Callable[[Context], Result]) -> None:
+    def begin(self, function: Callable[[Context], None]) -> None:
         """Start a function on all ranks without waiting for it."""
         if not self.start():
             for pipe in self._pipes:
