@@ -115,7 +115,7 @@ def host_bits(context: Context) -> Result:
     found = []
     for storage in ("device", "host"):
         config = small_configuration(
-            context, context.cuda, {"over_encoding.storage": storage, "training.deterministic": True}
+            context, context.cuda, {"over_encoding.storage": storage, "training.deterministic": context.cuda}
         )
         trainer = engine_of(context, config)
         losses = train_steps(trainer, made_tokens(context, config, STEPS + 2))

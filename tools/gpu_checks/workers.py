@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -105,7 +106,8 @@ class Workers:
             return _failed(check, begin, dead[0], None)
         begin = time.perf_counter()
         for pipe in self._pipes:
-            pipe.send(check.function)
+            with suppress(ConnectionError):  # of a process that has died since: its answer is that it did
+                pipe.send(check.function)
         answers = self._collect(check.seconds)
         for rank, answer in answers.items():  # in the order in which they came: the cause before those that wait for it
             if not isinstance(answer, Result):
