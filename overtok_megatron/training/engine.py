@@ -20,7 +20,7 @@ from torch import Tensor
 
 from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.errors import OvertokError
+from overtok_megatron.errors import DivergedError
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.assembly import build_run_layers, build_tables, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
@@ -162,7 +162,7 @@ class TrainingEngine:
     def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
         """One optimizer step on this pipeline's tokens [A, b, s + 1] int64.
 
-        Raises OvertokError where the gradient norm is not finite; nothing is saved after that.
+        Raises DivergedError, on every rank, where the gradient norm is not finite; nothing of this state is to be saved.
         """
         assert tokens.shape[0] == self.micro_batches
         inputs, targets = tokens[..., :-1], tokens[..., 1:]  # [A, b, s]
@@ -178,7 +178,7 @@ class TrainingEngine:
             routed = [figures for _, figures in done if figures is not None]
         grad_norm, table_norm, factor = self.norm.finish()
         if not torch.isfinite(torch.tensor(grad_norm)):
-            raise OvertokError(
+            raise DivergedError(
                 f"gradient norm is {grad_norm} at optimizer step {self.engine.global_steps}: stopped before"
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )

@@ -26,6 +26,7 @@ from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.scores import validation_figures, validation_losses
+from overtok_megatron.errors import CheckpointError, DivergedError
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.training import metrics
@@ -33,7 +34,7 @@ from overtok_megatron.training.engine import StepResult, TrainingEngine, local_d
 from overtok_megatron.training.metrics import Reporter
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.state import load_state, load_weights
+from overtok_megatron.training.state import agree, load_state, load_weights
 from overtok_megatron.training.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class TrainingRun:
             for step in range(begin, self.total_steps):
                 done = step + 1
                 with tracer.step(done, self.grid.rank):
-                    values, stop = self._one_step(step)
+                    values, stop = self._one_step_or_leave(step)
                 if self._due(done, self.config.training.validation_interval) and self.data.validation:
                     values |= self._validate()
                     values |= self._table_figures()
@@ -141,23 +142,39 @@ class TrainingRun:
         return done == self.total_steps or (interval is not None and done % interval == 0)
 
     def _resume(self) -> int:
-        if self.first:
-            for name in self.store.clean():
-                log.warning("removed %s, which an interrupted save left behind", name)
-        dist.barrier()
-        start = starting_point(self.config)
+        root = self.store.root
+        for name in agree(lambda: self.store.clean() if self.first else [], root):
+            log.warning("removed %s, which an interrupted save left behind", name)
+        start = agree(lambda: starting_point(self.config), root)
         if start is None:
             return 0
         path, fresh = start.path, start.fresh
         manifest = load_weights(self.trainer, path) if fresh else load_state(self.trainer, path)
         if manifest.tokenizer_fingerprint != self.data.tokenizer_fingerprint:
             self.data.refuse_tokenizer(path)
+        if not fresh and manifest.eod_id != self.data.eod_id:
+            raise CheckpointError(
+                f"{path}: documents end with token {manifest.eod_id} there and with {self.data.eod_id} in this run; set "
+                "tokenizer.eod_token as it was, or start a new run from it by training.initial_checkpoint"
+            )
         if self.first:
             log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
         if fresh:
             return 0
         self.consumed = manifest.consumed_samples
         return manifest.step
+
+    def _one_step_or_leave(self, step: int) -> tuple[dict[str, float], bool]:
+        """As `_one_step`; a run that diverges completes the checkpoint that is being written, for it is older and sound."""
+        try:
+            return self._one_step(step)
+        except DivergedError:
+            try:
+                self.saver.finish()
+            except CheckpointError as error:
+                if self.first:
+                    log.error("%s", error)
+            raise
 
     def _one_step(self, step: int) -> tuple[dict[str, float], bool]:
         """Train one step: what to report, and whether to stop after it."""

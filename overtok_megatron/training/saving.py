@@ -211,13 +211,7 @@ class Saver:
         digests = {name: file_digest(folder / name) for name in files}
         if write_tables is not None:
             digests |= write_tables()
-        notes = folder / _NOTES
-        notes.mkdir(exist_ok=True)
-        aside = (
-            folder / f"{_NOTES}-{self._rank}"
-        )  # outside: the first rank takes the folder away once it has seen all notes
-        aside.write_text(json.dumps(digests), encoding="utf-8")
-        os.replace(aside, notes / f"{self._rank}.json")
+        leave_note(folder, self._rank, digests)
         if self._rank == 0:
             self._publish(folder, manifest, begin)
 

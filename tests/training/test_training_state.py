@@ -3,15 +3,22 @@
 import json
 import os
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed_harness import run_ranks
 from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
+from trained_runs import TrainedRuns
+from trained_runs import configuration as tiny_run
 
-from overtok_megatron.checkpoint.store import CheckpointStore
+from overtok_megatron.checkpoint.store import CheckpointStore, Digest
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.errors import CheckpointError, OvertokError
+from overtok_megatron.training import loop, saving, state
 from overtok_megatron.training.engine import TrainingEngine, start_processes
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
@@ -101,6 +108,88 @@ def test_notes_may_be_taken_away_the_moment_they_are_there(tmp_path: Path, monke
     leave_note(tmp_path, 1, {"tables/rows": (64, "5e")})
     assert read == [("1.json", {"tables/rows": [64, "5e"]})]
     assert list(tmp_path.iterdir()) == []
+
+
+def noted_ranks(folder: Path) -> list[int]:
+    """One rank's work: a save, and which ranks' notes were left by the function that the test above looks at."""
+    noted, leave = [], saving.leave_note
+    saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
+    config = configuration(CASES[1])
+    trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+    saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
+    saver.save(1, 0)
+    saver.finish()
+    return noted
+
+
+def one_rank_fails(folder: Path) -> list[str]:
+    """One rank's work: what each says where the second alone cannot read its rows, or the checkpoint at all."""
+    config = configuration(CASES[1])
+    trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+    path = CheckpointStore(folder).latest()
+    assert path is not None
+    said = []
+    for name in ("load_tables", "read_manifest"):
+        for error in (CheckpointError("rows are missing"), OSError(5, "Input/output error")):
+            real = getattr(state, name)
+
+            def fail(*_: object, real: Any = real, error: Exception = error) -> Any:
+                if trainer.grid.rank == 1:
+                    raise error
+                return real(*_)
+
+            setattr(state, name, fail)
+            with pytest.raises(CheckpointError) as caught:
+                load_state(trainer, path)
+            said.append(str(caught.value))
+            setattr(state, name, real)
+    load_state(trainer, path)
+    return said
+
+
+def test_every_rank_leaves_a_note_and_hears_of_a_failure_of_another(tmp_path: Path) -> None:
+    assert run_ranks(2, noted_ranks, tmp_path) == [[0], [1]]
+    first, second = run_ranks(2, one_rank_fails, tmp_path)
+    assert first == second
+    for message in first[::2]:
+        assert message == "rows are missing"
+    for message in first[1::2]:
+        assert "rank 1 failed" in message and "Input/output error" in message
+
+
+def diverging_run(config: RunConfig) -> tuple[str, str]:
+    """One rank's work: what it says, and the latest checkpoint then. The disk is slow, and a weight gets lost in step 3."""
+    config_folder = Path(config.training.output_directory)
+    config_folder.mkdir(exist_ok=True)
+    training = loop.TrainingRun(config, 1)
+    digest, one_step = saving.file_digest, training._one_step
+
+    def slow_digest(path: Path) -> Digest:
+        time.sleep(1.0)
+        return digest(path)
+
+    def damaging_step(step: int) -> Any:
+        if step == 2:
+            weights = next(iter(training.trainer.engine.module.parameters()))
+            weights.data.fill_(float("nan"))
+        return one_step(step)
+
+    saving.file_digest = slow_digest
+    training._one_step = damaging_step  # type: ignore[method-assign]
+    try:
+        training.run()
+    except OvertokError as error:
+        return str(error), (config_folder / "checkpoints/latest").read_text()
+    raise AssertionError("it went on")
+
+
+def test_a_run_that_diverges_completes_the_checkpoint_under_way(trained_runs: TrainedRuns, tmp_path: Path) -> None:
+    values = tiny_run(trained_runs.folder, "fp32").model_dump()
+    values["training"] |= {"output_directory": str(tmp_path / "run"), "global_batch_size": 16, "train_iters": 5}
+    values["checkpoint"] |= {"interval": 2}
+    for message, latest in run_ranks(2, diverging_run, RunConfig.model_validate(values)):
+        assert message.startswith("gradient norm is ") and "at optimizer step 3: stopped" in message
+        assert latest == "step_00000002"
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
