@@ -17,27 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from overtok_megatron.checkpoint.dense import save_dense
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
-from overtok_megatron.training.state import gather, layout_of
+from overtok_megatron.training.state import layout_of
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
 
-def in_background(work: Callable[[], Any]) -> threading.Thread:
-    """Run `work` on a thread that gets the processor when training leaves it idle."""
+def in_background(work: Callable[[], Any], device: torch.device) -> threading.Thread:
+    """Run `work` on a thread that gets the processor when training leaves it idle; device: of what it reads."""
 
     def run() -> None:
         with suppress(OSError, AttributeError):  # a thread's own priority is a thing of Linux
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        make_current(device)
         work()
 
     thread = threading.Thread(target=run, name="save", daemon=True)
@@ -72,7 +73,7 @@ class Saver:
         self.store = store
         self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint}
         self._published = published
-        self._rank = dist.get_rank()
+        self._rank = trainer.grid.rank
         self._writer: TableWriter | None = None
         if trainer.tables is not None:
             self._writer = TableWriter(trainer.tables, trainer.config.checkpoint.incremental)
@@ -103,7 +104,7 @@ class Saver:
                 self.trainer.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
 
         self._abandoned.clear()
-        self._thread = in_background(complete)
+        self._thread = in_background(complete, self.trainer.device)
         if not self.trainer.config.checkpoint.asynchronous:
             self.finish()
 
@@ -113,7 +114,7 @@ class Saver:
             return
         if self._rank > 0:
             self._thread.join()
-        if any(gather(self._failure if self._rank > 0 else None)):
+        if any(self.trainer.grid.gather_objects(self._failure if self._rank > 0 else None)):
             self._abandoned.set()  # the first rank waits for a note that does not come
         self._thread.join()
         self._thread = None
@@ -129,7 +130,7 @@ class Saver:
         return None
 
     def _agree(self, failure: str | None) -> None:
-        failures = [(rank, text) for rank, text in enumerate(gather(failure)) if text]
+        failures = [(rank, text) for rank, text in enumerate(self.trainer.grid.gather_objects(failure)) if text]
         if not failures:
             return
         if self._writer is not None:
@@ -137,7 +138,7 @@ class Saver:
         if self._rank == 0:
             with suppress(OSError):
                 self.store.discard(self._step)
-        dist.barrier()
+        self.trainer.grid.wait_for_all()
         rank, text = failures[0]
         raise CheckpointError(
             f"could not save step {self._step} on rank {rank}: {text}; the previous checkpoint is intact, "
@@ -152,13 +153,13 @@ class Saver:
         writes = trainer.grid.place("data") == trainer.grid.place("context") == 0
         self._agree(self._guarded(lambda: written.append(self._write_dense(folder, dense))) if writes else None)
         files = trainer.engine_files
-        files.failure = None
+        files.failure, files.written = None, []
         try:
             trainer.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, client_state=extras, save_latest=False)
         except WRITE_ERRORS as error:  # what DeepSpeed writes beside its checkpoint engine
             files.failure = files.failure or reason(error)
         self._agree(files.failure)
-        return written
+        return [*written, *(path.relative_to(folder).as_posix() for path in files.written)]
 
     def _write_dense(self, folder: Path, dense: dict[str, torch.Tensor]) -> str:
         parameters = dict(self.trainer.model.named_parameters())
@@ -176,7 +177,7 @@ class Saver:
         """What goes into DeepSpeed's files for readers of them: `ds_to_universal`, and a resume on another layout."""
         own: dict[str, int | None] = {name: None for name, _ in self.trainer.model.named_parameters()}
         everyone: dict[str, int | None] = {}
-        for names in gather(own | self._splits()):
+        for names in self.trainer.grid.gather_objects(own | self._splits()):
             everyone |= names
         # the names for dimension 1 and for whole copies; any other is told as one part of a shape, cut evenly along it
         kinds = {"parameter_with_row_parallelism_patterns": 1, "tp_replicated_parameter_patterns": None}
@@ -195,7 +196,7 @@ class Saver:
                 shape = [*shard.full_shape[: shard.dim], 1, *shard.full_shape[shard.dim + 1 :]]
                 own[name] = {"patterns": [f"^{re.escape(name)}$"], "shape": shape, "partition_dim": shard.dim}
         everyone: dict[str, dict[str, Any]] = {}
-        for found in gather(own):
+        for found in self.trainer.grid.gather_objects(own):
             everyone |= found
         return list(everyone.values())
 
@@ -218,7 +219,7 @@ class Saver:
     def _publish(self, folder: Path, manifest: dict[str, Any], begin: float) -> None:
         """Wait for all notes, then make the checkpoint visible."""
         files: dict[str, Digest] = {}
-        for rank in range(dist.get_world_size()):
+        for rank in range(self.trainer.grid.shape.world_size):
             note = folder / _NOTES / f"{rank}.json"
             while not note.is_file():  # a rank that dies ends the run, and this thread with it
                 if self._abandoned.wait(0.02):
@@ -228,7 +229,7 @@ class Saver:
         shutil.rmtree(folder / _NOTES)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if name not in files:  # DeepSpeed's
+            if name not in files:  # small ones that DeepSpeed writes by itself
                 files[name] = file_digest(path)
         layout, config = layout_of(self.trainer), self.trainer.config.model_dump(mode="json")
         path = self.store.publish(Manifest(config=config, layout=layout, files=files, **manifest))

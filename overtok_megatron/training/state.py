@@ -5,10 +5,9 @@ All functions are collectives: every rank calls them, and every rank learns of a
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_engine_files
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
@@ -18,6 +17,7 @@ from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_fi
 from overtok_megatron.checkpoint.tables import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_tables
 from overtok_megatron.errors import CheckpointError, OvertokError
+from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.sharding import shard_of
 from overtok_megatron.training.dense_state import load_engine_file, set_parameter_state
 from overtok_megatron.training.engine import TrainingEngine
@@ -25,13 +25,6 @@ from overtok_megatron.training.engine_files import READ_ERRORS, reason
 
 T = TypeVar("T")
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
-
-
-def gather(value: Any) -> list[Any]:
-    """One object from every rank, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def layout_of(trainer: TrainingEngine) -> dict[str, int]:
@@ -53,15 +46,15 @@ def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
     the first difference of the model, or the first damaged file.
     """
     config = trainer.config.model_dump(mode="json")
-    manifest = _manifest(path, lambda found: check_continuable(config, found, path))
-    agree(lambda: _verify(path, manifest, list(manifest.files)), path)
+    manifest = _manifest(trainer.grid, path, lambda found: check_continuable(config, found, path))
+    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, list(manifest.files)), path)
     if same_engine_files(config, layout_of(trainer), manifest):
         _load_engine_files(trainer, path)
     else:
         _load_other_layout(trainer, path, manifest)
     tables = trainer.tables
     if tables is not None:
-        agree(lambda: load_tables(path, tables), path)
+        agree(trainer.grid, lambda: load_tables(path, tables), path)
     return manifest
 
 
@@ -73,9 +66,9 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
     """
     config = trainer.config.model_dump(mode="json")
     other_way = "start from another training.initial_checkpoint"
-    manifest = _manifest(path, lambda found: check_same_model(config, found, path, other_way))
+    manifest = _manifest(trainer.grid, path, lambda found: check_same_model(config, found, path, other_way))
     names = [name for name in manifest.files if name.startswith((DENSE, TABLES))]
-    agree(lambda: _verify(path, manifest, names), path)
+    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, names), path)
     parameters = dict(trainer.model.named_parameters())
     shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
     ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
@@ -88,11 +81,11 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
         if trainer.tables is not None:
             load_tables(path, trainer.tables, weights_only=True)
 
-    agree(read, path)
+    agree(trainer.grid, read, path)
     return manifest
 
 
-def agree(work: Callable[[], T], place: Path) -> T:
+def agree(grid: ProcessGrid, work: Callable[[], T], place: Path) -> T:
     """What `work` returns, which needs no other rank; what fails on any rank is raised as CheckpointError on all.
 
     A rank that left alone would leave the others waiting for it in the next collective. place: for the message.
@@ -104,14 +97,14 @@ def agree(work: Callable[[], T], place: Path) -> T:
     except OvertokError as error:
         failure = str(error)
     except READ_ERRORS as error:  # a file that went away, a disk that fails
-        failure = f"{place}: rank {dist.get_rank()} failed ({reason(error)}); the checkpoints are as they were"
-    for text in gather(failure):
+        failure = f"{place}: rank {grid.rank} failed ({reason(error)}); the checkpoints are as they were"
+    for text in grid.gather_objects(failure):
         if text:
             raise CheckpointError(text)
     return found[0]
 
 
-def _manifest(path: Path, check: Callable[[Manifest], None]) -> Manifest:
+def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) -> Manifest:
     """The checkpoint's manifest, where every rank can read it and `check` raises no CheckpointError."""
 
     def read() -> Manifest:
@@ -119,7 +112,7 @@ def _manifest(path: Path, check: Callable[[Manifest], None]) -> Manifest:
         check(manifest)
         return manifest
 
-    return agree(read, path)
+    return agree(grid, read, path)
 
 
 def _load_engine_files(trainer: TrainingEngine, path: Path) -> None:
@@ -136,9 +129,9 @@ def _load_engine_files(trainer: TrainingEngine, path: Path) -> None:
         optimizer.clip_grad = trainer.config.optimizer.gradient_clipping
 
 
-def _verify(path: Path, manifest: Manifest, names: list[str]) -> None:
+def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
     """Hash this rank's share of some files: every file once, over all ranks."""
-    for name in sorted(names)[dist.get_rank() :: dist.get_world_size()]:
+    for name in sorted(names)[grid.rank :: grid.shape.world_size]:
         verify_file(path, name, manifest)
 
 
@@ -151,6 +144,6 @@ def _load_other_layout(trainer: TrainingEngine, path: Path, manifest: Manifest) 
         for name, state in read_dense_states(path, manifest.layout, shards, load_engine_file):
             set_parameter_state(trainer.engine, parameters[name], state)
 
-    agree(read, path)
+    agree(trainer.grid, read, path)
     trainer.engine.global_steps = manifest.step
     trainer.engine.global_samples = manifest.consumed_samples

@@ -117,7 +117,7 @@ def save(trainer: TrainingEngine, folder: Path) -> tuple[Path, list[float]]:
 
 def change_case(case: Case, changes: list[Change], folder: Path) -> list[Found]:
     config = configuration(case)
-    grid = start_processes(config)
+    grid = start_processes(config, CPU)
     old = TrainingEngine(config, grid, CPU, EOD)
     path, unchanged = save(old, folder)
     found: list[Found] = []
@@ -168,7 +168,9 @@ def other_files(folder: Path) -> list[tuple[str, list[float], list[float]]]:
             TrainingEngine(configuration(case), start_processes(configuration(case)), CPU, EOD), folder / case.name
         )
         config = changed(configuration(case), change)
-        found.append((case.name, go_on(TrainingEngine(config, start_processes(config), CPU, EOD), path), unchanged))
+        found.append(
+            (case.name, go_on(TrainingEngine(config, start_processes(config, CPU), CPU, EOD), path), unchanged)
+        )
     return found
 
 

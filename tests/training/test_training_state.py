@@ -63,7 +63,7 @@ def run(trainer: TrainingEngine, steps: range) -> list[float]:
 def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], bool]:
     """Losses of an unbroken run, of one that went through a checkpoint, and whether all weights agree in the end."""
     config = configuration(case)
-    grid = start_processes(config)
+    grid = start_processes(config, CPU)
     whole, store = TrainingEngine(config, grid, CPU, EOD), CheckpointStore(folder)
     losses = run(whole, range(2))
     saver = Saver(whole, store, eod_id=EOD, tokenizer_fingerprint="none")
@@ -115,7 +115,7 @@ def noted_ranks(folder: Path) -> list[int]:
     noted, leave = [], saving.leave_note
     saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
     config = configuration(CASES[1])
-    trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(1, 0)
     saver.finish()
@@ -125,7 +125,7 @@ def noted_ranks(folder: Path) -> list[int]:
 def one_rank_fails(folder: Path) -> list[str]:
     """One rank's work: what each says where the second alone cannot read its rows, or the checkpoint at all."""
     config = configuration(CASES[1])
-    trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     path = CheckpointStore(folder).latest()
     assert path is not None
     said = []
@@ -161,7 +161,7 @@ def diverging_run(config: RunConfig) -> tuple[str, str]:
     """One rank's work: what it says, and the latest checkpoint then. The disk is slow, and a weight gets lost in step 3."""
     config_folder = Path(config.training.output_directory)
     config_folder.mkdir(exist_ok=True)
-    training = loop.TrainingRun(config, 1)
+    training = loop.TrainingRun(config, device=CPU, num_threads=1)
     digest, one_step = saving.file_digest, training._one_step
 
     def slow_digest(path: Path) -> Digest:
