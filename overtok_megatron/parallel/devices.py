@@ -33,14 +33,17 @@ def default_device() -> torch.device:
 def named_device(name: str, key: str) -> torch.device:
     """The device that a user named, such as `cpu`, `cuda` or `cuda:1`.
 
-    key: where it was named, for the message. Raises ConfigError where this machine has no such device.
+    Makes it the current device of the calling thread. key: where it was named, for the message. Raises ConfigError where
+    this machine has no such device.
     """
     count = num_accelerators()
     known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(count))] if count else ["cpu"]
     if name not in known:
         has = f"this machine has {count} CUDA devices" if count else "this machine has no CUDA device"
         raise ConfigError(f"{key}: {name}; {has}: write one of {', '.join(known[:6])}")
-    return indexed(torch.device(name))
+    device = indexed(torch.device(name))
+    make_current(device)
+    return device
 
 
 def local_device(local_rank: int) -> torch.device:
