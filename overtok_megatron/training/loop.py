@@ -29,6 +29,7 @@ from overtok_megatron.data.scores import validation_figures, validation_losses
 from overtok_megatron.errors import CheckpointError, DivergedError
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.parallel.collectives import named
+from overtok_megatron.run_folder import RunLock
 from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine, start_processes
 from overtok_megatron.training.metrics import Reporter
@@ -52,6 +53,8 @@ class TrainingRun:
         )  # a GPU's host tables and offload use them too
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.grid = start_processes(config, device)
+        self.first = self.grid.rank == 0
+        self.lock = self._lock_folder(Path(config.training.output_directory))
         world = self.grid.shape.world_size
         validate(config, world, lambda key: "resolved")
         self.data = open_run_data(config)
@@ -86,7 +89,6 @@ class TrainingRun:
             self.grid.shape.data,
             config.data.shuffle_seed,
         )
-        self.first = self.grid.rank == 0
         self.tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self.flops_per_token = counts.flops_per_token(config)
         peak = peak_flops(device, DTYPES[config.training.precision])
@@ -94,11 +96,30 @@ class TrainingRun:
         if self.first:
             log.info("utilisation is of %.4g TFLOP/s per rank: %s", peak.flops / 1e12, peak.source)
 
+    def _lock_folder(self, folder: Path) -> RunLock:
+        """Be the only training in the run's folder; every rank hears of it where another process writes there."""
+        lock = RunLock(folder, "the first rank of a training")
+        agree(self.grid, lambda: lock.take_for_ranks() if self.first else None, folder)
+        agree(self.grid, lambda: None if self.first else lock.join_ranks(), folder)
+        if self.first and (warning := lock.warning()):
+            log.warning("%s", warning)
+        return lock
+
     def run(self) -> bool:
         """Train to the end, or to where SIGTERM asked to stop: False then, with a checkpoint of that step.
 
         Raises OvertokError for what the user can mend; the latest checkpoint then stands.
         """
+        try:
+            finished = self._train()
+            if not self.first:
+                self.lock.release()
+            self.grid.wait_for_all()  # the first rank lets go last, and leaves a tidy folder
+        finally:
+            self.lock.release()
+        return finished
+
+    def _train(self) -> bool:
         begin = self._resume()
         if begin >= self.total_steps:
             if self.first:
