@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import deepspeed
@@ -280,14 +280,13 @@ class TrainingEngine:
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
         """Mean cross entropy and the number of scored tokens over batches of (inputs, targets) [b, s] int64.
 
-        Every rank must bring the same number of batches; a target of -100 is not scored.
+        Every rank must bring batches of the same shapes; a target of -100 is not scored.
         """
         self.engine.eval()
-        if self.is_pipeline:
-            self.engine.reset_activation_shape()  # its buffers remember the last batch's
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        stream = iter(batches)
-        while group := list(islice(stream, self.grid.shape.pipe)):  # as many at once as keep every stage busy
+        for group in _alike(batches, self.grid.shape.pipe):  # as many at once as keep every stage busy
+            if self.is_pipeline:
+                self.engine.reset_activation_shape()  # its buffers remember the last batch's
             inputs, targets = (torch.stack(tensors) for tensors in zip(*group, strict=True))
             parts = self._parts(inputs, self._begin(inputs, training=False), targets)
             scored = (
@@ -304,3 +303,10 @@ class TrainingEngine:
         self._sum_over_ranks(sums)
         total, count = sums.tolist()
         return total / count, int(count)
+
+
+def _alike(batches: Iterable[tuple[Tensor, Tensor]], most: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Batches of one shape that follow each other, up to `most` at once."""
+    for _, same in groupby(batches, key=lambda batch: batch[0].shape):
+        while group := list(islice(same, most)):
+            yield group

@@ -271,18 +271,18 @@ class TrainingRun:
         return values
 
     def _validation_batches(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
-        length, size = self.config.data.seq_length, self.config.training.micro_batch_size
-        for inputs, targets in validation_batches(
+        shape = self.grid.shape
+        for pair in validation_batches(
             dataset,
-            length,
-            size,
+            self.config.data.seq_length,
+            self.config.training.micro_batch_size,
             self.grid.data_rank,
-            self.grid.shape.data,
+            shape.data,
+            multiple=shape.context * shape.model,  # the ranks that divide a sequence among them
             read=self._reads,
         ):
-            both = self._shared(
-                torch.from_numpy(np.stack([inputs, targets])) if self._reads else None, (2, size, length)
-            )
+            own = torch.from_numpy(np.stack(pair)) if self._reads else None
+            both = self._shared(own, (2, *pair[0].shape))
             yield both[0], both[1]
 
     def _table_figures(self) -> dict[str, float]:
