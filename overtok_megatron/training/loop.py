@@ -26,7 +26,7 @@ from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.scores import validation_figures, validation_losses
-from overtok_megatron.errors import CheckpointError, DivergedError
+from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.run_folder import RunLock
@@ -115,6 +115,9 @@ class TrainingRun:
             if not self.first:
                 self.lock.release()
             self.grid.wait_for_all()  # the first rank lets go last, and leaves a tidy folder
+        except (OvertokError, OSError):  # perhaps of this rank alone: when it leaves, the launcher ends the others
+            self.saver.settle()
+            raise
         finally:
             self.lock.release()
         return finished

@@ -122,6 +122,18 @@ class Saver:
         if self._writer is not None:
             self._writer.published(self.store.final(self._step))
 
+    def settle(self, seconds: float = 300.0) -> None:
+        """Let the checkpoint that is being written become complete before this rank leaves alone; not a collective.
+
+        The others' threads go on writing while they wait for this rank in a step. seconds: how long to wait for them.
+        """
+        if self._thread is None:
+            return
+        deadline = time.monotonic() + seconds
+        self._thread.join(seconds if self._rank == 0 else None)
+        while self._rank > 0 and self.store.partial(self._step).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # until the first rank has published it
+
     def _guarded(self, work: Callable[[], Any]) -> str | None:
         try:
             work()

@@ -142,42 +142,46 @@ def change_cases(cases: list[tuple[Case, list[Change]]], folder: Path) -> list[F
     return [found for index, case in enumerate(cases) for found in change_case(*case, folder / str(index))]
 
 
-def check(cases: list[Case], changes: list[Change], folder: Path) -> None:
-    for rank in run_ranks(2, change_cases, [(case, changes) for case in cases], folder, timeout=500):
-        assert len(rank) == len(cases) * len(changes)
-        for name, by_configuration, by_hand, unchanged in rank:
-            assert by_configuration == by_hand, name
-            assert by_configuration[-2] != unchanged[-2], name
-
-
-def test_changed_settings_take_effect_on_every_layout(tmp_path: Path) -> None:
-    check(CASES, [CHANGES], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_each_changed_setting_takes_effect_by_itself(tmp_path: Path) -> None:
-    check([*CASES, *OTHERS], [{key: value} for key, value in CHANGES.items()], tmp_path)
+def check(found: list[Found], count: int) -> None:
+    assert len(found) == count
+    for name, by_configuration, by_hand, unchanged in found:
+        assert by_configuration == by_hand, name
+        assert by_configuration[-2] != unchanged[-2], name
 
 
 def other_files(folder: Path) -> list[tuple[str, list[float], list[float]]]:
     """One rank's work: losses that go on with changed files, and without a change."""
     found = []
     for case, change in OTHER_FILES:
-        path, unchanged = save(
-            TrainingEngine(configuration(case), start_processes(configuration(case)), CPU, EOD), folder / case.name
-        )
-        config = changed(configuration(case), change)
+        before = configuration(case)
+        path, unchanged = save(TrainingEngine(before, start_processes(before, CPU), CPU, EOD), folder / case.name)
+        config = changed(before, change)
         found.append(
             (case.name, go_on(TrainingEngine(config, start_processes(config, CPU), CPU, EOD), path), unchanged)
         )
     return found
 
 
-def test_what_deepspeed_laid_out_in_another_way_is_read_all_the_same(tmp_path: Path) -> None:
-    for rank in run_ranks(2, other_files, tmp_path):
-        for name, resumed, unchanged in rank:
+def all_changes(folder: Path) -> tuple[list[Found], list[tuple[str, list[float], list[float]]]]:
+    """One rank's work."""
+    return change_cases([(case, [CHANGES]) for case in CASES], folder), other_files(folder)
+
+
+def test_changes_take_effect_on_every_layout(tmp_path: Path) -> None:
+    """Those of settings; and those of what DeepSpeed lays out in another way, which change nothing."""
+    for changes, others in run_ranks(2, all_changes, tmp_path, timeout=300):
+        check(changes, len(CASES))
+        for name, resumed, unchanged in others:
             assert resumed == pytest.approx(unchanged, rel=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_each_changed_setting_takes_effect_by_itself(tmp_path: Path) -> None:
+    changes: list[Change] = [{key: value} for key, value in CHANGES.items()]
+    cases = [(case, changes) for case in [*CASES, *OTHERS]]
+    for rank in run_ranks(2, change_cases, cases, tmp_path, timeout=500):
+        check(rank, len(cases) * len(changes))
 
 
 # Whether a key may change when a run goes on, of every key that there is: a new one must be put here, and into the README.
