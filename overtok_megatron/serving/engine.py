@@ -142,6 +142,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self._device = next(trained.model.parameters()).device
         self._batch = SharedBatch(trained, places)
+        # Changed by the engine's thread alone and under the lock, for others read them; that thread reads without it.
         self._running: list[_Running] = []  # in the batch's row order
         self._prompt: _Prompt | None = None  # takes a place, too
         self._waiting: deque[Job] = deque()
@@ -218,10 +219,11 @@ class Engine:
         self._end_all("error")
 
     def _end_all(self, reason: str) -> None:
-        ended, self._running = self._running, []
-        if self._prompt is not None:
-            ended.append(self._prompt.one)
-            self._prompt = None
+        with self._changed:
+            ended, self._running = self._running, []
+            if self._prompt is not None:
+                ended.append(self._prompt.one)
+                self._prompt = None
         for one in ended:
             one.job.deliver(Piece(one.stream.finish(), [], 0, reason))
 
@@ -238,7 +240,8 @@ class Engine:
     def _next_prompt(self) -> _Prompt | None:
         """The prompt that is being fed, or else the first that waits for a place, where there is one."""
         if self._prompt is not None and self._prompt.one.given_up:
-            one, self._prompt = self._prompt.one, None
+            with self._changed:
+                one, self._prompt = self._prompt.one, None
             one.job.deliver(Piece("", [], 0, "timeout"))
         if self._prompt is None and self._taken < self.places:
             with self._changed:
@@ -295,8 +298,9 @@ class Engine:
     def _leave(self, row: int, piece: Piece) -> None:
         one = self._running[row]
         self._batch.leave(row)
-        self._running[row] = self._running[-1]
-        self._running.pop()
+        with self._changed:
+            self._running[row] = self._running[-1]
+            self._running.pop()
         one.job.deliver(piece)
 
 
