@@ -26,7 +26,6 @@ import torch
 from data_benchmark import prepare_speed
 from measuring import DEVICE, alternate, configuration, single_process
 from overhead_benchmark import overhead
-from overtok_megatron.training.peaks import measured
 from table_benchmark import mapped, tables
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.launch import process_environment
 from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.training.metrics import peak_memory
+from overtok_megatron.training.peaks import measured
 
 
 def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:

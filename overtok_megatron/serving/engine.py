@@ -21,6 +21,7 @@ from overtok_megatron.inference.generation import Decoder, Sampling, choose
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.shared_batch import SharedBatch
 from overtok_megatron.inference.stream import TextStream
+from overtok_megatron.parallel.devices import make_current
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +199,7 @@ class Engine:
             job.cancelled.set()
 
     def _work(self) -> None:
+        make_current(self._device)  # a new thread starts on device 0
         while True:
             with self._changed:
                 while not (self._waiting or self._taken or self._stopping):

@@ -16,6 +16,7 @@ from trained_runs import CONTEXT, TrainedRuns
 from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
 from overtok_megatron.inference.shared_batch import SharedBatch
+from overtok_megatron.serving import engine as engine_module
 from overtok_megatron.serving.engine import Engine, Job, Piece
 
 __all__ = ["kind_of_model"]
@@ -250,3 +251,16 @@ def test_running_sequences_are_listed_under_the_lock(trained_runs: TrainedRuns) 
         for one in asked:
             assert one.done.wait(60)
     assert seen == [True] * 8
+
+
+def test_the_decoding_thread_works_on_the_models_device(
+    plain_model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread starts on device 0, where kernels for a model on another device cannot be launched."""
+    made: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        engine_module, "make_current", lambda device: made.append((threading.current_thread().name, device))
+    )
+    with Engine(plain_model, places=1, max_waiting=1, prefill_chunk=8):
+        pass
+    assert made == [("decoding", CPU)]
