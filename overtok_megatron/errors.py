@@ -22,3 +22,7 @@ class CheckpointError(OvertokError):
 
 class InputError(OvertokError):
     """A request to a trained model (a prompt, a sampling setting) that cannot be served."""
+
+
+class OutputError(OvertokError):
+    """A verb would write over one of its inputs, or over something that it did not make."""

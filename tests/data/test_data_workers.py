@@ -133,6 +133,7 @@ def children(parent: int) -> list[int]:
 def test_a_kill_while_sets_get_their_names(
     whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
 ) -> None:
+    prepare_sets(FILES[:9], tmp_path / "set", ByteTokenizer(), Plan(READING, SHARES))  # an older set
     count = 0
     replace = os.replace
 
@@ -144,7 +145,6 @@ def test_a_kill_while_sets_get_their_names(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", killed)
-    (tmp_path / "set-train.json").write_text("an older set")
     with pytest.raises(KeyboardInterrupt):
         prepare_sets(FILES, tmp_path / "set", ByteTokenizer(), Plan(READING, SHARES))
     monkeypatch.undo()
