@@ -1,13 +1,14 @@
 """Files that come into being whole or not at all, follow the umask, and never take the place of what is not ours.
 
-Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Not here: folders
-(checkpoint/store.py) and datasets of several parts (data/partial.py), which outlive a kill in their own ways.
+Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Not here:
+checkpoints (checkpoint/store.py) and datasets of several parts (data/partial.py), which outlive a kill in their own ways.
 """
 
 import codecs
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ _MARKS = (  # UTF-32's first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+_FOLDER_MARK = "overtok.partial"  # in a folder that is being written
 _HEAD = 1024  # bytes that are looked at for an encoding without a mark
 
 
@@ -62,6 +64,45 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a small file: readers see the old or the new content, never a part. A text is written as UTF-8."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that gets the name `path`, where nothing or an empty folder is, when the block ends; an error leaves
+    nothing. What a killed call left beside `path` is removed; it is known by a file of ours in it.
+
+    Raises OSError as the disk does, OutputError where the name beside `path` is somebody else's.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    mark = aside / _FOLDER_MARK
+    ours = mark.is_file() or (aside.is_dir() and not any(aside.iterdir()))
+    if os.path.lexists(aside) and (aside.is_symlink() or not ours):
+        raise OutputError(
+            f"{aside}: is there already and is not what a killed call left; move it away, or name another --output"
+        )
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        mark.touch()
+        yield aside
+        mark.unlink()
+        sync(aside)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def refuse_used_folder(path: Path, flag: str = "--output", but: Collection[str] = ()) -> None:
+    """Raise OutputError where `path` is a file, or a folder that holds something. but: names that may be in it."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise OutputError(f"{path}: is there already and is not a folder; name another {flag}")
+    found = sorted(one.name for one in path.iterdir() if one.name not in but) if path.is_dir() else []
+    if found:
+        raise OutputError(f"{path}: is not empty (it holds {found[0]}); name another output folder ({flag})")
 
 
 def follow_umask(path: Path) -> None:

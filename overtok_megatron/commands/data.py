@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from overtok_megatron.commands.arguments import positive
 from overtok_megatron.errors import DataError
+from overtok_megatron.files import shown
 
 if TYPE_CHECKING:
     from overtok_megatron.data.sources import Reading
@@ -65,10 +66,10 @@ def _prepare(options: argparse.Namespace) -> int:
     )
     tokenizer = _tokenizer(options)
     total = sum(path.stat().st_size for path in inputs.files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(options.output), disable=None) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=shown(options.output), disable=None) as bar:
         prepared = prepare_sets(inputs.files, options.output, tokenizer, plan, bar.update)
     for prefix, manifest in prepared.manifests.items():
-        print(f"{prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+        print(f"{shown(prefix)}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
     account = prepared.account
     account.files = inputs.left_out.with_others(account.files)
     print("\n".join(account.lines()))

@@ -81,7 +81,8 @@ class Encoder:
 
     def __call__(self, batch: Sequence[Chunk]) -> EncodedBatch:
         """Raises DataError as `located_documents` does, and on a document too long for the format."""
-        found, counts, left, unsplit = [], [], LeftOut(), LeftOut()
+        found: list[tuple[str, bytes, str]] = []
+        counts, left, unsplit = [], LeftOut(), LeftOut()
         for chunk in batch:
             before = len(found)
             for text, raw, place in located_documents(chunk, self.reading):

@@ -5,6 +5,7 @@
 Not here: which files (inputs.py), and any cleaning of the text; but a byte-order mark is no part of it.
 """
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,8 @@ def _decode(data: bytes, where: str, place: int) -> str:
 def _text_documents(chunk: Chunk, payload: bytes, separator: str | None) -> Iterator[tuple[str, bytes, str]]:
     text = _decode(payload, f"{chunk.path}", chunk.begin.place)
     place, step = chunk.begin.place, 0 if separator is None else len(separator.encode())
+    if place == 0 and payload.startswith(codecs.BOM_UTF8):
+        place = len(codecs.BOM_UTF8)
     for part in [text] if separator is None else text.split(separator):
         raw = part.encode()
         if raw:

@@ -14,10 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from overtok_megatron.checkpoint.store import MANIFEST_DIGEST, CheckpointStore, read_manifest, step_of
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import refuse_foreign
 
 log = logging.getLogger(__name__)
 
 RECORDS = "evaluations.jsonl"
+_BEGIN = '{"step": '  # of a record
 BOARD = "tensorboard/evaluation"  # a folder of its own: TensorBoard reads one writer a folder
 
 
@@ -70,6 +72,7 @@ class _Records:
         self._path = run / RECORDS
         self._known: list[tuple[str, dict[str, Any]]] = []
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        refuse_foreign(self._path, _BEGIN.startswith(text[: len(_BEGIN)]), "one of --follow's records", "RUN")
         for line in text.splitlines():
             try:
                 record = json.loads(line)
