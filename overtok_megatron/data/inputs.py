@@ -140,7 +140,7 @@ class _Search:
             reason = SPECIAL
         elif by_name and path.name.startswith("."):
             reason = HIDDEN
-        elif real in self._outputs or _is_manifest(path):
+        elif real in self._outputs or _is_of_set(path):
             reason = OWN
         elif real == self._tokenizer:
             reason = TOKENIZER
@@ -217,11 +217,15 @@ def _leave_out_hidden(folder: Path, left: LeftOut) -> None:
         left.add(HIDDEN, f"{folder}/ ({count:,} files)", count)
 
 
-def _is_manifest(path: Path) -> bool:
-    if path.suffix != ".json" or not any(part.exists() for part in dataset_paths(path.with_suffix(""))[:2]):
+def _is_of_set(path: Path) -> bool:
+    """Whether a file is one of the three of a dataset with a manifest."""
+    if path.suffix not in (".bin", ".idx", ".json"):
+        return False
+    *parts, manifest = dataset_paths(path.with_suffix(""))
+    if not any(part.exists() for part in parts):
         return False
     try:
-        read_manifest(path)
+        read_manifest(manifest)
     except (DataError, OSError):
         return False
     return True
