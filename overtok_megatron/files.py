@@ -73,6 +73,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises OSError as the disk does, OutputError where the name beside `path` is somebody else's.
     """
+    path = Path(os.path.realpath(path))  # through a link to an empty folder, say on a larger disk
     aside = path.with_name(path.name + PARTIAL)
     mark = aside / _FOLDER_MARK
     ours = mark.is_file() or (aside.is_dir() and not any(aside.iterdir()))
@@ -115,7 +116,8 @@ def follow_umask(path: Path) -> None:
     with probe.open("xb") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777
     probe.unlink()
-    path.chmod(mode)
+    if path.stat().st_mode & 0o777 != mode:  # where modes are the file system's, they agree, and none can be set
+        path.chmod(mode)
 
 
 def refuse_foreign(path: Path, ours: bool | Callable[[Path], bool], what: str, flag: str = "--output") -> None:

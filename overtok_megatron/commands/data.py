@@ -54,7 +54,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
     from overtok_megatron.data.inputs import find_inputs
     from overtok_megatron.data.ownership import output_paths
-    from overtok_megatron.data.prepare import Plan, prepare_sets
+    from overtok_megatron.data.prepare import Plan, prepare_sets, sets_beside
 
     shares = None if options.split is None else _shares(options.split)
     plan = Plan(_reading(options), shares, workers=options.workers or len(os.sched_getaffinity(0)))
@@ -70,6 +70,8 @@ def _prepare(options: argparse.Namespace) -> int:
         prepared = prepare_sets(inputs.files, options.output, tokenizer, plan, bar.update)
     for prefix, manifest in prepared.manifests.items():
         print(f"{shown(prefix)}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+    for prefix in sets_beside(plan, options.output):
+        print(f"{shown(prefix)}: an earlier set is still there; do not train or validate on documents of both")
     account = prepared.account
     account.files = inputs.left_out.with_others(account.files)
     print("\n".join(account.lines()))

@@ -16,7 +16,7 @@ from typing import Any
 from overtok_megatron.data.account import Account, LeftOut
 from overtok_megatron.data.encoding import Encoder, encode_all
 from overtok_megatron.data.journal import Journal
-from overtok_megatron.data.manifest import DatasetManifest
+from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
 from overtok_megatron.data.ownership import journal_path, refuse_outputs
 from overtok_megatron.data.partial import Counts, PartialSet
 from overtok_megatron.data.sources import Chunk, Position, Reading, read_chunks
@@ -110,6 +110,12 @@ def stale_prefixes(plan: Plan, prefix: str | Path) -> list[str]:
     if plan.shares is None:
         return []
     return [f"{prefix}-{name}" for name, share in zip(SPLIT, plan.shares, strict=True) if not share]
+
+
+def sets_beside(plan: Plan, prefix: str | Path) -> list[str]:
+    """Sets of the same documents that an earlier call made under the same prefix, split where this one does not, or whole."""
+    other = Plan(shares=(1.0, 1.0, 1.0)) if plan.shares is None else Plan()
+    return [name for name in other.prefixes(prefix) if dataset_paths(name)[2].is_file()]
 
 
 class _Job:

@@ -122,6 +122,13 @@ def test_a_stale_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (tmp_path / f"set-test{suffix}").unlink()
     assert main([str(word) for word in [*words, 0.75, 0.25, 0]]) == 0
     assert not list(tmp_path.glob("set-test*"))
+    words.remove("--split")
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{tmp_path}/set-{name}: an earlier set is still there" in out for name in ("train", "validation"))
+    assert main([str(word) for word in [*words, "--split", 0.75, 0.25, 0]]) == 0
+    assert f"{tmp_path}/set: an earlier set is still there" in capsys.readouterr().out
 
 
 def test_train_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
