@@ -37,7 +37,7 @@ def refuse_outputs(prefix: str, sets: Sequence[str], stale: Sequence[str], input
     refuse_inputs(output_paths(prefix, sets), inputs)
     journal = journal_path(prefix)
     refuse_foreign(journal, _is_journal, "a journal of `overtok prepare`")
-    under_way = journal.exists()
+    under_way = _names_a_job(journal)
     for name in sets:
         *parts, manifest = dataset_paths(name)
         refuse_foreign(manifest, _is_manifest, "the manifest of a dataset that `overtok prepare` wrote")
@@ -54,10 +54,28 @@ def refuse_outputs(prefix: str, sets: Sequence[str], stale: Sequence[str], input
             )
 
 
+def abandoned_paths(prefix: str | Path, sets: Sequence[str], others: Sequence[str]) -> list[Path]:
+    """What a killed call of `prefix` for other sets left, when this one for `sets` forgets it: nobody else knows it is ours.
+
+    others: what such a call may have written; those with a journal of their own are the work of another.
+    """
+    forgotten = [name for name in others if name not in sets and (name == prefix or not journal_path(name).exists())]
+    return [path for name in forgotten for path in (*aside_paths(name), lengths_path(name))]
+
+
 def _is_journal(path: Path) -> bool:
+    return b'{"version": '.startswith(_head(path)) or _names_a_job(path)  # cut by a kill, or whole
+
+
+def _names_a_job(path: Path) -> bool:
+    return _JOURNAL_BEGIN.match(_head(path)) is not None
+
+
+def _head(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
     with path.open("rb") as file:
-        head = file.read(64)
-    return b'{"version": '.startswith(head) or _JOURNAL_BEGIN.match(head) is not None  # cut by a kill, or whole
+        return file.read(64)
 
 
 def _is_manifest(path: Path) -> bool:

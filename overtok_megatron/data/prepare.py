@@ -17,7 +17,7 @@ from overtok_megatron.data.account import Account, LeftOut
 from overtok_megatron.data.encoding import Encoder, encode_all
 from overtok_megatron.data.journal import Journal
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
-from overtok_megatron.data.ownership import journal_path, refuse_outputs
+from overtok_megatron.data.ownership import abandoned_paths, journal_path, refuse_outputs
 from overtok_megatron.data.partial import Counts, PartialSet
 from overtok_megatron.data.sources import Chunk, Position, Reading, read_chunks
 from overtok_megatron.data.tokenizer import Tokenizer
@@ -44,6 +44,9 @@ class Plan:
         if self.shares is None:
             return [str(prefix)]
         return [f"{prefix}-{name}" for name, share in zip(SPLIT, self.shares, strict=True) if share]
+
+
+_EVERY_SET = Plan(shares=(1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def prepare_sets(
     try:
         journal = Journal(journal_path(prefix))
         try:
-            return _Job(files, plan, tokenizer, sets, journal).run(advance)
+            return _Job(files, str(prefix), plan, tokenizer, sets, journal).run(advance)
         except (DataError, OSError):
             try:
                 for one in sets:
@@ -114,7 +117,7 @@ def stale_prefixes(plan: Plan, prefix: str | Path) -> list[str]:
 
 def sets_beside(plan: Plan, prefix: str | Path) -> list[str]:
     """Sets of the same documents that an earlier call made under the same prefix, split where this one does not, or whole."""
-    other = Plan(shares=(1.0, 1.0, 1.0)) if plan.shares is None else Plan()
+    other = _EVERY_SET if plan.shares is None else Plan()
     return [name for name in other.prefixes(prefix) if dataset_paths(name)[2].is_file()]
 
 
@@ -122,11 +125,19 @@ class _Job:
     """One call: where it begins, what it does, and what it notes down."""
 
     def __init__(
-        self, files: Sequence[Path], plan: Plan, tokenizer: Tokenizer, sets: list[PartialSet], journal: Journal
+        self,
+        files: Sequence[Path],
+        prefix: str,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        sets: list[PartialSet],
+        journal: Journal,
     ) -> None:
         self._files, self._plan, self._tokenizer, self._sets, self._journal = files, plan, tokenizer, sets, journal
         shares = plan.shares or (1.0,)
         self._encoder = Encoder(tokenizer, plan.reading, tuple(filter(None, shares)), sets[0].dtype)
+        forms = [name for form in (Plan(), _EVERY_SET) for name in form.prefixes(prefix)]
+        self._abandoned = abandoned_paths(prefix, plan.prefixes(prefix), forms)
         self._blank, self._left_out, self._unsplit = LeftOut(), LeftOut(), LeftOut()  # files; documents; files
         self._in_file = 0  # documents of the file that is being read
 
@@ -168,6 +179,9 @@ class _Job:
                 self._recall(record["seen"])
                 log.info("going on at file %d of %d, byte or row %d", begin.file + 1, len(self._files), begin.place)
                 return begin
+        if self._journal.names_a_job:
+            for path in self._abandoned:
+                path.unlink(missing_ok=True)
         self._journal.begin(job)
         for one in self._sets:
             one.open()
