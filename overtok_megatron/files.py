@@ -22,6 +22,7 @@ _MARKS = (  # UTF-32's first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+_LOCK = ".lock"  # what names of a run's locks begin with; whoever is killed leaves them
 _FOLDER_MARK = "overtok.partial"  # in a folder that is being written
 _HEAD = 1024  # bytes that are looked at for an encoding without a mark
 
@@ -101,7 +102,8 @@ def refuse_used_folder(path: Path, flag: str = "--output", but: Collection[str] 
     """Raise OutputError where `path` is a file, or a folder that holds something. but: names that may be in it."""
     if os.path.lexists(path) and not path.is_dir():
         raise OutputError(f"{path}: is there already and is not a folder; name another {flag}")
-    found = sorted(one.name for one in path.iterdir() if one.name not in but) if path.is_dir() else []
+    names = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
+    found = [name for name in names if name not in but and not name.startswith(_LOCK)]
     if found:
         raise OutputError(f"{path}: is not empty (it holds {found[0]}); name another output folder ({flag})")
 

@@ -106,6 +106,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
         refuse_foreign(path, True, "ours")
     refuse_used_folder(path)
     (path / "a").touch()
+    (path / ".lock.ranks").touch()
     refuse_used_folder(path, but=["a"])
     with pytest.raises(OutputError, match="is not empty"):
         refuse_used_folder(path)

@@ -18,12 +18,12 @@ from overtok_megatron.checkpoint.weights_only import read_dense_weights, read_ro
 from overtok_megatron.config.growth import check_grown
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import Locate, validate_model
-from overtok_megatron.files import PARTIAL, refuse_used_folder
+from overtok_megatron.files import PARTIAL
 from overtok_megatron.model.assembly import DTYPES, ROW_DTYPES, build_encoder, row_space
 from overtok_megatron.ngram.sizing import RowSpace
 
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size
-_HEAPS = f"growing{PARTIAL}"  # in the new run's folder, while it is made
+HEAPS = f"growing{PARTIAL}"  # in the new run's folder, while it is made
 _PLACES = "place"
 _ENCODER = "embedding.over_encoding"
 
@@ -33,16 +33,14 @@ def grow(source: Path, output: Path, config: RunConfig, locate: Locate) -> Path:
 
     A checkpoint of weights at step 0, from which a run of `config` starts; returns its folder. New projections have their
     usual initial values, from the run's seed. Raises ConfigError where the grown model would not compute the same or is
-    not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be written, OutputError
-    where `output` holds anything else.
+    not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be written.
     """
-    refuse_used_folder(output, but=("checkpoints", _HEAPS))
     manifest = read_manifest(source)
     old = RunConfig.model_validate(manifest.config)
     check_grown(old, config)
     validate_model(config, locate)
     verify_checkpoint(source)
-    aside = output / _HEAPS
+    aside = output / HEAPS
     try:
         return write_weights(
             output,
