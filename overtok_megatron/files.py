@@ -102,7 +102,10 @@ def refuse_used_folder(path: Path, flag: str = "--output", but: Collection[str] 
     """Raise OutputError where `path` is a file, or a folder that holds something. but: names that may be in it."""
     if os.path.lexists(path) and not path.is_dir():
         raise OutputError(f"{path}: is there already and is not a folder; name another {flag}")
-    names = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
+    try:
+        names = sorted(os.listdir(path)) if path.is_dir() else []
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read ({error.strerror}); name another {flag}") from None
     found = [name for name in names if name not in but and not name.startswith(_LOCK)]
     if found:
         raise OutputError(f"{path}: is not empty (it holds {found[0]}); name another output folder ({flag})")

@@ -82,12 +82,12 @@ def prepare_sets(
     of an input, or of what no earlier call wrote, or would lie beside a set of an earlier split that is not made anew.
     """
     assert plan.reading.separator != "", "an empty separator splits nothing"
-    refuse_outputs(str(prefix), plan.prefixes(prefix), stale_prefixes(plan, prefix), files)
     sets = [
         PartialSet(name, tokenizer.vocab_size, tokenizer.eod_id, tokenizer.fingerprint())
         for name in plan.prefixes(prefix)
     ]
     try:
+        refuse_outputs(str(prefix), plan.prefixes(prefix), stale_prefixes(plan, prefix), files)
         journal = Journal(journal_path(prefix))
         try:
             return _Job(files, str(prefix), plan, tokenizer, sets, journal).run(advance)

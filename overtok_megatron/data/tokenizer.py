@@ -221,7 +221,7 @@ def train_sentencepiece(
 def _is_model(path: Path) -> bool:
     try:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(path.read_bytes())
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return False
     return True
 

@@ -64,7 +64,10 @@ def _holds(before: str, after: str = "") -> Callable[[Path], bool]:
     """Whether a file is `before`, and where `after` is given anything in one line between the two."""
 
     def holds(path: Path) -> bool:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
         if not after:
             return text == before
         return text.startswith(before) and text.endswith(after) and "\n" not in text[len(before) : -len(after)]
