@@ -24,5 +24,9 @@ class InputError(OvertokError):
     """A request to a trained model (a prompt, a sampling setting) that cannot be served."""
 
 
+class DivergedError(OvertokError):
+    """Training has left the finite numbers. Raised on every rank at the same step."""
+
+
 class OutputError(OvertokError):
     """A verb would write over one of its inputs, or over something that it did not make."""

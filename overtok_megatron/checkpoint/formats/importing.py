@@ -23,6 +23,7 @@ from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunC
 from overtok_megatron.data.tokenizer import load_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import read_text, refuse_used_folder
+from overtok_megatron.run_folder import hold
 
 _ENCODER = "over_encoding."  # of names in an exported folder
 _FILES = {"hugging_face": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -50,6 +51,23 @@ def import_folder(source: Path, run: Path, *, tokenizer: Path | None = None, eod
         model = ModelConfig.model_validate(own["model"])
         over = OverEncodingConfig.model_validate(own["over_encoding"])
     refuse_used_folder(run)
+    with hold(run, "overtok import"):
+        return _write(source, run, raw, files, (model, over), tokenizer=tokenizer, eod_token=eod_token)
+
+
+def _write(
+    source: Path,
+    run: Path,
+    raw: dict[str, Any],
+    files: TensorFiles,
+    sections: tuple[ModelConfig, OverEncodingConfig],
+    *,
+    tokenizer: Path | None,
+    eod_token: str | None,
+) -> Path:
+    model, over = sections
+    refuse_used_folder(run)  # once more: another import may have been faster
+    own = raw.get("overtok")
     try:
         section, eod_id, fingerprint = _copy_tokenizer(source, run, raw, tokenizer, eod_token, model.vocab_size)
         config = run_config(raw, model, over, section, (own or {}).get("precision") or _precision(files), run)
