@@ -55,11 +55,14 @@ def _compare(run: Path, folder: Path, made: Path, text: str | None, *, rounded: 
 
 def _read(path: Path) -> str:
     from overtok_megatron.errors import DataError
+    from overtok_megatron.files import EncodingError, read_text
 
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        return read_text(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except EncodingError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _size(text: str) -> int:

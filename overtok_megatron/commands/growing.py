@@ -6,17 +6,19 @@ from typing import Any
 
 
 def _grow(options: argparse.Namespace) -> int:
-    from overtok_megatron.checkpoint.growing import grow
+    from overtok_megatron.checkpoint.growing import HEAPS, grow
     from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
     from overtok_megatron.config.growth import grow_config, parse_tables
     from overtok_megatron.config.loading import change_config, save_resolved
     from overtok_megatron.config.schema import RunConfig
     from overtok_megatron.errors import ConfigError
+    from overtok_megatron.files import refuse_used_folder
     from overtok_megatron.run_folder import hold
 
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
     old = RunConfig.model_validate(read_manifest(source).config)
     grown = grow_config(old, [parse_tables(text) for text in options.tables], freeze=options.freeze)
+    refuse_used_folder(output, but=("checkpoints", HEAPS))  # these two a killed call leaves
     start = {"output_directory": str(output), "initial_checkpoint": None, "resume": "auto"}  # from what grow writes
     grown = grown.model_copy(update={"training": grown.training.model_copy(update=start)})
     loaded = change_config(grown, options.overrides, "--tables")
