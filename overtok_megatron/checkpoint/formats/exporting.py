@@ -22,10 +22,12 @@ from overtok_megatron.checkpoint.formats.hugging_face import (
     FAMILIES,
     family_of,
     hugging_face_values,
+    releases_of,
     require_transformers,
     to_theirs,
 )
 from overtok_megatron.checkpoint.formats.model_card import model_card
+from overtok_megatron.checkpoint.formats.rotary_form import release_4_values
 from overtok_megatron.checkpoint.formats.tensor_files import write_shards
 from overtok_megatron.checkpoint.formats.tokenizer_files import write_tokenizer
 from overtok_megatron.checkpoint.store import Manifest, sync, verify_checkpoint
@@ -123,7 +125,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": None}
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(config.model, config.data.seq_length), **own)
-    values: dict[str, Any] = made.to_dict()
+    values: dict[str, Any] = made.to_dict() | release_4_values(config.model, family)
     if not config.over_encoding.enabled:
         return {**values, "architectures": [f"{name}ForCausalLM"]}
     module = MODELING.removesuffix(".py")
@@ -135,6 +137,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
             "AutoConfig": f"{module}.Overtok{name}Config",
             "AutoModelForCausalLM": f"{module}.Overtok{name}ForCausalLM",
         },
+        "transformers_releases": releases_of(config.model, fused=True),  # what the modelling file refuses others by
         "table_storage": "device",
         "over_encoding": encoder_settings(config, manifest.eod_id),
         "overtok": {  # what `overtok import` reads
