@@ -179,7 +179,8 @@ class OvertokLM(TemplateLM):
                 "tokens; ask for fewer by --gen_kwargs max_gen_toks=N"
             )
         prompts = [tokens[-room:] or [self.eot_token_id] for tokens in self.trained.tokenizer.encode_batch(contexts)]
-        return generate_texts(self.trained, prompts, sampling, stops)
+        # as lm-eval's own adapter decodes: without the prompt, and so without a space that begins the text
+        return generate_texts(self.trained, prompts, sampling, stops, alone=True)
 
 
 def load_for_evaluation(run: str | None, storage: str, device: str | None) -> TrainedModel:
