@@ -54,6 +54,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
 
     from overtok_megatron.checkpoint.weights_only import starting_point
     from overtok_megatron.data.checks import open_run_data
+    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
     from overtok_megatron.kernels.choice import choose_kernels
 
     config = loaded.config
@@ -75,6 +76,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         save_resolved(config, resolved)
     except OSError as error:
         raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
+    keep_tokenizer(config.tokenizer, directory)
     launcher = shutil.which(
         "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     )

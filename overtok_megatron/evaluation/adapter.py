@@ -47,11 +47,13 @@ class OvertokLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         trained: TrainedModel | None = None,
+        tokenizer: str | None = None,
     ) -> None:
-        """run: a run's output folder or a checkpoint; or `trained`, a model that is loaded already."""
+        """run: a run's output folder or a checkpoint; tokenizer: the run's, where it is not found by itself; or `trained`, a
+        model that is loaded already."""
         super().__init__()
         if trained is None:
-            trained = load_for_evaluation(run, storage, device)
+            trained = load_for_evaluation(run, storage, device, tokenizer)
         self.trained = trained
         self.max_length = trained.config.data.seq_length
         self._device = next(trained.model.parameters()).device
@@ -183,7 +185,9 @@ class OvertokLM(TemplateLM):
         return generate_texts(self.trained, prompts, sampling, stops, alone=True)
 
 
-def load_for_evaluation(run: str | None, storage: str, device: str | None) -> TrainedModel:
+def load_for_evaluation(
+    run: str | None, storage: str, device: str | None, tokenizer: str | None = None
+) -> TrainedModel:
     """The model that --model_args name. Raises InputError where they name none; else as `load_trained`."""
     if run is None:
         raise InputError("model_args: name a run's output folder, as in --model_args run=runs/mine")
@@ -192,4 +196,6 @@ def load_for_evaluation(run: str | None, storage: str, device: str | None) -> Tr
     cuda = torch.cuda.is_available()
     if device is None or (device.startswith("cuda") and not cuda):  # lm-eval asks for cuda:0 whatever there is
         device = "cuda" if cuda else "cpu"
-    return load_trained(Path(str(run)), torch.device(device), next(known for known in STORAGES if known == storage))
+    kept = next(known for known in STORAGES if known == storage)
+    path = None if tokenizer is None else Path(str(tokenizer))
+    return load_trained(Path(str(run)), torch.device(device), kept, tokenizer_path=path)

@@ -81,7 +81,7 @@ class TextStream:
         """Decode the open tokens, look for stop strings, and send what is certain."""
         self._decoded = len(self._open)
         spelled = self._tokenizer.decode(self._before + self._open)[self._skip :]
-        whole = not spelled.endswith(_REPLACEMENT)  # else the end may be a part of a character
+        complete = not spelled.endswith(_REPLACEMENT)  # else the end may be a part of a character
         shared = _shared(self._prompt, spelled)
         spelled = spelled[shared:]
         self.length += len(spelled) - len(self._loose)
@@ -95,7 +95,7 @@ class TextStream:
             self.length -= len(whole) - min(ends)
             return self._send(len(self._near))
         if self._open and not self._tokenizer.undecided(self._open[-1]):
-            self._settle(len(self._loose.rstrip(_REPLACEMENT)), shared, whole)
+            self._settle(len(self._loose.rstrip(_REPLACEMENT)), shared, complete)
         piece = self._send(len(self._near) - self._begun())
         far = max(0, len(self._near) - self._reach)
         if far:
@@ -103,17 +103,17 @@ class TextStream:
             self._near, self._sent = self._near[far:], self._sent - far
         return piece
 
-    def _settle(self, size: int, shared: int, whole: bool) -> None:
+    def _settle(self, size: int, shared: int, complete: bool) -> None:
         """The first `size` characters that are loose are certain; where that is all, the tokens are open no more.
 
-        shared: characters of the prompt before them; whole: whether no character is begun.
+        shared: characters of the prompt before them; complete: whether no character is begun.
         """
         self._near += self._loose[:size]
         self._loose = self._loose[size:]
         if size:
             self._skip += shared + size
             self._prompt = ""
-        if whole and not self._loose and (self.length or self._started) and self._stand_in is not None:
+        if complete and not self._loose and (self.length or self._started) and self._stand_in is not None:
             token, self._skip = self._stand_in
             self._before, self._open, self._decoded, self._prompt = [token], [], 0, ""
 

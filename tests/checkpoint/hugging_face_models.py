@@ -70,7 +70,9 @@ def save_tokenizer(path: Path) -> None:
     made.save(str(path))
 
 
-def over_encoded_run(run: Path, tokenizer: Path, model: dict[str, Any], over: dict[str, Any]) -> RunConfig:
+def over_encoded_run(
+    run: Path, tokenizer: Path, model: dict[str, Any], over: dict[str, Any], data: dict[str, Any] | None = None
+) -> RunConfig:
     """A run of random weights and rows, of every kind that is not zero; plain where over says {"enabled": False}."""
     kind = "hugging_face" if tokenizer.suffix == ".json" else "sentencepiece"
     eod = "</s>" if kind == "hugging_face" else None
@@ -83,7 +85,7 @@ def over_encoded_run(run: Path, tokenizer: Path, model: dict[str, Any], over: di
             if over.get("enabled", True)
             else over,
             "tokenizer": {"type": kind, "path": str(tokenizer), "eod_token": eod},
-            "data": {"train": "none", "seq_length": 64},
+            "data": {"train": "none", "seq_length": 64} | (data or {}),
             "optimizer": {"learning_rate": 1e-3},
             "training": {"output_directory": str(run), "micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1,
                          "precision": "fp32"},

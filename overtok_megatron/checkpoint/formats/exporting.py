@@ -32,7 +32,9 @@ from overtok_megatron.checkpoint.formats.tensor_files import write_shards
 from overtok_megatron.checkpoint.formats.tokenizer_files import write_tokenizer
 from overtok_megatron.checkpoint.store import Manifest, sync, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
+from overtok_megatron.config.run_places import run_of
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.kept_tokenizer import find_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.rows import SCATTER
 from overtok_megatron.model.assembly import row_space
@@ -47,10 +49,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file."""
+    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file. tokenizer: the run's; None = looked for."""
 
     dtype: str | None = None
     max_shard_bytes: int = 5 * 10**9
+    tokenizer: Path | None = None
 
 
 def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> list[str]:
@@ -61,6 +64,8 @@ def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> lis
     """
     manifest = verify_checkpoint(source)
     config = RunConfig.model_validate(manifest.config)
+    section = find_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint, options.tokenizer)
+    config = config.model_copy(update={"tokenizer": section})
     values = config_values(config, manifest)
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output}: is not empty; name another output folder")
