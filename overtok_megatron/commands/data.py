@@ -33,13 +33,17 @@ def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
 
 
 def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
+    from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import load_config
+    from overtok_megatron.data.kept_tokenizer import find_tokenizer
     from overtok_megatron.data.tokenizer import load_tokenizer
 
     for flag, value in (("--tokenizer-type", options.tokenizer_type), ("--eod-token", options.eod_token)):
         if value is not None:
             raise DataError(f"{flag}: {value}; --tokenizer names a run, {path}, which says it: leave the flag out")
-    section = load_config(path).config.tokenizer
+    trained = CheckpointStore(path.parent).latest()
+    fingerprint = None if trained is None else read_manifest(trained).tokenizer_fingerprint
+    section = find_tokenizer(load_config(path).config, path.parent, fingerprint)
     return load_tokenizer(section.type, section.path, section.eod_token)
 
 

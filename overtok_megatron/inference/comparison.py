@@ -82,12 +82,12 @@ def our_logits(trained: TrainedModel, tokens: Tensor) -> Tensor:
     return trained.model.logits(tokens, slots).float()
 
 
-def compare(run: Path, folder: Path, text: str, *, rounded: bool = False) -> Comparison:
-    """Both models on the beginning of a text. rounded: whether weights lost digits on the way.
+def compare(run: Path, folder: Path, text: str, *, rounded: bool = False, tokenizer: Path | None = None) -> Comparison:
+    """Both models on the beginning of a text. rounded: whether weights lost digits on the way. tokenizer: as `load_trained`'s.
 
     Raises CheckpointError where the logits have different shapes, or the text is empty.
     """
-    trained = load_trained(run, torch.device("cpu"), precision="fp32")
+    trained = load_trained(run, torch.device("cpu"), precision="fp32", tokenizer_path=tokenizer)
     tokens = torch.tensor([trained.tokenizer.encode(text)[: min(_TOKENS, trained.config.data.seq_length)]])
     if tokens.numel() == 0:
         raise CheckpointError("the text to compare on is empty; name another with --text")

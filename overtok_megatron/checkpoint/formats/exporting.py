@@ -21,16 +21,20 @@ from overtok_megatron.checkpoint.formats.hugging_face import (
     FAMILIES,
     family_of,
     hugging_face_values,
+    releases_of,
     require_transformers,
     to_theirs,
 )
 from overtok_megatron.checkpoint.formats.model_card import model_card
+from overtok_megatron.checkpoint.formats.rotary_form import release_4_values
 from overtok_megatron.checkpoint.formats.tensor_files import write_shards
 from overtok_megatron.checkpoint.formats.tokenizer_files import write_tokenizer
 from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
 from overtok_megatron.checkpoint.writing import save_tensors
+from overtok_megatron.config.run_places import run_of
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.kept_tokenizer import find_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import refuse_used_folder, whole_folder
 from overtok_megatron.kernels.rows import SCATTER
@@ -45,10 +49,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file."""
+    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file. tokenizer: the run's; None = looked for."""
 
     dtype: str | None = None
     max_shard_bytes: int = 5 * 10**9
+    tokenizer: Path | None = None
 
 
 def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> list[str]:
@@ -59,6 +64,8 @@ def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> lis
     """
     manifest = verify_checkpoint(source)
     config = RunConfig.model_validate(manifest.config)
+    section = find_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint, options.tokenizer)
+    config = config.model_copy(update={"tokenizer": section})
     values = config_values(config, manifest)
     refuse_used_folder(output)
     try:
@@ -111,7 +118,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": None}
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(config.model, config.data.seq_length), **own)
-    values: dict[str, Any] = made.to_dict()
+    values: dict[str, Any] = made.to_dict() | release_4_values(config.model, family)
     if not config.over_encoding.enabled:
         return {**values, "architectures": [f"{name}ForCausalLM"]}
     module = MODELING.removesuffix(".py")
@@ -123,6 +130,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
             "AutoConfig": f"{module}.Overtok{name}Config",
             "AutoModelForCausalLM": f"{module}.Overtok{name}ForCausalLM",
         },
+        "transformers_releases": releases_of(config.model, fused=True),  # what the modelling file refuses others by
         "table_storage": "device",
         "over_encoding": encoder_settings(config, manifest.eod_id),
         "overtok": {  # what `overtok import` reads
