@@ -8,8 +8,9 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.wording import line, short
 
-_LONGEST = 80  # characters of a value that a message repeats
+_MOST_KEYS = 8  # that a message lists
 
 
 def known_keys() -> dict[str, str]:
@@ -54,7 +55,7 @@ def nearest(key: str) -> str:
     entry = _keys_of_entry(section, name)
     if entry:
         close = difflib.get_close_matches(_name(name), entry, n=1, cutoff=0.65)
-        return f"did you mean {close[0]}?" if close else f"keys of an entry: {', '.join(entry)}"
+        return f"did you mean {close[0]}?" if close else f"keys of an entry: {_listed(entry)}"
     if key.rsplit(".", 1)[0] in keys:
         section, name = key.rsplit(".", 1)
     if section == "base":
@@ -63,7 +64,7 @@ def nearest(key: str) -> str:
     close = _closest(name, same) or [known for known in keys if _name(known) == name] or _closest(name, list(keys))
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"keys of {section}: {', '.join(map(_name, same))}" if same else f"the sections are {', '.join(sections)}"
+    return f"keys of {section}: {_listed(_keys_of(section))}" if same else f"the sections are {', '.join(sections)}"
 
 
 def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -> str:
@@ -72,40 +73,64 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     error = min(errors, key=lambda one: (one["type"] == "missing", one["type"] not in unknown))
     parts = [str(part) for part in error["loc"] if not str(part).startswith("<")]  # schema.py marks forms of a key so
     key = ".".join(parts)
-    known = known_keys()
     ancestors = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     place = next((places[name] for name in ancestors if name in places), path)
-    if error["type"] in ("extra_forbidden", "invalid_key"):
-        of_list = bool(_keys_of_entry(parts[0], ".".join(parts[1:])))
-        if len(parts) > 2 and ".".join(parts[:2]) in known and not of_list:
-            return f"{place}: unknown key {_short(key)}; {'.'.join(parts[:2])} is the {known['.'.join(parts[:2])]}"
-        return f"{place}: unknown key {_short(key)}; {nearest(key)}"
+    known = known_keys()
+    if error["type"] in unknown:
+        return line(place, _unknown(parts, known))
     meaning = next((known[name] for name in ancestors if name in known), "")
     if error["type"] == "missing":
         if len(parts) == 1:
-            return f"{place}: section {key} is missing; its keys are {', '.join(_keys_of(key))}"
+            return line(place, f"section {key} is missing; it needs {_needed(key)}")
         if len(parts) > 2 and not parts[-1].isdigit():
-            return f"{place}: {key} is missing ({meaning}); add it"
+            return line(place, f"{short(key)} is missing ({meaning}); add it")
         if key in known:
-            return f"{place}: {key} is missing from section {'.'.join(parts[:-1])}{f' ({meaning})' if meaning else ''}; add it"
-    value = _short(repr(error["input"]))
+            section = ".".join(parts[:-1])
+            return line(place, f"{key} is missing from section {section}{f' ({meaning})' if meaning else ''}; add it")
+    value = short(repr(error["input"]))
     if error["type"] in ("model_type", "dict_type") and len(parts) < 3:
-        return f"{place}: {key}: {value} must be a section with keys {', '.join(_keys_of(key)) or 'of DeepSpeed'}"
-    rule = {
-        "missing": "has too few values",
-        "model_type": "is no such item",
-        "too_long": "has too many values",
-        "tuple_type": "should be a list",
-    }.get(error["type"], error["msg"].removeprefix("Input ").replace("\n", " "))
-    hint = ""
-    if (
-        error["type"] in ("int_type", "int_from_float")
-        and isinstance(error["input"], float)
-        and error["input"].is_integer()
-    ):
-        hint = f"; write {int(error['input'])}"
-    text = f"{place}: {key}: {value} {rule}{hint}"
-    return f"{text} ({meaning})" if meaning else text
+        return line(place, f"{key}: {value} must be a section with keys {_listed(_keys_of(key)) or 'of DeepSpeed'}")
+    rule = _RULES.get(error["type"]) or error["msg"].removeprefix("Input ").replace("\n", " ")
+    most = error.get("ctx", {}).get("le")
+    if isinstance(most, float):  # pydantic writes all of its digits
+        rule = f"should be less than or equal to {most:g}"
+    text = f"{short(key)}: {value} {rule}{_hint(error)}"
+    return line(place, f"{text} ({meaning})" if meaning else text)
+
+
+_RULES = {
+    "missing": "has too few values",
+    "model_type": "is no such item",
+    "too_long": "has too many values",
+    "tuple_type": "should be a list",
+}
+
+
+def _unknown(parts: list[str], known: dict[str, str]) -> str:
+    key, parent = ".".join(parts), ".".join(parts[:2])
+    if len(parts) > 2 and parent in known and not _keys_of_entry(parts[0], ".".join(parts[1:])):
+        return f"unknown key {short(key)}; {parent} is the {known[parent]}"
+    return f"unknown key {short(key)}; {nearest(short(key))}"
+
+
+def _hint(error: ErrorDetails) -> str:
+    """What to write, where the value says it."""
+    value = error["input"]
+    if error["type"] in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        return f"; write {short(str(int(value)))}"
+    return ""
+
+
+def _needed(section: str) -> str:
+    """The keys of a section that have no default; where all have one, some of its keys."""
+    kind = _section_of(RunConfig.model_fields[section].annotation)
+    needed = [name for name, field in kind.model_fields.items() if field.is_required()] if kind else []
+    return _listed(needed or _keys_of(section))
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else ""
+    return ", ".join(keys[:_MOST_KEYS]) + more
 
 
 def _keys_of(section: str) -> list[str]:
@@ -125,7 +150,7 @@ def _keys_of_entry(section: str, name: str) -> list[str]:
         return []
     inside = [
         one
-        for one in get_args(kind.model_fields[field].annotation)
+        for one in (get_args(kind.model_fields[field].annotation) if field in kind.model_fields else ())
         if isinstance(one, type) and issubclass(one, BaseModel)
     ]
     return list(inside[0].model_fields) if inside else []
@@ -138,8 +163,3 @@ def _name(key: str) -> str:
 def _closest(name: str, keys: Sequence[str]) -> list[str]:
     by_name = {_name(known): known for known in reversed(keys)}
     return [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.65)]
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
