@@ -15,7 +15,7 @@ from overtok_megatron.config.wording import line, printable, short
 from overtok_megatron.errors import ConfigError
 
 LARGEST_FILE = 256 * 1024  # bytes; a file beyond is a weight or a corpus whose name was given by mistake
-MOST_NODES = 100_000  # keys and values once every alias is written out: a few lines of aliases can stand for billions
+MOST_NODES = 20_000  # keys and values once every alias is written out: a few lines of aliases can stand for billions
 _LONGEST_INTEGER = 300  # characters; what no float holds is no size either
 
 _FLOAT = re.compile(
@@ -75,9 +75,12 @@ def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str,
     """
     walk = _Walk(printable(source), lines)
     try:
-        node = yaml.compose(text, Loader=Loader)
-        places = {} if node is None else {key: walk.at(mark) for key, mark in walk.keys(node, "", ())}
-        return _unshared(yaml.load(text, Loader=Loader)), places
+        loader = Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        places = {key: walk.at(mark) for key, mark in walk.keys(node, "", ())}
+        return _unshared(loader.construct_document(node)), places
     except yaml.MarkedYAMLError as error:
         raise ConfigError(line(walk.at(error.problem_mark), f"not valid YAML: {_one_line(error.problem)}")) from None
     except RecursionError:

@@ -15,6 +15,7 @@ LARGEST = 2**31 - 1
 LARGEST_FLOAT = 3.4e38  # of float32, in which models compute
 WIDEST = 2**20  # of a layer, in values
 MOST_PARTS = 2**16  # layers, heads, experts, slices, n-gram orders, threads
+LONGEST_ORDER = 1024  # of an n-gram, in tokens
 
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -22,7 +23,7 @@ Width = Annotated[int, Field(ge=1, le=WIDEST)]
 Parts = Annotated[int, Field(ge=1, le=MOST_PARTS)]
 Rows = Annotated[int, Field(ge=1, le=2**40)]  # the rules across keys say what the last table may have
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Order = Annotated[int, Field(ge=2, le=1024)]
+Order = Annotated[int, Field(ge=2, le=LONGEST_ORDER)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=4095)]  # the longest path that Linux opens
