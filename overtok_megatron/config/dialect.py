@@ -28,6 +28,16 @@ _DIALECT = (("float", _FLOAT, "-+0123456789."), ("int", _INT, "-+0123456789"), (
 _MERGE = "tag:yaml.org,2002:merge"
 _REPLACED = tuple(f"tag:yaml.org,2002:{name}" for name in ("float", "int", "bool", "timestamp"))
 
+_WAYS_OUT = {  # by words of PyYAML's
+    "'\\t'": "indent with spaces, not with tabs",
+    "mapping values are not allowed": "check the indentation, and quote a text with a colon in it",
+    "could not find expected ':'": "write key: value",
+    "another document": "remove the line ---, one file is one configuration",
+    "<stream end>": "close the bracket or the quote",
+    "found unexpected end of stream": "close the quote",
+    "undefined alias": "quote a text that begins with *",
+}
+
 
 class Loader(yaml.SafeLoader):
     """`1e-4` is a number, `on` and `no` are words, a date is a string."""
@@ -82,7 +92,7 @@ def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str,
         places = {key: walk.at(mark) for key, mark in walk.keys(node, "", ())}
         return _unshared(loader.construct_document(node)), places
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(line(walk.at(error.problem_mark), f"not valid YAML: {_one_line(error.problem)}")) from None
+        raise ConfigError(line(walk.at(error.problem_mark), f"not valid YAML: {_explained(error)}")) from None
     except RecursionError:
         raise ConfigError(line(source, "nested too deeply; a configuration needs sections and keys only")) from None
     except yaml.YAMLError as error:
@@ -104,6 +114,12 @@ def unwritable(value: Any) -> str | None:
     if isinstance(value, float) and math.isfinite(value):
         return None
     return None if value is None or isinstance(value, str | int) else short(repr(value))
+
+
+def _explained(error: yaml.MarkedYAMLError) -> str:
+    """PyYAML's two sentences as one, and what to write instead."""
+    told = ", ".join(short(_one_line(part)) for part in (error.context, error.problem) if part)
+    return told + next((f"; {way_out}" for words, way_out in _WAYS_OUT.items() if words in told), "")
 
 
 def _one_line(problem: object) -> str:

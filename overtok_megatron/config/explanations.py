@@ -1,6 +1,7 @@
 """One line for what does not fit the schema: place, key, value, what is allowed, the nearest known key."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -87,7 +88,7 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
         if key in known:
             section = ".".join(parts[:-1])
             return line(place, f"{key} is missing from section {section}{f' ({meaning})' if meaning else ''}; add it")
-    value = short(repr(error["input"]))
+    value = _written(error["input"])
     if error["type"] in ("model_type", "dict_type") and len(parts) < 3:
         return line(place, f"{key}: {value} must be a section with keys {_listed(_keys_of(key)) or 'of DeepSpeed'}")
     rule = _RULES.get(error["type"]) or error["msg"].removeprefix("Input ").replace("\n", " ")
@@ -115,10 +116,37 @@ def _unknown(parts: list[str], known: dict[str, str]) -> str:
 
 def _hint(error: ErrorDetails) -> str:
     """What to write, where the value says it."""
-    value = error["input"]
-    if error["type"] in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
-        return f"; write {short(str(int(value)))}"
+    kind, value = error["type"], error["input"]
+    if kind == "bool_type":
+        meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(str(value).lower(), str(value).lower())
+        return f"; write {meant if meant in ('true', 'false') and isinstance(value, str) else 'true or false'}"
+    if kind in ("int_type", "int_from_float", "float_type"):
+        whole = kind != "float_type"
+        number = _number(value, whole)
+        quoted = isinstance(value, str) and str(number) == value
+        return "" if number is None else f"; write {short(str(number))}{' without quotes' if quoted else ''}"
     return ""
+
+
+def _number(value: Any, whole: bool) -> int | float | None:
+    """The number that a value means, which is written in a form that YAML does not read as one (1,000 or '3')."""
+    try:
+        if isinstance(value, str):
+            value = float(value.replace(",", "").replace(" ", ""))
+        if isinstance(value, float) and whole:
+            return int(value) if value.is_integer() else None
+        return value if isinstance(value, float) and math.isfinite(value) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _written(value: Any) -> str:
+    """A value as a message repeats it: YAML's words for what has one."""
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else short(repr(value))
+    )
 
 
 def _needed(section: str) -> str:

@@ -8,6 +8,7 @@ from overtok_megatron.config import deepspeed_config
 from overtok_megatron.config.capacity import check_capacity
 from overtok_megatron.config.collisions import collision_problem
 from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size, train_iters
+from overtok_megatron.config.loading import DEFAULT
 from overtok_megatron.config.model_rules import check_model
 from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple, number_does
 from overtok_megatron.config.schema import RunConfig
@@ -29,7 +30,12 @@ class _Checker:
 
     def need(self, holds: bool, key: str, value: object, reason: str) -> None:
         if not holds:
-            raise ConfigError(line(self._locate(key), f"{key}: {short(str(value))}; {reason}"))
+            raise ConfigError(line(self.place(key), f"{key}: {short(str(value))}; {reason}"))
+
+    def place(self, key: str) -> str:
+        """Where a key was given; where nobody gave it, its section."""
+        place = self._locate(key)
+        return self._locate(key.partition(".")[0]) if place == DEFAULT else place
 
 
 def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
@@ -46,13 +52,13 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
             world_size % per_host == 0,
             "over_encoding.ranks_per_host",
             per_host,
-            f"does not divide the {world_size} ranks; {number_does(nearest_divisor(world_size, per_host))}",
+            f"does not divide the {world_size} ranks (--processes); {number_does(nearest_divisor(world_size, per_host))}",
         )
     _check_schedule(config, check)
     _check_trace(config, world_size, check)
     _check_precision(config, world_size, check)
     check_capacity(config, world_size, check.need)
-    deepspeed_config.derive(config, world_size)
+    deepspeed_config.derive(config, world_size, check.place)
 
 
 def validate_model(config: RunConfig, locate: Locate) -> None:
@@ -73,7 +79,7 @@ def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None
         ("pipeline_parallel_size", parallel.pipeline_parallel_size),
     ):
         left = world_size // taken
-        beside = f" left by the other axes of {world_size}" if taken > 1 else ""
+        beside = f" left by the other axes of {world_size}" if taken > 1 else " (--processes)"
         check.need(
             left % size == 0,
             f"parallel.{key}",

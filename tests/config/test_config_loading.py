@@ -91,7 +91,7 @@ def test_a_stored_configuration_is_the_same(file: Path, tmp_path: Path) -> None:
         ("modle: {}\n", ["unknown key modle", "did you mean model?"]),
         ("hidden_size: 3\n", ["did you mean model.hidden_size?"]),
         ("model: {hidden_size: '32'}\n", [":1:", "model.hidden_size", "'32'", "valid integer"]),
-        ("model: {hidden_size: true}\n", ["model.hidden_size", "True"]),
+        ("model: {hidden_size: true}\n", ["model.hidden_size", "true"]),
         ("model: {hidden_size: 1.5}\n", ["model.hidden_size", "1.5"]),
         ("model: {hidden_size: 0}\n", ["model.hidden_size", "greater than or equal to 1"]),
         ("parallel: {zero_stage: 4}\n", ["parallel.zero_stage", "4", "less than or equal to 3"]),

@@ -173,7 +173,7 @@ def survey_cases(folder: Path, count: int, to_train: int) -> Survey:
     survey.seconds.append(time.monotonic() - begin)
     if "OUT" in os.environ:
         print(survey.seconds, len(small), survey.accepted, survey.trained, survey.refused_in_training)
-        lines = sorted({one for one in survey.messages})
+        lines = sorted(set(survey.messages))
         Path("/tmp/messages.txt").write_text("".join(lines))
     return survey
 

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Path:
         (["model.num_attention_heads=3", "model.hidden_size=1048576"], 1, ["does not divide", "2 does"]),
         ([], 1_000_000_000, ["--processes: 1000000000", "at most 1048576"]),
         ([], 10**30, ["--processes", "at most 1048576"]),
-        (["parallel.tensor_parallel_size=3"], 2**20, ["does not divide the 1048576 ranks; 2 does"]),
+        (["parallel.tensor_parallel_size=3"], 2**20, ["does not divide the 1048576 ranks (--processes); 2 does"]),
         (["parallel.pipeline_parallel_size=1048576"], 2**20, ["leaves stages without a block", "2 is the most"]),
         (
             ["parallel.pipeline_parallel_size=1048576", "parallel.pipeline_partition=parameters"],
