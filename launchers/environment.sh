@@ -1,5 +1,6 @@
 # Sourced by the other launchers: makes the virtual environment .venv once, with pinned packages, and activates it.
-# A CPU build of torch is taken where there is no GPU: the pins in launchers/constraints-cpu.txt name it.
+# A CPU build of torch is taken where there is no GPU: the pins in launchers/constraints.txt name it. On a GPU machine the
+# driver decides which torch can run: TORCH='torch==2.11.0' asks for another than the newest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,18 +12,20 @@ fi
 
 install_extra() { # the package with one of its extras, once
     local extra=$1 mark=.venv/installed-$1
-    if [[ -f $mark && $mark -nt pyproject.toml && $mark -nt launchers/constraints-cpu.txt ]]; then
+    if [[ -f $mark && $mark -nt pyproject.toml && $mark -nt launchers/constraints.txt ]]; then
         return
     fi
     echo "installing (${extra}) into .venv ..."
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-        .venv/bin/pip install --quiet --disable-pip-version-check "torch>=2.11"
-        .venv/bin/pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+        .venv/bin/pip install --quiet --disable-pip-version-check "${TORCH:-torch>=2.11}"
+        # DeepSpeed above all: methods of its optimizers are wrapped, which another release may have changed
+        grep -v '^torch==' launchers/constraints.txt >.venv/constraints-gpu.txt
+        .venv/bin/pip install --quiet --disable-pip-version-check --constraint .venv/constraints-gpu.txt --editable ".[$extra]"
     else
         # torch first and by its pin: any looser request may bring gigabytes of CUDA packages
-        .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' launchers/constraints-cpu.txt)"
-        .venv/bin/pip install --quiet --disable-pip-version-check --constraint launchers/constraints-cpu.txt --editable ".[$extra]"
+        .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' launchers/constraints.txt)"
+        .venv/bin/pip install --quiet --disable-pip-version-check --constraint launchers/constraints.txt --editable ".[$extra]"
     fi
     touch "$mark"
 }

@@ -5,16 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.loading import load_config
+from overtok_megatron.config.validation import validate
 from overtok_megatron.data.corpus import hold_out_last, sotu_files
 from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
-from overtok_megatron.errors import OvertokError
+from overtok_megatron.errors import ConfigError, OvertokError
 from overtok_megatron.evaluation.comparison import RunCurve, draw_curves, read_curve, table
+from overtok_megatron.parallel.devices import num_accelerators
 
 CONFIGS = {"baseline": "configs/quickstart_baseline.yaml", "over-encoded": "configs/quickstart_overtok.yaml"}
 HELD_OUT = 0.03  # share of the corpus, the last speeches in time
@@ -44,9 +45,23 @@ def overtok(*arguments: str) -> str:
     return ""
 
 
+def fitting_ranks(overrides: list[str]) -> int:
+    """As many ranks as there are GPUs, or two on a CPU; fewer where the batch does not divide by them."""
+    loaded = [load_config(path, overrides) for path in CONFIGS.values()]
+    for ranks in range(num_accelerators() or 2, 0, -1):
+        try:
+            for one in loaded:
+                validate(one.config, ranks, one.locate)
+        except ConfigError as error:
+            problem = error
+        else:
+            return ranks
+    raise problem
+
+
 def curves(overrides: list[str]) -> list[RunCurve]:
     """Train both runs and read back what they wrote."""
-    ranks = torch.cuda.device_count() or 2
+    ranks = fitting_ranks(overrides)
     result = []
     for name, path in CONFIGS.items():
         print(f"training the {name} model on {ranks} ranks", flush=True)

@@ -1,11 +1,13 @@
 """One command, `overtok`, with a verb for each job; a user's mistake is one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from overtok_megatron import __version__
 from overtok_megatron.commands import checkpoints, conversion, data, evaluation, growing, runs, serving, text
+from overtok_megatron.environment import asks_for_cpu, wait_politely
 from overtok_megatron.errors import OvertokError
 
 
@@ -21,13 +23,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def default_processes() -> int:
     """One rank a GPU, or one."""
-    import torch
+    if asks_for_cpu(os.environ):
+        return 1
+    from overtok_megatron.parallel.devices import num_accelerators
 
-    return max(1, torch.cuda.device_count())
+    return max(1, num_accelerators())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0, 2 for a user's mistake, or the launcher's."""
+    wait_politely(os.environ)  # before torch is imported, which loads OpenMP
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):

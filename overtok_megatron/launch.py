@@ -13,28 +13,10 @@ import psutil
 
 from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.validation import validate
+from overtok_megatron.environment import asks_for_cpu, rank_environment
 from overtok_megatron.errors import ConfigError
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
-# glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step. Huge pages
-# spare walks through page tables: rows of the n-gram tables lie anywhere.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-
-
-def process_environment(ranks_per_host: int, *, deterministic: bool, cuda: bool) -> dict[str, str]:
-    """What a rank's environment needs beyond the caller's; what the caller has set already stands."""
-    wanted = {"DS_ACCELERATOR": "cuda" if cuda else "cpu"}
-    if not cuda:
-        wanted |= ALLOCATOR
-        wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks_per_host))
-    if deterministic:
-        wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def free_port() -> int:
@@ -50,24 +32,22 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
 
     master_port: where the ranks meet; None = a free one. Returns the launcher's exit code.
     """
-    import torch  # late: `overtok --help` and configuration errors need not wait for it
-
+    # late: they import torch, and `overtok --help` and configuration errors need not wait for it
     from overtok_megatron.checkpoint.weights_only import starting_point
     from overtok_megatron.data.checks import open_run_data
     from overtok_megatron.kernels.choice import choose_kernels
+    from overtok_megatron.parallel.devices import CPU, first_device, num_accelerators
 
     config = loaded.config
     validate(config, processes, loaded.locate)
-    cuda = torch.cuda.is_available()
-    if cuda and processes > torch.cuda.device_count():
+    devices = 0 if asks_for_cpu(os.environ) else num_accelerators()
+    if devices and processes > devices:
         raise ConfigError(
-            f"--processes: {processes}, but this host has {torch.cuda.device_count()} CUDA devices; ask for that many"
+            f"--processes: {processes}, but this host has {devices} CUDA devices; ask for at most that many"
         )
     open_run_data(config)
     starting_point(config)
-    choose_kernels(
-        config.training.kernels, torch.device("cuda" if cuda else "cpu")
-    )  # compiles once, before the ranks do
+    choose_kernels(config.training.kernels, first_device() if devices else CPU)  # compiles once, before the ranks do
     directory = Path(config.training.output_directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,25 +55,9 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         save_resolved(config, resolved)
     except OSError as error:
         raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
-    launcher = shutil.which(
-        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    )
-    assert launcher is not None, "deepspeed is installed without its launcher"
-    extra = process_environment(processes, deterministic=config.training.deterministic, cuda=cuda)
-    command = [
-        sys.executable,
-        launcher,
-        "--num_gpus",
-        str(processes),
-        "--master_port",
-        str(master_port or free_port()),
-        "--log_level",
-        "critical",
-        "--module",
-        ENTRY,
-        str(resolved),
-    ]
-    process = subprocess.Popen(command, env={**os.environ, **extra})
+    command = launcher_command(ENTRY, [str(resolved)], processes, master_port)
+    environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
+    process = subprocess.Popen(command, env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: stop_ranks(process.pid))
     try:
         try:
@@ -102,6 +66,29 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
             return process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def launcher_command(module: str, arguments: list[str], processes: int, master_port: int | None = None) -> list[str]:
+    """DeepSpeed's launcher, running `python -m module arguments` in that many processes of this host."""
+    launcher = shutil.which(
+        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
+    assert launcher is not None, "deepspeed is installed without its launcher"
+    return [
+        sys.executable,
+        launcher,
+        "--hostfile",
+        os.devnull,  # its default, /job/hostfile, exists in pods of some operators, and names other hosts
+        "--num_gpus",
+        str(processes),
+        "--master_port",
+        str(master_port or free_port()),
+        "--log_level",
+        "critical",
+        "--module",
+        module,
+        *arguments,
+    ]
 
 
 def stop_ranks(launcher: int) -> None:

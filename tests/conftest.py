@@ -1,9 +1,24 @@
 """Settings of all tests, and what tests of several rooms share."""
 
+import os
+
+import pytest
 from hypothesis import settings
-from trained_runs import plain_model, trained_runs
+
+from overtok_megatron.environment import wait_politely
+
+wait_politely(os.environ)  # before torch is imported below
+
+from trained_runs import plain_model, trained_runs  # noqa: E402
 
 __all__ = ["plain_model", "trained_runs"]
 
 settings.register_profile("shared", deadline=None)  # a busy machine is no failure; pytest-timeout ends what hangs
 settings.load_profile("shared")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the CPU, on any machine: with more ranks than GPUs, and to the last bit. `-m gpu` asks for the others."""
+    if "gpu" not in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -63,7 +63,7 @@ def train(folder: Path) -> None:
     for precision in PRECISIONS:
         config = configuration(folder, precision)
         Path(config.training.output_directory).mkdir()
-        assert TrainingRun(config, 1).run()
+        assert TrainingRun(config, device=torch.device("cpu"), num_threads=1).run()
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,8 @@ from overtok_megatron.errors import DataError, OvertokError
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.launch import process_environment
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.training.metrics import matmul_rate, peak_memory
+from overtok_megatron.training.metrics import peak_memory
+from overtok_megatron.training.peaks import measured
 
 
 def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
@@ -98,7 +99,7 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
     seconds = alternate(
         {"overtok": our_step(config, batch), "transformers": hugging_face_step(config, batch)}, options.rounds
     )
-    limit = flops_per_token(config) * 32 * 256 / matmul_rate(DEVICE, torch.bfloat16)
+    limit = flops_per_token(config) * 32 * 256 / measured(DEVICE, torch.bfloat16)
     return {
         "seconds": seconds,
         "ratio": seconds["transformers"] / seconds["overtok"],
@@ -170,7 +171,7 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
             for folder in folders:
                 folder.mkdir()
             begin = time.perf_counter()
-            thread = in_background(writer.begin(folders[0]))
+            thread = in_background(writer.begin(folders[0]), DEVICE)
             stall, during = time.perf_counter() - begin, []
             while thread.is_alive():
                 during.append(step())

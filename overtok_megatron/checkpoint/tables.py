@@ -69,7 +69,7 @@ class TableWriter:
         if full or chain is None:
             snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns())
             return lambda: self._finish(folder, self._write_all(folder, snapshot, metadata), 0)
-        values = {name: column[changed].cpu() for name, column in self._tables.columns().items()}
+        values = {name: _rows_to_host(column, changed) for name, column in self._tables.columns().items()}
         values["rows"] = changed.cpu() + shard.start
         return lambda: self._finish(folder, self._write_changed(folder, chain, values, metadata), chain.increments + 1)
 
@@ -105,6 +105,15 @@ class TableWriter:
         """The save's folder has got its final name, by which the next increment finds the files to link."""
         if self._chain is not None:
             self._chain = Chain(folder, self._chain.files, self._chain.increments)
+
+
+def _rows_to_host(column: Tensor, rows: Tensor) -> Tensor:
+    """column[rows] in host memory; rows [c] int64. On the device only a piece of it exists at a time."""
+    result = torch.empty(rows.numel(), *column.shape[1:], dtype=column.dtype)
+    step = max(1, _PIECE_BYTES // column[:1].nbytes)
+    for begin in range(0, rows.numel(), step):
+        result[begin : begin + step] = column[rows[begin : begin + step]]
+    return result
 
 
 def write_rows(folder: Path, stem: str, values: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Digest]:

@@ -28,6 +28,7 @@ _OURS = {
     "bf16.enabled": "training.precision",
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
+    "communication_data_type": "parallel.gradient_dtype",
     "data_types.grad_accum_dtype": "parallel.zero_stage (0 accumulates in the model's dtype)",
 }
 
@@ -49,6 +50,8 @@ def derive(
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         "gradient_clipping": config.optimizer.gradient_clipping,
         "bf16": {"enabled": bf16},
+        # DeepSpeed's own default is the model's precision, which would round what was summed in float32
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.parallel.gradient_dtype],
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

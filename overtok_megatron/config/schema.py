@@ -222,6 +222,9 @@ class ParallelConfig(Section):
     context_parallel_size: Positive = Field(1, description="ranks that split every sequence, for long ones")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="DeepSpeed's ZeRO stage, 0 to 3")
     offload_optimizer: Literal["none", "cpu"] = Field("none", description="where DeepSpeed keeps dense optimizer state")
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what dense gradients travel in between ranks; bfloat16 halves the bytes and rounds them"
+    )
 
 
 class OptimizerConfig(Section):

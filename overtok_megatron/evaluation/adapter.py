@@ -25,6 +25,7 @@ from overtok_megatron.errors import InputError
 from overtok_megatron.evaluation.registration import NAME
 from overtok_megatron.inference.generation import Sampling, generate_texts
 from overtok_megatron.inference.loading import STORAGES, TrainedModel, load_trained
+from overtok_megatron.parallel.devices import default_device, named_device, num_accelerators
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def load_for_evaluation(run: str | None, storage: str, device: str | None) -> Tr
         raise InputError("model_args: name a run's output folder, as in --model_args run=runs/mine")
     if storage not in STORAGES:
         raise InputError(f"model_args: storage={storage}; must be one of {', '.join(STORAGES)}")
-    cuda = torch.cuda.is_available()
-    if device is None or (device.startswith("cuda") and not cuda):  # lm-eval asks for cuda:0 whatever there is
-        device = "cuda" if cuda else "cpu"
-    return load_trained(Path(str(run)), torch.device(device), next(known for known in STORAGES if known == storage))
+    if device is not None and device.startswith("cuda") and num_accelerators() == 0:
+        device = None  # lm-eval asks for cuda:0 whatever there is
+    chosen = default_device() if device is None else named_device(device, "model_args: device")
+    return load_trained(Path(str(run)), chosen, next(known for known in STORAGES if known == storage))

@@ -88,6 +88,16 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
     )
 
 
+def choose_adamw(
+    choice: str, device: torch.device, *, offloaded: bool
+) -> Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer]:
+    """AdamW of the kernels of `choose_kernels`, or torch's where the optimizer's state is offloaded to the CPU.
+
+    apex's knows CUDA tensors only.
+    """
+    return torch_adamw if offloaded else choose_kernels(choice, device).adamw
+
+
 def _cuda_row_kernels() -> RowKernels:
     """Triton's, where torch brought it along; the same sums in another order otherwise."""
     try:

@@ -1,6 +1,8 @@
 """Rows of the n-gram tables on CUDA through Triton: same signatures and meaning as rows.py.
 
-No atomics: every sum has one order, so that a run gives the same bits again. Importing this needs the package triton, which
+No atomics: every sum has one order, so that a run gives the same bits again. Square roots and divisions are those of IEEE 754
+(tl.sqrt and / are approximations on CUDA); the order in which a row's squares are added is Triton's, another than on the CPU.
+Importing this needs the package triton, which
 torch's CUDA builds bring along.
 """
 
@@ -55,7 +57,7 @@ def _store_state(state, at, values, bits, mask):
         tl.store(state + at, values, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "length"])
 def ngram_rows_kernel(
     extended, numbers, out, positions, length, base, pad_id, eod_id, stripes, total, smallest,
     TABLES: tl.constexpr, LONGEST: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr,
@@ -87,7 +89,7 @@ def ngram_rows_kernel(
     tl.store(out + at * TABLES + table, place, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # another number per step must not compile another kernel
 def gather_kernel(
     weight, scale, index, slots, out, count,
     INDEXED: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -129,7 +131,7 @@ def add_kernel(grad, order, ends, total, squares, FRESH: tl.constexpr, WIDTH: tl
     tl.store(squares + row, tl.sum(tl.where(inside, added * added, 0.0), axis=0))
 
 
-@triton.jit(do_not_specialize=["key", "first"])
+@triton.jit(do_not_specialize=["count", "key", "first"])
 def update_kernel(
     weight, scale, flags, first_state, second_state, index, grad, count, rate, decay, beta1, beta2, eps, factor, key, first,
     RULE: tl.constexpr, SCALED: tl.constexpr, FLAGGED: tl.constexpr,
@@ -155,25 +157,25 @@ def update_kernel(
     if RULE == "sgd":
         values = values - rate * g
     elif RULE == "rowwise_adagrad":
-        added = tl.sum(g * g, axis=1) / WIDTH
+        added = tl.div_rn(tl.sum(g * g, axis=1), WIDTH * 1.0)
         sums = tl.load(first_state + row, mask=here, other=0.0).to(tl.float32) + added
         _store_state(first_state, row, sums, _state_noise(of_row, WIDTH), here)
-        values = values - g * (rate / (tl.sqrt(sums) + eps))[:, None]
+        values = values - g * tl.div_rn(rate, tl.sqrt_rn(sums) + eps)[:, None]
     else:
         mean = beta1 * tl.load(first_state + place, mask=mask, other=0.0).to(tl.float32) + (1.0 - beta1) * g
         _store_state(first_state, place, mean, _column_noise(wide, column + WIDTH), mask)
         if RULE == "adam":
             square = beta2 * tl.load(second_state + place, mask=mask, other=0.0).to(tl.float32) + (1.0 - beta2) * g * g
             _store_state(second_state, place, square, _column_noise(wide, column + 2 * WIDTH), mask)
-            values = values - mean * (rate / (tl.sqrt(square) + eps))
+            values = values - mean * tl.div_rn(rate, tl.sqrt_rn(square) + eps)
         else:
-            added = (1.0 - beta2) * (tl.sum(g * g, axis=1) / WIDTH)
+            added = (1.0 - beta2) * (tl.div_rn(tl.sum(g * g, axis=1), WIDTH * 1.0))
             own = beta2 * tl.load(second_state + row, mask=here, other=0.0).to(tl.float32) + added
             _store_state(second_state, row, own, _state_noise(of_row, 2 * WIDTH), here)
-            values = values - mean * (rate / (tl.sqrt(own) + eps))[:, None]
+            values = values - mean * tl.div_rn(rate, tl.sqrt_rn(own) + eps)[:, None]
     if SCALED:
         largest = tl.max(tl.where(mask, tl.abs(values), 0.0), axis=1) * (1.0 / 127.0)
-        inverse = tl.where(largest > 0.0, 1.0 / tl.where(largest > 0.0, largest, 1.0), 0.0)
+        inverse = tl.where(largest > 0.0, tl.div_rn(1.0, tl.where(largest > 0.0, largest, 1.0)), 0.0)
         drawn = (_column_noise(wide, column) >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
         lifted = tl.floor(values * inverse[:, None] + drawn)
         tl.store(weight + place, tl.minimum(tl.maximum(lifted, -127.0), 127.0).to(tl.int8), mask=mask)

@@ -1,13 +1,21 @@
 """The rows of a shard as they were at one moment, handed out piece by piece while training goes on changing them.
 
 Copy on write in software: whoever changes rows first lets the snapshot keep their old values, once a row and only of rows that
-were not handed out yet. A snapshot therefore costs nothing when it is made, and memory by what changes while it is read.
+were not handed out yet. A snapshot therefore costs nothing when it is made. While it is read it takes host memory by what
+changes, and one flag per row where the rows are.
 """
 
 import threading
 
 import torch
 from torch import Tensor
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The tensor in host memory; from a GPU by a copy that is not waited for, into pinned memory."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class RowSnapshot:
@@ -27,18 +35,20 @@ class RowSnapshot:
             ahead = rows[(rows >= self._begin) & ~self._kept_flags[rows]]
             if ahead.numel():
                 self._kept_flags[ahead] = True
-                self._kept.append((ahead, {name: column[ahead] for name, column in self._columns.items()}))
+                values = {name: to_host(column[ahead]) for name, column in self._columns.items()}
+                self._kept.append((to_host(ahead), values))
 
     def take(self, end: int) -> dict[str, Tensor]:
         """The next rows, up to `end`, as CPU tensors."""
         with self._lock:
             begin, self._begin = self._begin, end
             part = {name: column[begin:end].to("cpu", copy=True) for name, column in self._columns.items()}
-            edges = torch.tensor([begin, end], device=self._kept_flags.device)
+            # the copies above waited for the device, so what `preserve` sent to the host before them is there
+            edges = torch.tensor([begin, end])
             for rows, values in self._kept:
                 first, last = torch.searchsorted(rows, edges).tolist()
-                place = (rows[first:last] - begin).cpu()
+                place = rows[first:last] - begin
                 for name, old in values.items():
-                    part[name][place] = old[first:last].cpu()
+                    part[name][place] = old[first:last]
             self._kept = [(rows, values) for rows, values in self._kept if int(rows[-1]) >= end]
             return part

@@ -15,6 +15,7 @@ from overtok_megatron.kernels.rows import CHANGED, RowKernels, TableRows, round_
 
 _VALUES_PER_COUNT = 8  # one Philox count yields four 64-bit words, that is eight float32 draws
 _CHUNK_VALUES = 1 << 20  # drawn at a time: stays in cache
+_FLAGS_AT_ONCE = 1 << 24  # looked through at a time, so that no temporary grows with the tables
 _TOUCHED = 1  # a row's flag: ever updated; CHANGED: also since the last save began
 
 
@@ -112,6 +113,9 @@ class TableShard:
 
     def take_changed(self) -> Tensor:
         """Local rows [c] int64, ascending, that were updated since this was last called."""
-        changed = (self.flags == CHANGED).nonzero().squeeze(1)
-        self.flags.clamp_(max=_TOUCHED)
-        return changed
+        parts = []
+        for begin in range(0, self.num_rows, _FLAGS_AT_ONCE):
+            flags = self.flags[begin : begin + _FLAGS_AT_ONCE]
+            parts.append((flags == CHANGED).nonzero().squeeze(1) + begin)
+            flags.clamp_(max=_TOUCHED)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.device)

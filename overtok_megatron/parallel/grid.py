@@ -1,12 +1,15 @@
 """The process grid: rank arithmetic as pure functions, and the groups made from it, which are never globals."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 Axis = Literal["pipe", "data", "context", "model"]
+# How long a rank waits for a message that is no part of a step: meanwhile another may hash or write its files.
+CONTROL_TIMEOUT = timedelta(hours=12)
 AXES: tuple[Axis, ...] = ("pipe", "data", "context", "model")  # outermost first: tensor-parallel ranks are neighbours
 
 
@@ -66,7 +69,8 @@ class ProcessGrid:
     that together hold one copy of the weights. ends_group: the first and the last pipeline stage's rank of the same
     place, None for a rank in the middle of a pipeline. batch_group: the ranks that see the same samples, which are all of
     one pipeline. table_group: the whole world, over which the n-gram tables are sharded. engine_groups: the tensor and data
-    groups where DeepSpeed needs them even with one member; None without a process group.
+    groups where DeepSpeed needs them even with one member; None without a process group. control_group: the whole world
+    over gloo, with a long time limit, whatever the run's device: for `gather_objects` and `wait_for_all`.
     """
 
     shape: GridShape
@@ -79,6 +83,7 @@ class ProcessGrid:
     batch_group: dist.ProcessGroup | None
     table_group: dist.ProcessGroup | None
     engine_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
+    control_group: dist.ProcessGroup | None
 
     def place(self, axis: Axis) -> int:
         """This rank's coordinate on an axis."""
@@ -105,10 +110,23 @@ class ProcessGrid:
         """The rank that reads this pipeline's samples and hands them to the others of batch_group."""
         return self.shape.rank_at({"pipe": 0, "data": self.data_rank, "context": 0, "model": 0})
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One picklable object from every rank, on every rank, in rank order; all ranks must call this."""
+        if self.control_group is None:
+            return [value]
+        values: list[Any] = [None] * self.shape.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has called this."""
+        if self.control_group is not None:
+            dist.barrier(group=self.control_group)
+
     @classmethod
     def single(cls) -> "ProcessGrid":
         """One process, no process group."""
-        return cls(GridShape(), 0, None, None, None, None, None, None, None, None)
+        return cls(GridShape(), 0, None, None, None, None, None, None, None, None, None)
 
     @classmethod
     def create(cls, shape: GridShape) -> "ProcessGrid":
@@ -141,4 +159,5 @@ class ProcessGrid:
             split_group("batch", shape.all_groups("pipe", "context", "model")),
             own_group("tables", [list(range(world))]) if world > 1 else None,
             (tensor, data),
+            dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control") if world > 1 else None,
         )

@@ -80,8 +80,7 @@ class JointNorm:
             self.engine.clip_fp32_gradients = lambda: None  # DeepSpeed's knows the dense gradients only
             optimizer.register_step_pre_hook(self._clip_before_step)
         elif kind == "DeepSpeedZeroOptimizer_Stage3":
-            groups = optimizer._get_norm_groups
-            optimizer._get_norm_groups = lambda: [*groups(), self._tables().sqrt().float()]
+            self._wrap_norm_groups(optimizer)
         elif kind == "DeepSpeedZeroOptimizer":
             norm = optimizer.scaled_global_norm
             optimizer.scaled_global_norm = lambda *args, **kwargs: self._join(norm(*args, **kwargs))
@@ -90,6 +89,16 @@ class JointNorm:
         else:
             assert kind in ("FP16_UnfusedOptimizer", "FP16_Optimizer"), f"unknown DeepSpeed optimizer {kind}"
             self._wrap_unscale(optimizer, position=0 if kind == "FP16_UnfusedOptimizer" else 1)
+
+    def _wrap_norm_groups(self, optimizer: Any) -> None:
+        """The tables' norm joins as one more group, where the others are: with an offloaded optimizer that is the CPU."""
+        original = optimizer._get_norm_groups
+
+        def norms() -> list[Any]:
+            dense, own = original(), self._tables().sqrt().float()
+            return [*dense, own.to(dense[0].device) if dense and isinstance(dense[0], Tensor) else own]
+
+        optimizer._get_norm_groups = norms
 
     def _join(self, dense: Tensor) -> Tensor:
         joint: Tensor = (dense.double().square() + self._tables().to(dense.device)).sqrt().to(dense.dtype)

@@ -6,7 +6,6 @@ Only this file and pipeline.py import deepspeed. Shapes: A micro-batches of a st
 import contextlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from torch import Tensor
 from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import OvertokError
-from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.kernels.choice import choose_adamw
 from overtok_megatron.model.assembly import build_run_layers, build_tables, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.devices import backend_of
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.topology import DeepSpeedTopology
 from overtok_megatron.training.clipping import JointNorm
@@ -37,14 +37,16 @@ from overtok_megatron.training.routing import RouterFigures
 MicroBatch = tuple[Tensor, Tensor | None, Tensor]  # inputs, slots, targets
 
 
-def start_processes(config: RunConfig) -> ProcessGrid:
-    """Join the process group that the launcher described, and build the grid."""
+def start_processes(config: RunConfig, device: torch.device) -> ProcessGrid:
+    """Join the process group that the launcher described, over the backend of the run's device, and build the grid."""
     # DeepSpeed logs much and calls collectives by old names; neither concerns a user.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce (half a minute, and a compiler) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    accelerator = deepspeed.accelerator.get_accelerator().device_name().split(":")[0]
+    assert accelerator == device.type, f"DeepSpeed was imported for {accelerator}, the run is on {device}"
+    deepspeed.init_distributed(dist_backend=backend_of(device), verbose=False)
     parallel = config.parallel
     shape = GridShape(
         pipe=parallel.pipeline_parallel_size,
@@ -53,14 +55,6 @@ def start_processes(config: RunConfig) -> ProcessGrid:
         model=parallel.tensor_parallel_size,
     )
     return ProcessGrid.create(shape)
-
-
-def local_device() -> torch.device:
-    """This process's accelerator, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
@@ -160,9 +154,10 @@ class TrainingEngine:
         ]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.optimizer_order = [names[id(parameter)] for parameter in [*decayed, *free]]
-        kernels = choose_kernels(self.config.training.kernels, self.device)
+        offloaded = self.config.parallel.offload_optimizer == "cpu"
+        adamw = choose_adamw(self.config.training.kernels, self.device, offloaded=offloaded)
         # step() sets the rate; until then it is 0, so that nothing DeepSpeed does at start moves a weight
-        return kernels.adamw(groups, 0.0, settings.betas, settings.eps)
+        return adamw(groups, 0.0, settings.betas, settings.eps)
 
     def _collect_tables(self) -> Tensor:
         assert self.tables is not None

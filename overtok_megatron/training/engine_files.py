@@ -20,13 +20,15 @@ def reason(error: BaseException) -> str:
 class EngineFiles:
     """Stands in for DeepSpeed's checkpoint engine: synced writes, reads that cannot execute what they read.
 
-    A failed write is remembered in `failure` instead of raised, because the other ranks are about to enter a barrier.
+    A failed write is remembered in `failure` instead of raised, because the other ranks are about to enter a barrier. Files
+    that this rank wrote are remembered in `written`: each rank hashes its own.
     """
 
     def __init__(self, original: Any, load: Callable[[str, Any], Any]) -> None:
         self._original = original
         self._load = load
         self.failure: str | None = None
+        self.written: list[Path] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
@@ -35,6 +37,7 @@ class EngineFiles:
         try:
             torch.save(state_dict, path)
             sync(Path(path))
+            self.written.append(Path(path))
         except WRITE_ERRORS as error:
             self.failure = self.failure or f"{path}: {reason(error)}"
 

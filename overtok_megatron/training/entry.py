@@ -9,7 +9,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
+
+from overtok_megatron.config.loading import parse_resolved
+from overtok_megatron.environment import (
+    asks_for_cpu,
+    available_cores,
+    make_deterministic,
+    restore_visible_devices,
+    wait_politely,
+)
+from overtok_megatron.errors import OvertokError
 
 
 def set_up_logging(directory: Path, rank: int, console: bool) -> None:
@@ -26,30 +37,40 @@ def set_up_logging(directory: Path, rank: int, console: bool) -> None:
         root.addHandler(handler)
 
 
+def prepare_environment(environment: MutableMapping[str, str], *, deterministic: bool) -> None:
+    """Whatever started this process: what its environment must say before torch is imported."""
+    restore_visible_devices(environment)
+    wait_politely(environment)
+    if deterministic:
+        make_deterministic(environment)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One process of a training run; started by the deepspeed launcher.")
     parser.add_argument("config", help="a resolved configuration, as `overtok train` stores it")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     options = parser.parse_args(arguments)
 
-    import torch
-
-    from overtok_megatron.config.loading import parse_resolved
-    from overtok_megatron.errors import OvertokError
-    from overtok_megatron.training.loop import TrainingRun, show_bar
-
     rank = int(os.environ.get("RANK", "0"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     try:
         config = parse_resolved(options.config)
+        prepare_environment(os.environ, deterministic=config.training.deterministic)
+
+        # only now: they import torch, and what the environment says is read when its libraries are loaded
+        from overtok_megatron.parallel.devices import CPU, local_device
+        from overtok_megatron.training.loop import TrainingRun, show_bar
+
         set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
-        finished = TrainingRun(config, num_threads=max(1, (os.cpu_count() or 1) // local_ranks)).run()
+        device = CPU if asks_for_cpu(os.environ) else local_device(int(os.environ.get("LOCAL_RANK", "0")))
+        run = TrainingRun(config, device=device, num_threads=max(1, available_cores() // local_ranks))
+        finished = run.run()
     except OvertokError as error:
         if rank > 0:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
-    torch.distributed.barrier()  # nobody leaves while another still waits for it
+    run.grid.wait_for_all()  # nobody leaves while another still waits for it
     return 0 if finished else 128 + signal.SIGTERM
 
 

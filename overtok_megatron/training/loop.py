@@ -29,8 +29,9 @@ from overtok_megatron.data.scores import validation_figures, validation_losses
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.training import metrics
-from overtok_megatron.training.engine import StepResult, TrainingEngine, local_device, start_processes
+from overtok_megatron.training.engine import StepResult, TrainingEngine, start_processes
 from overtok_megatron.training.metrics import Reporter
+from overtok_megatron.training.peaks import peak_flops
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.state import load_state, load_weights
@@ -42,13 +43,14 @@ log = logging.getLogger(__name__)
 class TrainingRun:
     """One run from its first (or resumed) step to its last."""
 
-    def __init__(self, config: RunConfig, num_threads: int) -> None:
+    def __init__(self, config: RunConfig, *, device: torch.device, num_threads: int) -> None:
+        """num_threads: of this rank on the host, where the configuration names none."""
         self.config = config
-        device = local_device()
-        if device.type == "cpu":
-            torch.set_num_threads(config.training.num_threads or num_threads)
+        torch.set_num_threads(
+            config.training.num_threads or num_threads
+        )  # a GPU's host tables and offload use them too
         torch.use_deterministic_algorithms(config.training.deterministic)
-        self.grid = start_processes(config)
+        self.grid = start_processes(config, device)
         world = self.grid.shape.world_size
         validate(config, world, lambda key: "resolved")
         self.data = open_run_data(config)
@@ -86,8 +88,10 @@ class TrainingRun:
         self.first = self.grid.rank == 0
         self.tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self.flops_per_token = counts.flops_per_token(config)
-        rate = metrics.matmul_rate(device, DTYPES[config.training.precision])
-        self.peak_flops = metrics.over_ranks(rate, dist.ReduceOp.SUM)
+        peak = peak_flops(device, DTYPES[config.training.precision])
+        self.peak_flops = metrics.over_ranks(peak.flops, dist.ReduceOp.SUM, device)
+        if self.first:
+            log.info("utilisation is of %.4g TFLOP/s per rank: %s", peak.flops / 1e12, peak.source)
 
     def run(self) -> bool:
         """Train to the end, or to where SIGTERM asked to stop: False then, with a checkpoint of that step.
@@ -144,7 +148,7 @@ class TrainingRun:
         if self.first:
             for name in self.store.clean():
                 log.warning("removed %s, which an interrupted save left behind", name)
-        dist.barrier()
+        self.grid.wait_for_all()
         start = starting_point(self.config)
         if start is None:
             return 0
@@ -206,6 +210,7 @@ class TrainingRun:
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": speed,
             "speed/step_seconds": seconds,
+            "speed/tflops_per_rank": speed * self.flops_per_token / self.grid.shape.world_size / 1e12,
             "speed/model_flops_utilisation": speed * self.flops_per_token / self.peak_flops,
             "memory/peak_bytes": float(metrics.peak_memory(self.trainer.device)),
         }
@@ -247,7 +252,7 @@ class TrainingRun:
         tables = self.trainer.tables
         if tables is None:
             return {}
-        touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM)
+        touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, self.trainer.device)
         tokens = self._tokens(self.consumed)
         sample = tokens[:, :, :-1] if self.grid.is_first_stage else None
         norms = tables.contribution_norms(None if sample is None else sample[:1])

@@ -6,7 +6,6 @@ Units: seconds, tokens, bytes; losses in nats a token.
 import json
 import logging
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,9 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product on this process's device: the denominator of model FLOPs utilisation.
-
-    Measured, because a peak from a data sheet does not exist for every machine: best of five.
-    """
-    size = 8192 if device.type == "cuda" else 768
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        begin = time.perf_counter()
-        product = left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-        del product
-    return 2 * size**3 / best
-
-
-def over_ranks(value: float, operation: Any) -> float:
-    """Reduce one number over all ranks (a collective)."""
-    tensor = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+def over_ranks(value: float, operation: Any, device: torch.device) -> float:
+    """Reduce one number over all ranks, which must all call this; device: of the run, whose backend reduces it."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=operation)
     return float(tensor)
 
@@ -100,6 +81,7 @@ def step_line(step: int, total: int, values: dict[str, float]) -> str:
         f"lr {values['train/learning_rate']:9.3e}",
         f"norm {values['train/grad_norm']:8.3f}",
         f"{values['speed/tokens_per_second']:9.0f} tok/s",
+        f"{values['speed/tflops_per_rank']:7.2f} TFLOP/s",
         f"mfu {100 * values['speed/model_flops_utilisation']:5.1f}%",
     ]
     if "tables/unique_rows" in values:

@@ -24,6 +24,7 @@ from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
@@ -32,12 +33,13 @@ from overtok_megatron.training.state import gather, layout_of
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
 
-def in_background(work: Callable[[], Any]) -> threading.Thread:
-    """Run `work` on a thread that gets the processor when training leaves it idle."""
+def in_background(work: Callable[[], Any], device: torch.device) -> threading.Thread:
+    """Run `work` on a thread that gets the processor when training leaves it idle; device: of what it reads."""
 
     def run() -> None:
         with suppress(OSError, AttributeError):  # a thread's own priority is a thing of Linux
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        make_current(device)
         work()
 
     thread = threading.Thread(target=run, name="save", daemon=True)
@@ -103,7 +105,7 @@ class Saver:
                 self.trainer.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
 
         self._abandoned.clear()
-        self._thread = in_background(complete)
+        self._thread = in_background(complete, self.trainer.device)
         if not self.trainer.config.checkpoint.asynchronous:
             self.finish()
 
@@ -152,13 +154,13 @@ class Saver:
         writes = trainer.grid.place("data") == trainer.grid.place("context") == 0
         self._agree(self._guarded(lambda: written.append(self._write_dense(folder, dense))) if writes else None)
         files = trainer.engine_files
-        files.failure = None
+        files.failure, files.written = None, []
         try:
             trainer.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, client_state=extras, save_latest=False)
         except WRITE_ERRORS as error:  # what DeepSpeed writes beside its checkpoint engine
             files.failure = files.failure or reason(error)
         self._agree(files.failure)
-        return written
+        return [*written, *(path.relative_to(folder).as_posix() for path in files.written)]
 
     def _write_dense(self, folder: Path, dense: dict[str, torch.Tensor]) -> str:
         parameters = dict(self.trainer.model.named_parameters())
@@ -234,7 +236,7 @@ class Saver:
         shutil.rmtree(folder / _NOTES)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if name not in files:  # DeepSpeed's
+            if name not in files:  # small ones that DeepSpeed writes by itself
                 files[name] = file_digest(path)
         layout, config = layout_of(self.trainer), self.trainer.config.model_dump(mode="json")
         path = self.store.publish(Manifest(config=config, layout=layout, files=files, **manifest))

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
+
+from overtok_megatron.parallel.devices import num_accelerators
 
 
 class Tracer:
@@ -24,7 +25,7 @@ class Tracer:
     def step(self, step: int, rank: int) -> Iterator[None]:
         """Around one training step."""
         if self._steps and rank in self._ranks and step == self._steps[0]:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if num_accelerators() else [])]
             self._profiler = profile(activities=activities)
             self._profiler.start()
         yield

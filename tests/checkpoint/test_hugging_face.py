@@ -118,7 +118,7 @@ def save_as_loaded(runs: list[Path], parallel: dict[str, int], output: Path) -> 
         changes = {"parallel": parallel, "training": {"train_iters": 1, "micro_batch_size": 2, "global_batch_size": 2}}
         values = {key: value | changes.get(key, {}) for key, value in manifest.config.items()}
         config = RunConfig.model_validate(values)
-        trainer = TrainingEngine(config, start_processes(config), CPU, 0)
+        trainer = TrainingEngine(config, start_processes(config, CPU), CPU, 0)
         load_weights(trainer, find_checkpoint(run))
         results.append(trainer.evaluate([(tokens()[:, :-1], tokens()[:, 1:])])[0])
         store = CheckpointStore(output / run.name)

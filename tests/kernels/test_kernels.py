@@ -171,6 +171,17 @@ def test_apex_is_recognised_or_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apex_parts() is None
 
 
+def test_an_offloaded_optimizer_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """apex's AdamW knows CUDA tensors only, and an offloaded one steps on the CPU."""
+    made: list[str] = []
+    monkeypatch.setattr(choice, "apex_parts", lambda: (None, lambda groups, **settings: made.append("apex")))
+    device = torch.device("cuda", 0)
+    weights = [{"params": [torch.nn.Parameter(torch.ones(3))]}]
+    choice.choose_adamw("auto", device, offloaded=False)(weights, 1e-3, (0.9, 0.95), 1e-8)
+    assert made == ["apex"]
+    assert choice.choose_adamw("auto", device, offloaded=True) is choice.torch_adamw
+
+
 @pytest.mark.skipif(apex_parts() is None or not torch.cuda.is_available(), reason="NVIDIA apex and CUDA are needed")
 def test_apex_gives_torchs_numbers() -> None:
     device = torch.device("cuda")

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from overtok_megatron.config.counts import bytes_per_rank, parameter_counts
+from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.model.assembly import build_tables, build_transformer
 from overtok_megatron.ngram.table import TableShard
@@ -14,18 +15,18 @@ from overtok_megatron.ngram.table import TableShard
 CPU = torch.device("cpu")
 
 
-def configuration(model: dict[str, Any], over: dict[str, Any]) -> RunConfig:
+def configuration(model: dict[str, Any], over: dict[str, Any], length: int = 8) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 72, "num_layers": 2,
                       "num_attention_heads": 4} | model,
             "over_encoding": over,
             "tokenizer": {"path": "none"},
-            "data": {"train": "none", "seq_length": 8},
+            "data": {"train": "none", "seq_length": length},
             "parallel": {"zero_stage": 0},
             "optimizer": {"learning_rate": 1e-3},
             "training": {"output_directory": "none", "micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1,
-                         "precision": "fp32"},
+                         "precision": "fp32", "kernels": "torch"},
         }
     )  # fmt: skip
 
@@ -90,3 +91,61 @@ def test_tables_cost_little_more_than_two_bytes_a_parameter_by_default(width: in
     config = configuration({"hidden_size": 4 * width, "num_attention_heads": 4}, OVER | {"table_rows": 10**6})
     needed = bytes_per_rank(config, 1)
     assert (needed.table_rows + needed.table_state) / parameter_counts(config).tables <= 2.1
+
+
+@pytest.mark.parametrize(
+    ("model", "over"),
+    [({}, {}), ({"tie_word_embeddings": True, "num_key_value_heads": 2}, OVER), (LLAMA, {}), (OLMOE, OVER)],
+)
+def test_flops_of_products_are_those_that_torch_counts(model: dict[str, Any], over: dict[str, Any]) -> None:
+    """torch's counter sees every matrix product of a real step, the head's among them; attention has a test of its own."""
+    config = configuration(model, over)
+    built = build_transformer(config, device=CPU)
+    tokens = torch.randint(0, 101, (2, 9))
+    slots = None
+    if config.over_encoding.enabled:
+        tables = build_tables(config, built.embedding.over_encoding, 0, device=CPU)
+        slots = tables.begin(tokens[:, :-1])
+    with FlopCounterMode(display=False) as counter:
+        objective, *_ = built(tokens[:, :-1], slots, tokens[:, 1:])
+        objective.backward()
+    products = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
+    by_operator = counter.get_flop_counts()["Global"]
+    counted = sum(flops for name, flops in by_operator.items() if str(name).split(".")[-1] in products)
+    shape = config.model
+    width = shape.num_attention_heads * (shape.head_size or shape.hidden_size // shape.num_attention_heads)
+    attention = 12.0 * width * shape.num_layers * 8 / 2
+    norms = sum(weight.numel() for weight in built.parameters() if weight.ndim < 2)
+    assert flops_per_token(config) - attention - 6 * norms == pytest.approx(counted / 16)
+
+
+def test_flops_of_attention_are_those_of_the_positions_that_are_seen() -> None:
+    """Two products forward and four backward per pair of positions, the pair with itself half: 12 e h each."""
+    length, heads, size, window = 8, 4, 12, 3
+    for pattern, seen in (([None], length), ([window], window)):
+        plain = {"sliding_window": window, "full_attention_interval": 10**6} if pattern[0] else {}
+        config = configuration({"num_layers": 1, **plain}, {})
+        pairs = sum(min(position + 1, seen) - 0.5 for position in range(length))
+        expected = 12.0 * heads * size * pairs / length
+        without = configuration({"num_layers": 1, **plain}, {}, length=1)
+        products = flops_per_token(without) - 12.0 * heads * size * 0.5
+        assert flops_per_token(config) - products == pytest.approx(expected)
+
+
+def test_flops_of_a_published_shape() -> None:
+    """OLMo2-1B (16 layers, d = 2048, feed-forward 8192, V = 100,278, sequences of 4096), counted by hand."""
+    config = configuration(
+        {
+            "vocab_size": 100_278,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_layers": 16,
+            "num_attention_heads": 16,
+        },
+        {},
+        length=4096,
+    )
+    attention_weights, feed_forward, head = 4 * 2048**2, 3 * 2048 * 8192, 100_278 * 2048
+    norms = 16 * 4 * 2048 + 2048
+    expected = 6 * (16 * (attention_weights + feed_forward) + head + norms) + 16 * 12 * 2048 * 4096 / 2
+    assert flops_per_token(config) == expected == 8480772096.0

@@ -47,7 +47,7 @@ def write_grown(folder: Path, config: RunConfig) -> RunConfig:
 
 def train_grown(folder: Path, config: RunConfig) -> tuple[list[float], list[float], bool]:
     """One rank's work: losses, norms, and whether a row that should has moved."""
-    trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     load_weights(trainer, find_checkpoint(folder / "new"))
     tables = trainer.tables
     assert tables is not None

@@ -25,7 +25,7 @@ def train(
 ) -> tuple[list[float], list[float], Tensor, Tensor]:
     """One rank's work: losses, validation losses on the way, and its rows and their state in the end."""
     config = configuration(Layout({"zero_stage": 1, **parallel}, over=STORED | GROWN | over))
-    trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     parts = [own_tokens(trainer, batch) for batch in batches(steps)]
     losses, validations = [], []
     trainer.prefetch(parts[0])

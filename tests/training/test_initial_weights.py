@@ -93,7 +93,7 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
         dense = dict(read_dense_weights(path, read_manifest(path)))
         rows = torch.cat([values["weight"] for _, values in read_rows(path)])
         config = configuration(case)
-        trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+        trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         load_weights(trainer, path)
         same = True
         if config.parallel.tensor_parallel_size == 1:
@@ -206,7 +206,7 @@ def whole_runs(folder: Path) -> list[tuple[int, float, float]]:
     results = []
     for config in (first, second, longer):
         Path(config.training.output_directory).mkdir(exist_ok=True)
-        run = TrainingRun(config, 1)
+        run = TrainingRun(config, device=CPU, num_threads=1)
         resume, before = run._resume, []
 
         def watched(resume=resume, run=run, before=before) -> int:  # type: ignore[no-untyped-def]

@@ -38,7 +38,7 @@ OTHERS: dict[str, tuple[int, Layout]] = {
 
 def start(case: Layout) -> TrainingEngine:
     config = configuration(case)
-    return TrainingEngine(config, start_processes(config), CPU, EOD)
+    return TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
 
 
 def train(trainer: TrainingEngine, begin: int, end: int) -> list[float]:

@@ -104,7 +104,7 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
     results = []
     for case in cases:
         config = configuration(case)
-        grid = start_processes(config)
+        grid = start_processes(config, CPU)
         validate(config, grid.shape.world_size, lambda key: "test")
         trainer = TrainingEngine(config, grid, CPU, EOD)
         steps = [trainer.step(own_tokens(trainer, batch), 3e-3) for batch in stream()]

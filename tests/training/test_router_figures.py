@@ -51,7 +51,7 @@ def train_rank(cases: dict[str, Layout]) -> dict[str, list[dict[str, float]]]:
     results = {}
     for name, case in cases.items():
         config = configuration(case)
-        trainer = TrainingEngine(config, start_processes(config), CPU, EOD)
+        trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         results[name] = []
         for batch in stream()[:STEPS]:
             results[name].append(trainer.step(own_tokens(trainer, batch), 3e-3).router)
@@ -137,7 +137,7 @@ def train_run(folder: Path, output: Path, model: dict[str, Any]) -> None:
     values["parallel"]["pipeline_parallel_size"] = 2
     values["training"] |= {"output_directory": str(output), "train_iters": 2, "micro_batch_size": 4}
     output.mkdir(exist_ok=True)
-    assert TrainingRun(RunConfig.model_validate(values), 1).run()
+    assert TrainingRun(RunConfig.model_validate(values), device=CPU, num_threads=1).run()
 
 
 def test_a_run_reports_them(trained_runs: TrainedRuns, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def train_cases(cases: list[Case]) -> list[Result]:
     results = []
     for case in cases:
         config = configuration(case)
-        grid = start_processes(config)
+        grid = start_processes(config, torch.device("cpu"))
         trainer = TrainingEngine(config, grid, torch.device("cpu"), EOD)
         ranks = grid.shape.data
         tokens = stream(config.model.vocab_size)

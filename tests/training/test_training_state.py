@@ -56,7 +56,7 @@ def run(trainer: TrainingEngine, steps: range) -> list[float]:
 def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], bool]:
     """Losses of an unbroken run, of one that went through a checkpoint, and whether all weights agree in the end."""
     config = configuration(case)
-    grid = start_processes(config)
+    grid = start_processes(config, CPU)
     whole, store = TrainingEngine(config, grid, CPU, EOD), CheckpointStore(folder)
     losses = run(whole, range(2))
     saver = Saver(whole, store, eod_id=EOD, tokenizer_fingerprint="none")

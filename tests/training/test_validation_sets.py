@@ -14,6 +14,7 @@ from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.scores import validation_losses
+from overtok_megatron.parallel.devices import CPU
 
 FIGURES = ("loss", "perplexity", "bits_per_byte")
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -45,7 +46,9 @@ def train(folder: Path, scratch: Path, cases: dict[str, dict[str, Any]], steps: 
 
     for name, parallel in cases.items():
         (scratch / name).mkdir(exist_ok=True)
-        assert TrainingRun(config_of(folder, scratch / name, parallel, validation, steps), 1).run()
+        assert TrainingRun(
+            config_of(folder, scratch / name, parallel, validation, steps), device=CPU, num_threads=1
+        ).run()
 
 
 def records(run: Path) -> list[dict[str, float]]:

@@ -1,0 +1,78 @@
+"""Environment variables of a process that computes: read by libraries when they are loaded, so set before torch is imported.
+
+What the caller has set already stands. The functions here only look at and change mappings; they import nothing heavy.
+"""
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+# glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step. Huge pages
+# spare walks through page tables: rows of the n-gram tables lie anywhere.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+# A thread of GNU OpenMP that waits for the others spins 300,000 times before it sleeps. Where other work holds a core, the
+# thread that it waits for cannot run meanwhile, and every parallel loop takes a scheduler's time slice.
+SPIN_COUNT = "1000"
+_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the first overrules the second
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may choose another algorithm from run to run
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_CALLERS_VISIBLE = "OVERTOK_CUDA_VISIBLE_DEVICES"
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: a batch system may have given it a part of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def asks_for_cpu(environment: Mapping[str, str]) -> bool:
+    """Whether DeepSpeed's own variable chooses the CPU: then a run takes no GPU, though the machine may have some."""
+    return environment.get("DS_ACCELERATOR") == "cpu"
+
+
+def wait_politely(environment: MutableMapping[str, str]) -> None:
+    """Let OpenMP threads sleep soon when they wait, unless the caller has chosen how they wait."""
+    if not any(name in environment for name in _WAITING):
+        environment[_WAITING[0]] = SPIN_COUNT
+
+
+def make_deterministic(environment: MutableMapping[str, str]) -> None:
+    """Give cuBLAS the workspace with which its products are the same at every run."""
+    environment.setdefault(CUBLAS_WORKSPACE, ":4096:8")
+
+
+def rank_environment(
+    caller: Mapping[str, str], ranks_per_host: int, *, deterministic: bool, cuda: bool
+) -> dict[str, str]:
+    """The whole environment of a rank that a launcher starts for `caller`.
+
+    Threads and the allocator are set beside a GPU too: tables in host memory and offloaded optimizers compute on the CPU.
+    DeepSpeed's launcher replaces CUDA_VISIBLE_DEVICES by numbers of its own and knows no names of devices (UUIDs), so the
+    caller's travels under another name, and `restore_visible_devices` puts it back in the rank.
+    """
+    environment = dict(caller)
+    wanted = {
+        "DS_ACCELERATOR": "cuda" if cuda else "cpu",
+        "OMP_NUM_THREADS": str(max(1, available_cores() // ranks_per_host)),
+        "PYTHONSAFEPATH": "1",  # a file of the caller's folder must not stand in for a module of the same name
+        **ALLOCATOR,
+    }
+    for name, value in wanted.items():
+        environment.setdefault(name, value)
+    wait_politely(environment)
+    if deterministic:
+        make_deterministic(environment)
+    if VISIBLE in environment:
+        environment[_CALLERS_VISIBLE] = environment.pop(VISIBLE)
+    return environment
+
+
+def restore_visible_devices(environment: MutableMapping[str, str]) -> None:
+    """In a rank, before CUDA is used: the devices that the caller of the launcher sees, not those that it counted."""
+    if _CALLERS_VISIBLE in environment:
+        environment[VISIBLE] = environment.pop(_CALLERS_VISIBLE)

@@ -1,0 +1,86 @@
+"""The device of a process, made once at its root and handed down, and what follows from it.
+
+`torch.device("cuda")` and `torch.device("cuda:0")` are unequal although they mean one card, and code that compares a tensor's
+device with a wanted one then takes the wrong branch. So a device always carries its index here, as the devices of tensors do.
+"""
+
+from typing import Literal
+
+import torch
+
+from overtok_megatron.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def num_accelerators() -> int:
+    """How many CUDA devices this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The same device with its index: `cuda` becomes the current CUDA device; `cpu` has none."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def default_device() -> torch.device:
+    """The current CUDA device where there is one, else the CPU."""
+    return indexed(torch.device("cuda")) if num_accelerators() else CPU
+
+
+def first_device() -> torch.device:
+    """What ranks will run on, for a process that must not take memory there itself: CUDA is not initialised."""
+    return torch.device("cuda", 0) if num_accelerators() else CPU
+
+
+def named_device(name: str, key: str) -> torch.device:
+    """The device that a user named, such as `cpu`, `cuda` or `cuda:1`.
+
+    Makes it the current device of the calling thread. key: where it was named, for the message. Raises ConfigError where
+    this machine has no such device.
+    """
+    count = num_accelerators()
+    known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(count))] if count else ["cpu"]
+    if name not in known:
+        has = f"this machine has {count} CUDA devices" if count else "this machine has no CUDA device"
+        raise ConfigError(f"{key}: {name}; {has}: write one of {', '.join(known[:6])}")
+    device = indexed(torch.device(name))
+    make_current(device)
+    return device
+
+
+def local_device(local_rank: int) -> torch.device:
+    """Rank `local_rank` of this host takes the CUDA device of that number, or the only one that it sees, or the CPU.
+
+    Makes it the current device of the calling thread. Raises ConfigError where the host has fewer devices than ranks.
+    """
+    count = num_accelerators()
+    if count == 0:
+        return CPU
+    if local_rank >= count > 1:
+        raise ConfigError(
+            f"rank {local_rank} of this host: only {count} CUDA devices are visible; start one rank per device, or set "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", local_rank if count > 1 else 0)
+    make_current(device)
+    return device
+
+
+def make_current(device: torch.device) -> None:
+    """Every thread starts on device 0: a thread that works for another device must call this first."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that was launched on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def backend_of(device: torch.device) -> Literal["nccl", "gloo"]:
+    """The communication library for tensors on that device."""
+    return "nccl" if device.type == "cuda" else "gloo"

@@ -1,0 +1,110 @@
+"""What a process's environment says before torch is imported, and what reaches the ranks through DeepSpeed's launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overtok_megatron.environment import (
+    ALLOCATOR,
+    available_cores,
+    rank_environment,
+    restore_visible_devices,
+    wait_politely,
+)
+from overtok_megatron.launch import launcher_command
+from overtok_megatron.training.entry import prepare_environment
+
+PROBE = """
+import json, os, sys
+from overtok_megatron.environment import restore_visible_devices
+
+counted = os.environ.get("CUDA_VISIBLE_DEVICES")
+restore_visible_devices(os.environ)
+found = {"counted": counted, "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "path": sys.path}
+open(os.environ["PROBE_OUTPUT"] + os.environ["RANK"], "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_threads_and_allocator_are_set_beside_a_gpu_too(cuda: bool) -> None:
+    """Tables in host memory and offloaded optimizers compute on the CPU: eight ranks must not take all cores each."""
+    environment = rank_environment({"PATH": "x"}, 8, deterministic=False, cuda=cuda)
+    assert environment["OMP_NUM_THREADS"] == str(max(1, available_cores() // 8))
+    assert environment.items() >= ALLOCATOR.items()
+    assert environment["DS_ACCELERATOR"] == ("cuda" if cuda else "cpu")
+    assert environment["PATH"] == "x"
+
+
+def test_what_the_caller_has_set_stands() -> None:
+    own = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "active", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    environment = rank_environment(own, 2, deterministic=True, cuda=True)
+    assert environment.items() >= own.items()
+    assert "GOMP_SPINCOUNT" not in environment  # it would overrule the caller's OMP_WAIT_POLICY
+
+
+def test_cores_are_those_of_this_process() -> None:
+    """A batch system binds a task to a part of the machine."""
+    one = sorted(os.sched_getaffinity(0))[0]
+    bind = f"import os; os.sched_setaffinity(0, {{{one}}})"
+    code = f"{bind}; from overtok_megatron.environment import available_cores; print(available_cores())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_deterministic_runs_get_their_workspace_whoever_starts_them() -> None:
+    environment: dict[str, str] = {}
+    prepare_environment(environment, deterministic=True)
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    prepare_environment(environment := {}, deterministic=False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in environment
+
+
+def test_openmp_is_told_how_to_wait_before_torch_is_imported() -> None:
+    """In the command itself: its environment is read when torch loads OpenMP."""
+    code = (
+        "import os, sys; from overtok_megatron.cli import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1000 False"
+    wait_politely(chosen := {"GOMP_SPINCOUNT": "5"})
+    assert chosen == {"GOMP_SPINCOUNT": "5"}
+
+
+@pytest.mark.parametrize("visible", ["4,5", "GPU-0a1b2c3d-0000-1111-2222-333344445555", None])
+def test_ranks_see_the_devices_of_the_caller(tmp_path: Path, visible: str | None) -> None:
+    """Through DeepSpeed's own launcher, which counts devices from 0 and knows no names."""
+    package = tmp_path / "site"
+    package.mkdir()
+    (package / "device_probe.py").write_text(PROBE, encoding="utf-8")
+    caller = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    caller |= {"PYTHONPATH": str(package), "PROBE_OUTPUT": str(tmp_path / "rank")}
+    if visible is not None:
+        caller["CUDA_VISIBLE_DEVICES"] = visible
+    environment = rank_environment(caller, 2, deterministic=False, cuda=False)
+    done = subprocess.run(
+        launcher_command("device_probe", [], 2), env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "VISIBLE_DEVICES" not in done.stdout + done.stderr  # advice about flags that nobody gave
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}").read_text(encoding="utf-8"))
+        assert found["visible"] == (found["counted"] if visible is None else visible)
+        assert "" not in found["path"]  # the folder in which the command was given
+        assert str(Path.cwd()) not in found["path"]
+
+
+def test_nothing_is_restored_that_nobody_set() -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    restore_visible_devices(environment)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+def test_the_suite_itself_sees_no_gpu() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,0 +1,43 @@
+"""The tables' part of the joint norm meets dense norms wherever DeepSpeed keeps them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.training.clipping import JointNorm
+
+# `meta` stands for a GPU here: it is another device than the CPU, and mixing the two raises the same error.
+ELSEWHERE = torch.device("meta")
+
+
+class DeepSpeedZeroOptimizer_Stage3:  # noqa: N801  # DeepSpeed's name, by which the norm finds its place
+    """The one method of DeepSpeed's that the norm wraps; with an offloaded optimizer it gives norms on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.norms = [torch.tensor(3.0, device=device), torch.tensor(4.0, device=device)]
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        return self.norms
+
+
+def installed(dense: torch.device, tables: torch.device) -> Any:
+    optimizer = DeepSpeedZeroOptimizer_Stage3(dense)
+    engine = SimpleNamespace(optimizer=optimizer, device=tables)
+    square = torch.tensor(144.0, dtype=torch.float64, device=tables)
+    JointNorm(engine, ProcessGrid.single(), 1.0, lambda: square)
+    return optimizer
+
+
+@pytest.mark.parametrize("dense", [torch.device("cpu"), ELSEWHERE])
+def test_norms_of_groups_are_on_one_device(dense: torch.device) -> None:
+    groups = installed(dense, torch.device("cpu"))._get_norm_groups()
+    assert torch.stack(groups).device == dense
+
+
+def test_the_joint_norm_is_that_of_all_groups() -> None:
+    groups = installed(torch.device("cpu"), torch.device("cpu"))._get_norm_groups()
+    assert float(torch.stack(groups).norm()) == 13.0
