@@ -83,9 +83,7 @@ def refused_by_deepspeed(config: RunConfig, error: Exception) -> ConfigError:
     else:
         told = str(error)
     keys = short(", ".join(config.deepspeed))
-    return ConfigError(
-        line("deepspeed", f"{keys}: DeepSpeed says: {short(told, 150)}; correct the key, or remove it")
-    )
+    return ConfigError(line("deepspeed", f"{keys}: DeepSpeed says: {short(told, 150)}; correct the key, or remove it"))
 
 
 def _merge(target: dict[str, Any], raw: dict[str, Any], prefix: str, locate: Callable[[str], str]) -> None:

@@ -35,6 +35,8 @@ _WAYS_OUT = {  # by words of PyYAML's
     "another document": "remove the line ---, one file is one configuration",
     "<stream end>": "close the bracket or the quote",
     "found unexpected end of stream": "close the quote",
+    "<document start>": "give the YAML file of a run",
+    "special characters": "give a text file",
     "undefined alias": "quote a text that begins with *",
 }
 
@@ -96,7 +98,7 @@ def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str,
     except RecursionError:
         raise ConfigError(line(source, "nested too deeply; a configuration needs sections and keys only")) from None
     except yaml.YAMLError as error:
-        raise ConfigError(line(source, f"not valid YAML: {_one_line(error)}")) from None
+        raise ConfigError(line(source, f"not valid YAML: {_explained(error)}")) from None
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
         # PyYAML's constructors raise these for a tag whose value does not fit, as in `!!int x` or `!!bool maybe`
         raise ConfigError(line(source, "not valid YAML: a `!!` tag does not fit its value; remove the tag")) from None
@@ -116,9 +118,10 @@ def unwritable(value: Any) -> str | None:
     return None if value is None or isinstance(value, str | int) else short(repr(value))
 
 
-def _explained(error: yaml.MarkedYAMLError) -> str:
+def _explained(error: yaml.YAMLError) -> str:
     """PyYAML's two sentences as one, and what to write instead."""
-    told = ", ".join(short(_one_line(part)) for part in (error.context, error.problem) if part)
+    parts = (error.context, error.problem) if isinstance(error, yaml.MarkedYAMLError) else (error,)
+    told = ", ".join(short(_one_line(part)) for part in parts if part)
     return told + next((f"; {way_out}" for words, way_out in _WAYS_OUT.items() if words in told), "")
 
 

@@ -75,7 +75,8 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     parts = [str(part) for part in error["loc"] if not str(part).startswith("<")]  # schema.py marks forms of a key so
     key = ".".join(parts)
     ancestors = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    place = next((places[name] for name in ancestors if name in places), path)
+    within = next((name for name in places if name.startswith(f"{key}.")), key)  # where an override gave a part of it
+    place = next((places[name] for name in (key, within, *ancestors) if name in places), path)
     known = known_keys()
     if error["type"] in unknown:
         return line(place, _unknown(parts, known))
@@ -95,15 +96,18 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     most = error.get("ctx", {}).get("le")
     if isinstance(most, float):  # pydantic writes all of its digits
         rule = f"should be less than or equal to {most:g}"
-    text = f"{short(key)}: {value} {rule}{_hint(error)}"
+    entry = _keys_of_entry(parts[0], ".".join(parts[1:])) if error["type"] == "model_type" else []
+    entries = error["type"] == "list_type" and _keys_of_entry(parts[0], ".".join([*parts[1:], "0"]))
+    keys = f" with the keys {_listed(entry)}" if entry else ""
+    text = f"{short(key)}: {value} {rule}{keys}{'' if entries else _hint(error)}"
     return line(place, f"{text} ({meaning})" if meaning else text)
 
 
 _RULES = {
     "missing": "has too few values",
-    "model_type": "is no such item",
     "too_long": "has too many values",
     "tuple_type": "should be a list",
+    "model_type": "should be a mapping",
 }
 
 
@@ -120,6 +124,8 @@ def _hint(error: ErrorDetails) -> str:
     if kind == "bool_type":
         meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(str(value).lower(), str(value).lower())
         return f"; write {meant if meant in ('true', 'false') and isinstance(value, str) else 'true or false'}"
+    if kind in ("list_type", "tuple_type") and isinstance(value, int | float | str) and value != "":
+        return f"; write [{short(str(value))}]"
     if kind in ("int_type", "int_from_float", "float_type"):
         whole = kind != "float_type"
         number = _number(value, whole)

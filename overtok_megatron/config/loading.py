@@ -1,6 +1,7 @@
 """YAML and command line to a checked RunConfig, with where every value came from. Rules across keys: validation.py."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
-        raise ConfigError(line(COMMAND_LINE, f"{short(repr(text))}; overrides are written section.key=value"))
+        example = f", as {key}=value" if not equals and re.fullmatch(r"\w+(\.\w+)+", key) else ""
+        raise ConfigError(line(COMMAND_LINE, f"{short(repr(text))}; overrides are written section.key=value{example}"))
     if key == BASE:
         raise ConfigError(
             line(COMMAND_LINE, f"{BASE}: {short(repr(raw))}; a base is named in a file, not in an override")

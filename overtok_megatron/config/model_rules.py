@@ -33,10 +33,11 @@ def _check_heads(config: RunConfig, need: Need) -> None:
     better_width = number_does(nearest_multiple(tensor, model.intermediate_size))
     if given is not None:
         better_heads = number_does(nearest_multiple(split, heads))
-    elif model.hidden_size % 2 == 0:
+    elif model.hidden_size % (2 * split) == 0:
         better_heads = number_does(nearest_divisor(model.hidden_size // 2, heads, multiple_of=split))
     else:
-        better_heads = number_does(None)
+        wide = nearest_multiple(2 * split, model.hidden_size)
+        better_heads = f"no number does while hidden_size is not a multiple of {2 * split}, as {wide} is"
     if given is None:
         need(
             model.hidden_size % heads == 0,

@@ -8,7 +8,7 @@ import re
 from os.path import normpath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 LARGEST = 2**31 - 1
@@ -26,7 +26,23 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Order = Annotated[int, Field(ge=2, le=LONGEST_ORDER)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1, max_length=4095)]  # the longest path that Linux opens
+LONGEST_NAME = 240  # bytes; file systems take 255, and files of a set or a checkpoint add endings
+
+
+def _openable(path: str) -> str:
+    """A path that a file system can take. Whether something lies there is asked where it is opened."""
+    longest = max(len(name.encode(errors="replace")) for name in path.split("/"))
+    if longest > LONGEST_NAME:
+        raise PydanticCustomError(
+            "path",
+            "has a name of {longest} bytes; the parts of a path have at most {most}",
+            {"longest": longest, "most": LONGEST_NAME},
+        )
+    return path
+
+
+Text = Annotated[str, Field(min_length=1, max_length=4095)]
+FilePath = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_openable)]  # Linux opens 4095 bytes
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 
 
@@ -158,7 +174,7 @@ class OverEncodingConfig(Section):
 
 class TokenizerConfig(Section):
     type: Literal["sentencepiece", "hugging_face", "bytes"] = Field("sentencepiece", description="kind of tokenizer")
-    path: Text | None = Field(
+    path: FilePath | None = Field(
         None, description="tokenizer model file, or Hugging Face's tokenizer.json; none for bytes"
     )
     eod_token: Text | None = Field(
@@ -167,7 +183,7 @@ class TokenizerConfig(Section):
 
 
 class WeightedSet(Section):
-    path: Text = Field(description="prefix of the set")
+    path: FilePath = Field(description="prefix of the set")
     weight: PositiveFloat = Field(description="share of the samples, at any scale")
 
 
@@ -191,14 +207,14 @@ def _named_sets(given: dict[Any, Any]) -> dict[Any, Any]:
 
 class DataConfig(Section):
     train: Annotated[
-        Annotated[Text, Tag("<prefix>")] | Annotated[list[WeightedSet], Field(min_length=1), Tag("<sets>")],
+        Annotated[FilePath, Tag("<prefix>")] | Annotated[list[WeightedSet], Field(min_length=1), Tag("<sets>")],
         Discriminator(
             lambda value: "<sets>" if isinstance(value, list) else "<prefix>"
         ),  # an error is of one form alone
     ] = Field(description="prefix of the training set (PREFIX.bin, .idx, .json), or a list of {path, weight}")
     validation: Annotated[
-        Annotated[Text | None, Tag("<prefix>")]
-        | Annotated[dict[str, Text], BeforeValidator(_named_sets), Tag("<named>")],
+        Annotated[FilePath | None, Tag("<prefix>")]
+        | Annotated[dict[str, FilePath], BeforeValidator(_named_sets), Tag("<named>")],
         Discriminator(lambda value: "<named>" if isinstance(value, dict) else "<prefix>"),
     ] = Field(
         None,
@@ -240,7 +256,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    output_directory: Text = Field(description="where the run writes everything")
+    output_directory: FilePath = Field(description="where the run writes everything")
     micro_batch_size: Positive = Field(description="sequences a rank handles at once")
     global_batch_size: Positive = Field(description="sequences an optimizer step")
     train_iters: Positive | None = Field(None, description="optimizer steps (or train_tokens)")
@@ -253,7 +269,7 @@ class TrainingConfig(Section):
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
     resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
-    initial_checkpoint: Text | None = Field(
+    initial_checkpoint: FilePath | None = Field(
         None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"
     )
     recompute: Literal["none", "selective", "full"] = Field(

@@ -2,13 +2,14 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable
 
 from overtok_megatron.config import deepspeed_config
-from overtok_megatron.config.capacity import check_capacity
+from overtok_megatron.config.capacity import check_capacity, check_host
 from overtok_megatron.config.collisions import collision_problem
 from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size, train_iters
-from overtok_megatron.config.loading import DEFAULT
+from overtok_megatron.config.loading import COMMAND_LINE, DEFAULT
 from overtok_megatron.config.model_rules import check_model
 from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple, number_does
 from overtok_megatron.config.schema import RunConfig
@@ -33,7 +34,9 @@ class _Checker:
             raise ConfigError(line(self.place(key), f"{key}: {short(str(value))}; {reason}"))
 
     def place(self, key: str) -> str:
-        """Where a key was given; where nobody gave it, its section."""
+        """Where a key was given; where nobody gave it, its section. An option is given on the command line."""
+        if key.startswith("--"):
+            return COMMAND_LINE
         place = self._locate(key)
         return self._locate(key.partition(".")[0]) if place == DEFAULT else place
 
@@ -59,6 +62,14 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     _check_precision(config, world_size, check)
     check_capacity(config, world_size, check.need)
     deepspeed_config.derive(config, world_size, check.place)
+
+
+def validate_host(config: RunConfig, processes: int, memory: int, locate: Locate) -> None:
+    """Raise ConfigError where `processes` ranks, all on the CPU of a host with `memory` bytes, cannot fit there."""
+    check = _Checker(locate)
+    most = max(64, 4 * (os.cpu_count() or 1))
+    check.need(processes <= most, "--processes", processes, f"is more than this host can run; {most} is the most")
+    check_host(config, processes, memory, check.need)
 
 
 def validate_model(config: RunConfig, locate: Locate) -> None:

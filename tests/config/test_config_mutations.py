@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+import torch
 from distributed_harness import run_ranks
-from mutations import Case, Mutator
+from mutations import RAW, SMALL, Case, Mutator, written
 
 from overtok_megatron import cli
 from overtok_megatron.config.counts import bytes_per_rank
@@ -42,7 +42,6 @@ class Survey:
     trained: int = 0
     refused_in_training: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
 
@@ -137,7 +136,7 @@ def train(case: Case, config: RunConfig, survey: Survey, *, guarded: bool) -> No
     err = io.StringIO()
     try:
         with guard() if guarded else contextlib.nullcontext(), contextlib.redirect_stderr(err):
-            survey.trained += TrainingRun(config, 1).run()
+            survey.trained += TrainingRun(config, device=torch.device("cpu"), num_threads=1).run()
     except OvertokError as error:
         survey.refused_in_training.append(str(error))
         wrong = wrong_line(f"error: {error}")
@@ -156,7 +155,7 @@ def survey_cases(folder: Path, count: int, to_train: int) -> Survey:
     os.chdir(folder)
     cli.build_parser = functools.cache(cli.build_parser)  # it takes longer than a configuration does
     mutator, survey = Mutator(SEED), Survey()
-    small, begin = [], time.monotonic()
+    small = []
     for number in range(count):
         case = mutator.case(number)
         if resolve(case, survey):
@@ -164,17 +163,25 @@ def survey_cases(folder: Path, count: int, to_train: int) -> Survey:
             config = small_run(case)
             if config is not None:
                 small.append((case, config))
-    survey.seconds = [time.monotonic() - begin]
     stride = max(1, len(small) // (to_train + to_train // 2))
     for case, config in [one for start in range(stride) for one in small[start::stride]]:
         if survey.trained >= to_train:
             break
         train(case, config, survey, guarded=survey.trained > 1)
-    survey.seconds.append(time.monotonic() - begin)
-    if "OUT" in os.environ:
-        print(survey.seconds, len(small), survey.accepted, survey.trained, survey.refused_in_training)
-        lines = sorted(set(survey.messages))
-        Path("/tmp/messages.txt").write_text("".join(lines))
+    return survey
+
+
+def survey_raw_keys(folder: Path) -> Survey:
+    """Train with every form of DeepSpeed's own keys that a configuration accepts: only DeepSpeed knows what they may hold."""
+    os.chdir(folder)
+    survey = Survey()
+    for number, raw in enumerate(RAW):
+        case = Case(number, {"run.yaml": written(SMALL).encode()}, [f"deepspeed={raw}"], 1)
+        if resolve(case, survey):
+            config = small_run(case)
+            assert config is not None
+            survey.accepted += 1
+            train(case, config, survey, guarded=survey.trained > 1)
     return survey
 
 
@@ -196,6 +203,20 @@ def check(workplace: Path, count: int, to_train: int, timeout: float) -> None:
 
 def test_a_thousand_configurations(workplace: Path) -> None:
     check(workplace, 1000, TRAINED, timeout=200)
+
+
+def test_raw_deepspeed_keys(workplace: Path) -> None:
+    (survey,) = run_ranks(1, survey_raw_keys, workplace)
+    assert not survey.faults, "\n".join(survey.faults)
+    assert survey.trained + len(survey.refused_in_training) == survey.accepted
+    assert survey.trained >= 5
+    told = "\n".join(survey.refused_in_training)
+    for words in (
+        "zero_optimization: DeepSpeed says: x: 1:",
+        "data_types: DeepSpeed says: 'fp64'",
+        "amp: DeepSpeed says: ",
+    ):
+        assert words in told
 
 
 @pytest.mark.ci

@@ -10,6 +10,8 @@ from test_config_dialect import RUN, TABLES, refusal
 from overtok_megatron.config.derived import blocks_per_stage
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple
+from overtok_megatron.config.validation import validate_host
+from overtok_megatron.errors import ConfigError
 
 AT_ONCE = 5.0  # seconds; a search that tries one number after the other takes minutes and more
 
@@ -77,6 +79,8 @@ def run(tmp_path: Path) -> Path:
         (["model.hidden_size=0x" + "f" * 5000], 1, ["command line: model.hidden_size", "5002 digits"]),
         (["model.hidden_size=" + "9" * 5000], 1, ["command line: model.hidden_size", "5000 digits"]),
         (["optimizer.learning_rate=1e300"], 1, ["optimizer.learning_rate", "less than or equal to 3.4e+38"]),
+        (["data.train=" + "x" * 300], 1, ["data.train: 'xxx", "a name of 300 bytes", "at most 240"]),
+        (["training.output_directory=" + "y/" * 1500], 1, ["training.output_directory: 'y/", "at most 2048 characters"]),
         (["training.seed=18446744073709551616"], 1, ["training.seed", "9223372036854775807"]),
     ],
 )  # fmt: skip
@@ -109,3 +113,23 @@ def test_blocks_of_many_stages(run: Path) -> None:
     counts = blocks_per_stage(config)
     assert sum(counts) == 65536
     assert max(counts) - min(counts[1:-1]) <= 1
+
+
+def test_what_a_host_cannot_hold(run: Path) -> None:
+    """Refused before a process is started: the kernel would kill it in the middle of its first step."""
+
+    def refused(overrides: list[str], processes: int = 1) -> str:
+        loaded = load_config(run, overrides)
+        with pytest.raises(ConfigError) as caught:
+            validate_host(loaded.config, processes, 24 * 2**30, loaded.locate)
+        return str(caught.value)
+
+    wide = ["model.hidden_size=100000", "model.intermediate_size=100000"]
+    assert "model.hidden_size: 100000; the run needs at least 2,350.3 GiB" in refused(wide)
+    assert "are dense weights and their optimizer, and this host has 24.0; use" in refused(wide)
+    assert "are tokens per step" in refused(["training.global_batch_size=1000000000"])
+    assert "--processes: 1000000; is more than this host can run" in refused([], 1_000_000)
+    loaded = load_config(run, [])
+    validate_host(loaded.config, 8, 24 * 2**30, loaded.locate)
+    with pytest.raises(ConfigError, match=r"needs at least 0\.0 GiB"):
+        validate_host(loaded.config, 8, 2**20, loaded.locate)
