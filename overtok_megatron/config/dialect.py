@@ -36,7 +36,7 @@ _WAYS_OUT = {  # by words of PyYAML's
     "<stream end>": "close the bracket or the quote",
     "found unexpected end of stream": "close the quote",
     "<document start>": "give the YAML file of a run",
-    "special characters": "give a text file",
+    "special characters": "remove it, or give a text file",
     "undefined alias": "quote a text that begins with *",
 }
 

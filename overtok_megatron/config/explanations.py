@@ -115,6 +115,9 @@ def _unknown(parts: list[str], known: dict[str, str]) -> str:
     key, parent = ".".join(parts), ".".join(parts[:2])
     if len(parts) > 2 and parent in known and not _keys_of_entry(parts[0], ".".join(parts[1:])):
         return f"unknown key {short(key)}; {parent} is the {known[parent]}"
+    name, colon, _ = parts[-1].partition(":")
+    if colon and ".".join([*parts[:-1], name]) in known:
+        return f"unknown key {short(key)}; write a space after the colon"
     return f"unknown key {short(key)}; {nearest(short(key))}"
 
 

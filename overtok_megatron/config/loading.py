@@ -34,8 +34,10 @@ class LoadedConfig:
     provenance: dict[str, str]
 
     def locate(self, key: str) -> str:
-        """Where a dotted key's value came from; "default" if nobody gave it."""
-        return self.provenance.get(key, DEFAULT)
+        """Where a dotted key's value, or the first part of it, came from; "default" if nobody gave it."""
+        if key in self.provenance:
+            return self.provenance[key]
+        return next((place for name, place in self.provenance.items() if name.startswith(f"{key}.")), DEFAULT)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
