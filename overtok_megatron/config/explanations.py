@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from overtok_megatron.config.wording import line, short
 _MOST_KEYS = 8  # that a message lists
 
 
+@cache
 def known_keys() -> dict[str, str]:
     """Every dotted key of the schema and its description; of a section within a section the key as well as those in it."""
     keys: dict[str, str] = {}
