@@ -22,3 +22,7 @@ class CheckpointError(OvertokError):
 
 class InputError(OvertokError):
     """A request to a trained model (a prompt, a sampling setting) that cannot be served."""
+
+
+class DivergedError(OvertokError):
+    """Training has left the finite numbers. Raised on every rank at the same step."""

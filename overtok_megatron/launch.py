@@ -15,6 +15,7 @@ from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.validation import validate, validate_host
 from overtok_megatron.environment import asks_for_cpu, rank_environment
 from overtok_megatron.errors import ConfigError
+from overtok_megatron.run_folder import hold
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 
@@ -54,12 +55,21 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     directory = Path(config.training.output_directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        resolved = directory / "config.yaml"
-        save_resolved(config, resolved)
     except OSError as error:
         raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
-    command = launcher_command(ENTRY, [str(resolved)], processes, master_port)
     environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
+    with hold(directory, "overtok train") as lock:
+        resolved = directory / "config.yaml"
+        try:
+            save_resolved(config, resolved)
+        except OSError as error:
+            raise ConfigError(f"training.output_directory: {resolved}: cannot be written ({error.strerror})") from None
+        lock.lend()  # the ranks hold the run as well: this process may be killed while they live
+        return run_ranks(launcher_command(ENTRY, [str(resolved)], processes, master_port), environment)
+
+
+def run_ranks(command: list[str], environment: dict[str, str]) -> int:
+    """Run a launcher to its end, passing on SIGTERM to its ranks; its exit code."""
     process = subprocess.Popen(command, env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: stop_ranks(process.pid))
     try:

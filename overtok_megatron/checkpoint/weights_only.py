@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from overtok_megatron.checkpoint.changes import check_continuable, check_same_model
 from overtok_megatron.checkpoint.dense import dense_files, read_parts, save_dense
 from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY
 from overtok_megatron.checkpoint.store import (
@@ -49,15 +50,22 @@ class StartingPoint:
 def starting_point(config: RunConfig) -> StartingPoint | None:
     """The run's own latest checkpoint, or the one that training.initial_checkpoint names, or neither.
 
-    Raises CheckpointError where the one that is named is not there.
+    Raises CheckpointError where the one that is named is not there, or where the configuration differs from the
+    checkpoint's in a key that cannot change.
     """
     own = CheckpointStore(Path(config.training.output_directory)).latest() if config.training.resume == "auto" else None
+    values = config.model_dump(mode="json")
     if own is not None:
-        return StartingPoint(own, is_weights_only(read_manifest(own)))
+        manifest = read_manifest(own)
+        fresh = is_weights_only(manifest)
+        (check_same_model if fresh else check_continuable)(values, manifest, own)
+        return StartingPoint(own, fresh)
     if config.training.initial_checkpoint is None:
         return None
     try:
-        return StartingPoint(find_checkpoint(Path(config.training.initial_checkpoint)), fresh=True)
+        path = find_checkpoint(Path(config.training.initial_checkpoint))
+        check_same_model(values, read_manifest(path), path, "start from another one")
+        return StartingPoint(path, fresh=True)
     except CheckpointError as error:
         raise CheckpointError(f"training.initial_checkpoint: {error}") from None
 

@@ -41,9 +41,14 @@ def _reshape_checkpoint(options: argparse.Namespace) -> int:
 
 def _prune_checkpoints(options: argparse.Namespace) -> int:
     from overtok_megatron.checkpoint.store import CheckpointStore
+    from overtok_megatron.run_folder import hold
 
-    for path in CheckpointStore(Path(options.run)).prune(options.keep_last, options.keep_every):
-        print(f"{path}: removed")
+    run = Path(options.run)
+    if not CheckpointStore(run).root.is_dir():
+        return 0  # nothing to do, and perhaps not a run: no lock is put there
+    with hold(run, "overtok checkpoint prune"):
+        for path in CheckpointStore(run).prune(options.keep_last, options.keep_every):
+            print(f"{path}: removed")
     return 0
 
 

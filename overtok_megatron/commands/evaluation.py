@@ -104,7 +104,7 @@ def _tasks(options: argparse.Namespace) -> _Question:
             trained,
             tasks,
             include=[Path(folder) for folder in options.include_path],
-            batch=options.batch_size,
+            batch=options.batch_size or "auto",
             limit=options.limit,
             num_fewshot=options.num_fewshot,
         )
@@ -131,7 +131,12 @@ def add_verbs(verbs: Any) -> None:
         metavar="PREFIX",
         help="prefix of a prepared set; may be repeated (default: the run's validation sets)",
     )
-    verb.add_argument("--batch-size", type=positive, default=16, help="sequences at once")
+    verb.add_argument(
+        "--batch-size",
+        type=positive,
+        default=None,
+        help="sequences at once (default: as many as have 16,384 tokens; of a set 16 at most)",
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb.add_argument("--tasks", nargs="+", help="lm-eval tasks instead of sets, separated by spaces or commas")
     verb.add_argument(

@@ -12,6 +12,7 @@ def _grow(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import change_config, save_resolved
     from overtok_megatron.config.schema import RunConfig
     from overtok_megatron.errors import ConfigError
+    from overtok_megatron.run_folder import hold
 
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
     old = RunConfig.model_validate(read_manifest(source).config)
@@ -22,8 +23,9 @@ def _grow(options: argparse.Namespace) -> int:
     place = loaded.config.training.output_directory
     if place != str(output):
         raise ConfigError(f"training.output_directory: {place}; --output says where the new run lies: leave it out")
-    path = grow(source, output, loaded.config, loaded.locate)
-    save_resolved(loaded.config, output / "config.yaml")
+    with hold(output, "overtok grow"):
+        path = grow(source, output, loaded.config, loaded.locate)
+        save_resolved(loaded.config, output / "config.yaml")
     print(f"{path}: the model of {source} with more tables; go on with overtok train {output / 'config.yaml'}")
     return 0
 

@@ -66,24 +66,31 @@ def validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     *,
+    multiple: int = 1,
     read: bool = True,
 ) -> Iterator[tuple[Tokens, Tokens]]:
     """(inputs, targets) [b, s] so that every token of the set but its first is scored once over all ranks.
 
-    Windows follow each other without overlap; what pads the last ones has the target -100. All ranks yield equally many; those
-    with read=False, which get the values from another rank, yield empty arrays.
+    Windows of seq_length tokens follow each other without overlap; padding has the target -100. At most `batch` windows at
+    once on a rank; the last batch has as many as are left for each rank, and where that is one window for all ranks, it is
+    as long as what it holds, rounded up to a `multiple` that divides seq_length. All ranks yield the same shapes; with
+    read=False, for a rank that gets the values from another, their values are undefined.
     """
     scored = dataset.num_tokens - 1
     windows = -(-scored // seq_length)
-    rounds = -(-windows // (batch * data_parallel_size))
-    for turn in range(rounds):
+    for done in range(0, windows, batch * data_parallel_size):
+        left = windows - done
+        rows = min(batch, -(-left // data_parallel_size))
+        length = seq_length
+        if left == 1:
+            length = min(seq_length, -(-(scored - done * seq_length) // multiple) * multiple)
         if not read:
-            yield np.empty((0, seq_length), dtype=np.int64), np.empty((0, seq_length), dtype=np.int64)
+            yield np.empty((rows, length), dtype=np.int64), np.empty((rows, length), dtype=np.int64)
             continue
-        inputs = np.zeros((batch, seq_length), dtype=np.int64)
-        targets = np.full((batch, seq_length), IGNORED, dtype=np.int64)
-        for row in range(batch):
-            window = (turn * data_parallel_size + data_parallel_rank) * batch + row
+        inputs = np.zeros((rows, length), dtype=np.int64)
+        targets = np.full((rows, length), IGNORED, dtype=np.int64)
+        for row in range(rows):
+            window = done + data_parallel_rank * rows + row
             count = min(seq_length, scored - window * seq_length)
             if count > 0:
                 tokens = dataset.tokens(window * seq_length, count + 1)

@@ -7,7 +7,7 @@ Shapes: b batch, s sequence, c tokens of a continuation, V vocabulary.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from overtok_megatron.errors import InputError
+from overtok_megatron.evaluation.perplexity import BATCH_TOKENS
 from overtok_megatron.evaluation.registration import NAME
 from overtok_megatron.inference.generation import Sampling, generate_texts
 from overtok_megatron.inference.loading import STORAGES, TrainedModel, load_trained
@@ -29,7 +30,6 @@ from overtok_megatron.parallel.devices import default_device, named_device, num_
 
 log = logging.getLogger(__name__)
 
-_AUTO_TOKENS = 1 << 14  # of a batch, where lm-eval is asked to choose its size
 _MAX_GENERATED = 256  # lm-eval's default for tasks that name no limit
 
 Scored = tuple[float, bool]
@@ -56,10 +56,12 @@ class OvertokLM(TemplateLM):
         self.trained = trained
         self.max_length = trained.config.data.seq_length
         self._device = next(trained.model.parameters()).device
-        auto = max(1, _AUTO_TOKENS // self.max_length)
-        self.batch_size = auto if str(batch_size).startswith("auto") else int(batch_size)
-        if max_batch_size is not None:
-            self.batch_size = min(self.batch_size, max_batch_size)
+        self.batch_size = batch_size  # lm-eval reads it
+        self._most = max_batch_size
+        self._tokens: int | None = BATCH_TOKENS  # of a batch
+        if not str(batch_size).startswith("auto"):
+            self._tokens = None
+            self._most = min(int(batch_size), max_batch_size or int(batch_size))
 
     @property
     def eot_token_id(self) -> int:
@@ -84,14 +86,27 @@ class OvertokLM(TemplateLM):
         order = sorted(range(len(requests)), key=lambda index: -sizes[index])
         results: dict[int, Scored] = {}
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
-            for begin in range(0, len(order), self.batch_size):
-                chosen = order[begin : begin + self.batch_size]
+            for chosen in self._batches(order, [min(size, self.max_length) for size in sizes]):
                 for index, scored in zip(chosen, self._score([requests[index] for index in chosen]), strict=True):
                     results[index] = scored
                     if requests[index][0] is not None:  # windows of a longer text have no texts of their own
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], scored)
                 bar.update(len(chosen))
         return [results[index] for index in range(len(requests))]
+
+    def _batches(self, order: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+        """`order` in pieces: of so many requests, or of so many tokens when all are padded to the longest; one at least."""
+        piece: list[int] = []
+        longest = 0
+        for index in order:
+            longest = max(longest, sizes[index])
+            full = self._tokens is not None and longest * (len(piece) + 1) > self._tokens
+            if piece and (full or len(piece) == self._most):
+                yield piece
+                piece, longest = [], sizes[index]
+            piece.append(index)
+        if piece:
+            yield piece
 
     def _score(self, requests: Sequence[Request]) -> list[Scored]:
         inputs = []
@@ -143,24 +158,25 @@ class OvertokLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of a request's stop strings (left out), or the end of the document."""
+        prompts = self.trained.tokenizer.encode_batch([request.args[0] for request in requests])
         order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[1]))
         results: dict[int, str] = {}
         with tqdm(total=len(requests), desc="generation", disable=disable_tqdm or None) as bar:
-            for _, same in groupby(order, key=lambda index: str(requests[index].args[1])):
-                chosen = sorted(same, key=lambda index: len(requests[index].args[0]))
-                for begin in range(0, len(chosen), self.batch_size):
-                    batch = chosen[begin : begin + self.batch_size]
-                    settings = requests[batch[0]].args[1]
-                    for index, text in zip(
-                        batch, self._continue([requests[index].args[0] for index in batch], settings), strict=True
-                    ):
+            for _, group in groupby(order, key=lambda index: str(requests[index].args[1])):
+                same = sorted(group, key=lambda index: len(prompts[index]))
+                settings = dict(normalize_gen_kwargs(requests[same[0]].args[1], _MAX_GENERATED))
+                sizes = [min(len(prompt) + settings["max_gen_toks"], self.max_length) for prompt in prompts]
+                for batch in self._batches(same, sizes):
+                    texts = self._continue([prompts[index] for index in batch], settings)
+                    for index, text in zip(batch, texts, strict=True):
                         results[index] = text
                         self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     bar.update(len(batch))
         return [results[index] for index in range(len(requests))]
 
-    def _continue(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
-        wanted = dict(normalize_gen_kwargs(settings, _MAX_GENERATED))
+    def _continue(self, contexts: list[list[int]], settings: dict[str, Any]) -> list[str]:
+        """settings: as lm-eval normalizes them."""
+        wanted = dict(settings)
         stops = [stop for stop in wanted.pop("until") if stop]
         sampling = Sampling(
             max_new_tokens=wanted.pop("max_gen_toks"),
@@ -179,7 +195,7 @@ class OvertokLM(TemplateLM):
                 f"max_gen_toks {sampling.max_new_tokens}: leaves no room for a prompt in the context of {self.max_length} "
                 "tokens; ask for fewer by --gen_kwargs max_gen_toks=N"
             )
-        prompts = [tokens[-room:] or [self.eot_token_id] for tokens in self.trained.tokenizer.encode_batch(contexts)]
+        prompts = [tokens[-room:] or [self.eot_token_id] for tokens in contexts]
         return generate_texts(self.trained, prompts, sampling, stops)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from overtok_megatron.checkpoint.store import MANIFEST_DIGEST, CheckpointStore, read_manifest, step_of
+from overtok_megatron.config.derived import train_iters
+from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,9 @@ def follow(
 def _ended(store: CheckpointStore) -> bool:
     newest = store.complete()[-1:]
     try:
-        return any(step_of(path) >= read_manifest(path).config["training"]["train_iters"] for path in newest)
+        return any(
+            step_of(path) >= train_iters(RunConfig.model_validate(read_manifest(path).config)) for path in newest
+        )
     except CheckpointError:
         if newest[0].exists():
             raise

@@ -19,12 +19,13 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     include: Sequence[Path],
-    batch: int,
+    batch: int | str,
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results. include: folders with definitions of tasks, which go before lm-eval's own of the same name.
 
+    batch: requests at once, or "auto" = by their tokens.
     Raises InputError for a folder that is not there and for a task that neither they nor lm-eval define.
     """
     for folder in include:

@@ -13,6 +13,14 @@ from overtok_megatron.errors import DataError
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.parallel.cross_entropy import IGNORED
 
+BATCH_TOKENS = 1 << 14  # of a batch, where nobody says how many sequences it has
+_MOST_WINDOWS = 16
+
+
+def windows_at_once(length: int) -> int:
+    """Sequences of `length` tokens in a batch, where nobody says how many: by tokens, so that long ones are few."""
+    return max(1, min(_MOST_WINDOWS, BATCH_TOKENS // length))
+
 
 @dataclass(frozen=True)
 class SetScore:
@@ -38,26 +46,27 @@ class SetScore:
 def score_set(
     trained: TrainedModel,
     prefix: str,
-    batch: int,
+    batch: int | None = None,
     advance: Callable[[int], object] = lambda windows: None,
     *,
     name: str = "",
 ) -> SetScore:
     """Score every token of the set `prefix` but its first once, in windows of the trained context.
 
-    advance: told the windows of each finished batch. Raises DataError where the set is missing or damaged, was made
-    with another tokenizer, or holds nothing to score.
+    batch: windows at once at most, None = as `windows_at_once` says. advance: told the windows of each finished batch.
+    Raises DataError where the set is missing or damaged, was made with another tokenizer, or holds nothing to score.
     """
     dataset = open_set(trained, prefix)
     device = next(trained.model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for inputs, targets in validation_batches(dataset, trained.config.data.seq_length, batch, 0, 1):
+    length = trained.config.data.seq_length
+    for inputs, targets in validation_batches(dataset, length, batch or windows_at_once(length), 0, 1):
         tokens, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)  # [b, s]
         slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
         _, cross_entropy, _ = trained.model(tokens, slots, wanted)
         total += cross_entropy.double()
         count += int((targets != IGNORED).sum())
-        advance(batch)
+        advance(len(inputs))
     return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes, name)
 
 

@@ -21,6 +21,7 @@ from overtok_megatron.inference.generation import Decoder, Sampling, choose
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.shared_batch import SharedBatch
 from overtok_megatron.inference.stream import TextStream
+from overtok_megatron.parallel.devices import make_current
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self._device = next(trained.model.parameters()).device
         self._batch = SharedBatch(trained, places)
+        # Changed by the engine's thread alone and under the lock, for others read them; that thread reads without it.
         self._running: list[_Running] = []  # in the batch's row order
         self._prompt: _Prompt | None = None  # takes a place, too
         self._waiting: deque[Job] = deque()
@@ -197,6 +199,7 @@ class Engine:
             job.cancelled.set()
 
     def _work(self) -> None:
+        make_current(self._device)  # a new thread starts on device 0
         while True:
             with self._changed:
                 while not (self._waiting or self._taken or self._stopping):
@@ -218,10 +221,11 @@ class Engine:
         self._end_all("error")
 
     def _end_all(self, reason: str) -> None:
-        ended, self._running = self._running, []
-        if self._prompt is not None:
-            ended.append(self._prompt.one)
-            self._prompt = None
+        with self._changed:
+            ended, self._running = self._running, []
+            if self._prompt is not None:
+                ended.append(self._prompt.one)
+                self._prompt = None
         for one in ended:
             one.job.deliver(Piece(one.stream.finish(), [], 0, reason))
 
@@ -238,7 +242,8 @@ class Engine:
     def _next_prompt(self) -> _Prompt | None:
         """The prompt that is being fed, or else the first that waits for a place, where there is one."""
         if self._prompt is not None and self._prompt.one.given_up:
-            one, self._prompt = self._prompt.one, None
+            with self._changed:
+                one, self._prompt = self._prompt.one, None
             one.job.deliver(Piece("", [], 0, "timeout"))
         if self._prompt is None and self._taken < self.places:
             with self._changed:
@@ -295,8 +300,9 @@ class Engine:
     def _leave(self, row: int, piece: Piece) -> None:
         one = self._running[row]
         self._batch.leave(row)
-        self._running[row] = self._running[-1]
-        self._running.pop()
+        with self._changed:
+            self._running[row] = self._running[-1]
+            self._running.pop()
         one.job.deliver(piece)
 
 

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import deepspeed
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.errors import OvertokError
+from overtok_megatron.errors import DivergedError
 from overtok_megatron.kernels.choice import choose_adamw
 from overtok_megatron.model.assembly import build_run_layers, build_tables, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
@@ -167,7 +167,7 @@ class TrainingEngine:
     def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
         """One optimizer step on this pipeline's tokens [A, b, s + 1] int64.
 
-        Raises OvertokError where the gradient norm is not finite; nothing is saved after that.
+        Raises DivergedError, on every rank, where the gradient norm is not finite; nothing of this state is to be saved.
         """
         assert tokens.shape[0] == self.micro_batches
         inputs, targets = tokens[..., :-1], tokens[..., 1:]  # [A, b, s]
@@ -183,7 +183,7 @@ class TrainingEngine:
             routed = [figures for _, figures in done if figures is not None]
         grad_norm, table_norm, factor = self.norm.finish()
         if not torch.isfinite(torch.tensor(grad_norm)):
-            raise OvertokError(
+            raise DivergedError(
                 f"gradient norm is {grad_norm} at optimizer step {self.engine.global_steps}: stopped before"
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
@@ -293,14 +293,13 @@ class TrainingEngine:
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
         """Mean cross entropy and the number of scored tokens over batches of (inputs, targets) [b, s] int64.
 
-        Every rank must bring the same number of batches; a target of -100 is not scored.
+        Every rank must bring batches of the same shapes; a target of -100 is not scored.
         """
         self.engine.eval()
-        if self.is_pipeline:
-            self.engine.reset_activation_shape()  # its buffers remember the last batch's
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        stream = iter(batches)
-        while group := list(islice(stream, self.grid.shape.pipe)):  # as many at once as keep every stage busy
+        for group in _alike(batches, self.grid.shape.pipe):  # as many at once as keep every stage busy
+            if self.is_pipeline:
+                self.engine.reset_activation_shape()  # its buffers remember the last batch's
             inputs, targets = (torch.stack(tensors) for tensors in zip(*group, strict=True))
             parts = self._parts(inputs, self._begin(inputs, training=False), targets)
             scored = (
@@ -317,3 +316,10 @@ class TrainingEngine:
         self._sum_over_ranks(sums)
         total, count = sums.tolist()
         return total / count, int(count)
+
+
+def _alike(batches: Iterable[tuple[Tensor, Tensor]], most: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Batches of one shape that follow each other, up to `most` at once."""
+    for _, same in groupby(batches, key=lambda batch: batch[0].shape):
+        while group := list(islice(same, most)):
+            yield group

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from overtok_megatron.checkpoint.store import sync
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+READ_ERRORS = (OSError, SafetensorError)
 
 
 def reason(error: BaseException) -> str:

@@ -26,15 +26,17 @@ from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.checks import open_run_data
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.scores import validation_figures, validation_losses
+from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.parallel.collectives import named
+from overtok_megatron.run_folder import RunLock
 from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine, start_processes
 from overtok_megatron.training.metrics import Reporter
 from overtok_megatron.training.peaks import peak_flops
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.state import load_state, load_weights
+from overtok_megatron.training.state import agree, load_state, load_weights
 from overtok_megatron.training.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class TrainingRun:
         )  # a GPU's host tables and offload use them too
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.grid = start_processes(config, device)
+        self.first = self.grid.rank == 0
+        self.lock = self._lock_folder(Path(config.training.output_directory))
         world = self.grid.shape.world_size
         validate(config, world, lambda key: "resolved")
         self.data = open_run_data(config)
@@ -85,7 +89,6 @@ class TrainingRun:
             self.grid.shape.data,
             config.data.shuffle_seed,
         )
-        self.first = self.grid.rank == 0
         self.tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self.flops_per_token = counts.flops_per_token(config)
         peak = peak_flops(device, DTYPES[config.training.precision])
@@ -93,11 +96,33 @@ class TrainingRun:
         if self.first:
             log.info("utilisation is of %.4g TFLOP/s per rank: %s", peak.flops / 1e12, peak.source)
 
+    def _lock_folder(self, folder: Path) -> RunLock:
+        """Be the only training in the run's folder; every rank hears of it where another process writes there."""
+        lock = RunLock(folder, "the first rank of a training")
+        agree(self.grid, lambda: lock.take_for_ranks() if self.first else None, folder)
+        agree(self.grid, lambda: None if self.first else lock.join_ranks(), folder)
+        if self.first and (warning := lock.warning()):
+            log.warning("%s", warning)
+        return lock
+
     def run(self) -> bool:
         """Train to the end, or to where SIGTERM asked to stop: False then, with a checkpoint of that step.
 
         Raises OvertokError for what the user can mend; the latest checkpoint then stands.
         """
+        try:
+            finished = self._train()
+            if not self.first:
+                self.lock.release()
+            self.grid.wait_for_all()  # the first rank lets go last, and leaves a tidy folder
+        except (OvertokError, OSError):  # perhaps of this rank alone: when it leaves, the launcher ends the others
+            self.saver.settle()
+            raise
+        finally:
+            self.lock.release()
+        return finished
+
+    def _train(self) -> bool:
         begin = self._resume()
         if begin >= self.total_steps:
             if self.first:
@@ -120,7 +145,7 @@ class TrainingRun:
             for step in range(begin, self.total_steps):
                 done = step + 1
                 with tracer.step(done, self.grid.rank):
-                    values, stop = self._one_step(step)
+                    values, stop = self._one_step_or_leave(step)
                 if self._due(done, self.config.training.validation_interval) and self.data.validation:
                     values |= self._validate()
                     values |= self._table_figures()
@@ -145,23 +170,39 @@ class TrainingRun:
         return done == self.total_steps or (interval is not None and done % interval == 0)
 
     def _resume(self) -> int:
-        if self.first:
-            for name in self.store.clean():
-                log.warning("removed %s, which an interrupted save left behind", name)
-        self.grid.wait_for_all()
-        start = starting_point(self.config)
+        grid, root = self.grid, self.store.root
+        for name in agree(grid, lambda: self.store.clean() if self.first else [], root):
+            log.warning("removed %s, which an interrupted save left behind", name)
+        start = agree(grid, lambda: starting_point(self.config), root)
         if start is None:
             return 0
         path, fresh = start.path, start.fresh
         manifest = load_weights(self.trainer, path) if fresh else load_state(self.trainer, path)
         if manifest.tokenizer_fingerprint != self.data.tokenizer_fingerprint:
             self.data.refuse_tokenizer(path)
+        if not fresh and manifest.eod_id != self.data.eod_id:
+            raise CheckpointError(
+                f"{path}: documents end with token {manifest.eod_id} there and with {self.data.eod_id} in this run; set "
+                "tokenizer.eod_token as it was, or start a new run from it by training.initial_checkpoint"
+            )
         if self.first:
             log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
         if fresh:
             return 0
         self.consumed = manifest.consumed_samples
         return manifest.step
+
+    def _one_step_or_leave(self, step: int) -> tuple[dict[str, float], bool]:
+        """As `_one_step`; a run that diverges completes the checkpoint that is being written, for it is older and sound."""
+        try:
+            return self._one_step(step)
+        except DivergedError:
+            try:
+                self.saver.finish()
+            except CheckpointError as error:
+                if self.first:
+                    log.error("%s", error)
+            raise
 
     def _one_step(self, step: int) -> tuple[dict[str, float], bool]:
         """Train one step: what to report, and whether to stop after it."""
@@ -233,18 +274,18 @@ class TrainingRun:
         return values
 
     def _validation_batches(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
-        length, size = self.config.data.seq_length, self.config.training.micro_batch_size
-        for inputs, targets in validation_batches(
+        shape = self.grid.shape
+        for pair in validation_batches(
             dataset,
-            length,
-            size,
+            self.config.data.seq_length,
+            self.config.training.micro_batch_size,
             self.grid.data_rank,
-            self.grid.shape.data,
+            shape.data,
+            multiple=shape.context * shape.model,  # the ranks that divide a sequence among them
             read=self._reads,
         ):
-            both = self._shared(
-                torch.from_numpy(np.stack([inputs, targets])) if self._reads else None, (2, size, length)
-            )
+            own = torch.from_numpy(np.stack(pair)) if self._reads else None
+            both = self._shared(own, (2, *pair[0].shape))
             yield both[0], both[1]
 
     def _table_figures(self) -> dict[str, float]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from overtok_megatron.checkpoint.dense import save_dense
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
@@ -28,7 +27,7 @@ from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
-from overtok_megatron.training.state import gather, layout_of
+from overtok_megatron.training.state import layout_of
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
@@ -74,7 +73,7 @@ class Saver:
         self.store = store
         self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint}
         self._published = published
-        self._rank = dist.get_rank()
+        self._rank = trainer.grid.rank
         self._writer: TableWriter | None = None
         if trainer.tables is not None:
             self._writer = TableWriter(trainer.tables, trainer.config.checkpoint.incremental)
@@ -115,13 +114,25 @@ class Saver:
             return
         if self._rank > 0:
             self._thread.join()
-        if any(gather(self._failure if self._rank > 0 else None)):
+        if any(self.trainer.grid.gather_objects(self._failure if self._rank > 0 else None)):
             self._abandoned.set()  # the first rank waits for a note that does not come
         self._thread.join()
         self._thread = None
         self._agree(self._failure)
         if self._writer is not None:
             self._writer.published(self.store.final(self._step))
+
+    def settle(self, seconds: float = 300.0) -> None:
+        """Let the checkpoint that is being written become complete before this rank leaves alone; not a collective.
+
+        The others' threads go on writing while they wait for this rank in a step. seconds: how long to wait for them.
+        """
+        if self._thread is None:
+            return
+        deadline = time.monotonic() + seconds
+        self._thread.join(seconds if self._rank == 0 else None)
+        while self._rank > 0 and self.store.partial(self._step).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # until the first rank has published it
 
     def _guarded(self, work: Callable[[], Any]) -> str | None:
         try:
@@ -131,7 +142,7 @@ class Saver:
         return None
 
     def _agree(self, failure: str | None) -> None:
-        failures = [(rank, text) for rank, text in enumerate(gather(failure)) if text]
+        failures = [(rank, text) for rank, text in enumerate(self.trainer.grid.gather_objects(failure)) if text]
         if not failures:
             return
         if self._writer is not None:
@@ -139,7 +150,7 @@ class Saver:
         if self._rank == 0:
             with suppress(OSError):
                 self.store.discard(self._step)
-        dist.barrier()
+        self.trainer.grid.wait_for_all()
         rank, text = failures[0]
         raise CheckpointError(
             f"could not save step {self._step} on rank {rank}: {text}; the previous checkpoint is intact, "
@@ -178,7 +189,7 @@ class Saver:
         """What goes into DeepSpeed's files for readers of them: `ds_to_universal`, and a resume on another layout."""
         own: dict[str, int | None] = {name: None for name, _ in self.trainer.model.named_parameters()}
         everyone: dict[str, int | None] = {}
-        for names in gather(own | self._splits()):
+        for names in self.trainer.grid.gather_objects(own | self._splits()):
             everyone |= names
         # the names for dimension 1 and for whole copies; any other is told as one part of a shape, cut evenly along it
         kinds = {"parameter_with_row_parallelism_patterns": 1, "tp_replicated_parameter_patterns": None}
@@ -197,7 +208,7 @@ class Saver:
                 shape = [*shard.full_shape[: shard.dim], 1, *shard.full_shape[shard.dim + 1 :]]
                 own[name] = {"patterns": [f"^{re.escape(name)}$"], "shape": shape, "partition_dim": shard.dim}
         everyone: dict[str, dict[str, Any]] = {}
-        for found in gather(own):
+        for found in self.trainer.grid.gather_objects(own):
             everyone |= found
         return list(everyone.values())
 
@@ -213,20 +224,14 @@ class Saver:
         digests = {name: file_digest(folder / name) for name in files}
         if write_tables is not None:
             digests |= write_tables()
-        notes = folder / _NOTES
-        notes.mkdir(exist_ok=True)
-        aside = (
-            folder / f"{_NOTES}-{self._rank}"
-        )  # outside: the first rank takes the folder away once it has seen all notes
-        aside.write_text(json.dumps(digests), encoding="utf-8")
-        os.replace(aside, notes / f"{self._rank}.json")
+        leave_note(folder, self._rank, digests)
         if self._rank == 0:
             self._publish(folder, manifest, begin)
 
     def _publish(self, folder: Path, manifest: dict[str, Any], begin: float) -> None:
         """Wait for all notes, then make the checkpoint visible."""
         files: dict[str, Digest] = {}
-        for rank in range(dist.get_world_size()):
+        for rank in range(self.trainer.grid.shape.world_size):
             note = folder / _NOTES / f"{rank}.json"
             while not note.is_file():  # a rank that dies ends the run, and this thread with it
                 if self._abandoned.wait(0.02):

@@ -5,28 +5,26 @@ All functions are collectives: every rank calls them, and every rank learns of a
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
+from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_engine_files
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
 from overtok_megatron.checkpoint.dense import read_parts
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, MOMENTS, ParameterState, read_dense_states
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_tables
-from overtok_megatron.errors import CheckpointError
+from overtok_megatron.errors import CheckpointError, OvertokError
+from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.sharding import shard_of
 from overtok_megatron.training.dense_state import load_engine_file, set_parameter_state
 from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.engine_files import READ_ERRORS, reason
 
-
-def gather(value: Any) -> list[Any]:
-    """One object from every rank, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+T = TypeVar("T")
+_STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
 
 
 def layout_of(trainer: TrainingEngine) -> dict[str, int]:
@@ -47,17 +45,16 @@ def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
     On the same layout the next step has the same bits, on another the same numbers to rounding. Raises CheckpointError naming
     the first difference of the model, or the first damaged file.
     """
-    manifest = read_manifest(path)
-    _check_same(trainer, manifest, path)
-    _agree(lambda: _verify(path, manifest, list(manifest.files)))
-    if manifest.layout == layout_of(trainer):
-        loaded, _ = trainer.engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
-        if loaded is None:
-            raise CheckpointError(f"{path / ENGINE_FOLDER}: DeepSpeed found no state to load")
+    config = trainer.config.model_dump(mode="json")
+    manifest = _manifest(trainer.grid, path, lambda found: check_continuable(config, found, path))
+    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, list(manifest.files)), path)
+    if same_engine_files(config, layout_of(trainer), manifest):
+        _load_engine_files(trainer, path)
     else:
         _load_other_layout(trainer, path, manifest)
-    if trainer.tables is not None:
-        load_tables(path, trainer.tables)
+    tables = trainer.tables
+    if tables is not None:
+        agree(trainer.grid, lambda: load_tables(path, tables), path)
     return manifest
 
 
@@ -67,12 +64,11 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
     Master weights begin at the weights as they were written, moments and row state at zero; each rank reads its own part.
     Raises CheckpointError naming the first difference of the model, or the first damaged file.
     """
-    manifest = read_manifest(path)
-    check_same_model(
-        trainer.config.model_dump(mode="json"), manifest, path, "start from another training.initial_checkpoint"
-    )
+    config = trainer.config.model_dump(mode="json")
+    other_way = "start from another training.initial_checkpoint"
+    manifest = _manifest(trainer.grid, path, lambda found: check_same_model(config, found, path, other_way))
     names = [name for name in manifest.files if name.startswith((DENSE, TABLES))]
-    _agree(lambda: _verify(path, manifest, names))
+    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, names), path)
     parameters = dict(trainer.model.named_parameters())
     shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
     ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
@@ -85,25 +81,57 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
         if trainer.tables is not None:
             load_tables(path, trainer.tables, weights_only=True)
 
-    _agree(read)
+    agree(trainer.grid, read, path)
     return manifest
 
 
-def _agree(work: Callable[[], None]) -> None:
-    """Do this rank's work; a CheckpointError on any rank is raised on all."""
+def agree(grid: ProcessGrid, work: Callable[[], T], place: Path) -> T:
+    """What `work` returns, which needs no other rank; what fails on any rank is raised as CheckpointError on all.
+
+    A rank that left alone would leave the others waiting for it in the next collective. place: for the message.
+    """
     failure: str | None = None
+    found: list[T] = []
     try:
-        work()
-    except CheckpointError as error:
+        found.append(work())
+    except OvertokError as error:
         failure = str(error)
-    for text in gather(failure):
+    except READ_ERRORS as error:  # a file that went away, a disk that fails
+        failure = f"{place}: rank {grid.rank} failed ({reason(error)}); the checkpoints are as they were"
+    for text in grid.gather_objects(failure):
         if text:
             raise CheckpointError(text)
+    return found[0]
 
 
-def _verify(path: Path, manifest: Manifest, names: list[str]) -> None:
+def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) -> Manifest:
+    """The checkpoint's manifest, where every rank can read it and `check` raises no CheckpointError."""
+
+    def read() -> Manifest:
+        manifest = read_manifest(path)
+        check(manifest)
+        return manifest
+
+    return agree(grid, read, path)
+
+
+def _load_engine_files(trainer: TrainingEngine, path: Path) -> None:
+    """DeepSpeed's own files, on the layout that wrote them. They hold settings too: this run's stand."""
+    groups = trainer.optimizer.param_groups
+    asked = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
+    loaded, _ = trainer.engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
+    if loaded is None:
+        raise CheckpointError(f"{path / ENGINE_FOLDER}: DeepSpeed found no state to load")
+    for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+        group |= settings
+    optimizer = trainer.engine.optimizer
+    if hasattr(optimizer, "clip_grad"):  # ZeRO's and bf16's classes clip by themselves
+        optimizer.clip_grad = trainer.config.optimizer.gradient_clipping
+
+
+def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
     """Hash this rank's share of some files: every file once, over all ranks."""
-    for name in sorted(names)[dist.get_rank() :: dist.get_world_size()]:
+    for name in sorted(names)[grid.rank :: grid.shape.world_size]:
         verify_file(path, name, manifest)
 
 
@@ -116,61 +144,6 @@ def _load_other_layout(trainer: TrainingEngine, path: Path, manifest: Manifest) 
         for name, state in read_dense_states(path, manifest.layout, shards, load_engine_file):
             set_parameter_state(trainer.engine, parameters[name], state)
 
-    _agree(read)
+    agree(trainer.grid, read, path)
     trainer.engine.global_steps = manifest.step
     trainer.engine.global_samples = manifest.consumed_samples
-
-
-def _check_same(trainer: TrainingEngine, manifest: Manifest, path: Path) -> None:
-    ours = trainer.config.model_dump(mode="json")
-    check_same_model(ours, manifest, path)
-    if ours["training"]["precision"] != manifest.config["training"]["precision"]:
-        raise CheckpointError(
-            f"{path}: written with training.precision {manifest.config['training']['precision']}, "
-            f"this run has {ours['training']['precision']}; use the same"
-        )
-
-
-_SHAPE_KEYS = {
-    "model": None,
-    "over_encoding": (
-        "enabled",
-        "ngram_order",
-        "num_slices",
-        "table_rows",
-        "row_width",
-        "added",
-        "combine",
-        "pad_id",
-        "boundary",
-        "hash_base",
-        "row_dtype",
-    ),
-}
-
-
-def _shape_of(key: str, value: Any) -> Any:
-    """What of a key's value makes the model; whether added tables take updates does not."""
-    if key == "added":
-        return [{name: own for name, own in group.items() if name != "frozen"} for group in value or []]
-    return value
-
-
-def check_same_model(
-    config: dict[str, Any], manifest: Manifest, path: Path, other_way: str = "set another training.output_directory"
-) -> None:
-    """Raises CheckpointError naming the first key by which a config's model differs from the checkpoint's.
-
-    other_way: what to do instead of changing the model.
-    """
-    for section, keys in _SHAPE_KEYS.items():
-        for key in keys or config[section]:
-            mine, theirs = (_shape_of(key, values[section].get(key)) for values in (config, manifest.config))
-            if key == "init_std" or mine == theirs:
-                continue
-            if section == "over_encoding" and key != "enabled" and not config[section]["enabled"]:
-                continue
-            raise CheckpointError(
-                f"{path}: of another model: {section}.{key} is {theirs} there and {mine} in this run; "
-                f"set it to {theirs}, or {other_way}"
-            )

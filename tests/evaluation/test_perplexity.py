@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_datasets import write
 from trained_runs import CONTEXT, TrainedRuns
 
 from overtok_megatron.cli import main
@@ -14,7 +15,7 @@ from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from overtok_megatron.evaluation import harness
-from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table
+from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table, windows_at_once
 
 
 def last_record(run: Path) -> dict[str, float]:
@@ -51,6 +52,32 @@ def test_every_token_is_scored_once(trained_runs: TrainedRuns) -> None:
     assert score.loss == pytest.approx(total / score.tokens, rel=1e-5)
     text_bytes = sum(len(trained.tokenizer.decode(part).encode()) for part in documents(stream.tolist()))
     assert score.bits_per_byte == pytest.approx(total / math.log(2) / text_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "fed"), [(20, 19), (CONTEXT + 1, CONTEXT), (CONTEXT + 20, 2 * CONTEXT)])
+def test_a_small_set_costs_its_own_tokens(
+    trained_runs: TrainedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, fed: int
+) -> None:
+    """No window is empty, and a set below one is no longer than it is; the loss is that of the plain formula."""
+    trained = trained_runs.trained()
+    stream = IndexedDataset(trained_runs.folder / "other").tokens(0, tokens)
+    write(tmp_path / "set", [stream.tolist()], trained.tokenizer.vocab_size, trained.tokenizer.fingerprint())
+    seen, forward = [], trained.model.forward
+
+    def counted(inputs: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.numel())
+        return forward(inputs, *others)
+
+    monkeypatch.setattr(trained.model, "forward", counted)
+    score = score_set(trained, str(tmp_path / "set"))
+    assert sum(seen) == fed
+    alone = score_set(trained, str(tmp_path / "set"), 1)
+    assert score.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert score.tokens == alone.tokens == tokens - 1
+
+
+def test_long_contexts_have_few_windows_at_once() -> None:
+    assert [windows_at_once(length) for length in (64, 1024, 2048, 8192, 16_384, 131_072)] == [16, 16, 8, 2, 1, 1]
 
 
 def documents(tokens: list[int]) -> list[list[int]]:

@@ -16,6 +16,7 @@ from trained_runs import CONTEXT, TrainedRuns
 from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
 from overtok_megatron.inference.shared_batch import SharedBatch
+from overtok_megatron.serving import engine as engine_module
 from overtok_megatron.serving.engine import Engine, Job, Piece
 
 __all__ = ["kind_of_model"]
@@ -224,3 +225,42 @@ def test_a_prompt_of_the_whole_context(trained: TrainedModel) -> None:
     expected = [shares[place, token].item() for place, token in enumerate(prompt[1:])]
     assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-3)
     assert choice["finish_reason"] == "length"
+
+
+class Guarded(list[Any]):
+    """A list that says whether each change of it was made under the engine's lock."""
+
+    def __init__(self, lock: threading.Condition, seen: list[bool]) -> None:
+        super().__init__()
+        self._lock, self._seen = lock, seen
+
+    def append(self, one: Any) -> None:
+        self._seen.append(self._lock._is_owned())  # type: ignore[attr-defined]
+        super().append(one)
+
+    def pop(self, *place: Any) -> Any:
+        self._seen.append(self._lock._is_owned())  # type: ignore[attr-defined]
+        return super().pop(*place)
+
+
+def test_running_sequences_are_listed_under_the_lock(trained_runs: TrainedRuns) -> None:
+    engine, seen, clock = Engine(trained_runs.trained(), places=2, max_waiting=9, prefill_chunk=7), [], [0]
+    engine._running = Guarded(engine._changed, seen)
+    with engine:
+        asked = [Asked([5, 6, 7], Sampling(size, 1.0, seed=size)).submit(engine, clock) for size in (3, 9, 4, 6)]
+        for one in asked:
+            assert one.done.wait(60)
+    assert seen == [True] * 8
+
+
+def test_the_decoding_thread_works_on_the_models_device(
+    plain_model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread starts on device 0, where kernels for a model on another device cannot be launched."""
+    made: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        engine_module, "make_current", lambda device: made.append((threading.current_thread().name, device))
+    )
+    with Engine(plain_model, places=1, max_waiting=1, prefill_chunk=8):
+        pass
+    assert made == [("decoding", CPU)]

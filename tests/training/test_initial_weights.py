@@ -13,6 +13,7 @@ from one_line import fails
 from reference import Reference, hugging_face_names
 from test_layout_matrix import CPU, EOD, Layout, configuration, layout, own_tokens, stream
 
+from overtok_megatron.checkpoint.changes import check_same_model
 from overtok_megatron.checkpoint.report import describe
 from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import (
@@ -29,7 +30,7 @@ from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.training.engine import TrainingEngine, start_processes
 from overtok_megatron.training.loop import TrainingRun
 from overtok_megatron.training.saving import Saver
-from overtok_megatron.training.state import check_same_model, load_weights
+from overtok_megatron.training.state import load_weights
 
 ADAM = {"optimizer": "adam"}
 HALF = {"precision": "bf16"}

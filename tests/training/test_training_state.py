@@ -3,15 +3,22 @@
 import json
 import os
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed_harness import run_ranks
 from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
+from trained_runs import TrainedRuns
+from trained_runs import configuration as tiny_run
 
-from overtok_megatron.checkpoint.store import CheckpointStore
+from overtok_megatron.checkpoint.store import CheckpointStore, Digest
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.errors import CheckpointError, DataError
+from overtok_megatron.training import loop, saving, state
 from overtok_megatron.training.engine import TrainingEngine, start_processes
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
@@ -101,6 +108,103 @@ def test_notes_may_be_taken_away_the_moment_they_are_there(tmp_path: Path, monke
     leave_note(tmp_path, 1, {"tables/rows": (64, "5e")})
     assert read == [("1.json", {"tables/rows": [64, "5e"]})]
     assert list(tmp_path.iterdir()) == []
+
+
+def noted_ranks(folder: Path) -> tuple[list[int], list[str]]:
+    """One rank's work: whose notes were left in a save by the function that the test above looks at, and failing loads."""
+    noted, leave = [], saving.leave_note
+    saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
+    config = configuration(CASES[1])
+    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
+    saver.save(1, 0)
+    saver.finish()
+    return noted, one_rank_fails(trainer, folder)
+
+
+def one_rank_fails(trainer: TrainingEngine, folder: Path) -> list[str]:
+    """What each rank says where the second alone cannot read its rows, or the checkpoint at all."""
+    path = CheckpointStore(folder).latest()
+    assert path is not None
+    said = []
+    for name in ("load_tables", "read_manifest"):
+        for error in (CheckpointError("rows are missing"), OSError(5, "Input/output error")):
+            real = getattr(state, name)
+
+            def fail(*_: object, real: Any = real, error: Exception = error) -> Any:
+                if trainer.grid.rank == 1:
+                    raise error
+                return real(*_)
+
+            setattr(state, name, fail)
+            with pytest.raises(CheckpointError) as caught:
+                load_state(trainer, path)
+            said.append(str(caught.value))
+            setattr(state, name, real)
+    load_state(trainer, path)
+    return said
+
+
+def test_every_rank_leaves_a_note_and_hears_of_a_failure_of_another(tmp_path: Path) -> None:
+    (noted, first), (noted_by_second, second) = run_ranks(2, noted_ranks, tmp_path)
+    assert noted == [0] and noted_by_second == [1]
+    assert first == second
+    for message in first[::2]:
+        assert message == "rows are missing"
+    for message in first[1::2]:
+        assert "rank 1 failed" in message and "Input/output error" in message
+
+
+def failing_run(config: RunConfig, alone: bool) -> tuple[str, str]:
+    """One rank's work: what it says, and the latest checkpoint then, where the disk is slow and step 3 fails.
+
+    alone: the second rank's data goes away; else a weight is not a number on all.
+    """
+    folder = Path(config.training.output_directory)
+    training = loop.TrainingRun(config, device=CPU, num_threads=1)
+    digest, one_step = saving.file_digest, training._one_step
+
+    def slow_digest(path: Path) -> Digest:
+        time.sleep(1.0)
+        return digest(path)
+
+    def failing_step(step: int) -> Any:
+        if step == 2 and alone and training.grid.rank == 1:
+            raise DataError("the set went away")
+        if step == 2 and not alone:
+            next(iter(training.trainer.engine.module.parameters())).data.fill_(float("nan"))
+        return one_step(step)
+
+    saving.file_digest = slow_digest
+    training._one_step = failing_step  # type: ignore[method-assign]
+    try:
+        training.run()
+    except Exception as error:
+        return str(error), (folder / "checkpoints/latest").read_text()
+    raise AssertionError("it went on")
+
+
+def slow_saves(trained_runs: TrainedRuns, output: Path) -> RunConfig:
+    values = tiny_run(trained_runs.folder, "fp32").model_dump()
+    values["training"] |= {"output_directory": str(output), "global_batch_size": 16, "train_iters": 5}
+    values["checkpoint"] |= {"interval": 2}
+    return RunConfig.model_validate(values)
+
+
+def test_a_run_that_diverges_completes_the_checkpoint_under_way(trained_runs: TrainedRuns, tmp_path: Path) -> None:
+    for message, latest in run_ranks(2, failing_run, slow_saves(trained_runs, tmp_path / "run"), False):
+        assert message.startswith("gradient norm is ") and "at optimizer step 3: stopped" in message
+        assert latest == "step_00000002"
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_leaves_when_the_checkpoint_is_complete(
+    trained_runs: TrainedRuns, tmp_path: Path
+) -> None:
+    """The others hear of it when its process has ended."""
+    (_, latest), failed = run_ranks(2, failing_run, slow_saves(trained_runs, tmp_path / "run"), True)
+    assert failed == ("the set went away", "step_00000002")
+    assert latest == "step_00000002"
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])

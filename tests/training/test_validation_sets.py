@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 from distributed_harness import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trained_runs import TrainedRuns, configuration
+from torch import Tensor
+from trained_runs import CONTEXT, TrainedRuns, configuration
 
 from overtok_megatron.checkpoint.formats.model_card import reported_losses
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.scores import validation_losses
+from overtok_megatron.data.tokenizer import load_tokenizer
 from overtok_megatron.parallel.devices import CPU
 
 FIGURES = ("loss", "perplexity", "bits_per_byte")
@@ -51,13 +55,50 @@ def train(folder: Path, scratch: Path, cases: dict[str, dict[str, Any]], steps: 
         ).run()
 
 
+def tiny_set(folder: Path, scratch: Path) -> IndexedDataset:
+    """Of less than a window."""
+    (scratch / "tiny.txt").write_text("The state of the Union is that of peace.")
+    prepare([scratch / "tiny.txt"], scratch / "tiny", load_tokenizer("sentencepiece", folder / "tokenizer.model"))
+    dataset = IndexedDataset(scratch / "tiny")
+    assert 10 < dataset.num_tokens < CONTEXT // 2
+    return dataset
+
+
+def validated_tokens(configs: list[RunConfig]) -> list[tuple[float, int]]:
+    """One rank's work: the loss of a validation of each, and how many tokens go through the model in it."""
+    from overtok_megatron.training.loop import TrainingRun
+
+    found = []
+    for config in configs:
+        run, seen = TrainingRun(config, device=CPU, num_threads=1), []
+        parts = run.trainer._parts
+
+        def counted(inputs: Tensor, *others: Any, seen: list[int] = seen, parts: Any = parts) -> Any:
+            seen.append(inputs.numel())
+            return parts(inputs, *others)
+
+        run.trainer._parts = counted  # type: ignore[method-assign]
+        found.append((run._validate()["validation/loss"], sum(seen)))
+    return found
+
+
+def test_a_small_set_costs_its_tokens(trained_runs: TrainedRuns, tmp_path: Path) -> None:
+    """Not micro-batches of whole windows. Stages see each token once; of ranks with data of their own each runs as many."""
+    folder, tiny = trained_runs.folder, tiny_set(trained_runs.folder, tmp_path)
+    configs = [config_of(folder, tmp_path / name, LAYOUTS[name], str(tiny.prefix), 4) for name in ("pipeline", "data")]
+    for rank in run_ranks(2, validated_tokens, configs):
+        assert [tokens for _, tokens in rank] == [tiny.num_tokens - 1] * 2
+        assert rank[0][0] == pytest.approx(rank[1][0], rel=1e-6)
+
+
 def records(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_named_sets(trained_runs: TrainedRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained_runs.folder
-    both = {"speeches": str(folder / "validation"), "early": str(folder / "other")}
+    tiny = tiny_set(folder, tmp_path)
+    both = {"speeches": str(folder / "validation"), "tiny": str(tiny.prefix), "early": str(folder / "other")}
     run_ranks(1, train, folder, tmp_path, {"one": {}}, 4, both)
     run_ranks(2, train, folder, tmp_path, LAYOUTS, 4, both, timeout=200)
 

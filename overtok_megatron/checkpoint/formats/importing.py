@@ -22,6 +22,7 @@ from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.data.tokenizer import load_tokenizer
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.run_folder import hold, is_empty
 
 _ENCODER = "over_encoding."  # of names in an exported folder
 _FILES = {"hugging_face": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -47,8 +48,26 @@ def import_folder(source: Path, run: Path, *, tokenizer: Path | None = None, eod
     else:
         model = ModelConfig.model_validate(own["model"])
         over = OverEncodingConfig.model_validate(own["over_encoding"])
-    if run.exists() and any(run.iterdir()):
+    if not is_empty(run):
         raise CheckpointError(f"{run}: is not empty; name another output folder")
+    with hold(run, "overtok import"):
+        return _write(source, run, raw, files, (model, over), tokenizer=tokenizer, eod_token=eod_token)
+
+
+def _write(
+    source: Path,
+    run: Path,
+    raw: dict[str, Any],
+    files: TensorFiles,
+    sections: tuple[ModelConfig, OverEncodingConfig],
+    *,
+    tokenizer: Path | None,
+    eod_token: str | None,
+) -> Path:
+    model, over = sections
+    if not is_empty(run):  # another import was faster
+        raise CheckpointError(f"{run}: is not empty; name another output folder")
+    own = raw.get("overtok")
     try:
         section, eod_id, fingerprint = _copy_tokenizer(source, run, raw, tokenizer, eod_token, model.vocab_size)
         config = run_config(raw, model, over, section, (own or {}).get("precision") or _precision(files), run)

@@ -1,0 +1,228 @@
+"""Who writes into a run's folder: one at a time of train, reshape, prune, import and grow. Readers take no lock.
+
+The kernel holds the locks (flock) and releases them when their holder dies, however it dies. There are two, because a
+training has several processes, and any of them may be killed alone:
+
+| file | held by |
+| `.lock` | whoever writes; for a training the command `overtok train`, or the first rank where nothing above it holds it |
+| `.lock.ranks` | whoever writes; in a training shared by all ranks, so that it is held until the last of them is gone |
+
+Each names its holder. On a file system shared by several hosts flock reaches all of them on NFS (unless mounted with
+`nolock` or `local_lock`), Lustre (with `flock`), CephFS, GPFS, CIFS, GFS2 and OCFS2. Elsewhere it may reach this host only,
+or there are no locks at all; whoever takes one says so.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from overtok_megatron.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+COMMAND, RANKS = ".lock", ".lock.ranks"
+LOCK_FILES = frozenset((COMMAND, RANKS))
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_THIS_HOST_ONLY = ("fuse", "9p", "virtiofs", "vboxsf", "prl_fs", "beegfs", "afs")
+_LOCAL_OPTIONS = {"nfs": ("nolock", "local_lock=all", "local_lock=flock"), "lustre": ("localflock",)}
+
+
+class RunLock:
+    """The locks of one process on one run's folder; they end with the process, or with `release`."""
+
+    def __init__(self, run: Path, work: str) -> None:
+        """work: what this process does there, for whoever finds the folder in use."""
+        self.run = run
+        self._work = work
+        self._files: dict[str, BinaryIO] = {}
+        self.exists = True  # False once the file system has said that it has no locks
+
+    def warning(self) -> str | None:
+        """What these locks do not keep away, if anything."""
+        if not self.exists:
+            return f"{self.run}: this file system has no locks: nothing keeps a second process from writing here"
+        return reach(self.run)
+
+    def take(self) -> None:
+        """Become the only writer. Raises CheckpointError naming the host and the process that is."""
+        self._open_folder()
+        try:
+            self._take(COMMAND, fcntl.LOCK_EX)
+            self._take(RANKS, fcntl.LOCK_EX)
+        except BaseException:
+            self.release()
+            raise
+
+    def lend(self) -> None:
+        """Leave the ranks' lock to the ranks of a training that this process starts; its own stays."""
+        self._close(RANKS)
+
+    def take_for_ranks(self) -> None:
+        """Become a training's first rank: below the command that holds the folder, or alone. Raises as `take`."""
+        self._open_folder()
+        try:
+            self._take(COMMAND, fcntl.LOCK_EX, pass_below=True)
+            if COMMAND in self._files:
+                self._take(RANKS, fcntl.LOCK_EX)  # ranks of another training may have outlived what started them
+                self._close(RANKS)  # nobody comes to this lock without the other one
+            self._take(RANKS, fcntl.LOCK_SH)
+        except BaseException:
+            self.release()
+            raise
+
+    def join_ranks(self) -> None:
+        """Be one more rank of a training whose first rank holds the folder."""
+        self._take(RANKS, fcntl.LOCK_SH, record=False)
+
+    def release(self) -> None:
+        """Let go of everything. A lock that nobody else shares is taken out of the folder."""
+        for name in list(self._files):
+            with suppress(OSError):
+                fcntl.flock(self._files[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current(name):
+                    (self.run / name).unlink()
+            self._close(name)
+
+    def _open_folder(self) -> None:
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.run}: cannot be written ({error.strerror}); name another folder") from None
+
+    def _take(self, name: str, kind: int, *, record: bool = True, pass_below: bool = False) -> None:
+        """Take one lock. pass_below: go without it where a process above this one has it."""
+        path = self.run / name
+        while name not in self._files:
+            try:
+                file = path.open("a+b")
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = _Holder.read(file)
+                file.close()
+                if error.errno in _NO_LOCKS:
+                    self.exists = False
+                    return
+                if error.errno not in _HELD:
+                    raise CheckpointError(f"{path}: cannot be locked ({error.strerror})") from None
+                if pass_below and holder is not None and holder.is_above():
+                    return
+                raise CheckpointError(
+                    f"{self.run}: in use by {holder or 'another process'}; wait for it, end it, or name another folder"
+                ) from None
+            self._files[name] = file
+            if not self._is_current(name):
+                self._close(name)  # its last holder took it out of the folder meanwhile
+        if record:
+            _Holder(socket.gethostname(), os.getpid(), self._work).write(self._files[name])
+
+    def _close(self, name: str) -> None:
+        file = self._files.pop(name, None)
+        if file is not None:
+            file.close()
+
+    def _is_current(self, name: str) -> bool:
+        """Whether the file that is locked is the one that others find."""
+        try:
+            return os.path.samestat(os.fstat(self._files[name].fileno()), (self.run / name).stat())
+        except FileNotFoundError:
+            return False
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """What a lock's file says of who has it."""
+
+    host: str
+    process: int
+    work: str
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host} ({self.work})"
+
+    @staticmethod
+    def read(file: BinaryIO) -> "_Holder | None":
+        file.seek(0)
+        try:
+            return _Holder(**json.loads(file.read()))
+        except (OSError, ValueError, TypeError):  # not written yet
+            return None
+
+    def write(self, file: BinaryIO) -> None:
+        file.truncate(0)
+        file.write(json.dumps(asdict(self)).encode())
+        file.flush()
+
+    def is_above(self) -> bool:
+        """Whether this process descends from it."""
+        return self.host == socket.gethostname() and self.process in {one.pid for one in psutil.Process().parents()}
+
+
+@contextmanager
+def hold(run: Path, work: str) -> Iterator[RunLock]:
+    """Be the only writer into the folder `run`, which is made if need be. Raises CheckpointError naming whoever is.
+
+    Where what is done fails, folders that were made for it and are empty do not stay.
+    """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    lock = RunLock(run, work)
+    lock.take()
+    try:
+        if warning := lock.warning():
+            log.warning("%s", warning)
+        yield lock
+    except BaseException:
+        lock.release()
+        with suppress(OSError):  # one holds something
+            for folder in made:
+                folder.rmdir()
+        raise
+    lock.release()
+
+
+def is_empty(run: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but locks."""
+    return not run.exists() or all(path.name in LOCK_FILES for path in run.iterdir())
+
+
+def reach(run: Path, mounts: str | None = None) -> str | None:
+    """What to say where locks in the folder `run` may not reach every host that sees it; None where they do.
+
+    mounts: in the form of /proc/self/mounts, which is read where it is None.
+    """
+    try:
+        text = Path("/proc/self/mounts").read_text(encoding="utf-8") if mounts is None else mounts
+    except OSError:  # not Linux
+        return None
+    place, kind, options = _mount_of(run, text)
+    local = next((words for name, words in _LOCAL_OPTIONS.items() if kind.startswith(name)), ())
+    if kind.startswith(_THIS_HOST_ONLY) or any(word in options for word in local):
+        return (
+            f"{run}: {place} ({kind}) may keep locks on this host only: a second process is refused here, and perhaps not "
+            "on another host"
+        )
+    return None
+
+
+def _mount_of(run: Path, mounts: str) -> tuple[str, str, list[str]]:
+    """(mount point, file system, options) of the mount that a path lies on."""
+    real, found = run.resolve(), ("/", "unknown", [""])
+    for line in filter(None, mounts.splitlines()):
+        _, place, kind, options, *_ = line.split(" ")
+        place = place.replace("\\040", " ")
+        if real.is_relative_to(place) and len(place) >= len(found[0]):
+            found = (place, kind, options.split(","))
+    return found
