@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        form = (
+            "; values of the run are written section.key=value, without dashes" if hasattr(options, "overrides") else ""
+        )
+        print(f"error: {rest[0]!r} is not an option of this verb (--help lists them){form}", file=sys.stderr)
+        return 2
     if rest:  # argparse takes positionals in one run: overrides behind an option come back here
         options.overrides += rest
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from overtok_megatron.config.loading import LoadedConfig, save_resolved
-from overtok_megatron.config.validation import validate
+from overtok_megatron.config.validation import validate, validate_host
 from overtok_megatron.environment import asks_for_cpu, rank_environment
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.run_folder import hold
@@ -47,6 +47,9 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         raise ConfigError(
             f"--processes: {processes}, but this host has {devices} CUDA devices; ask for at most that many"
         )
+    if not devices:
+        memory = psutil.virtual_memory().total + psutil.swap_memory().total
+        validate_host(config, processes, memory, loaded.locate)
     open_run_data(config)
     starting_point(config)
     choose_kernels(config.training.kernels, first_device() if devices else CPU)  # compiles once, before the ranks do
