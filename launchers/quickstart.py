@@ -38,7 +38,7 @@ def prepare_data(folder: Path, vocab_size: int) -> None:
 
 def overtok(*arguments: str) -> str:
     """Run the console command; its output is shown as it comes, but for `generate`, whose text is returned."""
-    command = [sys.executable, "-m", "overtok_megatron.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "overtok_megatron.cli", *arguments]
     if arguments[0] == "generate":
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     subprocess.run(command, check=True)

@@ -64,6 +64,11 @@ def rank_environment(
     }
     for name, value in wanted.items():
         environment.setdefault(name, value)
+    path = [
+        part for part in environment.pop("PYTHONPATH", "").split(os.pathsep) if part
+    ]  # an empty part is that folder too
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join(path)
     wait_politely(environment)
     if deterministic:
         make_deterministic(environment)

@@ -193,11 +193,6 @@ def hold(run: Path, work: str) -> Iterator[RunLock]:
     lock.release()
 
 
-def is_empty(run: Path) -> bool:
-    """Whether a folder is not there, or holds nothing but locks."""
-    return not run.exists() or all(path.name in LOCK_FILES for path in run.iterdir())
-
-
 def reach(run: Path, mounts: str | None = None) -> str | None:
     """What to say where locks in the folder `run` may not reach every host that sees it; None where they do.
 

@@ -54,6 +54,13 @@ def test_cores_are_those_of_this_process() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
+@pytest.mark.parametrize(("given", "reaches"), [("", None), (":", None), (":a::b", "a:b"), ("a", "a")])
+def test_an_empty_part_of_pythonpath_is_the_callers_folder(given: str, reaches: str | None) -> None:
+    environment = rank_environment({"PYTHONPATH": given}, 1, deterministic=False, cuda=False)
+    assert environment.get("PYTHONPATH") == reaches
+    assert environment["PYTHONSAFEPATH"] == "1"
+
+
 def test_deterministic_runs_get_their_workspace_whoever_starts_them() -> None:
     environment: dict[str, str] = {}
     prepare_environment(environment, deterministic=True)

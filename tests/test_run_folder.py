@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from one_line import fails
 
-from overtok_megatron.run_folder import COMMAND, LOCK_FILES, RANKS, RunLock, hold, is_empty, reach
+from overtok_megatron.run_folder import COMMAND, LOCK_FILES, RANKS, RunLock, hold, reach
 
 # A process that does one thing to a folder, says so, and waits until it is told to end.
 HOLDER = """
@@ -59,6 +59,11 @@ def refused(run: Path, process: int, work: str) -> None:
         words = f"{run}: in use by process {process} on {os.uname().nodename} ({work}); wait for it"
         fails(lambda take=take: take(RunLock(run, "test")), words)  # type: ignore[misc]
     assert not any(path.suffix == ".partial" for path in run.iterdir())
+
+
+def is_empty(run: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but locks."""
+    return not run.exists() or all(path.name in LOCK_FILES for path in run.iterdir())
 
 
 def free(run: Path) -> None:

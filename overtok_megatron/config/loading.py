@@ -1,6 +1,5 @@
 """YAML and command line to a checked RunConfig, with where every value came from. Rules across keys: validation.py."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,18 +87,23 @@ def parse_resolved(path: str | Path) -> RunConfig:
 
 
 def save_resolved(config: RunConfig, path: str | Path) -> None:
-    """Write every value, defaults included; the old file or the new one is there, never a part. Raises OSError."""
+    """Write every value, defaults included; the old file or the new one is there, never a part.
+
+    Raises OutputError where a file that somebody wrote by hand would be replaced, and OSError.
+    """
     path = Path(path)
-    aside = path.with_name(path.name + ".partial")
+    refuse_foreign(path, _is_resolved, "a resolved configuration", "training.output_directory")
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=dialect.Dumper, sort_keys=False, allow_unicode=True)
+    write_atomically(path, text)
+
+
+def _is_resolved(path: Path) -> bool:
+    """Whether a file looks like one of `save_resolved`: it has every section and inherits nothing."""
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            yaml.dump(config.model_dump(mode="json"), file, Dumper=dialect.Dumper, sort_keys=False, allow_unicode=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        found = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and found.keys() == RunConfig.model_fields.keys()
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from overtok_megatron.files import write_atomically
+
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ class Reporter:
                 continue
             if record["step"] <= first_step:
                 kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_atomically(self.path, "".join(line + "\n" for line in kept))  # a kill here loses no record
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record `values` (name -> number; names are TensorBoard tags) after optimizer step `step` (1, 2, ...)."""

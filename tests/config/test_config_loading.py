@@ -164,3 +164,16 @@ def test_what_is_no_end_of_a_chain(file: Path) -> None:
         child.write_text(f"base: {base}\n", encoding="utf-8")
         with pytest.raises(ConfigError):
             load_config(child)
+
+
+def test_a_configuration_written_by_hand_is_not_replaced(tmp_path: Path) -> None:
+    """Where a run's folder holds the user's own file, with its comments and its base."""
+    target = tmp_path / "config.yaml"
+    target.write_text("# mine\nbase: other.yaml\nmodel: {hidden_size: 64}\n", encoding="utf-8")
+    before = target.read_bytes()
+    with pytest.raises(OutputError, match="is not a resolved configuration; move it away"):
+        save_resolved(load_config(write(tmp_path, "run.yaml", MINIMAL)).config, target)
+    assert target.read_bytes() == before
+    target.unlink()
+    for _ in range(2):  # its own it replaces
+        save_resolved(load_config(write(tmp_path, "run.yaml", MINIMAL)).config, target)
