@@ -15,6 +15,7 @@ from overtok_megatron.config.explanations import explain, known_keys
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
+from overtok_megatron.files import refuse_foreign, write_atomically
 
 BASE = "base"  # the key that names the file from which a configuration inherits
 COMMAND_LINE = "command line"

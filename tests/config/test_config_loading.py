@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from overtok_megatron.config.loading import load_config, parse_resolved, save_resolved
 from overtok_megatron.config.report import describe
-from overtok_megatron.errors import ConfigError
+from overtok_megatron.errors import ConfigError, OutputError
 
 MINIMAL = """
 model:
@@ -166,14 +166,14 @@ def test_what_is_no_end_of_a_chain(file: Path) -> None:
             load_config(child)
 
 
-def test_a_configuration_written_by_hand_is_not_replaced(tmp_path: Path) -> None:
+def test_a_configuration_written_by_hand_is_not_replaced(file: Path, tmp_path: Path) -> None:
     """Where a run's folder holds the user's own file, with its comments and its base."""
     target = tmp_path / "config.yaml"
     target.write_text("# mine\nbase: other.yaml\nmodel: {hidden_size: 64}\n", encoding="utf-8")
     before = target.read_bytes()
     with pytest.raises(OutputError, match="is not a resolved configuration; move it away"):
-        save_resolved(load_config(write(tmp_path, "run.yaml", MINIMAL)).config, target)
+        save_resolved(load_config(file).config, target)
     assert target.read_bytes() == before
     target.unlink()
     for _ in range(2):  # its own it replaces
-        save_resolved(load_config(write(tmp_path, "run.yaml", MINIMAL)).config, target)
+        save_resolved(load_config(file).config, target)

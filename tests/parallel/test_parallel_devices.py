@@ -72,7 +72,7 @@ def test_the_backend_follows_the_device(eight_cards: list[torch.device]) -> None
 
 def test_devices_are_made_in_one_place() -> None:
     """Elsewhere nobody asks what the machine has, and nobody writes a CUDA device without index."""
-    asking = {"is_available", "device_count", "set_device", "current_device"}
+    asking = {"is_available", "device_count", "set_device"}
     wrong = []
     for folder in ("overtok_megatron", "tools", "launchers"):
         for path in (ROOT / folder).rglob("*.py"):
