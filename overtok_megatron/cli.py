@@ -9,6 +9,7 @@ from overtok_megatron import __version__
 from overtok_megatron.commands import checkpoints, conversion, data, evaluation, growing, runs, serving, text
 from overtok_megatron.environment import asks_for_cpu, wait_politely
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.files import shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.processes = default_processes()
         code: int = options.work(options)
     except OvertokError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

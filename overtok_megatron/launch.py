@@ -36,6 +36,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     # late: they import torch, and `overtok --help` and configuration errors need not wait for it
     from overtok_megatron.checkpoint.weights_only import starting_point
     from overtok_megatron.data.checks import open_run_data
+    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
     from overtok_megatron.kernels.choice import choose_kernels
     from overtok_megatron.parallel.devices import CPU, first_device, num_accelerators
 
@@ -59,6 +60,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
     environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
     with hold(directory, "overtok train") as lock:
+        keep_tokenizer(config.tokenizer, directory)
         resolved = directory / "config.yaml"
         try:
             save_resolved(config, resolved)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from data_benchmark import prepare_speed
-from measuring import DEVICE, alternate, configuration, single_process
+from measuring import alternate, configuration, single_process
 from overhead_benchmark import overhead
 from table_benchmark import mapped, tables
 from torch import Tensor
@@ -33,10 +33,11 @@ from overtok_megatron.config.counts import flops_per_token
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.batches import TrainBatches
 from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.environment import asks_for_cpu, rank_environment, restore_visible_devices
 from overtok_megatron.errors import DataError, OvertokError
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.launch import process_environment
 from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.parallel.devices import CPU, default_device
 from overtok_megatron.training.metrics import peak_memory
 from overtok_megatron.training.peaks import measured
 
@@ -60,7 +61,7 @@ def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
             use_cache=False,
         )
     )
-    model.to(device=DEVICE, dtype=torch.bfloat16)  # type: ignore[call-arg]  # a decorated method in transformers
+    model.to(device=batch.device, dtype=torch.bfloat16)  # type: ignore[call-arg]  # a decorated method in transformers
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     inputs = batch[:, :-1]
 
@@ -74,8 +75,8 @@ def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
 
 def our_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
     """The same plain loop around this project's model."""
-    model = build_transformer(config, device=DEVICE)
-    optimizer = choose_kernels(config.training.kernels, DEVICE).adamw(
+    model = build_transformer(config, device=batch.device)
+    optimizer = choose_kernels(config.training.kernels, batch.device).adamw(
         [{"params": list(model.parameters())}], 1e-3, (0.9, 0.999), 1e-8
     )
     inputs, targets = batch[:, :-1], batch[:, 1:]
@@ -95,11 +96,13 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
         "model.num_attention_heads=4", "model.vocab_size=8192", "data.seq_length=256",
     ]  # fmt: skip
     config = configuration(shape, options.data)
-    batch = torch.randint(0, 8192, (32, 257), device=DEVICE)
+    batch = torch.randint(0, 8192, (32, 257), device=options.device)
     seconds = alternate(
-        {"overtok": our_step(config, batch), "transformers": hugging_face_step(config, batch)}, options.rounds
+        {"overtok": our_step(config, batch), "transformers": hugging_face_step(config, batch)},
+        options.rounds,
+        options.device,
     )
-    limit = flops_per_token(config) * 32 * 256 / measured(DEVICE, torch.bfloat16)
+    limit = flops_per_token(config) * 32 * 256 / measured(options.device, torch.bfloat16)
     return {
         "seconds": seconds,
         "ratio": seconds["transformers"] / seconds["overtok"],
@@ -112,7 +115,8 @@ def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object
     """Whole optimizer steps through DeepSpeed, a new batch each time."""
     from overtok_megatron.training.engine import TrainingEngine, start_processes
 
-    trainer = TrainingEngine(config, start_processes(config), DEVICE, eod_id=0)
+    device = tokens[0].device
+    trainer = TrainingEngine(config, start_processes(config, device), device, eod_id=0)
     turn = iter(range(10**9))
     return lambda: trainer.step(tokens[next(turn) % len(tokens)], 1e-3)
 
@@ -127,14 +131,14 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
              "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
         )  # fmt: skip
         batches = TrainBatches(dataset, config.data.seq_length, 32, 1, 0, 1, seed=1)
-        tokens = [torch.from_numpy(batches.read(32 * step)).to(DEVICE) for step in range(options.rounds + 2)]
+        tokens = [torch.from_numpy(batches.read(32 * step)).to(options.device) for step in range(options.rounds + 2)]
         contenders[f"2^{power}"] = trainer_step(config, tokens)
-    seconds = alternate(contenders, options.rounds)
+    seconds = alternate(contenders, options.rounds, options.device)
     first = next(iter(seconds.values()))
     return {
         "seconds": seconds,
         "ratio_to_first": {name: value / first for name, value in seconds.items()},
-        "peak_bytes": peak_memory(DEVICE),
+        "peak_bytes": peak_memory(options.device),
     }
 
 
@@ -150,13 +154,13 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
          "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
     )  # fmt: skip
     batches = TrainBatches(IndexedDataset(options.data), config.data.seq_length, 32, 1, 0, 1, seed=1)
-    trainer = TrainingEngine(config, start_processes(config), DEVICE, eod_id=0)
+    trainer = TrainingEngine(config, start_processes(config, options.device), options.device, eod_id=0)
     assert trainer.tables is not None
     done = iter(range(10**9))
 
     def step() -> float:
         begin = time.perf_counter()
-        trainer.step(torch.from_numpy(batches.read(32 * next(done))).to(DEVICE), 1e-3)
+        trainer.step(torch.from_numpy(batches.read(32 * next(done))).to(options.device), 1e-3)
         return time.perf_counter() - begin
 
     def size(folder: Path) -> int:
@@ -171,7 +175,7 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
             for folder in folders:
                 folder.mkdir()
             begin = time.perf_counter()
-            thread = in_background(writer.begin(folders[0]), DEVICE)
+            thread = in_background(writer.begin(folders[0]), options.device)
             stall, during = time.perf_counter() - begin, []
             while thread.is_alive():
                 during.append(step())
@@ -235,7 +239,12 @@ def main() -> int:
     )
     verb.add_argument("--tokens", type=int, default=65536, help="positions a step, four look-ups each")
     verb.add_argument("--widths", type=int, nargs="+", default=[64, 256], help="values a row")
-    verb.add_argument("--memory", type=float, default=18.0, help="GiB that a contender's tables and state may take")
+    verb.add_argument(
+        "--memory",
+        type=float,
+        help="GiB that all contenders of a case may take together with the process itself; those "
+        "that do not fit are left out (default: four fifths of what is available)",
+    )
     verb.add_argument("--dense-up-to", type=int, default=18, help="largest power for the dense optimizer")
     verb.add_argument("--png", default=None, help="draw the times here")
     verb.set_defaults(run=tables)
@@ -255,9 +264,11 @@ def main() -> int:
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     verb.set_defaults(run=prepare_speed)
     options = parser.parse_args()
-    missing = process_environment(1, deterministic=False, cuda=DEVICE.type == "cuda")
-    if missing:  # the allocator reads its settings when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
+    options.device = CPU if asks_for_cpu(os.environ) else default_device()
+    environment = rank_environment(os.environ, 1, deterministic=False, cuda=options.device.type == "cuda")
+    restore_visible_devices(environment)
+    if environment != dict(os.environ):  # the allocator reads its settings when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     torch.set_num_threads(options.threads)
     try:
         result = options.run(options)
@@ -267,7 +278,7 @@ def main() -> int:
     except OvertokError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {options.threads} threads"
+    device = torch.cuda.get_device_name() if options.device.type == "cuda" else f"CPU, {options.threads} threads"
     text = json.dumps({"device": device, "torch": torch.__version__, **result}, indent=1)
     print(text)
     if options.json:

@@ -83,7 +83,7 @@ def prepare_speed(options: argparse.Namespace) -> dict[str, Any]:
 
             return run
 
-        seconds = alternate({name: counted(name) for name in contenders}, options.rounds)
+        seconds = alternate({name: counted(name) for name in contenders}, options.rounds, options.device)
     work = {name: statistics.median(values[2:]) for name, values in cpu.items()}
     return {
         "text_bytes": size,

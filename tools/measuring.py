@@ -1,4 +1,4 @@
-"""What the verbs of `benchmark.py` share: the device, the quickstart's configuration, and timing in turn."""
+"""What the verbs of `benchmark.py` share: the quickstart's configuration, and timing in turn."""
 
 import os
 import statistics
@@ -11,8 +11,7 @@ import torch
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.launch import free_port
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from overtok_megatron.parallel.devices import synchronize
 
 
 def configuration(overrides: list[str], data: str) -> RunConfig:
@@ -21,15 +20,18 @@ def configuration(overrides: list[str], data: str) -> RunConfig:
     return load_config(path, [f"data.train={data}", "training.output_directory=unused", *overrides]).config
 
 
-def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after two warm-up rounds, in turn: the machine's drift hits all alike."""
+def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, after two warm-up rounds, in turn: the machine's drift hits all alike.
+
+    device: on which they work; a call has ended when the device has.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, work in contenders.items():
+            synchronize(device)
             begin = time.perf_counter()
             work()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             if turn >= 2:
                 times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}

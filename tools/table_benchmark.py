@@ -1,7 +1,6 @@
 """`benchmark.py tables` and `benchmark.py mapped`: the n-gram tables against their peers, and read from a file."""
 
 import argparse
-import gc
 import multiprocessing
 import os
 import tempfile
@@ -13,8 +12,9 @@ from typing import Any
 
 import psutil
 import torch
-from measuring import DEVICE, alternate, configuration
-from table_contenders import fbgemm_tables, limit, our_tables, places, torch_tables
+from measuring import alternate, configuration
+from memory_budget import Budget, held
+from table_contenders import Needs, fbgemm_tables, has_fbgemm, limit, our_tables, places, torch_tables
 from torch import Tensor
 
 from overtok_megatron.checkpoint.mapped import MappedShard
@@ -30,6 +30,7 @@ from overtok_megatron.model.assembly import build_transformer, row_space, tables
 from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.ngram.sizing import RowSpace
 from overtok_megatron.ngram.table import Shard, TableShard
+from overtok_megatron.parallel.devices import synchronize
 from overtok_megatron.training.metrics import peak_memory
 
 _PART = 2**22  # rows a file
@@ -48,17 +49,23 @@ def text_rows(options: argparse.Namespace, size: int) -> Tensor:
     return torch.cat(columns, dim=-1).flatten(0, 1)
 
 
-def table_case(options: argparse.Namespace, size: int, width: int, rows: Tensor) -> dict[str, Any]:
-    """Every contender's seconds on one set of rows, and what they say per row and byte.
+def table_case(
+    options: argparse.Namespace, size: int, width: int, rows: Tensor, budget: Budget
+) -> dict[str, Any] | None:
+    """Every contender's seconds on one set of rows, and what they say per row and byte; None where not even ours fits.
 
     Peers that are too big to lie beside all others are timed in turn with ours alone; ratios are of one alternation each.
     """
     space = RowSpace(3, 2, size - 7, width)
-    grad = torch.randn(*rows.shape, width, device=DEVICE)
+    device = rows.device
     distinct = sum(column.unique().numel() for column in rows.unbind(1))
-
-    def fits(bytes_a_value: float) -> bool:
-        return space.total_rows * width * bytes_a_value < options.memory * 2**30
+    need = Needs(space.total_rows, width, rows.numel(), distinct)
+    budget.begin()
+    dtype = torch.float32 if budget.fits(need.ours(torch.float32)) else torch.bfloat16
+    first = "ours" if dtype == torch.float32 else "ours, bf16"
+    if not budget.take(first, need.ours(dtype)):
+        return None
+    grad = torch.randn(*rows.shape, width, device=device)
 
     def ours(dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], OverTables]:
         name = "ours" if dtype == torch.float32 else "ours, bf16"
@@ -66,27 +73,34 @@ def table_case(options: argparse.Namespace, size: int, width: int, rows: Tensor)
         step, made = our_tables(rows, space, values, dtype)
         return {name: step, f"limit{name[4:]}": limit(made, rows, space, values)}, made
 
-    dtype = torch.float32 if fits(4) else torch.bfloat16
     contenders, made = ours(dtype)
-    first = next(iter(contenders))
-    if dtype == torch.float32 and fits(6):
+    beside = 0
+    if dtype == torch.float32 and budget.take("ours, bf16", need.ours(torch.bfloat16)):
         contenders |= ours(torch.bfloat16)[0]
-    if fits(4 * len(contenders) // 2 + 4):
+        beside += need.ours(torch.bfloat16)
+    if has_fbgemm() and budget.take("fbgemm", need.fbgemm()):
         contenders |= fbgemm_tables(rows, size, grad)
-    seconds = alternate(contenders, options.rounds)
+        beside += need.fbgemm()
+    seconds = alternate(contenders, options.rounds, device)
     times_first = {name: value / seconds[first] for name, value in seconds.items()}
     own = contenders[first]
     contenders.clear()
-    gc.collect()  # modules lie in cycles, and hold gigabytes
+    budget.give_back(beside)
+    held(device)  # gives back what they held
     for name, sparse, size_up_to in (("SparseAdam", True, 2**62), ("AdamW", False, 2**options.dense_up_to)):
-        if fits(12 + dtype.itemsize) and width <= 64 and size <= size_up_to:
-            pair = alternate({first: own, name: torch_tables(rows, size, grad, sparse=sparse)}, options.rounds)
+        if width <= 64 and size <= size_up_to and budget.take(name, need.torch_tables(sparse=sparse)):
+            pair = alternate({first: own, name: torch_tables(rows, size, grad, sparse=sparse)}, options.rounds, device)
             seconds[name], times_first[name] = pair[name], pair[name] / pair[first]
+            budget.give_back(need.torch_tables(sparse=sparse))
+            held(device)
     moved = width * (dtype.itemsize * (2 * rows.numel() + 3 * distinct) + 4 * 3 * distinct)
     made.begin_rows(places(rows, space))  # once more by hand, to time the update alone
     made.collect(1.0)
+    synchronize(device)
     begin = time.perf_counter()
     made.apply(0.01, 1.0)
+    synchronize(device)
+    update_seconds = time.perf_counter() - begin
     return {
         "seconds": seconds,
         "times_first": times_first,
@@ -94,23 +108,27 @@ def table_case(options: argparse.Namespace, size: int, width: int, rows: Tensor)
         "distinct_share": distinct / rows.numel(),
         "rows_per_second": rows.numel() / seconds[first],
         "gigabytes_per_second": moved / seconds[first] / 1e9,
-        "optimizer_nanoseconds_per_row": (time.perf_counter() - begin) / distinct * 1e9,
+        "optimizer_nanoseconds_per_row": update_seconds / distinct * 1e9,
+        "left_out_bytes": dict(budget.left_out),
     }
 
 
 def tables(options: argparse.Namespace) -> dict[str, Any]:
     """Forward, backward and update of look-ups in four tables: ours, the peers, and the machine's limit."""
     cases: dict[str, Any] = {}
+    budget = Budget(options.memory, options.device)
     for width in options.widths:
         for power in options.powers:
             size = 2**power
             uniform = torch.randint(0, size - 7, (options.tokens, 4))
             for kind, rows in (("text", text_rows(options, size)), ("uniform", uniform)):
-                if size * 4 * width * 2 > options.memory * 2**30:
-                    print(f"w {width}, 2^{power} rows: more than --memory {options.memory} GiB, left out", flush=True)
+                title = f"w {width}, 2^{power}, {kind}"
+                case = table_case(options, size, width, rows.to(options.device), budget)
+                if budget.left_out:
+                    print(f"{title}: {budget.words()}", flush=True)
+                if case is None:
                     continue
-                gc.collect()
-                case = cases[f"w {width}, 2^{power}, {kind}"] = table_case(options, size, width, rows.to(DEVICE))
+                cases[title] = case
                 times = "  ".join(
                     f"{name} {1e3 * value:.1f} ({case['times_first'][name]:.2f} x)"
                     for name, value in case["seconds"].items()
@@ -156,10 +174,10 @@ def _synthetic_rows(folder: Path, config: RunConfig) -> None:
         write_rows(folder, f"rows-{start:012d}", {"weight": values, "touched": touched}, metadata)
 
 
-def _made_model(config: RunConfig, shard: Shard) -> TrainedModel:
+def _made_model(config: RunConfig, shard: Shard, device: torch.device) -> TrainedModel:
     torch.manual_seed(0)
-    model = build_transformer(config, device=DEVICE, eod_id=0).eval()
-    tables = tables_over(config, model.embedding.over_encoding, 0, shard, device=DEVICE)
+    model = build_transformer(config, device=device, eod_id=0).eval()
+    tables = tables_over(config, model.embedding.over_encoding, 0, shard, device=device)
     given = config.tokenizer
     return TrainedModel(config, model, tables, load_tokenizer(given.type, given.path, given.eod_token), 0)
 
@@ -173,7 +191,9 @@ def _continuation(trained: TrainedModel, prompts: list[list[int]], new: int) -> 
     return lambda: generate_tokens(trained, prompts, Sampling(max_new_tokens=new, temperature=1.0))
 
 
-def _from_cold_files(folder: Path, config: RunConfig, prompts: list[list[int]], new: int) -> dict[str, float]:
+def _from_cold_files(
+    folder: Path, config: RunConfig, prompts: list[list[int]], new: int, device: torch.device
+) -> dict[str, float]:
     """In a process of its own: what it grows by beyond the dense model, and its seconds with no row in the page cache."""
     shard = _mapped_shard(folder, config)
     for path in (folder / FOLDER).iterdir():
@@ -181,7 +201,7 @@ def _from_cold_files(folder: Path, config: RunConfig, prompts: list[list[int]], 
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
-    trained = _made_model(config, shard)
+    trained = _made_model(config, shard, device)
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
     _continuation(trained, prompts, new)()
@@ -210,21 +230,28 @@ def mapped(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(scratch)
         _synthetic_rows(folder, config)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            cold = pool.submit(_from_cold_files, folder, config, prompts, options.new).result()
-        kernels = choose_kernels("auto", DEVICE).rows
+            cold = pool.submit(_from_cold_files, folder, config, prompts, options.new, options.device).result()
+        kernels = choose_kernels("auto", options.device).rows
         memory = TableShard(
-            0, space.total_rows, space.width, std=0.0, seed=0, device=DEVICE, dtype=torch.bfloat16, kernels=kernels
+            0,
+            space.total_rows,
+            space.width,
+            std=0.0,
+            seed=0,
+            device=options.device,
+            dtype=torch.bfloat16,
+            kernels=kernels,
         )
         on_disk = _mapped_shard(folder, config)
         for start in range(0, space.total_rows, 2**16):
             part = torch.arange(start, min(start + 2**16, space.total_rows))
-            memory.rows.weight[start : start + len(part)] = on_disk.read(part, torch.bfloat16).to(DEVICE)
+            memory.rows.weight[start : start + len(part)] = on_disk.read(part, torch.bfloat16).to(options.device)
         contenders = {
-            name: _continuation(_made_model(config, shard), prompts, options.new)
+            name: _continuation(_made_model(config, shard, options.device), prompts, options.new)
             for name, shard in (("mapped", on_disk), ("memory", memory))
         }
         assert contenders["mapped"]() == contenders["memory"]()
-        seconds = alternate(contenders, options.rounds)
+        seconds = alternate(contenders, options.rounds, options.device)
     tokens = options.batch * options.new
     return {
         "rows": space.total_rows,

@@ -4,7 +4,9 @@ Each maker takes rows [N, T] int64, of each of T tables of `size` rows, the widt
 returns one step.
 """
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,46 @@ from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.sizing import RowSpace
 from overtok_megatron.ngram.table import TableShard
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that each contender takes at most, its step's buffers included.
+
+    rows: of all tables; width: w; look_ups: N per step; distinct: different rows among them.
+    """
+
+    rows: int
+    width: int
+    look_ups: int
+    distinct: int
+
+    def _gradients(self) -> int:
+        """The one gradient that all share, and its copy in bfloat16."""
+        return self.look_ups * self.width * (4 + 2)
+
+    def ours(self, dtype: torch.dtype) -> int:
+        """Rows, state and flags; per look-up its gathered row and six numbers of 64 bits, per distinct row its sums, twice,
+        and what torch's operators take where the compiled loops are absent."""
+        stored = self.rows * ((self.width + 1) * dtype.itemsize + 1)
+        step = self.look_ups * (self.width * dtype.itemsize + 6 * 8) + self.distinct * self.width * 4 * 6
+        return self._gradients() + stored + step
+
+    def fbgemm(self) -> int:
+        """Rows and one value of state per row, float32; per look-up its row, its gradient and the sorted numbers."""
+        return self.rows * (self.width + 1) * 4 + self.look_ups * (self.width * 4 * 2 + 8 * 8)
+
+    def torch_tables(self, *, sparse: bool) -> int:
+        """Rows and two moments of the same size, float32; the gradient as large again where it is dense, with two
+        intermediate results; sparse: its rows as they come, made unique, and what SparseAdam makes of them."""
+        values = self.rows * self.width
+        step = self.look_ups * self.width * 4 * 10
+        return values * 4 * (3 if sparse else 6) + step
+
+
+def has_fbgemm() -> bool:
+    """Whether fbgemm is installed."""
+    return importlib.util.find_spec("fbgemm_gpu") is not None
 
 
 def places(rows: Tensor, space: RowSpace) -> Tensor:

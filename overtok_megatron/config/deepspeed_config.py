@@ -6,11 +6,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.derived import accumulation_steps
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
+_LARGEST_BUCKET = 500_000_000  # gradients reduced at once; DeepSpeed's default
 _REFUSED = {
     "optimizer": "use the optimizer section",
     "scheduler": "use optimizer.schedule",
@@ -71,6 +73,10 @@ def derive(
         if key in config.deepspeed:
             raise ConfigError(line(locate(f"deepspeed.{key}"), f"deepspeed.{key}: is not passed through; {way_out}"))
     _merge(result, config.deepspeed, "", locate)
+    if stage > 0:
+        # DeepSpeed allocates two buckets of this size per step, whatever the model: 4 GB for its 500 million elements
+        size = min(_LARGEST_BUCKET, parameter_counts(config).dense)
+        result["zero_optimization"].setdefault("reduce_bucket_size", size)
     return result
 
 

@@ -189,6 +189,11 @@ def _tiles(width: int) -> dict[str, int]:
     return {"WIDTH": width, "ROWS": max(1, _TILE // columns), "COLUMNS": columns}
 
 
+def add_warps(columns: int) -> int:
+    """Warps of add_kernel: one for narrow rows; with 512 columns in one, or more, a thread's part spills its registers."""
+    return min(16, max(1, columns // 128))
+
+
 class TritonRowKernels(RowKernels):
     """The Triton kernels, on CUDA tensors. Distinct ids are found by torch's sort, which is the vendor's radix sort."""
 
@@ -246,7 +251,7 @@ class TritonRowKernels(RowKernels):
         columns = triton.next_power_of_2(grad.shape[1])
         add_kernel[(total.shape[0],)](
             grad.contiguous(), order, ends, total, sums.squares,
-            FRESH=fresh, WIDTH=grad.shape[1], COLUMNS=columns, num_warps=1,
+            FRESH=fresh, WIDTH=grad.shape[1], COLUMNS=columns, num_warps=add_warps(columns),
         )  # fmt: skip
 
     def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from row_checks import CHECKS
+from gpu_checks.row_checks import CHECKS
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import RowKernels

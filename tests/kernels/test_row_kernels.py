@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gpu_checks.row_checks import CHECKS, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_checks import CHECKS, stored
 
 from overtok_megatron.kernels.build import load_library
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels

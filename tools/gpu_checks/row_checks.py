@@ -1,6 +1,6 @@
-"""What every compiled form of the row kernels must do, against torch's operators; run by the tests of each form.
+"""What every compiled form of the row kernels must do, against torch's operators; `gpu_check.py` and the tests run it.
 
-`python tests/kernels/row_checks.py` runs them on Triton's interpreter, where TRITON_INTERPRET=1 is set.
+`python tools/gpu_checks/row_checks.py` runs them on Triton's interpreter, where TRITON_INTERPRET=1 is set.
 """
 
 import os
@@ -69,15 +69,15 @@ def check_look_ups(kernels: RowKernels, device: torch.device) -> None:
             for wanted in (torch.float32, torch.bfloat16):
                 # Triton's interpreter cuts float32 to bfloat16 where the GPU rounds to nearest
                 cut = INTERPRETED and wanted == torch.bfloat16 and dtype != wanted
-                close = {"rtol": 2.0**-7 if cut else 0.0, "atol": 0.0}
+                rtol = 2.0**-7 if cut else 0.0
                 torch.testing.assert_close(
-                    kernels.fetch(rows, index, wanted), PLAIN.fetch(rows, index, wanted), **close
+                    kernels.fetch(rows, index, wanted), PLAIN.fetch(rows, index, wanted), rtol=rtol, atol=0.0
                 )
                 for where in (index, None):
                     expected = PLAIN.gather(rows, where, slots, wanted)
                     for order in (None, kernels.order(slots, 123)):
                         ours = kernels.gather(rows, where, slots, wanted, order)
-                        torch.testing.assert_close(ours, expected, **close)
+                        torch.testing.assert_close(ours, expected, rtol=rtol, atol=0.0)
                 assert kernels.gather(rows, None, slots[:0], wanted).shape == (0, 40, width)
 
 

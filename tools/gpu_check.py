@@ -1,0 +1,115 @@
+"""Is this installation right, and fast, on this card? One table: check, passed or failed, figure, limit.
+
+Correctness first (row kernels, output head, whole runs, every way of training beside a float32 run on the CPU), then speed
+(row kernels beside a copy, a model of the 1B class beside the card's peak, saving). --processes N checks N GPUs together:
+exchange of rows, layouts beside one process, links. Without a GPU everything that is not about CUDA runs at toy sizes.
+Each check has a time limit of its own, and one that fails does not end the others. Exit code: 0 all is well, 1 a check
+failed or was not run for want of time, 2 the call is wrong.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from gpu_checks.installation import versions
+from gpu_checks.listing import all_checks, references
+from gpu_checks.registry import Check, Outcome
+from gpu_checks.workers import Workers
+
+from overtok_megatron.environment import asks_for_cpu
+from overtok_megatron.parallel.devices import num_accelerators
+
+_SECONDS = {False: 600.0, True: 240.0}  # after which no further check begins, long and quick
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the short form, meant for two minutes instead of ten")
+    parser.add_argument("--processes", type=int, default=1, help="check so many GPUs together (ranks over gloo on CPU)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="checks whose names begin with one of these")
+    parser.add_argument("--list", action="store_true", help="print the names of the checks and leave")
+    parser.add_argument("--json", type=Path, help="write results, versions and tracebacks to this file")
+    parser.add_argument("--seconds", type=float, help="after which no further check begins (600; with --quick 240)")
+    parser.add_argument("--folder", help="where scratch files are written (default: the system's temporary folder)")
+    options = parser.parse_args(arguments)
+    ranks, cuda = options.processes, _uses_cuda()
+    if ranks < 1 or (cuda and ranks > num_accelerators()):
+        most = f"1 to {num_accelerators()}, the CUDA devices of this machine" if cuda else "1 or more"
+        parser.error(f"--processes: {ranks}; write {most}")
+    checks = [check for check in all_checks(ranks) if check.quick or not options.quick or options.only]
+    names = [check.name for check in checks]
+    for wanted in options.only or []:
+        if not any(name.startswith(wanted) for name in names):
+            parser.error(f"--only: {wanted}: begins the name of no check; --list prints them")
+    if options.only:
+        checks = [check for check in checks if check.name.startswith(tuple(options.only))]
+    if options.list:
+        print("\n".join(check.name for check in checks))
+        return 0
+    folder = Path(tempfile.mkdtemp(prefix="gpu_check-", dir=options.folder))
+    try:
+        device, outcomes = run(
+            checks, ranks, folder, quick=options.quick, limit=options.seconds or _SECONDS[options.quick]
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if options.json is not None:
+        head = {"device": device, "versions": versions(), "processes": ranks, "quick": options.quick}
+        records = [asdict(outcome) for outcome in outcomes]
+        options.json.write_text(json.dumps(head | {"checks": records}, indent=1) + "\n", encoding="utf-8")
+    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
+    print(", ".join(f"{count} {status}" for status, count in counts.items() if count), flush=True)
+    return 1 if counts["failed"] or counts["not run"] else 0
+
+
+_STATUSES = ("passed", "failed", "measured", "skipped", "not run")
+
+
+def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: float) -> tuple[str, list[Outcome]]:
+    """Run the checks one after the other, with a line each: the device's name and what came of them.
+
+    limit: seconds for all of them.
+    """
+    cuda = _uses_cuda()
+    width = max(len(check.name) for check in checks)
+    begin, outcomes = time.monotonic(), []
+    workers = Workers(ranks, folder, quick=quick, cuda=cuda)
+    wanted = references([check for check in checks if check.references], ranks, cuda)
+    helper = Workers(1, folder, quick=quick, cuda=False, name="reference")
+    try:
+        if wanted is not None:
+            helper.begin(wanted)
+        workers.start()  # where that fails, the first check says why
+        print(f"{workers.device}{f', {ranks} processes' if ranks > 1 else ''}")
+        print(f"{'check':{width}}  {'':8}  {'figure'} | {'limit'}", flush=True)
+        for check in checks:
+            outcome = _outcome(check, workers, cuda, limit - (time.monotonic() - begin))
+            outcomes.append(outcome)
+            beside = f" | {outcome.limit}" if outcome.limit else ""
+            print(f"{outcome.name:{width}}  {outcome.status:8}  {outcome.figure}{beside}", flush=True)
+    finally:
+        workers.close()
+        helper.close()
+    return workers.device, outcomes
+
+
+def _uses_cuda() -> bool:
+    return num_accelerators() > 0 and not asks_for_cpu(os.environ)
+
+
+def _outcome(check: Check, workers: Workers, cuda: bool, left: float) -> Outcome:
+    if check.cuda and not cuda:
+        return Outcome(check.name, "skipped", "needs a CUDA device")
+    if left <= 0:
+        return Outcome(check.name, "not run", "the time for all checks is over; --seconds gives more")
+    return workers.run(check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The output head with its fused cross entropy, against torch's own over logits that are all there at once.
+
+Shapes: N positions, d hidden, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_checks.registry import Context, Result
+from gpu_checks.timing import free_memory, seconds_of
+from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.model.heads import OutputHead
+from overtok_megatron.training.peaks import measured
+
+_EPSILON = 1e-6
+
+
+class Head:
+    """The check for one vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, context: Context) -> Result:
+        vocabulary, hidden_size = (self.vocabulary, 2048) if context.cuda else (self.vocabulary // 100 + 1, 64)
+        count = 128
+        if context.cuda:  # six float32 tensors [N, V] at a time
+            count = min(8192, int(free_memory(context) * 0.8 - 16 * vocabulary * hidden_size) // (24 * vocabulary))
+        dtype = torch.bfloat16 if context.cuda else torch.float32
+        head, hidden, targets = _made(context, vocabulary, hidden_size, count, dtype)
+        exact = _by_torch(head, hidden, targets, torch.float32)
+        torchs = _by_torch(head, hidden, targets, dtype)
+        ours = _ours(head, hidden, targets)
+        names = ("loss", "gradient of hidden", "of the norm", "of the weight")
+        errors = {name: _distance(a, b) for name, a, b in zip(names, ours, exact, strict=True)}
+        limits = {name: _distance(a, b) for name, a, b in zip(names, torchs, exact, strict=True)}
+        # as near to float32 as torch's own form in the same precision, with room for another order of its sums
+        floor = 2e-3 if dtype == torch.bfloat16 else 2e-5
+        wrong = [name for name in names if not errors[name] <= 2 * limits[name] + floor]
+        seconds = seconds_of(lambda: _ours(head, hidden, targets), context.device, rounds=5)
+        least = 6 * count * vocabulary * hidden_size / measured(context.device, dtype)
+        worst = max(names, key=lambda name: errors[name])
+        return Result(
+            not wrong,
+            f"V {vocabulary}: {worst} off by {errors[worst]:.1e}; {1e6 * seconds / count:.2f} us per token",
+            f"off by {2 * limits[worst] + floor:.1e}; {1e6 * least / count:.2f} us (three products)",
+            {"errors": errors, "torch_errors": limits, "seconds": seconds, "limit_seconds": least, "positions": count},
+        )
+
+
+def _made(
+    context: Context, vocabulary: int, hidden_size: int, count: int, dtype: torch.dtype
+) -> tuple[OutputHead, Tensor, Tensor]:
+    """A head, hidden states [1, N, d], and targets [1, N] of which some are not scored and one is the last token."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    kernels = choose_kernels("auto", context.device)
+    head = OutputHead(vocabulary, hidden_size, norm_epsilon=_EPSILON, kernels=kernels)
+    with torch.no_grad():
+        head.norm.weight.normal_(1.0, 0.1, generator=generator)
+        head.output.weight.normal_(0.0, 0.05, generator=generator)
+    head.to(device=context.device, dtype=dtype)
+    hidden = torch.randn(1, count, hidden_size, generator=generator).to(context.device, dtype)
+    targets = torch.randint(0, vocabulary, (1, count), generator=generator)
+    targets[:, ::7] = -100
+    targets[:, -1] = vocabulary - 1
+    return head, hidden, targets.to(context.device)
+
+
+def _ours(head: OutputHead, hidden: Tensor, targets: Tensor) -> list[Tensor]:
+    """Mean loss and its gradients by hidden states, norm and weight."""
+    leaf = hidden.clone().requires_grad_()
+    objective, cross_entropy = head.loss(leaf, targets)
+    scored = (targets >= 0).sum()
+    gradients = torch.autograd.grad(objective / scored, [leaf, head.norm.weight, head.output.weight])
+    return [cross_entropy / scored, *gradients]
+
+
+def _by_torch(head: OutputHead, hidden: Tensor, targets: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The same by torch's operators, computed in `dtype` from the same values."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, head.norm.weight, head.output.weight)]
+    leaf, norm, weight = leaves
+    normed = F.rms_norm(leaf, (leaf.shape[-1],), norm, _EPSILON)
+    loss = F.cross_entropy(F.linear(normed, weight).flatten(0, 1).float(), targets.flatten())
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def _distance(value: Tensor, exact: Tensor) -> float:
+    """Of the norm of the difference to that of the exact value."""
+    assert torch.isfinite(value).all(), "is not finite"
+    return float((value.float() - exact.float()).norm() / exact.float().norm())

@@ -1,0 +1,164 @@
+"""Speed of a model of the 1B class: tokens/s, model FLOPs utilisation, what over-encoding costs, where the time goes."""
+
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from gpu_checks.registry import Context, Result
+from gpu_checks.timing import free_memory
+from gpu_checks.training import Settings, configuration, engine_of, made_tokens, own_part
+from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.training.metrics import peak_memory
+from overtok_megatron.training.peaks import peak_flops
+
+_ROWS = 12_800_000  # of each of four tables
+_ACTIVATIONS = 26 * 2**30  # bytes that 8,192 tokens of 16 layers may need, with the engine's buffers, beside the state
+_LAYERS = (16, 8, 4, 2)
+_TOP = 5
+
+
+def _shape(context: Context, vocabulary: int) -> Settings:
+    """d 2048, sequences of 4096, 16 layers or as many of `_LAYERS` as leave a tenth of the device's memory for tables; 4 in
+    the quick form; something tiny on the CPU."""
+    if not context.cuda:
+        return {
+            "model.vocab_size": vocabulary // 100, "model.hidden_size": 32, "model.intermediate_size": 64,
+            "model.num_layers": 2, "model.num_attention_heads": 2, "data.seq_length": 32,
+            "training.micro_batch_size": 2, "training.global_batch_size": 2,
+        }  # fmt: skip
+    settings: Settings = {
+        "model.vocab_size": vocabulary, "model.hidden_size": 2048, "model.intermediate_size": 8192,
+        "model.num_attention_heads": 16, "data.seq_length": 4096,
+        "training.micro_batch_size": 2, "training.global_batch_size": 2,
+    }  # fmt: skip
+    room = 0.9 * free_memory(context)
+    for layers in _LAYERS[2:] if context.quick else _LAYERS:
+        settings["model.num_layers"] = layers
+        if bytes_per_rank(configuration(settings, 1), 1).total + _ACTIVATIONS * layers / 16 < room:
+            break
+    return settings
+
+
+def _tables(context: Context, dense: RunConfig) -> Settings:
+    """Four tables of 12.8 M rows of 512, or of as many as the device's memory leaves room for; rows begin at zero."""
+    rows = 3001
+    if context.cuda:
+        taken = bytes_per_rank(dense, 1).total + _ACTIVATIONS * dense.model.num_layers / 16
+        room = free_memory(context) - taken
+        rows = min(_ROWS, int(room * 0.9) // (4 * (512 * 2 + 2 + 1)))
+        if rows < 100_000:
+            raise RuntimeError(f"{max(0, room) / 2**30:.1f} GiB are left for tables beside the model")
+    return {
+        "over_encoding.enabled": True,
+        "over_encoding.table_rows": rows,
+        "over_encoding.init_std": 0.0,
+        "over_encoding.collision_check": "warn",
+    }
+
+
+class Model:
+    """The check of one vocabulary, with tables or without; without has to come first, for the ratio of step times."""
+
+    def __init__(self, vocabulary: int, *, tables: bool) -> None:
+        self.vocabulary, self.tables = vocabulary, tables
+
+    def __call__(self, context: Context) -> Result:
+        settings = _shape(context, self.vocabulary)
+        if self.tables:
+            settings |= _tables(context, configuration(settings, 1))
+        config = configuration(settings, 1)
+        speed = _speed(context, config)
+        peak = peak_flops(context.device, torch.bfloat16)
+        rate = config.training.global_batch_size * config.data.seq_length / speed.seconds
+        reached = rate * flops_per_token(config)
+        ratio = self._ratio(context.folder, speed.seconds)
+        words = [f"{config.model.num_layers} layers, {rate:,.0f} tokens/s, {reached / 1e12:.4g} TFLOP/s"]
+        words += [f"MFU {reached / peak.flops:.1%}, {speed.peak_bytes / 2**30:.1f} GiB"]
+        words += [] if speed.idle is None else [f"idle {speed.idle:.1%}"]
+        words += [f"{config.over_encoding.table_rows:,} rows x 4"] if self.tables else []
+        words += [] if ratio is None else [f"step {ratio:.2f} x without tables"]
+        numbers = asdict(speed) | {
+            "tokens_per_second": rate, "flops": reached, "peak_flops": peak.flops, "peak_source": peak.source,
+            "utilisation": reached / peak.flops, "ratio": ratio, "parameters": parameter_counts(config).total,
+            "table_rows": config.over_encoding.table_rows or 0,
+        }  # fmt: skip
+        return Result(None, ", ".join(words), f"{peak.flops / 1e12:.4g} TFLOP/s ({peak.source})", numbers)
+
+    def _ratio(self, folder: Path, seconds: float) -> float | None:
+        """Step time with tables over that without, of which a file tells; None without it."""
+        path = folder / f"step-seconds-{self.vocabulary}.json"
+        if not self.tables:
+            path.write_text(json.dumps(seconds), encoding="utf-8")
+            return None
+        return seconds / float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """seconds: median of a step. kernels: those that took longest in one step. idle: share of it that the device waited."""
+
+    seconds: float
+    losses: list[float]
+    peak_bytes: int
+    kernels: list[dict[str, Any]]
+    idle: float | None
+
+
+def _speed(context: Context, config: RunConfig) -> Speed:
+    """Time some steps after two that are not counted, then profile one."""
+    trainer = engine_of(context, config)
+    parts = [own_part(trainer, batch) for batch in made_tokens(context, config, 4)]
+    rounds = 3 if context.quick or not context.cuda else 6
+    times, losses = [], []
+    for turn in range(2 + rounds):
+        begin = time.perf_counter()
+        losses.append(trainer.step(parts[turn % len(parts)], 1e-4).loss)  # its loss is read: the device is done
+        times.append(time.perf_counter() - begin)
+    assert all(math.isfinite(loss) for loss in losses), f"a loss is not finite: {losses}"
+    peak = peak_memory(context.device)
+    top, idle = _profiled(context, lambda: trainer.step(parts[0], 1e-4))
+    return Speed(statistics.median(times[2:]), losses, peak, top, idle)
+
+
+def _profiled(context: Context, work: Any) -> tuple[list[dict[str, Any]], float | None]:
+    """The kernels (operators on the CPU) that took longest in one call, and the share of it in which the device was idle."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.cuda else [])]
+    with profile(activities=activities) as profiler:
+        work()
+    events = profiler.events()
+    assert events is not None
+    if not context.cuda:
+        found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:_TOP]
+        return [{"name": event.key, "seconds": event.self_cpu_time_total / 1e6} for event in found], None
+    totals: dict[str, float] = {}
+    spans = []
+    for event in events:
+        if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+            continue
+        begin, end = event.time_range.start, event.time_range.end  # microseconds
+        totals[event.name] = totals.get(event.name, 0.0) + (end - begin) / 1e6
+        spans.append((begin, end))
+    longest = sorted(totals.items(), key=lambda item: -item[1])[:_TOP]
+    return [{"name": name[:120], "seconds": seconds} for name, seconds in longest], idle_share(spans)
+
+
+def idle_share(spans: list[tuple[float, float]]) -> float | None:
+    """Share of the time from the first beginning to the last end that no span covers; None without spans."""
+    if not spans:
+        return None
+    spans = sorted(spans)
+    covered, reached = 0.0, spans[0][0]
+    for begin, end in spans:
+        covered += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    whole = reached - spans[0][0]
+    return 1.0 - covered / whole if whole > 0 else 0.0

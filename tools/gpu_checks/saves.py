@@ -1,0 +1,97 @@
+"""What a checkpoint of big tables costs a training that goes on: the wait, slower steps, memory of the device."""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from gpu_checks.registry import Context, Result
+from gpu_checks.timing import free_memory
+from gpu_checks.training import configuration, engine_of, made_tokens, own_part
+from overtok_megatron.checkpoint.tables import TableWriter
+
+_SPARE = 256 * 2**20  # bytes that a save may take on the device, and a tenth of the tables
+
+
+def save(context: Context) -> Result:
+    """Steps while all rows are written by the background thread, then a save of the rows that changed."""
+    from overtok_megatron.training.saving import in_background
+
+    width, rows = 512, 4001
+    if context.cuda:  # 1 GiB, or 4 GiB in the long form, or a quarter of what is free
+        rows = int(min((1 if context.quick else 4) * 2**30, free_memory(context) // 4)) // (4 * width * 2)
+    config = configuration(
+        {
+            "model.vocab_size": 8192 if context.cuda else 320, "model.hidden_size": 512 if context.cuda else 32,
+            "model.intermediate_size": 1024 if context.cuda else 48, "model.num_layers": 2,
+            "model.num_attention_heads": 4, "data.seq_length": 512 if context.cuda else 32,
+            "over_encoding.enabled": True, "over_encoding.table_rows": rows, "over_encoding.row_width": width,
+            "over_encoding.init_std": 0.0, "over_encoding.collision_check": "warn",
+            "training.micro_batch_size": 8, "training.global_batch_size": 8,
+        }, 1
+    )  # fmt: skip
+    trainer = engine_of(context, config)
+    assert trainer.tables is not None
+    table_bytes = sum(column.nbytes for column in trainer.tables.columns().values())
+    parts = [own_part(trainer, batch) for batch in made_tokens(context, config, 4)]
+    done = iter(range(10**9))
+
+    def step() -> float:
+        begin = time.perf_counter()
+        trainer.step(parts[next(done) % len(parts)], 1e-3)
+        return time.perf_counter() - begin
+
+    for _ in range(3):
+        step()
+    _reset_peak(context)
+    alone = statistics.median(step() for _ in range(8))
+    peak_alone = _peak(context)
+    folders = [_folder(context, name) for name in ("full", "changed")]
+    writer = TableWriter(trainer.tables, 2)
+    _reset_peak(context)
+    begin = time.perf_counter()
+    thread = in_background(writer.begin(folders[0]), context.device)
+    stall, during = time.perf_counter() - begin, [step()]
+    while thread.is_alive():
+        during.append(step())
+    thread.join()
+    whole = time.perf_counter() - begin
+    for _ in range(3):
+        step()
+    begin = time.perf_counter()
+    write = writer.begin(folders[1])
+    changed_stall = time.perf_counter() - begin
+    write()
+    extra, allowed = max(0, _peak(context) - peak_alone), table_bytes // 10 + _SPARE
+    slower = statistics.median(during) / alone
+    words = f"{table_bytes / 1e9:.2f} GB: waits {1e3 * stall:.0f} ms, changed rows {1e3 * changed_stall:.0f} ms"
+    words += f", steps {slower:.2f} x for {whole:.1f} s"
+    if context.cuda:
+        words += f", {extra / 2**30:.2f} GiB of the device"
+    limit = f"{1e3 * alone:.0f} ms (a step alone)"
+    limit += f", {allowed / 2**30:.2f} GiB" if context.cuda else ""
+    numbers = {
+        "table_bytes": table_bytes, "stall_seconds": stall, "changed_stall_seconds": changed_stall,
+        "step_seconds_alone": alone, "step_seconds_during": statistics.median(during), "steps_during": len(during),
+        "save_seconds": whole, "extra_device_bytes": extra,
+    }  # fmt: skip
+    written = sum(path.stat().st_size for path in folders[0].rglob("*.safetensors"))
+    assert written >= table_bytes, f"{written} bytes were written of {table_bytes}"
+    return Result(not context.cuda or extra <= allowed, words, limit, numbers)
+
+
+def _folder(context: Context, name: str) -> Path:
+    folder = context.folder / f"save-{name}"
+    folder.mkdir()
+    return folder
+
+
+def _reset_peak(context: Context) -> None:
+    if context.cuda:
+        torch.cuda.reset_peak_memory_stats(context.device)
+
+
+def _peak(context: Context) -> int:
+    """Of the device; the CPU's own record cannot be reset."""
+    return torch.cuda.max_memory_allocated(context.device) if context.cuda else 0

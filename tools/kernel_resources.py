@@ -1,0 +1,132 @@
+"""Registers, spilled bytes and shared memory of every Triton kernel, compiled for cards that need not be here.
+
+One line per case: what the code needs that Triton makes for an A100 (sm_80) and an H100 (sm_90). A kernel that spills keeps
+values of its threads in device memory, and is slow without any error.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from overtok_megatron.kernels import triton_rows as rows
+
+CAPABILITIES = (80, 90)
+WIDTHS = (64, 512)
+_FORMATS = ("*fp32", "*bf16", "*i8")
+_STATES = {
+    "rowwise_adagrad": {"first_state": "*bf16"},
+    "rowwise_adam": {"first_state": "*bf16", "second_state": "*fp32"},
+    "adam": {"first_state": "*fp32", "second_state": "*bf16"},
+    "sgd": {},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with the types of its arguments and its compile-time constants, as the row kernels launch it."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled case. spilled: bytes per thread that lie in memory; shared: bytes per block."""
+
+    name: str
+    capability: int
+    registers: int
+    spilled: int
+    shared: int
+    ptx: str
+
+
+def cases(widths: Sequence[int] = WIDTHS) -> Iterator[Case]:
+    """What look-ups, sums and updates launch, over formats of rows and rules, at some row widths; and the hashing."""
+    numbers = ("positions", "length", "base", "pad_id", "eod_id", "stripes", "total", "smallest")
+    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("extended", "numbers", "out"), "*i64")
+    constants: dict[str, Any] = {"TABLES": 4, "LONGEST": 3, "RESET": True, "BLOCK": 256}
+    yield Case("ngram_rows", rows.ngram_rows_kernel, types, constants)
+    for width in widths:
+        tiles = rows._tiles(width)
+        for grad, fresh in (("*fp32", True), ("*bf16", False)):
+            types = {"grad": grad, "order": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32"}
+            constants = {"FRESH": fresh, "WIDTH": width, "COLUMNS": tiles["COLUMNS"]}
+            yield Case(
+                f"add {grad[1:]} w {width}", rows.add_kernel, types, constants, warps=rows.add_warps(tiles["COLUMNS"])
+            )
+        for stored, more in zip(_FORMATS, ({}, {"index": "*i64"}, {"scale": "*fp32"}), strict=True):
+            types = {"weight": stored, "slots": "*i64", "out": "*bf16", "count": "i32"} | more
+            constants = {"INDEXED": "index" in more, "SCALED": "scale" in more, **tiles}
+            yield Case(f"gather {stored[1:]} w {width}", rows.gather_kernel, types, constants)
+        for stored in _FORMATS:
+            for rule, states in _STATES.items():
+                types = dict.fromkeys(("rate", "decay", "beta1", "beta2", "eps", "factor"), "fp32") | {
+                    "index": "*i64", "grad": "*fp32", "flags": "*u8", "count": "i32", "key": "i32", "first": "i64",
+                    "weight": stored, **states, **({"scale": "*fp32"} if stored == "*i8" else {}),
+                }  # fmt: skip
+                constants = {"RULE": rule, "SCALED": stored == "*i8", "FLAGGED": True, **tiles}
+                yield Case(f"update {rule} {stored[1:]} w {width}", rows.update_kernel, types, constants)
+
+
+def resources(case: Case, capability: int) -> Resources:
+    """Compile a case for NVIDIA cards of a capability (80 is 8.0); no card is needed."""
+    names = case.kernel.arg_names
+    given = {**case.types, **{name: "constexpr" for name in names if name not in case.types}}
+    absent = {name: None for name in names if name not in case.types and name not in case.constants}
+    signature = {name: given[name] for name in names}
+    source = ASTSource(case.kernel, signature, constexprs={**case.constants, **absent})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})
+    usage = dict(re.findall(r"(\w+):(\d+)", _usage(compiled.asm["cubin"])))
+    stack = int(usage["STACK"]) + int(usage["LOCAL"])
+    return Resources(case.name, capability, int(usage["REG"]), stack, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def _usage(binary: bytes) -> str:
+    """What the tool that Triton ships reads from a compiled kernel: REG, STACK (where spills go), LOCAL, SHARED."""
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [str(tool), "-res-usage", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="values per row")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=list(CAPABILITIES), help="80 for 8.0, and so on")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    print(f"{'kernel':34} {'sm':>4} {'registers':>9} {'spilled':>8} {'shared':>7}")
+    found = []
+    for case in cases(options.widths):
+        for capability in options.capabilities:
+            one = resources(case, capability)
+            found.append(one)
+            print(f"{one.name:34} {capability:4} {one.registers:9} {one.spilled:8} {one.shared:7}", flush=True)
+    if options.json is not None:
+        records = [{key: value for key, value in asdict(one).items() if key != "ptx"} for one in found]
+        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(one.spilled for one in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
