@@ -9,6 +9,7 @@ from overtok_megatron import __version__
 from overtok_megatron.commands import checkpoints, conversion, data, evaluation, growing, runs, serving, text
 from overtok_megatron.environment import asks_for_cpu, wait_politely
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.files import shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        form = (
+            "; values of the run are written section.key=value, without dashes" if hasattr(options, "overrides") else ""
+        )
+        print(f"error: {rest[0]!r} is not an option of this verb (--help lists them){form}", file=sys.stderr)
+        return 2
     if rest:  # argparse takes positionals in one run: overrides behind an option come back here
         options.overrides += rest
     try:
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.processes = default_processes()
         code: int = options.work(options)
     except OvertokError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

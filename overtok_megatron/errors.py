@@ -26,3 +26,7 @@ class InputError(OvertokError):
 
 class DivergedError(OvertokError):
     """Training has left the finite numbers. Raised on every rank at the same step."""
+
+
+class OutputError(OvertokError):
+    """A verb would write over one of its inputs, or over something that it did not make."""

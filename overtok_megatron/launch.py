@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from overtok_megatron.config.loading import LoadedConfig, save_resolved
-from overtok_megatron.config.validation import validate
+from overtok_megatron.config.validation import validate, validate_host
 from overtok_megatron.environment import asks_for_cpu, rank_environment
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.run_folder import hold
@@ -36,6 +36,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     # late: they import torch, and `overtok --help` and configuration errors need not wait for it
     from overtok_megatron.checkpoint.weights_only import starting_point
     from overtok_megatron.data.checks import open_run_data
+    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
     from overtok_megatron.kernels.choice import choose_kernels
     from overtok_megatron.parallel.devices import CPU, first_device, num_accelerators
 
@@ -46,6 +47,9 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         raise ConfigError(
             f"--processes: {processes}, but this host has {devices} CUDA devices; ask for at most that many"
         )
+    if not devices:
+        memory = psutil.virtual_memory().total + psutil.swap_memory().total
+        validate_host(config, processes, memory, loaded.locate)
     open_run_data(config)
     starting_point(config)
     choose_kernels(config.training.kernels, first_device() if devices else CPU)  # compiles once, before the ranks do
@@ -56,6 +60,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
     environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
     with hold(directory, "overtok train") as lock:
+        keep_tokenizer(config.tokenizer, directory)
         resolved = directory / "config.yaml"
         try:
             save_resolved(config, resolved)

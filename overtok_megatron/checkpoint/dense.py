@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.sharding import Shard
 
@@ -42,8 +41,7 @@ def save_dense(folder: Path, state: dict[str, torch.Tensor], splits: dict[str, i
     name = dense_files(ranks)[rank]
     (folder / name).parent.mkdir(exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, folder / name, {"splits": json.dumps(splits)})
-    sync(folder / name)
+    save_tensors(tensors, folder / name, {"splits": json.dumps(splits)})
     return name
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import dense_files, open_tensors, read_weights
-from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.sharding import Shard
 
@@ -198,8 +197,7 @@ def write_whole(folder: Path, stage: int, states: dict[str, ParameterState]) -> 
     }
     steps = json.dumps({parameter: state.steps for parameter, state in states.items()})
     (folder / name).parent.mkdir(exist_ok=True)
-    save_file(tensors, folder / name, {"steps": steps})
-    sync(folder / name)
+    save_tensors(tensors, folder / name, {"steps": steps})
     return name
 
 

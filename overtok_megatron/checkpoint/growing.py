@@ -18,10 +18,12 @@ from overtok_megatron.checkpoint.weights_only import read_dense_weights, read_ro
 from overtok_megatron.config.growth import check_grown
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import Locate, validate_model
+from overtok_megatron.files import PARTIAL
 from overtok_megatron.model.assembly import DTYPES, ROW_DTYPES, build_encoder, row_space
 from overtok_megatron.ngram.sizing import RowSpace
 
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size
+HEAPS = f"growing{PARTIAL}"  # in the new run's folder, while it is made
 _PLACES = "place"
 _ENCODER = "embedding.over_encoding"
 
@@ -38,7 +40,7 @@ def grow(source: Path, output: Path, config: RunConfig, locate: Locate) -> Path:
     check_grown(old, config)
     validate_model(config, locate)
     verify_checkpoint(source)
-    aside = output / "growing.partial"
+    aside = output / HEAPS
     try:
         return write_weights(
             output,

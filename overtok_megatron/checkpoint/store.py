@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import PARTIAL, sync, write_atomically
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 LATEST = "latest"
-_PARTIAL = ".partial"
 _REPLACED = ".replaced.partial"  # a complete one that makes room for another of its step
 _FORMAT = 3
 
@@ -46,26 +46,6 @@ def file_digest(path: Path) -> Digest:
     return path.stat().st_size, digest
 
 
-def sync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file: readers see the old or the new content, never a part."""
-    aside = path.with_name(path.name + _PARTIAL)
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync(path.parent)
-
-
 def step_of(path: Path) -> int:
     """The step of a complete checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
@@ -83,7 +63,7 @@ class CheckpointStore:
 
     def partial(self, step: int) -> Path:
         """The folder in which the checkpoint of `step` is being written."""
-        return self.root / f"{self.final(step).name}{_PARTIAL}"
+        return self.root / f"{self.final(step).name}{PARTIAL}"
 
     def final(self, step: int) -> Path:
         """The folder of a complete checkpoint of `step`."""
@@ -121,7 +101,7 @@ class CheckpointStore:
 
     def _remove(self, path: Path) -> None:
         """Make a complete checkpoint invisible, then remove it: removing takes long and may be cut."""
-        aside = path.with_name(f"{path.name.removesuffix(_REPLACED)}.removed{_PARTIAL}")
+        aside = path.with_name(f"{path.name.removesuffix(_REPLACED)}.removed{PARTIAL}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
         shutil.rmtree(aside)
@@ -134,7 +114,7 @@ class CheckpointStore:
             final = path.with_name(path.name.removesuffix(_REPLACED))
             if not final.exists():  # killed between two renames: the old one is the only one
                 os.replace(path, final)
-        leftovers = [path for path in self.root.iterdir() if path.name.endswith(_PARTIAL)]
+        leftovers = [path for path in self.root.iterdir() if path.name.endswith(PARTIAL)]
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return [path.name for path in leftovers]
@@ -143,7 +123,7 @@ class CheckpointStore:
         """All complete checkpoints, oldest first."""
         if not self.root.is_dir():
             return []
-        return sorted(path.parent for path in self.root.glob(f"step_*/{MANIFEST}") if path.parent.suffix != _PARTIAL)
+        return sorted(path.parent for path in self.root.glob(f"step_*/{MANIFEST}") if path.parent.suffix != PARTIAL)
 
     def prune(self, keep_last: int, keep_every: int | None = None) -> list[Path]:
         """Remove all but the `keep_last` newest complete checkpoints, those of steps that `keep_every` divides, and the one

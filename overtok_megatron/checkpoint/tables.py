@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
-from overtok_megatron.checkpoint.store import Digest, file_digest, sync
+from overtok_megatron.checkpoint.store import Digest, file_digest
+from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
@@ -121,8 +121,7 @@ def write_rows(folder: Path, stem: str, values: dict[str, Tensor], metadata: dic
     (folder / FOLDER).mkdir(exist_ok=True)
     name = f"{FOLDER}/{stem}.safetensors"
     values = {**values, "touched": values["touched"] > 0}  # in memory it is more than yes or no
-    save_file(values, folder / name, metadata)
-    sync(folder / name)
+    save_tensors(values, folder / name, metadata)
     return {name: file_digest(folder / name)}
 
 

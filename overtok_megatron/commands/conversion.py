@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.commands.models import add_tokenizer, tokenizer_of
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -28,23 +30,29 @@ def _export(options: argparse.Namespace) -> int:
     from overtok_megatron.checkpoint.store import find_checkpoint
 
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
-    notes = export_checkpoint(source, output, ExportOptions(options.dtype, options.max_shard_size))
+    tokenizer = tokenizer_of(options)
+    notes = export_checkpoint(source, output, ExportOptions(options.dtype, options.max_shard_size, tokenizer))
     if options.check:
-        _compare(source, output, output, options.text, rounded=options.dtype in ("bfloat16", "float16"))
+        rounded = options.dtype in ("bfloat16", "float16")
+        _compare(source, output, output, options.text, rounded=rounded, tokenizer=tokenizer)
     for note in notes:
         print(f"{output}: {note}")
     print(f"{output}: the model of {source} for transformers")
     return 0
 
 
-def _compare(run: Path, folder: Path, made: Path, text: str | None, *, rounded: bool) -> None:
+def _compare(
+    run: Path, folder: Path, made: Path, text: str | None, *, rounded: bool, tokenizer: Path | None = None
+) -> None:
     """Print how far both models' logits are apart; where it is too far, or cannot be told, `made` is removed."""
     from overtok_megatron.checkpoint.formats.passage import PASSAGE
     from overtok_megatron.errors import CheckpointError
     from overtok_megatron.inference.comparison import compare
 
     try:
-        found = compare(run, folder, PASSAGE if text is None else _read(Path(text)), rounded=rounded)
+        found = compare(
+            run, folder, PASSAGE if text is None else _read(Path(text)), rounded=rounded, tokenizer=tokenizer
+        )
         if not found.equal:
             raise CheckpointError(f"{made}: does not compute what the source does: {found}; removed")
     except BaseException:
@@ -55,11 +63,14 @@ def _compare(run: Path, folder: Path, made: Path, text: str | None, *, rounded: 
 
 def _read(path: Path) -> str:
     from overtok_megatron.errors import DataError
+    from overtok_megatron.files import EncodingError, read_text
 
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        return read_text(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except EncodingError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _size(text: str) -> int:
@@ -89,6 +100,7 @@ def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("export", help="write a model for transformers")
     verb.add_argument("run", help="a run's output folder (its latest checkpoint), or one of its checkpoints")
     verb.add_argument("--output", required=True, help="folder to write")
+    add_tokenizer(verb)
     verb.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

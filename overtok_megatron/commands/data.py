@@ -3,11 +3,13 @@
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overtok_megatron.commands.arguments import positive
 from overtok_megatron.errors import DataError
+from overtok_megatron.files import shown
 
 if TYPE_CHECKING:
     from overtok_megatron.data.sources import Reading
@@ -31,13 +33,17 @@ def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
 
 
 def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
+    from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import load_config
+    from overtok_megatron.data.kept_tokenizer import find_tokenizer
     from overtok_megatron.data.tokenizer import load_tokenizer
 
     for flag, value in (("--tokenizer-type", options.tokenizer_type), ("--eod-token", options.eod_token)):
         if value is not None:
             raise DataError(f"{flag}: {value}; --tokenizer names a run, {path}, which says it: leave the flag out")
-    section = load_config(path).config.tokenizer
+    trained = CheckpointStore(path.parent).latest()
+    fingerprint = None if trained is None else read_manifest(trained).tokenizer_fingerprint
+    section = find_tokenizer(load_config(path).config, path.parent, fingerprint)
     return load_tokenizer(section.type, section.path, section.eod_token)
 
 
@@ -50,18 +56,29 @@ def _reading(options: argparse.Namespace) -> "Reading":
 def _prepare(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from overtok_megatron.data.prepare import Plan, prepare_sets
-    from overtok_megatron.data.sources import expand
+    from overtok_megatron.data.inputs import find_inputs
+    from overtok_megatron.data.ownership import output_paths
+    from overtok_megatron.data.prepare import Plan, prepare_sets, sets_beside
 
-    files = expand(options.inputs)
-    tokenizer = _tokenizer(options)
     shares = None if options.split is None else _shares(options.split)
     plan = Plan(_reading(options), shares, workers=options.workers or len(os.sched_getaffinity(0)))
-    total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(options.output), disable=None) as bar:
-        manifests = prepare_sets(files, options.output, tokenizer, plan, bar.update)
-    for prefix, manifest in manifests.items():
-        print(f"{prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+    inputs = find_inputs(
+        options.inputs,
+        plan.reading,
+        outputs=output_paths(options.output, plan.prefixes(options.output)),
+        tokenizer=None if options.tokenizer == "bytes" else Path(options.tokenizer),
+    )
+    tokenizer = _tokenizer(options)
+    total = sum(path.stat().st_size for path in inputs.files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=shown(options.output), disable=None) as bar:
+        prepared = prepare_sets(inputs.files, options.output, tokenizer, plan, bar.update)
+    for prefix, manifest in prepared.manifests.items():
+        print(f"{shown(prefix)}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+    for prefix in sets_beside(plan, options.output):
+        print(f"{shown(prefix)}: an earlier set is still there; do not train or validate on documents of both")
+    account = prepared.account
+    account.files = inputs.left_out.with_others(account.files)
+    print("\n".join(account.lines()))
     return 0
 
 
@@ -101,19 +118,38 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> int:
-    from overtok_megatron.data.sources import expand
+    from overtok_megatron.data.account import Account
+    from overtok_megatron.data.inputs import find_inputs
     from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 
-    train_sentencepiece(expand(options.inputs), options.vocab_size, Path(options.output), _reading(options))
+    output = Path(options.output)
+    inputs = find_inputs(options.inputs, _reading(options), outputs=[output])
+    train_sentencepiece(inputs.files, options.vocab_size, output, _reading(options))
     tokenizer = load_tokenizer("sentencepiece", options.output)
     print(f"{options.output}: {tokenizer.vocab_size} pieces, end of document is {tokenizer.eod_id}")
+    account = Account(num_read=len(inputs.files), files=inputs.left_out)
+    print("\n".join([*account.file_lines(), account.file_sums()]))
     return 0
 
 
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "\\": "\\"}
+
+
 def _separator(text: str) -> str:
+    r"""What `\n`, `\r`, `\t`, `\f`, `\v`, `\\`, `\x1e` and `\u2029` stand for; other backslashes are themselves."""
     if not text:
         raise argparse.ArgumentTypeError("an empty separator splits nothing")
-    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+    def unescaped(found: re.Match[str]) -> str:
+        code = found[2] or found[3]
+        return chr(int(code, 16)) if code else _ESCAPES[found[1]]
+
+    result = re.sub(r"\\(?:([nrtfv\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4}))", unescaped, text)
+    try:
+        result.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!a} is not UTF-8, as texts are") from None
+    return result
 
 
 def _add_reading(verb: argparse.ArgumentParser) -> None:
@@ -130,7 +166,7 @@ def _add_reading(verb: argparse.ArgumentParser) -> None:
         "--separator",
         type=_separator,
         default=None,
-        help=r"text between documents of a text file, as '\n\n\n' (default: none, a file is a document)",
+        help=r"text between documents of a text file, as '\n\n\n' or '\r\n\r\n' (default: none, a file is a document)",
     )
 
 

@@ -4,19 +4,28 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.commands.models import add_tokenizer, carried_tokenizer, tokenizer_of
+
 
 def _grow(options: argparse.Namespace) -> int:
-    from overtok_megatron.checkpoint.growing import grow
+    from overtok_megatron.checkpoint.growing import HEAPS, grow
     from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
     from overtok_megatron.config.growth import grow_config, parse_tables
     from overtok_megatron.config.loading import change_config, save_resolved
+    from overtok_megatron.config.run_places import located, run_of
     from overtok_megatron.config.schema import RunConfig
+    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
     from overtok_megatron.errors import ConfigError
+    from overtok_megatron.files import refuse_used_folder
     from overtok_megatron.run_folder import hold
 
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
-    old = RunConfig.model_validate(read_manifest(source).config)
+    manifest, run = read_manifest(source), run_of(source)
+    old = located(RunConfig.model_validate(manifest.config), run)
+    section = carried_tokenizer(old, run, manifest.tokenizer_fingerprint, tokenizer_of(options))
+    old = old.model_copy(update={"tokenizer": section or old.tokenizer})
     grown = grow_config(old, [parse_tables(text) for text in options.tables], freeze=options.freeze)
+    refuse_used_folder(output, but=("checkpoints", HEAPS))  # these two a killed call leaves
     start = {"output_directory": str(output), "initial_checkpoint": None, "resume": "auto"}  # from what grow writes
     grown = grown.model_copy(update={"training": grown.training.model_copy(update=start)})
     loaded = change_config(grown, options.overrides, "--tables")
@@ -25,6 +34,8 @@ def _grow(options: argparse.Namespace) -> int:
         raise ConfigError(f"training.output_directory: {place}; --output says where the new run lies: leave it out")
     with hold(output, "overtok grow"):
         path = grow(source, output, loaded.config, loaded.locate)
+        if section is not None:
+            keep_tokenizer(section, output)
         save_resolved(loaded.config, output / "config.yaml")
     print(f"{path}: the model of {source} with more tables; go on with overtok train {output / 'config.yaml'}")
     return 0
@@ -35,6 +46,7 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("run", help="a run's output folder (its latest checkpoint), or one of its checkpoints")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="other values for the new run")
     verb.add_argument("--output", required=True, help="run folder to write to")
+    add_tokenizer(verb)
     verb.add_argument(
         "--tables",
         action="append",

@@ -1,16 +1,21 @@
 """Arguments of verbs that load a trained model."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from overtok_megatron.errors import CheckpointError
+
 if TYPE_CHECKING:
+    from overtok_megatron.config.schema import RunConfig, TokenizerConfig
     from overtok_megatron.inference.loading import TrainedModel
 
 
 def add_model(verb: argparse.ArgumentParser) -> None:
     """The run, and where its tables lie."""
     verb.add_argument("run", help="a run's output folder, or one of its checkpoints")
+    add_tokenizer(verb)
     verb.add_argument(
         "--storage",
         choices=("device", "host", "mapped"),
@@ -20,10 +25,38 @@ def add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
 
 
+def add_tokenizer(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--tokenizer",
+        default=None,
+        help="file of the run's tokenizer (default: the copy in the run's folder, or where it was in training)",
+    )
+
+
+def tokenizer_of(options: argparse.Namespace) -> Path | None:
+    """The file that --tokenizer names."""
+    return None if options.tokenizer is None else Path(options.tokenizer)
+
+
+def carried_tokenizer(
+    config: "RunConfig", run: Path | None, fingerprint: str, given: Path | None = None
+) -> "TokenizerConfig | None":
+    """The tokenizer that a run made of another one is to hold, as `find_tokenizer`; None, and a line that says so, without."""
+    from overtok_megatron.data.kept_tokenizer import find_tokenizer
+
+    try:
+        return find_tokenizer(config, run, fingerprint, given)
+    except CheckpointError as error:
+        if given is not None:
+            raise
+        print(f"warning: the new run holds no tokenizer: {error}", file=sys.stderr)
+        return None
+
+
 def load_model(options: argparse.Namespace, run: Path | None = None) -> "TrainedModel":
     """The model that those arguments name, or that of `run`, on the device that they name, or a GPU where there is one."""
     from overtok_megatron.inference.loading import load_trained
     from overtok_megatron.parallel.devices import default_device, named_device
 
     device = default_device() if options.device is None else named_device(options.device, "--device")
-    return load_trained(run or Path(options.run), device, options.storage)
+    return load_trained(run or Path(options.run), device, options.storage, tokenizer_path=tokenizer_of(options))

@@ -1,9 +1,17 @@
 """`overtok config | train`."""
 
 import argparse
-from typing import Any
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from overtok_megatron.commands.arguments import positive
+from overtok_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from overtok_megatron.config.loading import LoadedConfig
 
 
 def _config(options: argparse.Namespace) -> int:
@@ -11,7 +19,7 @@ def _config(options: argparse.Namespace) -> int:
     from overtok_megatron.config.report import describe
     from overtok_megatron.config.validation import validate
 
-    loaded = load_config(options.config, options.overrides)
+    loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
     validate(loaded.config, options.processes, loaded.locate)
     print(describe(loaded, options.processes))
     return 0
@@ -21,7 +29,32 @@ def _train(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import load_config
     from overtok_megatron.launch import launch
 
-    return launch(load_config(options.config, options.overrides), options.processes, options.master_port)
+    loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
+    return launch(loaded, options.processes, options.master_port)
+
+
+def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
+    """The configuration; where it is a run's own and the run was moved, or is not seen from here, as the run lies now."""
+    from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
+    from overtok_megatron.config.loading import COMMAND_LINE
+    from overtok_megatron.config.run_places import moved_here, own_run
+    from overtok_megatron.data.kept_tokenizer import find_tokenizer
+
+    run = own_run(loaded, path)
+    if run is None:
+        return loaded
+    print(
+        f"{path}: names {loaded.config.training.output_directory} as training.output_directory, and lies in {run}: the run "
+        "goes on there",
+        file=sys.stderr,
+    )
+    moved = moved_here(loaded, run)
+    latest = CheckpointStore(run).latest()
+    if latest is not None and loaded.locate("tokenizer.path") != COMMAND_LINE:
+        with suppress(CheckpointError):  # what is missing is told where the file is opened
+            section = find_tokenizer(loaded.config, run, read_manifest(latest).tokenizer_fingerprint)
+            return replace(moved, config=moved.config.model_copy(update={"tokenizer": section}))
+    return moved
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,15 @@
 """DeepSpeed's configuration, derived from ours, with the raw keys of the `deepspeed` section merged in."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
+
+from pydantic import ValidationError
 
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.derived import accumulation_steps
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
 _LARGEST_BUCKET = 500_000_000  # gradients reduced at once; DeepSpeed's default
@@ -31,10 +35,13 @@ _OURS = {
 }
 
 
-def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
+def derive(
+    config: RunConfig, world_size: int, locate: Callable[[str], str] = lambda key: "deepspeed"
+) -> dict[str, Any]:
     """The dictionary for deepspeed.initialize.
 
-    Gradients accumulate in float32 from ZeRO stage 1 on. Raises ConfigError where a raw key contradicts a derived one.
+    Gradients accumulate in float32 from ZeRO stage 1 on. Raises ConfigError where a raw key contradicts a derived one;
+    `locate` tells where a key was given.
     """
     stage = config.parallel.zero_stage
     bf16 = config.training.precision == "bf16"
@@ -64,8 +71,8 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     for key, way_out in _REFUSED.items():
         if key in config.deepspeed:
-            raise ConfigError(f"deepspeed.{key}: is not passed through; {way_out}")
-    _merge(result, config.deepspeed, "")
+            raise ConfigError(line(locate(f"deepspeed.{key}"), f"deepspeed.{key}: is not passed through; {way_out}"))
+    _merge(result, config.deepspeed, "", locate)
     if stage > 0:
         # DeepSpeed allocates two buckets of this size per step, whatever the model: 4 GB for its 500 million elements
         size = min(_LARGEST_BUCKET, parameter_counts(config).dense)
@@ -73,15 +80,31 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
     return result
 
 
-def _merge(target: dict[str, Any], raw: dict[str, Any], prefix: str) -> None:
+def refused_by_deepspeed(config: RunConfig, error: Exception) -> ConfigError:
+    """The error of a run whose raw keys DeepSpeed's reader does not take; `error`: what it raised."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        told = f"{name}: {short(repr(first['input']), 40)}: {first['msg']}"
+    else:
+        told = str(error)
+    keys = short(", ".join(config.deepspeed))
+    return ConfigError(line("deepspeed", f"{keys}: DeepSpeed says: {short(told, 150)}; correct the key, or remove it"))
+
+
+def _merge(target: dict[str, Any], raw: dict[str, Any], prefix: str, locate: Callable[[str], str]) -> None:
     for key, value in raw.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(target.get(key), dict):
-            _merge(target[key], value, f"{name}.")
+            _merge(target[key], value, f"{name}.", locate)
         elif key in target and target[key] != value:
             way_out = f"set {_OURS[name]} instead" if name in _OURS else "remove it"
+            given, derived = short(repr(value), 40), short(repr(target[key]), 60)
             raise ConfigError(
-                f"deepspeed.{name}: {value!r} contradicts {target[key]!r}, which follows from the rest; {way_out}"
+                line(
+                    locate(f"deepspeed.{name}"),
+                    f"deepspeed.{short(name)}: {given} contradicts {derived}, which follows from the rest; {way_out}",
+                )
             )
         else:
             target[key] = copy.deepcopy(value)

@@ -1,6 +1,6 @@
 """Sizes that follow from a configuration and a world size. Pure; assumes that validation holds."""
 
-import math
+from heapq import heapify, heapreplace
 
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 
@@ -72,10 +72,12 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
     loads[-1] += model.vocab_size * model.hidden_size
+    lightest = [(load, stage) for stage, load in enumerate(loads)]
+    heapify(lightest)
     for _ in range(model.num_layers):  # equal blocks: giving each to the lightest stage is optimal
-        lightest = loads.index(min(loads))
-        counts[lightest] += 1
-        loads[lightest] += block
+        load, stage = lightest[0]
+        counts[stage] += 1
+        heapreplace(lightest, (load + block, stage))
     return counts
 
 
@@ -107,4 +109,4 @@ def train_iters(config: RunConfig) -> int:
     if config.training.train_iters is not None:
         return config.training.train_iters
     assert config.training.train_tokens is not None
-    return math.ceil(config.training.train_tokens / tokens_per_step(config))
+    return -(-config.training.train_tokens // tokens_per_step(config))

@@ -1,17 +1,21 @@
 """One line for what does not fit the schema: place, key, value, what is allowed, the nearest known key."""
 
 import difflib
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.wording import line, short
 
-_LONGEST = 80  # characters of a value that a message repeats
+_MOST_KEYS = 8  # that a message lists
 
 
+@cache
 def known_keys() -> dict[str, str]:
     """Every dotted key of the schema and its description; of a section within a section the key as well as those in it."""
     keys: dict[str, str] = {}
@@ -54,7 +58,7 @@ def nearest(key: str) -> str:
     entry = _keys_of_entry(section, name)
     if entry:
         close = difflib.get_close_matches(_name(name), entry, n=1, cutoff=0.65)
-        return f"did you mean {close[0]}?" if close else f"keys of an entry: {', '.join(entry)}"
+        return f"did you mean {close[0]}?" if close else f"keys of an entry: {_listed(entry)}"
     if key.rsplit(".", 1)[0] in keys:
         section, name = key.rsplit(".", 1)
     if section == "base":
@@ -63,7 +67,7 @@ def nearest(key: str) -> str:
     close = _closest(name, same) or [known for known in keys if _name(known) == name] or _closest(name, list(keys))
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"keys of {section}: {', '.join(map(_name, same))}" if same else f"the sections are {', '.join(sections)}"
+    return f"keys of {section}: {_listed(_keys_of(section))}" if same else f"the sections are {', '.join(sections)}"
 
 
 def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -> str:
@@ -72,40 +76,100 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     error = min(errors, key=lambda one: (one["type"] == "missing", one["type"] not in unknown))
     parts = [str(part) for part in error["loc"] if not str(part).startswith("<")]  # schema.py marks forms of a key so
     key = ".".join(parts)
-    known = known_keys()
     ancestors = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    place = next((places[name] for name in ancestors if name in places), path)
-    if error["type"] in ("extra_forbidden", "invalid_key"):
-        of_list = bool(_keys_of_entry(parts[0], ".".join(parts[1:])))
-        if len(parts) > 2 and ".".join(parts[:2]) in known and not of_list:
-            return f"{place}: unknown key {_short(key)}; {'.'.join(parts[:2])} is the {known['.'.join(parts[:2])]}"
-        return f"{place}: unknown key {_short(key)}; {nearest(key)}"
+    within = next((name for name in places if name.startswith(f"{key}.")), key)  # where an override gave a part of it
+    place = next((places[name] for name in (key, within, *ancestors) if name in places), path)
+    known = known_keys()
+    if error["type"] in unknown:
+        return line(place, _unknown(parts, known))
     meaning = next((known[name] for name in ancestors if name in known), "")
     if error["type"] == "missing":
         if len(parts) == 1:
-            return f"{place}: section {key} is missing; its keys are {', '.join(_keys_of(key))}"
+            return line(place, f"section {key} is missing; it needs {_needed(key)}")
         if len(parts) > 2 and not parts[-1].isdigit():
-            return f"{place}: {key} is missing ({meaning}); add it"
+            return line(place, f"{short(key)} is missing ({meaning}); add it")
         if key in known:
-            return f"{place}: {key} is missing from section {'.'.join(parts[:-1])}{f' ({meaning})' if meaning else ''}; add it"
-    value = _short(repr(error["input"]))
+            section = ".".join(parts[:-1])
+            return line(place, f"{key} is missing from section {section}{f' ({meaning})' if meaning else ''}; add it")
+    value = _written(error["input"])
     if error["type"] in ("model_type", "dict_type") and len(parts) < 3:
-        return f"{place}: {key}: {value} must be a section with keys {', '.join(_keys_of(key)) or 'of DeepSpeed'}"
-    rule = {
-        "missing": "has too few values",
-        "model_type": "is no such item",
-        "too_long": "has too many values",
-        "tuple_type": "should be a list",
-    }.get(error["type"], error["msg"].removeprefix("Input ").replace("\n", " "))
-    hint = ""
-    if (
-        error["type"] in ("int_type", "int_from_float")
-        and isinstance(error["input"], float)
-        and error["input"].is_integer()
-    ):
-        hint = f"; write {int(error['input'])}"
-    text = f"{place}: {key}: {value} {rule}{hint}"
-    return f"{text} ({meaning})" if meaning else text
+        return line(place, f"{key}: {value} must be a section with keys {_listed(_keys_of(key)) or 'of DeepSpeed'}")
+    rule = _RULES.get(error["type"]) or error["msg"].removeprefix("Input ").replace("\n", " ")
+    most = error.get("ctx", {}).get("le")
+    if isinstance(most, float):  # pydantic writes all of its digits
+        rule = f"should be less than or equal to {most:g}"
+    entry = _keys_of_entry(parts[0], ".".join(parts[1:])) if error["type"] == "model_type" else []
+    entries = error["type"] == "list_type" and _keys_of_entry(parts[0], ".".join([*parts[1:], "0"]))
+    keys = f" with the keys {_listed(entry)}" if entry else ""
+    text = f"{short(key)}: {value} {rule}{keys}{'' if entries else _hint(error)}"
+    return line(place, f"{text} ({meaning})" if meaning else text)
+
+
+_RULES = {
+    "missing": "has too few values",
+    "too_long": "has too many values",
+    "tuple_type": "should be a list",
+    "model_type": "should be a mapping",
+}
+
+
+def _unknown(parts: list[str], known: dict[str, str]) -> str:
+    key, parent = ".".join(parts), ".".join(parts[:2])
+    if len(parts) > 2 and parent in known and not _keys_of_entry(parts[0], ".".join(parts[1:])):
+        return f"unknown key {short(key)}; {parent} is the {known[parent]}"
+    name, colon, _ = parts[-1].partition(":")
+    if colon and ".".join([*parts[:-1], name]) in known:
+        return f"unknown key {short(key)}; write a space after the colon"
+    return f"unknown key {short(key)}; {nearest(short(key))}"
+
+
+def _hint(error: ErrorDetails) -> str:
+    """What to write, where the value says it."""
+    kind, value = error["type"], error["input"]
+    if kind == "bool_type":
+        meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(str(value).lower(), str(value).lower())
+        return f"; write {meant if meant in ('true', 'false') and isinstance(value, str) else 'true or false'}"
+    if kind in ("list_type", "tuple_type") and isinstance(value, int | float | str) and value != "":
+        return f"; write [{short(str(value))}]"
+    if kind in ("int_type", "int_from_float", "float_type"):
+        whole = kind != "float_type"
+        number = _number(value, whole)
+        quoted = isinstance(value, str) and str(number) == value
+        return "" if number is None else f"; write {short(str(number))}{' without quotes' if quoted else ''}"
+    return ""
+
+
+def _number(value: Any, whole: bool) -> int | float | None:
+    """The number that a value means, which is written in a form that YAML does not read as one (1,000 or '3')."""
+    try:
+        if isinstance(value, str):
+            value = float(value.replace(",", "").replace(" ", ""))
+        if isinstance(value, float) and whole:
+            return int(value) if value.is_integer() else None
+        return value if isinstance(value, float) and math.isfinite(value) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _written(value: Any) -> str:
+    """A value as a message repeats it: YAML's words for what has one."""
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else short(repr(value))
+    )
+
+
+def _needed(section: str) -> str:
+    """The keys of a section that have no default; where all have one, some of its keys."""
+    kind = _section_of(RunConfig.model_fields[section].annotation)
+    needed = [name for name, field in kind.model_fields.items() if field.is_required()] if kind else []
+    return _listed(needed or _keys_of(section))
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else ""
+    return ", ".join(keys[:_MOST_KEYS]) + more
 
 
 def _keys_of(section: str) -> list[str]:
@@ -125,7 +189,7 @@ def _keys_of_entry(section: str, name: str) -> list[str]:
         return []
     inside = [
         one
-        for one in get_args(kind.model_fields[field].annotation)
+        for one in (get_args(kind.model_fields[field].annotation) if field in kind.model_fields else ())
         if isinstance(one, type) and issubclass(one, BaseModel)
     ]
     return list(inside[0].model_fields) if inside else []
@@ -138,8 +202,3 @@ def _name(key: str) -> str:
 def _closest(name: str, keys: Sequence[str]) -> list[str]:
     by_name = {_name(known): known for known in reversed(keys)}
     return [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.65)]
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

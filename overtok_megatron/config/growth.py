@@ -3,7 +3,15 @@
 import re
 from collections.abc import Sequence
 
-from overtok_megatron.config.schema import AddedTables, OverEncodingConfig, RunConfig
+from overtok_megatron.config.schema import (
+    LARGEST,
+    LONGEST_ORDER,
+    MOST_PARTS,
+    AddedTables,
+    OverEncodingConfig,
+    RunConfig,
+)
+from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
 _FORM = "orders=2-3,slices=2,rows=1053639"
@@ -13,25 +21,34 @@ _NAMES = ("orders", "slices", "rows")
 def parse_tables(text: str) -> AddedTables:
     """`orders=2-3,slices=2,rows=M`: tables of these n-gram lengths (one number, or first-last). Raises ConfigError."""
     values: dict[str, str] = {}
-    for part in text.split(","):
+    parts, text = text.split(","), short(text)
+    for part in parts:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         name = "orders" if name == "order" else name
         if not equals or name not in _NAMES or name in values:
             raise ConfigError(
-                f"--tables: {text}; {part!r} is none of {', '.join(_NAMES)}, or comes twice; write {_FORM}"
+                line(
+                    "--tables",
+                    f"{text}; {short(repr(part))} is none of {', '.join(_NAMES)}, or comes twice; write {_FORM}",
+                )
             )
         values[name] = value
     for name in ("orders", "rows"):
         if name not in values:
-            raise ConfigError(f"--tables: {text}; gives no {name}; write {_FORM}")
-    span = re.fullmatch(r"(\d+)(?:-(\d+))?", values["orders"])
+            raise ConfigError(line("--tables", f"{text}; gives no {name}; write {_FORM}"))
+    span = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", values["orders"])
     orders = list(range(int(span[1]), int(span[2] or span[1]) + 1)) if span else []
-    if not orders or orders[0] < 2:
-        raise ConfigError(f"--tables: {text}; orders must be a number from 2 on, or a range of them, as 2-3")
+    if not orders or orders[0] < 2 or orders[-1] > LONGEST_ORDER:
+        raise ConfigError(
+            line(
+                "--tables",
+                f"{text}; orders must be a number from 2 on, or a range of them, as 2-3; {LONGEST_ORDER} is the most",
+            )
+        )
     numbers = {name: values.get(name, "1").replace("_", "") for name in ("slices", "rows")}
-    for name, number in numbers.items():
-        if not number.isdecimal() or int(number) < 1:
-            raise ConfigError(f"--tables: {text}; {name} must be a whole number from 1 on")
+    for (name, number), most in zip(numbers.items(), (MOST_PARTS, LARGEST), strict=True):
+        if not number.isdecimal() or len(number) > 10 or not 1 <= int(number) <= most:
+            raise ConfigError(line("--tables", f"{text}; {name} must be a whole number from 1 to {most}"))
     return AddedTables(orders=orders, num_slices=int(numbers["slices"]), table_rows=int(numbers["rows"]))
 
 

@@ -1,6 +1,7 @@
 """YAML and command line to a checked RunConfig, with where every value came from. Rules across keys: validation.py."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +11,33 @@ import yaml
 from pydantic import ValidationError
 
 from overtok_megatron.config import dialect
+from overtok_megatron.config.alternatives import superseded
 from overtok_megatron.config.explanations import explain, known_keys
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
 BASE = "base"  # the key that names the file from which a configuration inherits
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+LONGEST_CHAIN = 32  # files that inherit from each other; nobody finds a value in more
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration and where each dotted key got its value: "file:line", "command line" or "default"."""
+    """A configuration and where each dotted key got its value: "file:line", "command line" or "default".
+
+    A key that another key of a more specific place took back: that place and the other key, "command line, train_iters".
+    """
 
     config: RunConfig
     provenance: dict[str, str]
 
     def locate(self, key: str) -> str:
-        """Where a dotted key's value came from; "default" if nobody gave it."""
-        return self.provenance.get(key, DEFAULT)
+        """Where a dotted key's value, or the first part of it, came from; "default" if nobody gave it."""
+        if key in self.provenance:
+            return self.provenance[key]
+        return next((place for name, place in self.provenance.items() if name.startswith(f"{key}.")), DEFAULT)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -50,11 +59,13 @@ def change_config(config: RunConfig, overrides: Sequence[str], source: str) -> L
 
 def _resolve(values: dict[str, Any], places: dict[str, str], overrides: Sequence[str], source: str) -> LoadedConfig:
     """Apply overrides to `values` and check every key and type; source: what stands for the place of a missing key."""
-    for override in overrides:
-        key, value = _parse_override(override)
+    given = [_parse_override(override) for override in overrides]
+    own = {name: inner for key, value in given for name, inner in [(key, value), *_leaves(value, f"{key}.")]}
+    _give_way(values, own, places, dict.fromkeys(own, COMMAND_LINE))
+    for key, value in given:
         _assign(values, key, value)
         _forget(places, key)
-        places |= dict.fromkeys([key, *_leaves(value, f"{key}.")], COMMAND_LINE)
+        places |= dict.fromkeys([key, *(name for name, _ in _leaves(value, f"{key}."))], COMMAND_LINE)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -63,7 +74,10 @@ def _resolve(values: dict[str, Any], places: dict[str, str], overrides: Sequence
     if raw is not None:
         place = places.get("deepspeed", source)
         raise ConfigError(
-            f"{place}: deepspeed: {raw!r} cannot be written as JSON; use numbers, strings, lists and mappings"
+            line(
+                place,
+                f"deepspeed: {raw} cannot be written as JSON; use numbers, strings, lists, and mappings with strings as keys",
+            )
         )
     return LoadedConfig(config, dict.fromkeys(known_keys(), DEFAULT) | places)
 
@@ -89,59 +103,88 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    resolved = path.resolve()
-    if resolved in chain:
-        circle = " -> ".join(step.name for step in (*chain[chain.index(resolved) :], resolved))
-        raise ConfigError(f"{path}: inherits from itself through `{BASE}`: {circle}; remove one `{BASE}`")
     own, places = _read(path)
     if BASE not in own:
         return own, places
-    base, place = own.pop(BASE), places.pop(BASE)
+    resolved = path.resolve()
+    if resolved in chain:
+        circle = " -> ".join(step.name for step in (*chain[chain.index(resolved) :], resolved))
+        raise ConfigError(line(path, f"inherits from itself through `{BASE}`: {short(circle)}; remove one `{BASE}`"))
+    if len(chain) == LONGEST_CHAIN:
+        raise ConfigError(
+            line(
+                path,
+                f"stands at the end of {LONGEST_CHAIN} files that name a `{BASE}`, and names one; merge some of them",
+            )
+        )
+    base, place = own.pop(BASE), places.pop(BASE, str(path))
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{place}: {BASE}: {base!r}; must be the path of another configuration, relative to this file"
+            line(
+                place,
+                f"{BASE}: {short(repr(base))}; must be the path of another configuration, relative to this file",
+            )
         )
     parent = path.parent / base
-    if not parent.exists():
+    if not _is_there(parent):
         raise ConfigError(
-            f"{place}: {BASE}: {parent}: no such configuration file; write a path relative to {path.name}"
+            line(
+                place,
+                f"{BASE}: {short(str(parent))}: no such configuration file; write a path relative to {short(path.name)}",
+            )
         )
     values, base_places = _read_with_bases(parent, (*chain, resolved))
+    _give_way(values, dict(_leaves(own, "")), base_places, places)
     _merge(values, own, "", base_places)
     return values, base_places | places
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _is_there(path: Path) -> bool:
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    values, places = dialect.parse(text, str(path))
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or with a NUL
+        return False
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    values, places = dialect.read(path)
     if values is None:
-        raise ConfigError(f"{path}: is empty; must hold sections (model:, data:, ...)")
+        raise ConfigError(line(path, "is empty; must hold sections (model:, data:, ...)"))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold sections (model:, data:, ...), found {type(values).__name__}")
+        raise ConfigError(line(path, f"must hold sections (model:, data:, ...), found {type(values).__name__}"))
     return values, places
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
-        raise ConfigError(f"{COMMAND_LINE}: {text!r}; overrides are written section.key=value")
+        example = f", as {key}=value" if not equals and re.fullmatch(r"\w+(\.\w+)+", key) else ""
+        raise ConfigError(line(COMMAND_LINE, f"{short(repr(text))}; overrides are written section.key=value{example}"))
     if key == BASE:
-        raise ConfigError(f"{COMMAND_LINE}: {BASE}: {raw!r}; a base is named in a file, not in an override")
-    return key, dialect.parse(raw, f"{COMMAND_LINE}: {key}", lines=False)[0]
+        raise ConfigError(
+            line(COMMAND_LINE, f"{BASE}: {short(repr(raw))}; a base is named in a file, not in an override")
+        )
+    return key, dialect.parse(raw, f"{COMMAND_LINE}: {short(key)}", lines=False)[0]
 
 
-def _leaves(value: Any, prefix: str) -> Iterator[str]:
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every dotted key in a mapping with its value, mappings within it included."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", inner
             yield from _leaves(inner, f"{prefix}{key}.")
+
+
+def _give_way(values: dict[str, Any], own: dict[str, Any], places: dict[str, str], own_places: dict[str, str]) -> None:
+    """Take from `values` what the more specific keys `own` (dotted) replace; the places say by what."""
+    for key, winner in superseded(own):
+        *parents, last = key.split(".")
+        section: Any = values
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.pop(last, None) is not None:
+            _forget(places, key)
+            places[key] = f"{own_places.get(winner, DEFAULT)}, {winner.rpartition('.')[2]}"
 
 
 def _merge(values: dict[str, Any], own: dict[str, Any], prefix: str, places: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
+from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple, number_does
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 
 Need = Callable[
@@ -24,26 +25,19 @@ def check_model(config: RunConfig, need: Need) -> None:
     _check_experts(config.model, need)
 
 
-def _nearest(wanted: int, limit: int, works: Callable[[int], bool]) -> str:
-    """The number in 1..limit nearest to `wanted` that every rule about its key accepts, as the end of a sentence."""
-    fitting = [number for number in range(1, limit + 1) if works(number)]
-    return f"{min(fitting, key=lambda number: abs(number - wanted))} does" if fitting else "no number does"
-
-
 def _check_heads(config: RunConfig, need: Need) -> None:
     model, tensor = config.model, config.parallel.tensor_parallel_size
     split = tensor * config.parallel.context_parallel_size
     heads, kv_heads, given = model.num_attention_heads, key_value_heads(model), model.head_size
-
-    def heads_work(number: int) -> bool:
-        return (given is not None or model.hidden_size % (2 * number) == 0) and number % split == 0
-
-    def kv_heads_work(number: int) -> bool:
-        return heads % number == 0 and number % split == 0
-
-    better_heads = _nearest(heads, max(heads, model.hidden_size), heads_work)
-    better_kv_heads = _nearest(kv_heads, heads, kv_heads_work)
-    better_width = f"{max(1, round(model.intermediate_size / tensor)) * tensor} does"
+    better_kv_heads = number_does(nearest_divisor(heads, kv_heads, multiple_of=split))
+    better_width = number_does(nearest_multiple(tensor, model.intermediate_size))
+    if given is not None:
+        better_heads = number_does(nearest_multiple(split, heads))
+    elif model.hidden_size % (2 * split) == 0:
+        better_heads = number_does(nearest_divisor(model.hidden_size // 2, heads, multiple_of=split))
+    else:
+        wide = nearest_multiple(2 * split, model.hidden_size)
+        better_heads = f"no number does while hidden_size is not a multiple of {2 * split}, as {wide} is"
     if given is None:
         need(
             model.hidden_size % heads == 0,

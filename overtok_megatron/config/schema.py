@@ -1,17 +1,48 @@
-"""The schema of a run: every key, its type, its bounds and its meaning. Rules across keys are in validation.py."""
+"""The schema of a run: every key, its type, its bounds and its meaning. Rules across keys are in validation.py.
+
+Upper bounds lie far above what anybody trains. They keep what follows from the sizes finite: lists as long as the layers,
+searches for a number that fits, indices of 32 bits in the libraries below.
+"""
 
 import re
 from os.path import normpath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
+LARGEST = 2**31 - 1
+LARGEST_FLOAT = 3.4e38  # of float32, in which models compute
+WIDEST = 2**20  # of a layer, in values
+MOST_PARTS = 2**16  # layers, heads, experts, slices, n-gram orders, threads
+LONGEST_ORDER = 1024  # of an n-gram, in tokens
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Width = Annotated[int, Field(ge=1, le=WIDEST)]
+Parts = Annotated[int, Field(ge=1, le=MOST_PARTS)]
+Rows = Annotated[int, Field(ge=1, le=2**40)]  # the rules across keys say what the last table may have
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Order = Annotated[int, Field(ge=2, le=LONGEST_ORDER)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
+LONGEST_NAME = 240  # bytes; file systems take 255, and files of a set or a checkpoint add endings
+
+
+def _openable(path: str) -> str:
+    """A path that a file system can take. Whether something lies there is asked where it is opened."""
+    longest = max(len(name.encode(errors="replace")) for name in path.split("/"))
+    if longest > LONGEST_NAME:
+        raise PydanticCustomError(
+            "path",
+            "has a name of {longest} bytes; the parts of a path have at most {most}",
+            {"longest": longest, "most": LONGEST_NAME},
+        )
+    return path
+
+
+Text = Annotated[str, Field(min_length=1, max_length=4095)]
+FilePath = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_openable)]  # Linux opens 4095 bytes
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 
 
@@ -25,7 +56,9 @@ class RopeScalingConfig(Section):
     """Rotary angles for contexts longer than those of pretraining, on layers with full attention."""
 
     type: Literal["linear", "llama3", "yarn"] = Field(description="how the frequencies change")
-    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = Field(description="how much longer the context is")
+    factor: Annotated[float, Field(ge=1.0, le=LARGEST_FLOAT, allow_inf_nan=False)] = Field(
+        description="how much longer the context is"
+    )
     original_max_position_embeddings: Positive | None = Field(
         None, description="context of pretraining, in tokens; llama3 and yarn need it"
     )
@@ -47,15 +80,15 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    vocab_size: Annotated[int, Field(ge=2, description="V: input 1-grams and outputs; the tokenizer's size")]
-    hidden_size: Annotated[int, Field(ge=1, description="d, the width of the residual stream")]
-    intermediate_size: Annotated[
-        int, Field(ge=1, description="width inside the SwiGLU feed-forward, or inside an expert")
+    vocab_size: Annotated[
+        int, Field(ge=2, le=LARGEST, description="V: input 1-grams and outputs; the tokenizer's size")
     ]
-    num_layers: Annotated[int, Field(ge=1, description="transformer blocks")]
-    num_attention_heads: Annotated[int, Field(ge=1, description="query heads")]
-    num_key_value_heads: Positive | None = Field(None, description="key/value heads; none = as many as query heads")
-    head_size: Positive | None = Field(None, description="width of a head; none = hidden_size / num_attention_heads")
+    hidden_size: Width = Field(description="d, the width of the residual stream")
+    intermediate_size: Width = Field(description="width inside the SwiGLU feed-forward, or inside an expert")
+    num_layers: Parts = Field(description="transformer blocks")
+    num_attention_heads: Parts = Field(description="query heads")
+    num_key_value_heads: Parts | None = Field(None, description="key/value heads; none = as many as query heads")
+    head_size: Width | None = Field(None, description="width of a head; none = hidden_size / num_attention_heads")
     norm_placement: Literal["post", "pre"] = Field(
         "post", description="norms after attention and feed-forward (OLMo2, Olmo3), or before (Llama, Olmoe)"
     )
@@ -78,8 +111,8 @@ class ModelConfig(Section):
     norm_epsilon: PositiveFloat = Field(1e-6, description="added to the mean square in RMSNorm")
     tie_word_embeddings: bool = Field(False, description="use the 1-gram embedding as the output head")
     init_std: PositiveFloat = Field(0.02, description="deviation of the initial dense weights")
-    num_experts: Positive | None = Field(None, description="experts of a feed-forward layer; none = a dense one")
-    num_experts_per_token: Positive | None = Field(None, description="experts that each token goes to")
+    num_experts: Parts | None = Field(None, description="experts of a feed-forward layer; none = a dense one")
+    num_experts_per_token: Parts | None = Field(None, description="experts that each token goes to")
     normalize_expert_weights: bool = Field(False, description="make the weights of a token's experts sum to 1")
     router_aux_loss_weight: NonNegativeFloat = Field(0.01, description="weight of the load-balancing loss of experts")
     router_z_loss_weight: NonNegativeFloat = Field(0.0, description="weight of the router's log(Z)^2 in the objective")
@@ -88,18 +121,18 @@ class ModelConfig(Section):
 class AddedTables(Section):
     """N-gram tables that a trained model got later (`overtok grow`): entries of over_encoding.added."""
 
-    orders: list[Annotated[int, Field(ge=2)]] = Field(min_length=1, description="n-gram lengths that these tables hash")
-    num_slices: Positive = Field(1, description="tables per order")
-    table_rows: Positive = Field(description="m: rows of the first of them; table s of them has m + 2 s")
+    orders: list[Order] = Field(min_length=1, description="n-gram lengths that these tables hash")
+    num_slices: Parts = Field(1, description="tables per order")
+    table_rows: Rows = Field(description="m: rows of the first of them; table s of them has m + 2 s")
     frozen: bool = Field(False, description="their rows take no update")
 
 
 class OverEncodingConfig(Section):
     enabled: bool = Field(False, description="add n-gram tables to the input embedding")
-    ngram_order: Annotated[int, Field(ge=2)] = Field(3, description="n: orders 2..n are embedded")
-    num_slices: Positive = Field(2, description="k: tables per order")
-    table_rows: Positive | None = Field(None, description="m: rows of the first table; table s has m + 2 s")
-    row_width: Positive | None = Field(None, description="w: values a row; none = hidden_size / ((n - 1) k)")
+    ngram_order: Order = Field(3, description="n: orders 2..n are embedded")
+    num_slices: Parts = Field(2, description="k: tables per order")
+    table_rows: Rows | None = Field(None, description="m: rows of the first table; table s has m + 2 s")
+    row_width: Width | None = Field(None, description="w: values a row; none = hidden_size / ((n - 1) k)")
     added: list[AddedTables] = Field([], description="tables beside these, of the same width; what `overtok grow` adds")
     frozen: bool = Field(False, description="rows of the tables above (not of added ones) take no update, no decay")
     combine: Literal["sum", "mean", "scaled"] = Field(
@@ -108,7 +141,9 @@ class OverEncodingConfig(Section):
     )
     pad_id: NonNegative = Field(0, description="token that stands for missing history")
     boundary: Literal["reset", "ignore"] = Field("reset", description="whether n-grams stop at end-of-document tokens")
-    hash_base: Annotated[int, Field(ge=2)] | None = Field(None, description="p of the n-gram id; none = vocab_size")
+    hash_base: Annotated[int, Field(ge=2, le=LARGEST)] | None = Field(
+        None, description="p of the n-gram id; none = vocab_size"
+    )
     collision_check: Literal["error", "warn"] = Field(
         "error", description="what to do when table_rows / hash_base is close to an integer"
     )
@@ -139,7 +174,7 @@ class OverEncodingConfig(Section):
 
 class TokenizerConfig(Section):
     type: Literal["sentencepiece", "hugging_face", "bytes"] = Field("sentencepiece", description="kind of tokenizer")
-    path: Text | None = Field(
+    path: FilePath | None = Field(
         None, description="tokenizer model file, or Hugging Face's tokenizer.json; none for bytes"
     )
     eod_token: Text | None = Field(
@@ -148,7 +183,7 @@ class TokenizerConfig(Section):
 
 
 class WeightedSet(Section):
-    path: Text = Field(description="prefix of the set")
+    path: FilePath = Field(description="prefix of the set")
     weight: PositiveFloat = Field(description="share of the samples, at any scale")
 
 
@@ -172,22 +207,22 @@ def _named_sets(given: dict[Any, Any]) -> dict[Any, Any]:
 
 class DataConfig(Section):
     train: Annotated[
-        Annotated[Text, Tag("<prefix>")] | Annotated[list[WeightedSet], Field(min_length=1), Tag("<sets>")],
+        Annotated[FilePath, Tag("<prefix>")] | Annotated[list[WeightedSet], Field(min_length=1), Tag("<sets>")],
         Discriminator(
             lambda value: "<sets>" if isinstance(value, list) else "<prefix>"
         ),  # an error is of one form alone
     ] = Field(description="prefix of the training set (PREFIX.bin, .idx, .json), or a list of {path, weight}")
     validation: Annotated[
-        Annotated[Text | None, Tag("<prefix>")]
-        | Annotated[dict[str, Text], BeforeValidator(_named_sets), Tag("<named>")],
+        Annotated[FilePath | None, Tag("<prefix>")]
+        | Annotated[dict[str, FilePath], BeforeValidator(_named_sets), Tag("<named>")],
         Discriminator(lambda value: "<named>" if isinstance(value, dict) else "<prefix>"),
     ] = Field(
         None,
         description="prefix of the validation set, or of several as a mapping name: prefix, each evaluated and reported "
         "as validation/NAME/loss; a file adds to the names of its base",
     )
-    seq_length: Annotated[int, Field(ge=1, description="tokens a sample")]
-    shuffle_seed: NonNegative = Field(1234, description="seed of the order of samples")
+    seq_length: Positive = Field(description="tokens a sample")
+    shuffle_seed: Seed = Field(1234, description="seed of the order of samples")
     document_attention: Literal["across", "within"] = Field(
         "across", description="whether a token sees the documents before its own in a sample, or its own only"
     )
@@ -221,25 +256,27 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    output_directory: Text = Field(description="where the run writes everything")
+    output_directory: FilePath = Field(description="where the run writes everything")
     micro_batch_size: Positive = Field(description="sequences a rank handles at once")
     global_batch_size: Positive = Field(description="sequences an optimizer step")
     train_iters: Positive | None = Field(None, description="optimizer steps (or train_tokens)")
-    train_tokens: Positive | None = Field(None, description="tokens in all, rounded up to whole steps (or train_iters)")
+    train_tokens: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = Field(
+        None, description="tokens in all, rounded up to whole steps (or train_iters)"
+    )
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 with float32 master weights, or fp32")
-    seed: NonNegative = Field(1234, description="seed of the initial weights and rows")
+    seed: Seed = Field(1234, description="seed of the initial weights and rows")
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
     resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
-    initial_checkpoint: Text | None = Field(
+    initial_checkpoint: FilePath | None = Field(
         None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
     )
     kernels: Literal["auto", "apex", "torch"] = Field("auto", description="whose fused RMSNorm and AdamW run on CUDA")
-    num_threads: Positive | None = Field(None, description="CPU threads a rank; none = cores over ranks")
+    num_threads: Parts | None = Field(None, description="CPU threads a rank; none = cores over ranks")
 
 
 class CheckpointConfig(Section):

@@ -2,16 +2,23 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable
 
 from overtok_megatron.config import deepspeed_config
+from overtok_megatron.config.capacity import check_capacity, check_host
 from overtok_megatron.config.collisions import collision_problem
 from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size, train_iters
+from overtok_megatron.config.loading import COMMAND_LINE, DEFAULT
 from overtok_megatron.config.model_rules import check_model
+from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple, number_does
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+MOST_RANKS = 2**20
 
 Locate = Callable[[str], str]
 
@@ -24,12 +31,20 @@ class _Checker:
 
     def need(self, holds: bool, key: str, value: object, reason: str) -> None:
         if not holds:
-            raise ConfigError(f"{self._locate(key)}: {key}: {value}; {reason}")
+            raise ConfigError(line(self.place(key), f"{key}: {short(str(value))}; {reason}"))
+
+    def place(self, key: str) -> str:
+        """Where a key was given; where nobody gave it, its section. An option is given on the command line."""
+        if key.startswith("--"):
+            return COMMAND_LINE
+        place = self._locate(key)
+        return self._locate(key.partition(".")[0]) if place == DEFAULT else place
 
 
 def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     """Raise ConfigError unless the configuration can run on `world_size` ranks. `locate` tells where a key was given."""
     check = _Checker(locate)
+    check.need(world_size <= MOST_RANKS, "--processes", world_size, f"at most {MOST_RANKS} ranks can train together")
     _check_parallel(config, world_size, check)
     check_model(config, check.need)
     _check_tokenizer(config, check)
@@ -40,12 +55,21 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
             world_size % per_host == 0,
             "over_encoding.ranks_per_host",
             per_host,
-            f"does not divide the {world_size} ranks; {_nearest_divisor(world_size, per_host)} does",
+            f"does not divide the {world_size} ranks (--processes); {number_does(nearest_divisor(world_size, per_host))}",
         )
     _check_schedule(config, check)
     _check_trace(config, world_size, check)
     _check_precision(config, world_size, check)
-    deepspeed_config.derive(config, world_size)
+    check_capacity(config, world_size, check.need)
+    deepspeed_config.derive(config, world_size, check.place)
+
+
+def validate_host(config: RunConfig, processes: int, memory: int, locate: Locate) -> None:
+    """Raise ConfigError where `processes` ranks, all on the CPU of a host with `memory` bytes, cannot fit there."""
+    check = _Checker(locate)
+    most = max(64, 4 * (os.cpu_count() or 1))
+    check.need(processes <= most, "--processes", processes, f"is more than this host can run; {most} is the most")
+    check_host(config, processes, memory, check.need)
 
 
 def validate_model(config: RunConfig, locate: Locate) -> None:
@@ -54,11 +78,6 @@ def validate_model(config: RunConfig, locate: Locate) -> None:
     check_model(config, check.need)
     if config.over_encoding.enabled:
         _check_over_encoding(config, check, locate)
-
-
-def _nearest_divisor(size: int, wanted: int) -> int:
-    divisors = [number for number in range(1, size + 1) if size % number == 0]
-    return min(divisors, key=lambda number: abs(number - wanted))
 
 
 def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None:
@@ -71,12 +90,12 @@ def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None
         ("pipeline_parallel_size", parallel.pipeline_parallel_size),
     ):
         left = world_size // taken
-        beside = f" left by the other axes of {world_size}" if taken > 1 else ""
+        beside = f" left by the other axes of {world_size}" if taken > 1 else " (--processes)"
         check.need(
             left % size == 0,
             f"parallel.{key}",
             size,
-            f"does not divide the {left} ranks{beside}; {_nearest_divisor(left, size)} does",
+            f"does not divide the {left} ranks{beside}; {number_does(nearest_divisor(left, size))}",
         )
         taken *= size
     check.need(
@@ -114,7 +133,7 @@ def _check_parallel(config: RunConfig, world_size: int, check: _Checker) -> None
         "training.global_batch_size",
         batch,
         f"must be a multiple of micro_batch_size {config.training.micro_batch_size} x {data} data-parallel ranks; "
-        f"{max(1, round(batch / unit)) * unit} is",
+        f"{nearest_multiple(unit, batch)} is",
     )
 
 
@@ -122,12 +141,14 @@ def _check_pipeline(config: RunConfig, check: _Checker) -> None:
     parallel, layers = config.parallel, config.model.num_layers
     stages, partition = parallel.pipeline_parallel_size, parallel.pipeline_partition
     if isinstance(partition, list):
+        even = "does"
+        if stages <= 16:
+            even = f"is {[layers // stages + (index < layers % stages) for index in range(stages)]}"
         check.need(
             len(partition) == stages and sum(partition) == layers,
             "parallel.pipeline_partition",
             partition,
-            f"must be {stages} numbers (pipeline_parallel_size) with the sum {layers} (model.num_layers); uniform is "
-            f"{[layers // stages + (index < layers % stages) for index in range(stages)]}",
+            f"must be {stages} numbers (pipeline_parallel_size) with the sum {layers} (model.num_layers); uniform {even}",
         )
     if stages == 1:
         return
@@ -197,7 +218,7 @@ def _check_over_encoding(config: RunConfig, check: _Checker, locate: Locate) -> 
         "over_encoding.num_slices",
         over.num_slices,
         f"makes {tables} tables (ngram_order - 1 times num_slices), which do not divide hidden_size "
-        f"{model.hidden_size}; {_nearest_divisor(model.hidden_size, tables)} tables do, or give over_encoding.row_width",
+        f"{model.hidden_size}; {nearest_divisor(model.hidden_size, tables)} tables do, or give over_encoding.row_width",
     )
     check.need(
         over.pad_id < model.vocab_size,
@@ -235,7 +256,7 @@ def _check_table_rows(
     if problem is None:
         return
     if problem.proposed_rows is None:
-        way_out = "no size is better with so small a base"
+        way_out = "no size does with this base and so many tables"
     else:
         way_out = f"{problem.proposed_rows} is a good size nearby"
     text = (

@@ -12,9 +12,9 @@ import numpy as np
 from overtok_megatron.data.index_file import check_index, read_index
 from overtok_megatron.data.indexed import check_bin, map_tokens
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
-from overtok_megatron.data.partial import sync_folder
 from overtok_megatron.data.tokenizer import Tokenizer
 from overtok_megatron.errors import DataError
+from overtok_megatron.files import write_atomically
 
 _STRIDE = 1 << 22  # tokens looked at at once
 
@@ -28,7 +28,7 @@ def adopt(
     the files are missing, damaged, contradict each other, have a manifest already, or hold a token of no such vocabulary.
     """
     bin_path, idx_path, manifest_path = dataset_paths(prefix)
-    if manifest_path.exists():
+    if os.path.lexists(manifest_path):
         raise DataError(f"{manifest_path}: is there already; remove it if the set is to be described anew")
     for path in (bin_path, idx_path):
         if not path.is_file():
@@ -62,23 +62,10 @@ def adopt(
         bin_sha256=digest.hexdigest(),
         idx_sha256=idx_digest,
     )
-    _write(manifest, manifest_path)
-    return manifest, ended
-
-
-def _write(manifest: DatasetManifest, path: Path) -> None:
-    aside = path.with_name(path.name + ".partial")
     try:
-        try:
-            with aside.open("wb") as file:
-                file.write(json.dumps(asdict(manifest), indent=1).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-            sync_folder(path.parent)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_atomically(manifest_path, json.dumps(asdict(manifest), indent=1))
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be written ({error.strerror}); link the two files into a folder of yours"
+            f"{manifest_path}: cannot be written ({error.strerror}); link the two files into a folder of yours"
         ) from None
+    return manifest, ended

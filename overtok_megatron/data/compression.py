@@ -26,9 +26,9 @@ def blocks(path: Path, skip: int = 0) -> Iterator[tuple[bytes, int]]:
     content, reason = 0, ""
     try:
         with path.open("rb") as file:
-            if path.suffix in SUFFIXES:
+            if path.suffix.lower() in SUFFIXES:
                 skipping = skip
-                stream = {".gz": _gzip, ".xz": _xz, ".zst": _zstd}[path.suffix](file, path)
+                stream = {".gz": _gzip, ".xz": _xz, ".zst": _zstd}[path.suffix.lower()](file, path)
             else:
                 file.seek(skip)
                 content, skipping, stream = skip, 0, _plain(file)

@@ -1,7 +1,8 @@
 """Chunks to tokens, in this process or by workers: results come in the order of the chunks, whoever made them.
 
-Workers are processes of their own, started by `python -m`, that end when their pipe does: neither a kill of the parent nor
-threads in it leave or lock anything, and the caller's main module is not run again in each (what multiprocessing does).
+Workers are processes of their own that end when their pipe does: neither a kill of the parent nor threads in it leave or
+lock anything, and the caller's main module is not run again in each (what multiprocessing does). Files of the current folder
+are not imported in them, whatever their names.
 """
 
 import hashlib
@@ -17,14 +18,29 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import numpy as np
 
+from overtok_megatron.data.account import LeftOut
 from overtok_megatron.data.indexed import check_length
-from overtok_megatron.data.sources import CHUNK_BYTES, Chunk, Reading, documents
+from overtok_megatron.data.sources import CHUNK_BYTES, Chunk, Reading, lacks_separator, located_documents
 from overtok_megatron.data.tokenizer import Tokenizer
 from overtok_megatron.errors import DataError
 
+_ROOT = str(Path(__file__).parents[2])  # where the package lies
+# Behind everything else on the path: a checkout that is the current folder has the package, and may have a profile.py too.
+_START = """
+import os, site, sys
+here = os.path.realpath(os.getcwd())
+if here not in map(os.path.realpath, site.getsitepackages()):
+    sys.path[:] = [place for place in sys.path if os.path.realpath(place or here) != here]
+sys.path.append(sys.argv[2])
+from overtok_megatron.data.encoding import serve
+serve(int(sys.argv[1]))
+"""
+EMPTY = "empty"
+NOTHING = "of which the tokenizer keeps nothing"
 _AHEAD = 4  # batches a worker that may be done or under way before the first of them is; bounds memory
 
 
@@ -35,6 +51,19 @@ class Encoded:
     tokens: bytes
     lengths: bytes
     source_bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What each set gets of a batch, and what became of the rest.
+
+    documents: non-empty ones of each chunk. left_out: of documents; unsplit: text files without the separator.
+    """
+
+    sets: list[Encoded]
+    documents: list[int]
+    left_out: LeftOut
+    unsplit: LeftOut
 
 
 @dataclass(frozen=True)
@@ -50,19 +79,33 @@ class Encoder:
     dtype: type[np.generic]
     threads: int = -1
 
-    def __call__(self, batch: Sequence[Chunk]) -> list[Encoded]:
-        """One Encoded a set. Raises DataError as `documents` does, and on a document too long for the format."""
-        found = [(chunk.path, text, raw) for chunk in batch for text, raw in documents(chunk, self.reading)]
+    def __call__(self, batch: Sequence[Chunk]) -> EncodedBatch:
+        """Raises DataError as `located_documents` does, and on a document too long for the format."""
+        found: list[tuple[str, bytes, str]] = []
+        counts, left, unsplit = [], LeftOut(), LeftOut()
+        for chunk in batch:
+            before = len(found)
+            for text, raw, place in located_documents(chunk, self.reading):
+                if raw:
+                    found.append((text, raw, f"{chunk.path}: {place}"))
+                else:
+                    left.add(EMPTY, f"{chunk.path}: {place}")
+            counts.append(len(found) - before)
+            if lacks_separator(chunk, self.reading):
+                unsplit.add(_line_ends(chunk, self.reading), chunk.path)
         ids: list[list[list[int]]] = [[] for _ in self.shares]
         sizes = [0] * len(self.shares)
-        encoded = self.tokenizer.encode_batch([text for _, text, _ in found], self.threads)
-        for (path, _, raw), tokens in zip(found, encoded, strict=True):
-            if tokens:  # a tokenizer that normalises may leave nothing of a text
-                check_length(len(tokens) + 1, f"{path}: a document of {len(raw)} bytes")
-                part = self._part(raw)
-                ids[part].append([*tokens, self.tokenizer.eod_id])
-                sizes[part] += len(raw)
-        return [self._pack(part, size) for part, size in zip(ids, sizes, strict=True)]
+        encoded = self.tokenizer.encode_batch([text for text, _, _ in found], self.threads)
+        for (_, raw, where), tokens in zip(found, encoded, strict=True):
+            if not tokens:  # one that normalises, or has no piece for what it does not know
+                left.add(NOTHING, where)
+                continue
+            check_length(len(tokens) + 1, f"{where}: a document of {len(raw)} bytes")
+            part = self._part(raw)
+            ids[part].append([*tokens, self.tokenizer.eod_id])
+            sizes[part] += len(raw)
+        sets = [self._pack(part, size) for part, size in zip(ids, sizes, strict=True)]
+        return EncodedBatch(sets, counts, left, unsplit)
 
     def _part(self, raw: bytes) -> int:
         """The set of a document: the same text always goes to the same one."""
@@ -81,6 +124,14 @@ class Encoder:
         return Encoded(flat.tobytes(), lengths.tobytes(), size)
 
 
+def _line_ends(chunk: Chunk, reading: Reading) -> str:
+    """Why a separator may be missing."""
+    assert reading.separator is not None
+    assert isinstance(chunk.payload, bytes)
+    plain = "\n" in reading.separator and "\r" not in reading.separator
+    return "lines end in \\r\\n" if plain and b"\r\n" in chunk.payload else ""
+
+
 def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     """Chunks of small files together, so that each is worth sending."""
     batch: list[Chunk] = []
@@ -95,7 +146,7 @@ def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         yield batch
 
 
-def encode_all(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[list[Chunk], list[Encoded]]]:
+def encode_all(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[list[Chunk], EncodedBatch]]:
     """Every batch with what `encoder` makes of it, in order; with more than one worker by processes.
 
     Raises DataError as the encoder and the chunks do, and where a worker ends by itself.
@@ -119,7 +170,7 @@ class _Workers:
     def __enter__(self) -> "_Workers":
         for _ in range(self._count):
             ours, theirs = Pipe()
-            command = [sys.executable, "-m", "overtok_megatron.data.encoding", str(theirs.fileno())]
+            command = [sys.executable, "-P", "-c", _START, str(theirs.fileno()), _ROOT]
             self._processes[ours] = subprocess.Popen(command, pass_fds=[theirs.fileno()])
             theirs.close()
         for connection in self._processes:
@@ -133,11 +184,11 @@ class _Workers:
             process.kill()
             process.wait()
 
-    def map(self, work: Iterator[list[Chunk]]) -> Iterator[tuple[list[Chunk], list[Encoded]]]:
+    def map(self, work: Iterator[list[Chunk]]) -> Iterator[tuple[list[Chunk], EncodedBatch]]:
         idle = list(self._processes)
         busy: dict[Connection, int] = {}
         under_way: dict[int, list[Chunk]] = {}
-        done: dict[int, list[Encoded] | DataError] = {}
+        done: dict[int, EncodedBatch | DataError] = {}
         sent = given = 0
         batch = next(work, None)
         while batch is not None or under_way:
@@ -164,19 +215,18 @@ class _Workers:
         except BrokenPipeError:
             self._lost(connection)
 
-    def _receive(self, connection: Connection) -> list[Encoded] | DataError:
+    def _receive(self, connection: Connection) -> EncodedBatch | DataError:
         try:
             answer = connection.recv()
         except (EOFError, ConnectionResetError):
             self._lost(connection)
-        assert isinstance(answer, list | DataError), f"a worker failed:\n{answer}"
+        assert isinstance(answer, EncodedBatch | DataError), f"a worker failed:\n{answer}"
         return answer
 
     def _lost(self, connection: Connection) -> None:
         code = self._processes[connection].wait()
-        raise DataError(
-            f"a worker that encodes text ended with code {code}, perhaps for want of memory; try fewer --workers"
-        )
+        why = "perhaps for want of memory; try fewer --workers" if code < 0 else "for the reason that it printed"
+        raise DataError(f"a worker that encodes text ended with code {code}, {why}")
 
 
 def work(connection: Connection) -> None:
@@ -197,5 +247,6 @@ def work(connection: Connection) -> None:
         return
 
 
-if __name__ == "__main__":
-    work(Connection(int(sys.argv[1])))
+def serve(handle: int) -> None:
+    """`work` on an inherited pipe: what a worker's process runs."""
+    work(Connection(handle))

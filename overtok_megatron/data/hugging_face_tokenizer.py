@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from overtok_megatron.errors import DataError
+from overtok_megatron.files import decode_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -81,7 +82,7 @@ class HuggingFaceTokenizer:
     @cached_property
     def _decoder(self) -> tuple[bool, bool]:
         return _decoding(
-            json.loads(self._content).get("decoder")
+            json.loads(decode_text(self._content)).get("decoder")
         )  # 0.1 s for 100,000 pieces: where text is streamed only
 
     def fingerprint(self) -> str:
@@ -90,7 +91,7 @@ class HuggingFaceTokenizer:
 
 def _build(content: bytes) -> tokenizers.Tokenizer:
     """What the file says, less what would add to a text, cut it, or read its characters as special tokens."""
-    tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    tokenizer = tokenizers.Tokenizer.from_str(decode_text(content))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

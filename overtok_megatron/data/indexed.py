@@ -74,17 +74,22 @@ class IndexedDataset:
             if not path.is_file():
                 also = ", describe Megatron's files with `overtok adopt`" if path == self._paths[2] else ""
                 raise DataError(f"{path}: no such file; {MEND}{also}, or correct the path in the data section")
-        self.manifest = read_manifest(self._paths[2])
-        self.index = read_index(self._paths[1])
-        tokens = self.index.num_tokens
-        check_bin(self._paths[0], tokens, self.index.dtype)
-        for what, counted, indexed in (
-            ("tokens", self.manifest.num_tokens, tokens),
-            ("documents", self.manifest.num_documents, self.index.num_documents),
-        ):
-            if counted != indexed:
-                raise DataError(f"{self._paths[2]}: counts {counted} {what}, the index {indexed}; {MEND}")
-        self._tokens = map_tokens(self._paths[0], self.index.dtype)
+        try:
+            self.manifest = read_manifest(self._paths[2])
+            self.index = read_index(self._paths[1])
+            tokens = self.index.num_tokens
+            check_bin(self._paths[0], tokens, self.index.dtype)
+            for what, counted, indexed in (
+                ("tokens", self.manifest.num_tokens, tokens),
+                ("documents", self.manifest.num_documents, self.index.num_documents),
+            ):
+                if counted != indexed:
+                    raise DataError(f"{self._paths[2]}: counts {counted} {what}, the index {indexed}; {MEND}")
+            self._tokens = map_tokens(self._paths[0], self.index.dtype)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or prefix}: cannot be read ({error.strerror or error}); ask its owner for access"
+            ) from None
 
     @property
     def num_tokens(self) -> int:

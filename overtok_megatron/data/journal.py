@@ -46,6 +46,11 @@ class Journal:
         record: dict[str, Any] = records[-1]
         return record
 
+    @property
+    def names_a_job(self) -> bool:
+        """Whether something was noted: an empty file tells of nothing that was done."""
+        return os.fstat(self._file.fileno()).st_size > 0
+
     def begin(self, job: dict[str, Any]) -> None:
         """Forget what is there and start on a job."""
         self._file.truncate(0)

@@ -31,6 +31,8 @@ def read_manifest(path: Path) -> DatasetManifest:
     """Raises DataError where a field is missing, surplus or of another type."""
     try:
         manifest = DatasetManifest(**json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); ask its owner for access") from None
     except (ValueError, TypeError):
         raise DataError(f"{path}: not a dataset's manifest; {MEND}") from None
     for field in fields(manifest):

@@ -21,7 +21,8 @@ def parquet_rows(path: Path, column: str, skip: int = 0) -> Iterator[tuple[list[
         raise DataError(f"{path}: Parquet needs the package pyarrow; pip install pyarrow") from None
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # By a handle: pyarrow takes names for addresses, and those that are not UTF-8 for nothing at all.
+        with path.open("rb") as handle, pyarrow.parquet.ParquetFile(handle) as file:
             schema, total = file.schema_arrow, file.metadata.num_rows
             if column not in schema.names:
                 raise DataError(f"{path}: has no column {column!r}; its columns are {', '.join(schema.names)} (--key)")

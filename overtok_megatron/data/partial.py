@@ -15,6 +15,17 @@ import numpy as np
 
 from overtok_megatron.data.index_file import DTYPES, dtype_code, write_index
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
+from overtok_megatron.files import PARTIAL, sync
+
+
+def aside_paths(prefix: str | Path) -> list[Path]:
+    """Of a set that is being written: its three parts beside their later names."""
+    return [path.with_name(path.name + PARTIAL) for path in dataset_paths(prefix)]
+
+
+def lengths_path(prefix: str | Path) -> Path:
+    """Of a set that is being written: the lengths of its documents."""
+    return Path(f"{prefix}.lengths{PARTIAL}")
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,8 @@ class PartialSet:
     def __init__(self, prefix: str | Path, vocab_size: int, eod_id: int, tokenizer_fingerprint: str) -> None:
         self.prefix = str(prefix)
         self.paths = dataset_paths(prefix)
-        self._aside = [path.with_name(path.name + ".partial") for path in self.paths]
-        self._lengths_path = Path(f"{prefix}.lengths.partial")
+        self._aside = aside_paths(prefix)
+        self._lengths_path = lengths_path(prefix)
         self._code = dtype_code(vocab_size)
         self._identity = (vocab_size, eod_id, tokenizer_fingerprint)
         self._digest = hashlib.sha256()
@@ -122,7 +133,7 @@ class PartialSet:
             for aside, path in zip(self._aside, self.paths, strict=True):
                 if aside.exists():
                     os.replace(aside, path)
-        sync_folder(self.paths[0].parent)
+        sync(self.paths[0].parent)
         self._lengths_path.unlink(missing_ok=True)
 
     def discard(self, *, published: bool = False) -> None:
@@ -149,12 +160,3 @@ class PartialSet:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """The names in a folder, too, outlive a power cut."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

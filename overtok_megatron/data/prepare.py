@@ -13,18 +13,21 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.data.account import Account, LeftOut
 from overtok_megatron.data.encoding import Encoder, encode_all
 from overtok_megatron.data.journal import Journal
-from overtok_megatron.data.manifest import DatasetManifest
+from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
+from overtok_megatron.data.ownership import abandoned_paths, journal_path, refuse_outputs
 from overtok_megatron.data.partial import Counts, PartialSet
-from overtok_megatron.data.sources import Position, Reading, read_chunks
+from overtok_megatron.data.sources import Chunk, Position, Reading, read_chunks
 from overtok_megatron.data.tokenizer import Tokenizer
 from overtok_megatron.errors import DataError
 
 log = logging.getLogger(__name__)
 
 SPLIT = ("train", "validation", "test")
-_VERSION = 1  # of what a journal means
+_VERSION = 2  # of what a journal means
+_BLANK = "without text"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,17 @@ class Plan:
         return [f"{prefix}-{name}" for name, share in zip(SPLIT, self.shares, strict=True) if share]
 
 
+_EVERY_SET = Plan(shares=(1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The manifests of the sets by prefix, and what became of files and documents."""
+
+    manifests: dict[str, DatasetManifest]
+    account: Account
+
+
 def prepare(
     files: Sequence[Path],
     prefix: str | Path,
@@ -51,7 +65,7 @@ def prepare(
     separator: str | None = None,
 ) -> DatasetManifest:
     """Tokenize `files` into the one dataset `prefix`, in this process: `prepare_sets` with nothing to choose."""
-    return prepare_sets(files, prefix, tokenizer, Plan(Reading(separator=separator)), advance)[str(prefix)]
+    return prepare_sets(files, prefix, tokenizer, Plan(Reading(separator=separator)), advance).manifests[str(prefix)]
 
 
 def prepare_sets(
@@ -60,11 +74,12 @@ def prepare_sets(
     tokenizer: Tokenizer,
     plan: Plan,
     advance: Callable[[int], object] = lambda size: None,
-) -> dict[str, DatasetManifest]:
-    """Tokenize `files` as `plan` says; the manifests by prefix. `advance` is told the bytes on disk of what is done.
+) -> Prepared:
+    """Tokenize `files` as `plan` says. `advance` is told the bytes on disk of what is done.
 
     Raises DataError on damaged or foreign input (file and place), where there is no text at all or none for one of the
-    sets, where another process writes them, or where they cannot be written.
+    sets, where another process writes them, or where they cannot be written; OutputError where they would take the place
+    of an input, or of what no earlier call wrote, or would lie beside a set of an earlier split that is not made anew.
     """
     assert plan.reading.separator != "", "an empty separator splits nothing"
     sets = [
@@ -72,9 +87,10 @@ def prepare_sets(
         for name in plan.prefixes(prefix)
     ]
     try:
-        journal = Journal(Path(f"{prefix}.journal"))
+        refuse_outputs(str(prefix), plan.prefixes(prefix), stale_prefixes(plan, prefix), files)
+        journal = Journal(journal_path(prefix))
         try:
-            return _Job(files, plan, tokenizer, sets, journal).run(advance)
+            return _Job(files, str(prefix), plan, tokenizer, sets, journal).run(advance)
         except (DataError, OSError):
             try:
                 for one in sets:
@@ -92,15 +108,38 @@ def prepare_sets(
         ) from None
 
 
+def stale_prefixes(plan: Plan, prefix: str | Path) -> list[str]:
+    """Of sets that an earlier split may have left and this one does not write: their documents would be in others too."""
+    if plan.shares is None:
+        return []
+    return [f"{prefix}-{name}" for name, share in zip(SPLIT, plan.shares, strict=True) if not share]
+
+
+def sets_beside(plan: Plan, prefix: str | Path) -> list[str]:
+    """Sets of the same documents that an earlier call made under the same prefix, split where this one does not, or whole."""
+    other = _EVERY_SET if plan.shares is None else Plan()
+    return [name for name in other.prefixes(prefix) if dataset_paths(name)[2].is_file()]
+
+
 class _Job:
     """One call: where it begins, what it does, and what it notes down."""
 
     def __init__(
-        self, files: Sequence[Path], plan: Plan, tokenizer: Tokenizer, sets: list[PartialSet], journal: Journal
+        self,
+        files: Sequence[Path],
+        prefix: str,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        sets: list[PartialSet],
+        journal: Journal,
     ) -> None:
         self._files, self._plan, self._tokenizer, self._sets, self._journal = files, plan, tokenizer, sets, journal
         shares = plan.shares or (1.0,)
         self._encoder = Encoder(tokenizer, plan.reading, tuple(filter(None, shares)), sets[0].dtype)
+        forms = [name for form in (Plan(), _EVERY_SET) for name in form.prefixes(prefix)]
+        self._abandoned = abandoned_paths(prefix, plan.prefixes(prefix), forms)
+        self._blank, self._left_out, self._unsplit = LeftOut(), LeftOut(), LeftOut()  # files; documents; files
+        self._in_file = 0  # documents of the file that is being read
 
     def identity(self) -> dict[str, Any]:
         """What must not have changed for a journal to be gone on from."""
@@ -114,16 +153,19 @@ class _Job:
             "shares": None if self._plan.shares is None else list(self._plan.shares),
         }
 
-    def run(self, advance: Callable[[int], object]) -> dict[str, DatasetManifest]:
+    def run(self, advance: Callable[[int], object]) -> Prepared:
         job = self.identity()
         record = self._journal.last(job)
         if record is not None and "manifests" in record:  # killed while the sets got their names
+            self._recall(record["seen"])
             return self._publish({name: DatasetManifest(**one) for name, one in record["manifests"].items()})
         begin = self._begin(job, record)
         advance(sum(path.stat().st_size for path in self._files[: begin.file]) + begin.disk)
         self._encode(begin, advance)
         manifests = self._seal()
-        self._journal.record({"manifests": {name: asdict(one) for name, one in manifests.items()}})
+        self._journal.record(
+            {"manifests": {name: asdict(one) for name, one in manifests.items()}, "seen": self._seen()}
+        )
         return self._publish(manifests)
 
     def _begin(self, job: dict[str, Any], record: dict[str, Any] | None) -> Position:
@@ -134,8 +176,12 @@ class _Job:
                 for one, count in zip(self._sets, counts, strict=True):
                     one.open(count)
                 begin = Position(*record["position"])
+                self._recall(record["seen"])
                 log.info("going on at file %d of %d, byte or row %d", begin.file + 1, len(self._files), begin.place)
                 return begin
+        if self._journal.names_a_job:
+            for path in self._abandoned:
+                path.unlink(missing_ok=True)
         self._journal.begin(job)
         for one in self._sets:
             one.open()
@@ -145,23 +191,45 @@ class _Job:
         noted = time.monotonic()
         chunks = read_chunks(self._files, self._plan.reading, begin)
         for batch, encoded in encode_all(self._encoder, chunks, self._plan.workers):
-            for one, part in zip(self._sets, encoded, strict=True):
+            for one, part in zip(self._sets, encoded.sets, strict=True):
                 one.append(part.tokens, part.lengths, part.source_bytes)
+            self._left_out.merge(encoded.left_out.tallies)
+            self._unsplit.merge(encoded.unsplit.tallies)
+            self._note_blanks(batch, encoded.documents)
             if time.monotonic() - noted >= self._plan.journal_seconds:
                 self._note(batch[-1].end)
                 noted = time.monotonic()
             advance(sum(chunk.disk_bytes for chunk in batch))
 
+    def _note_blanks(self, batch: Sequence[Chunk], documents: Sequence[int]) -> None:
+        for chunk, count in zip(batch, documents, strict=True):
+            self._in_file += count
+            if chunk.end.file > chunk.begin.file:
+                if not self._in_file:
+                    self._blank.add(_BLANK, chunk.path)
+                self._in_file = 0
+
     def _note(self, position: Position) -> None:
         counts = [astuple(one.sync()) for one in self._sets]
-        self._journal.record({"position": astuple(position), "counts": counts})
+        self._journal.record({"position": astuple(position), "counts": counts, "seen": self._seen()})
+
+    def _seen(self) -> list[Any]:
+        """What the account knows so far, of JSON's types."""
+        return [self._in_file, self._blank.tallies, self._left_out.tallies, self._unsplit.tallies]
+
+    def _recall(self, seen: list[Any]) -> None:
+        self._in_file, *tallies = seen
+        for one, given in zip((self._blank, self._left_out, self._unsplit), tallies, strict=True):
+            one.merge(given)
 
     def _seal(self) -> dict[str, DatasetManifest]:
         documents = sum(one.counts.documents for one in self._sets)
         if not documents:
-            raise DataError(
-                f"the corpus is empty: {len(self._files)} files hold no text; name files or folders that hold some"
+            none = f"the corpus is empty: {len(self._files)} files hold no text"
+            also = (
+                f" that the tokenizer keeps ({self._left_out.reasons()} of documents)" if self._left_out.total else ""
             )
+            raise DataError(f"{none}{also}; name files or folders that hold some")
         for one in self._sets:
             if not one.counts.documents:
                 raise DataError(
@@ -169,8 +237,16 @@ class _Job:
                 )
         return {one.prefix: one.seal() for one in self._sets}
 
-    def _publish(self, manifests: dict[str, DatasetManifest]) -> dict[str, DatasetManifest]:
+    def _publish(self, manifests: dict[str, DatasetManifest]) -> Prepared:
         for one in self._sets:
             one.publish()
         self._journal.remove()
-        return manifests
+        account = Account(
+            num_read=len(self._files) - self._blank.total,
+            files=self._blank,
+            num_written=sum(manifest.num_documents for manifest in manifests.values()),
+            documents=self._left_out,
+            unsplit=self._unsplit,
+            num_texts=sum(self._plan.reading.kind(path) == "text" for path in self._files),
+        )
+        return Prepared(manifests, account)

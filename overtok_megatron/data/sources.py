@@ -2,12 +2,12 @@
 
 `read_chunks` runs in one process and only cuts: at lines of JSONL, at separators of text, at batches of Parquet rows.
 `documents` does the rest (UTF-8, JSON) wherever the chunk is sent. Where cuts fall never shows in the documents.
-Not here: any cleaning of the text.
+Not here: which files (inputs.py), and any cleaning of the text; but a byte-order mark is no part of it.
 """
 
-import glob
+import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from overtok_megatron.data import compression
 from overtok_megatron.data.compression import blocks
 from overtok_megatron.data.parquet import parquet_rows
 from overtok_megatron.errors import DataError
+from overtok_megatron.files import EncodingError, decode_text, shown
 
-_KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 FORMATS = ("text", "jsonl", "parquet")
 CHUNK_BYTES = 1 << 19  # content of a chunk, about; a document that is longer makes a longer one
 
@@ -31,7 +32,7 @@ class Reading:
 
     def kind(self, path: Path) -> str:
         """text, jsonl or parquet; an unknown name is text."""
-        return self.format or _kind_by_name(path) or "text"
+        return self.format or kind_by_name(path) or "text"
 
 
 @dataclass(frozen=True)
@@ -56,36 +57,10 @@ class Chunk:
     disk_bytes: int
 
 
-def _kind_by_name(path: Path) -> str | None:
-    plain = path.with_suffix("") if path.suffix in compression.SUFFIXES else path
-    return _KINDS.get(plain.suffix)
-
-
-def expand(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, folders as the corpus files below them, patterns as what they match; each in sorted order.
-
-    Raises DataError on a missing file, a folder without corpus files, and a pattern that matches nothing.
-    """
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_file():
-            files.append(path)
-            continue
-        found: Iterable[Path]
-        if path.is_dir():
-            found = filter(_kind_by_name, path.rglob("*"))
-            lack = (
-                f"holds no {', '.join(_KINDS)} files, plain or {', '.join(compression.SUFFIXES)}: the corpus is empty"
-            )
-        elif glob.has_magic(str(path)):
-            found, lack = map(Path, glob.iglob(str(path), recursive=True)), "matches no file"
-        else:
-            raise DataError(f"{path}: no such file or folder")
-        matches = sorted(match for match in found if match.is_file())
-        if not matches:
-            raise DataError(f"{path}: {lack}")
-        files += matches
-    return files
+def kind_by_name(path: Path) -> str | None:
+    """What a file holds by its name, in small or capital letters; None where the name does not say."""
+    plain = path.with_suffix("") if path.suffix.lower() in compression.SUFFIXES else path
+    return KINDS.get(plain.suffix.lower())
 
 
 def read_chunks(
@@ -157,21 +132,35 @@ def _row_pieces(path: Path, key: str, start: Position, size: int) -> Iterator[tu
     yield [], Position(start.file + 1)
 
 
-def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[str, bytes]]:
-    """The non-empty documents of a chunk, as text and as UTF-8.
+def lacks_separator(chunk: Chunk, reading: Reading) -> bool:
+    """Whether a chunk is a whole text file in which the separator that was given does not occur."""
+    if reading.separator is None or chunk.kind != "text" or not chunk.payload:
+        return False
+    whole = chunk.begin.place == 0 and chunk.end.file > chunk.begin.file
+    return whole and isinstance(chunk.payload, bytes) and reading.separator.encode() not in chunk.payload
 
+
+def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[str, bytes]]:
+    """The non-empty documents of a chunk, as text and as UTF-8. Raises DataError as `located_documents` does."""
+    for text, raw, _ in located_documents(chunk, reading):
+        if raw:
+            yield text, raw
+
+
+def located_documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[str, bytes, str]]:
+    """All documents of a chunk as text, as UTF-8, and with their place within the file, as `line 3`.
+
+    Values of JSON and Parquet may be empty; between two separators of text without anything between them is no document.
     Raises DataError naming file and line, row or byte of what is no text, no JSON object, or lacks the key.
     """
     if isinstance(chunk.payload, list):
-        for number, value in enumerate(chunk.payload):
-            yield from _checked(value, f"{chunk.path}: row {chunk.begin.place + number}", reading.key)
+        for number, value in enumerate(chunk.payload, chunk.begin.place):
+            place = f"row {number}"
+            yield *_checked(value, f"{chunk.path}: {place}", reading.key), place
     elif chunk.kind == "jsonl":
         yield from _json_documents(chunk, chunk.payload, reading.key)
     else:
-        text = _decode(chunk.payload, f"{chunk.path}", chunk.begin.place)
-        for part in [text] if reading.separator is None else text.split(reading.separator):
-            if part:
-                yield part, part.encode()
+        yield from _text_documents(chunk, chunk.payload, reading.separator)
 
 
 def read_documents(files: Sequence[Path], reading: Reading) -> Iterator[str]:
@@ -181,19 +170,37 @@ def read_documents(files: Sequence[Path], reading: Reading) -> Iterator[str]:
             yield text
 
 
+_COMPRESSED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+
+
 def _decode(data: bytes, where: str, place: int) -> str:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = place + error.start
-        raise DataError(f"{where}: not UTF-8 at byte {byte}; convert it, for example with iconv") from None
+        return decode_text(data, place)
+    except EncodingError as error:
+        for mark, suffix in _COMPRESSED.items():
+            if place == 0 and data.startswith(mark):
+                raise DataError(f"{where}: compressed, by its first bytes; let its name end in {suffix}") from None
+        raise DataError(f"{where}: {error}") from None
 
 
-def _json_documents(chunk: Chunk, payload: bytes, key: str) -> Iterator[tuple[str, bytes]]:
+def _text_documents(chunk: Chunk, payload: bytes, separator: str | None) -> Iterator[tuple[str, bytes, str]]:
+    text = _decode(payload, f"{chunk.path}", chunk.begin.place)
+    place, step = chunk.begin.place, 0 if separator is None else len(separator.encode())
+    if place == 0 and payload.startswith(codecs.BOM_UTF8):
+        place = len(codecs.BOM_UTF8)
+    for part in [text] if separator is None else text.split(separator):
+        raw = part.encode()
+        if raw:
+            yield part, raw, f"byte {place}"
+        place += len(raw) + step
+
+
+def _json_documents(chunk: Chunk, payload: bytes, key: str) -> Iterator[tuple[str, bytes, str]]:
     place = chunk.begin.place
     for number, line in enumerate(payload.split(b"\n"), chunk.begin.line):
-        where = f"{chunk.path}: line {number}"
-        text = _decode(line, where, place)
+        within = f"line {number}"
+        where = f"{chunk.path}: {within}"
+        text = _decode(line, where, place).removeprefix("\ufeff")  # joined files have marks in their middle
         if text.strip():
             try:
                 value = json.loads(text)
@@ -207,21 +214,19 @@ def _json_documents(chunk: Chunk, payload: bytes, key: str) -> Iterator[tuple[st
             if not isinstance(value, dict):
                 raise DataError(f"{where} (byte {place}): a JSON {type(value).__name__}; a line holds one object")
             if key not in value:
-                keys = ", ".join(sorted(value)) or "none"
-                raise DataError(f"{where} (byte {place}): has no key {key!r}; its keys are {keys[:200]} (--key)")
-            yield from _checked(value[key], f"{where} (byte {place})", key)
+                keys = shown(", ".join(sorted(value)) or "none")[:100]
+                raise DataError(f"{where} (byte {place}): has no key {key!r}; its keys are {keys} (--key)")
+            yield *_checked(value[key], f"{where} (byte {place})", key), within
         place += len(line) + 1
 
 
-def _checked(value: object, where: str, key: str) -> Iterator[tuple[str, bytes]]:
+def _checked(value: object, where: str, key: str) -> tuple[str, bytes]:
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is of type {type(value).__name__}, not text; mend or drop it (--key)")
     try:
-        data = value.encode()
+        return value, value.encode()
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         raise DataError(
             f"{where}: {key!r} holds half a surrogate pair (U+{code:04X}), which no text has; mend or drop it"
         ) from None
-    if data:
-        yield value, data

@@ -3,6 +3,7 @@
 The other kinds: hugging_face_tokenizer.py and byte_tokenizer.py.
 """
 
+import codecs
 import hashlib
 import io
 import random
@@ -17,7 +18,8 @@ import sentencepiece
 from overtok_megatron.data.byte_tokenizer import ByteTokenizer
 from overtok_megatron.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from overtok_megatron.data.sources import Reading, read_documents
-from overtok_megatron.errors import DataError
+from overtok_megatron.errors import DataError, OutputError
+from overtok_megatron.files import refuse_foreign, refuse_inputs, write_atomically
 
 _MAX_SENTENCE_BYTES = 1 << 16  # the trainer drops longer ones without a word
 _MAX_LINE_CHARACTERS = _MAX_SENTENCE_BYTES // 4  # so longer lines are cut: a character takes at most 4 bytes
@@ -150,9 +152,11 @@ def infer_kind(path: Path) -> str:
         return "hugging_face"
     try:
         with path.open("rb") as file:
-            return "hugging_face" if file.read(64).lstrip().startswith(b"{") else "sentencepiece"
+            head = file.read(64)
     except OSError:
         return "sentencepiece"  # loading it says what is wrong
+    marked = head.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "hugging_face" if marked or head.lstrip().startswith(b"{") else "sentencepiece"
 
 
 def train_sentencepiece(
@@ -165,9 +169,13 @@ def train_sentencepiece(
 
     The text is taken as it is (no normalisation, spaces kept, unknown characters as bytes), so that decoding gives it
     back. At most 100,000 lines, drawn evenly from the whole corpus, are looked at; the same files give the same
-    model byte for byte. Raises DataError on an empty corpus, one too small for the vocabulary, or a failing disk.
+    model byte for byte. Raises DataError on an empty corpus, one too small for the vocabulary, or a failing disk; OutputError
+    where `output` is one of `files`, or something else than that very model: a tokenizer is what sets were made with.
     """
-    lines = _sample(_lines(read_documents(list(files), reading)), _SENTENCES)
+    files = list(files)
+    refuse_inputs([output], files)
+    refuse_foreign(output, _is_model, "a sentencepiece model")
+    lines = _sample(_lines(read_documents(files, reading)), _SENTENCES)
     if not lines:
         raise DataError("the corpus for the tokenizer is empty: the files hold no text")
     model = io.BytesIO()  # not a file: its path would become part of the model, and of its fingerprint
@@ -195,18 +203,27 @@ def train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         raise DataError(_explain(str(error), vocab_size)) from None
-    aside = output.with_name(output.name + ".partial")
+    content = model.getvalue()
+    if output.exists() and output.read_bytes() != content:
+        raise OutputError(
+            f"{output}: another tokenizer is there already, with which sets may have been made; move it away, or name another "
+            "--output"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_bytes(model.getvalue())
-            aside.replace(output)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_atomically(output, content)
     except OSError as error:
         raise DataError(
             f"tokenizer {output}: cannot be written ({error.strerror or error}); free space or name another file"
         ) from None
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(path.read_bytes())
+    except (RuntimeError, OSError):
+        return False
+    return True
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:

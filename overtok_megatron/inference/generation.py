@@ -12,7 +12,7 @@ from torch import Tensor
 from overtok_megatron.config.derived import head_size, key_value_heads
 from overtok_megatron.errors import InputError
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.inference.stream import TextStream
+from overtok_megatron.inference.stream import TextStream, continuation
 from overtok_megatron.model.attention import DecodeStep, empty_cache
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.ngram.ids import MISSING
@@ -168,14 +168,25 @@ def stream_tokens(
 
 
 def generate_texts(
-    trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[str] = ()
+    trained: TrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stops: Sequence[str] = (),
+    *,
+    alone: bool = False,
 ) -> list[str]:
-    """Continuations of tokenised prompts as text, up to the first stop string (left out); else as `generate_tokens`."""
+    """Continuations of tokenised prompts as text, up to the first stop string (left out); else as `generate_tokens`.
+
+    The text is what the tokens spell behind their prompt; alone: what they spell without it.
+    """
+    tokenizer = trained.tokenizer
+    behind: list[Sequence[int]] = [() if alone else prompt for prompt in prompts]
     if not stops:  # then decoding at once is enough
-        return [trained.tokenizer.decode(tokens) for tokens in generate_tokens(trained, prompts, sampling)]
+        made = generate_tokens(trained, prompts, sampling)
+        return [continuation(tokenizer, before, tokens) for before, tokens in zip(behind, made, strict=True)]
     if not prompts:
         return []
-    streams = [TextStream(trained.tokenizer, stops) for _ in prompts]
+    streams = [TextStream(tokenizer, stops, before) for before in behind]
     for chosen in stream_tokens(trained, prompts, sampling):
         for stream, token in zip(streams, chosen, strict=True):
             if token is not None and not stream.stopped:
@@ -189,8 +200,9 @@ def generate_texts(
 
 def stream_texts(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
     """The continuation of one text in pieces as they are certain; joined they are what `generate` gives."""
-    stream = TextStream(trained.tokenizer)
-    for (token,) in stream_tokens(trained, [trained.tokenizer.encode(prompt)], sampling):
+    tokens = trained.tokenizer.encode(prompt)
+    stream = TextStream(trained.tokenizer, prompt=tokens)
+    for (token,) in stream_tokens(trained, [tokens], sampling):
         if token is not None:
             yield stream.add(token)
     yield stream.finish()

@@ -10,7 +10,9 @@ from overtok_megatron.checkpoint.dense import load_dense
 from overtok_megatron.checkpoint.mapped import MappedShard
 from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import FOLDER, load_tables
+from overtok_megatron.config.run_places import located, run_of
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.kept_tokenizer import find_tokenizer
 from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.rows import RowKernels
@@ -35,14 +37,20 @@ STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
 def load_trained(
-    run: Path, device: torch.device, storage: Storage = "device", precision: Literal["bf16", "fp32"] | None = None
+    run: Path,
+    device: torch.device,
+    storage: Storage = "device",
+    precision: Literal["bf16", "fp32"] | None = None,
+    tokenizer_path: Path | None = None,
 ) -> TrainedModel:
     """Load the model that `run` names.
 
     precision: to compute in; None = that of training.
     storage: tables beside the model, in host memory, or left on disk, where rows are read as they are needed; then the
     checksums of their files, which are as large as the tables, are not compared (`overtok checkpoint verify` does).
-    Raises CheckpointError where files are missing, damaged or do not fit, and where the tokenizer is another one.
+    tokenizer_path: where the run's tokenizer lies; None = it is looked for, in the run's folder and where it was.
+    The configuration names files as they lie now. Raises CheckpointError where files are missing, damaged or do not
+    fit, and where the tokenizer is another one.
     """
     path = find_checkpoint(run)
     manifest = read_manifest(path)
@@ -52,6 +60,8 @@ def load_trained(
         if name.endswith(".safetensors"):  # what is read here; a flipped byte would be a wrong text, not an error
             verify_file(path, name, manifest)
     config = RunConfig.model_validate(manifest.config)
+    section = find_tokenizer(config, run_of(path), manifest.tokenizer_fingerprint, tokenizer_path)
+    config = located(config, run_of(path)).model_copy(update={"tokenizer": section})
     if precision is not None:
         config = config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
     if storage != "mapped":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.inference.stream import token_text
 from overtok_megatron.serving.engine import TokenScore
 
 
@@ -37,22 +38,27 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def logprobs(scores: Sequence[TokenScore], tokenizer: Tokenizer, shift: int) -> dict[str, Any]:
-    """shift: characters of the answer before the text that the scores' offsets count from."""
+def logprobs(scores: Sequence[TokenScore], tokenizer: Tokenizer, shift: int, *, begun: bool) -> dict[str, Any]:
+    """shift: characters of the answer before the text that the scores' offsets count from. begun: whether text is before it,
+    in the answer or not: many tokenizers spell a token without its space at the begin of a text."""
+
+    def text(token: int, score: TokenScore) -> str:
+        return _token_text(token, tokenizer, begins=not (begun or score.offset))
+
     return {
-        "tokens": [token_text(score.token, tokenizer) for score in scores],
+        "tokens": [text(score.token, score) for score in scores],
         "token_logprobs": [score.logprob for score in scores],
         "top_logprobs": [
-            None if score.logprob is None else {token_text(token, tokenizer): value for token, value in score.top}
+            None if score.logprob is None else {text(token, score): value for token, value in score.top}
             for score in scores
         ],
         "text_offset": [score.offset + shift for score in scores],
     }
 
 
-def token_text(token: int, tokenizer: Tokenizer) -> str:
+def _token_text(token: int, tokenizer: Tokenizer, *, begins: bool) -> str:
     """A token as text; where it is no text of its own (a part of a character, the end of a document) by its number."""
-    text = tokenizer.decode([token])
+    text = token_text(tokenizer, token, begins=begins)
     return text if text and "\ufffd" not in text else f"token_id:{token}"
 
 

@@ -134,6 +134,7 @@ class CompletionResponse(Response):
                 prompt_scores=bool(request.echo) and request.logprobs is not None,
                 deadline=deadline,
                 deliver=deliver,
+                whole_characters=bool(request.echo) and completion.by_ids[index // completion.n],
             )
 
         return [job(index) for index in range(len(completion.prompts) * completion.n)]
@@ -205,8 +206,12 @@ class CompletionResponse(Response):
         tokenizer = self.service.trained.tokenizer
         shift = len(self._prompt_text(index))
         size = len(self.completion.prompts[index // self.completion.n])
+        begun = bool(self.completion.texts[index // self.completion.n])
         of_prompt = size if shift and scores and scores[0].logprob is None else 0
-        both = [logprobs(scores[:of_prompt], tokenizer, 0), logprobs(scores[of_prompt:], tokenizer, shift)]
+        both = [
+            logprobs(scores[:of_prompt], tokenizer, 0, begun=False),
+            logprobs(scores[of_prompt:], tokenizer, shift, begun=begun),
+        ]
         return {key: both[0][key] + both[1][key] for key in both[0]}
 
 

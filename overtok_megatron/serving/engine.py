@@ -57,6 +57,7 @@ class Piece:
 class Job:
     """One sequence to be continued by at most `max_new_tokens` (0: only its prompt's scores are wanted).
 
+    whole_characters: whether its text has all of a character that its prompt begins.
     top_scores: how many likeliest tokens are reported at each place; None = no scores. prompt_scores: of the prompt, too.
     deadline: by time.monotonic(). deliver: called on the engine's thread, the last time with a piece that has `finish`.
     """
@@ -69,6 +70,7 @@ class Job:
     prompt_scores: bool
     deadline: float
     deliver: Callable[[Piece], None]
+    whole_characters: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -77,7 +79,7 @@ class _Running:
 
     def __init__(self, job: Job, trained: TrainedModel, device: torch.device) -> None:
         self.job = job
-        self.stream = TextStream(trained.tokenizer, job.stops)
+        self.stream = TextStream(trained.tokenizer, job.stops, job.prompt, whole_characters=job.whole_characters)
         self.generator = torch.Generator(device=device).manual_seed(job.sampling.seed)
         self.count = 0
         self.token = -1
@@ -260,7 +262,7 @@ class Engine:
             self._running.append(one)
             self._prompt = None
         if one.job.max_new_tokens == 0:
-            self._leave(len(self._running) - 1, Piece("", prompt.scores, 0, "length"))
+            self._leave(len(self._running) - 1, Piece(one.stream.finish(), prompt.scores, 0, "length"))
         else:
             self._advance(len(self._running) - 1, logits, prompt.scores)
 

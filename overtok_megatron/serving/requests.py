@@ -72,11 +72,15 @@ class CompletionRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Completion:
-    """A request that can be served: its prompts as tokens and as text, and how each is continued."""
+    """A request that can be served: its prompts as tokens and as text, and how each is continued.
+
+    by_ids: which prompts were given as token ids. The text of those ends before a character that they only begin.
+    """
 
     request: CompletionRequest
     prompts: list[list[int]]
     texts: list[str]
+    by_ids: list[bool]
     max_new_tokens: int
     stops: list[str]
     n: int
@@ -106,7 +110,7 @@ def parse_completion(body: bytes, model: str, tokenizer: Tokenizer, limits: Limi
         _refuse("stop", f"at most {_MAX_STOPS} strings of 1 to {_MAX_STOP_CHARACTERS} characters")
     if request.stream_options is not None and not request.stream:
         _refuse("stream_options", "only with stream")
-    prompts, texts = _prompts(request.prompt, tokenizer, limits, n)
+    prompts, texts, by_ids = _prompts(request.prompt, tokenizer, limits, n)
     wanted = _DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
     if wanted == 0 and not request.echo:
         _refuse("max_tokens", "0 only with echo")
@@ -120,7 +124,7 @@ def parse_completion(body: bytes, model: str, tokenizer: Tokenizer, limits: Limi
             "prompt" if longest >= limits.context else "max_tokens",
             "context_length_exceeded",
         )
-    return Completion(request, prompts, texts, wanted, stops, n)
+    return Completion(request, prompts, texts, by_ids, wanted, stops, n)
 
 
 def _refuse(param: str, rule: str) -> NoReturn:
@@ -152,8 +156,10 @@ def _printable(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-def _prompts(prompt: Any, tokenizer: Tokenizer, limits: Limits, n: int) -> tuple[list[list[int]], list[str]]:
-    """(tokens, texts) of a text, a list of texts, a list of token ids, or a list of such lists."""
+def _prompts(
+    prompt: Any, tokenizer: Tokenizer, limits: Limits, n: int
+) -> tuple[list[list[int]], list[str], list[bool]]:
+    """(tokens, texts, whether given as ids) of a text, a list of texts, a list of token ids, or a list of such lists."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
@@ -174,9 +180,9 @@ def _prompts(prompt: Any, tokenizer: Tokenizer, limits: Limits, n: int) -> tuple
             texts.append(one)
         elif isinstance(one, list) and all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in one):
             tokens.append(one)
-            texts.append(tokenizer.decode(one))
+            texts.append(tokenizer.decode(one).rstrip("\ufffd"))
         else:
             _refuse("prompt", f"entry {number + 1} is neither a text nor token ids of 0 to {tokenizer.vocab_size - 1}")
         if not tokens[-1]:
             _refuse("prompt", f"entry {number + 1} is empty")
-    return tokens, texts
+    return tokens, texts, [not isinstance(one, str) for one in prompt]

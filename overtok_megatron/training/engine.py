@@ -94,14 +94,7 @@ class TrainingEngine:
             )
         self.router = RouterFigures(config, grid, device)
         self.optimizer = self._build_optimizer(model)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
-            self.engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=self.optimizer,
-                config=deepspeed_config.derive(config, grid.shape.world_size),
-                mpu=None if grid.shape.pipe > 1 else DeepSpeedTopology(grid),
-                dist_init_required=False,
-            )
+        self.engine = self._start_deepspeed(model)
         if type(self.engine.optimizer).__name__.startswith("FP16_"):
             # These two step once on zero gradients to make Adam's state, which would put its bias correction a step ahead.
             self.optimizer.state.clear()
@@ -109,6 +102,23 @@ class TrainingEngine:
         self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, load_engine_file)
         table_square = None if self.tables is None else self._collect_tables
         self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping, table_square)
+
+    def _start_deepspeed(self, model: Transformer | PipelineStage) -> Any:
+        """DeepSpeed's engine. Raises ConfigError where it cannot read what the user's `deepspeed` section adds."""
+        config, grid = self.config, self.grid
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+                return deepspeed.initialize(
+                    model=model,
+                    optimizer=self.optimizer,
+                    config=deepspeed_config.derive(config, grid.shape.world_size),
+                    mpu=None if grid.shape.pipe > 1 else DeepSpeedTopology(grid),
+                    dist_init_required=False,
+                )[0]
+        except Exception as error:  # its reader lets errors of any kind through
+            if not config.deepspeed or isinstance(error, RuntimeError | OSError | MemoryError):
+                raise
+            raise deepspeed_config.refused_by_deepspeed(config, error) from error
 
     def _build_model(self, eod_id: int) -> Transformer | PipelineStage:
         config, grid = self.config, self.grid

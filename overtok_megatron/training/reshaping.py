@@ -11,7 +11,7 @@ from overtok_megatron.checkpoint.dense import save_dense
 from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY, WHOLE, read_dense_states, stage_names, write_whole
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import merged_rows, write_rows
-from overtok_megatron.errors import CheckpointError
+from overtok_megatron.errors import CheckpointError, OutputError
 from overtok_megatron.model.assembly import DTYPES
 from overtok_megatron.run_folder import hold
 from overtok_megatron.training.dense_state import load_engine_file
@@ -21,8 +21,8 @@ def reshape(source: Path, output: Path) -> Path:
     """Write the checkpoint folder `source` anew below the run folder `output` and make it the latest there.
 
     `output` may be the run that `source` belongs to: it is replaced when the new one is complete. Raises CheckpointError
-    where `source` is damaged, or where another process writes into `output`. Memory: the weights and state of one pipeline
-    stage, or one file of rows.
+    where `source` is damaged, or where another process writes into `output`; OutputError where `output` is another run with
+    a checkpoint of this step. Memory: the weights and state of one pipeline stage, or one file of rows.
     """
     manifest = verify_checkpoint(source)
     if manifest.layout["zero_stage"] in (WHOLE, WEIGHTS_ONLY):
@@ -32,6 +32,9 @@ def reshape(source: Path, output: Path) -> Path:
 
 
 def _write(source: Path, manifest: Manifest, store: CheckpointStore) -> Path:
+    there = store.final(manifest.step)
+    if there.exists() and not there.samefile(source):  # of another run: it would be lost
+        raise OutputError(f"{there}: is there already; remove it, or name another --output")
     store.clean()
     folder = store.begin(manifest.step)
     stages = manifest.layout["pipeline_parallel_size"]

@@ -70,8 +70,10 @@ def save_tokenizer(path: Path) -> None:
     made.save(str(path))
 
 
-def over_encoded_run(run: Path, tokenizer: Path, model: dict[str, Any], over: dict[str, Any]) -> RunConfig:
-    """A run of random weights and rows, of every kind that is not zero."""
+def over_encoded_run(
+    run: Path, tokenizer: Path, model: dict[str, Any], over: dict[str, Any], data: dict[str, Any] | None = None
+) -> RunConfig:
+    """A run of random weights and rows, of every kind that is not zero; plain where over says {"enabled": False}."""
     kind = "hugging_face" if tokenizer.suffix == ".json" else "sentencepiece"
     eod = "</s>" if kind == "hugging_face" else None
     loaded = load_tokenizer(kind, tokenizer, eod)
@@ -79,20 +81,26 @@ def over_encoded_run(run: Path, tokenizer: Path, model: dict[str, Any], over: di
     config = RunConfig.model_validate(
         {
             "model": shape | {"vocab_size": loaded.vocab_size} | model,
-            "over_encoding": {"enabled": True, "table_rows": 5003, "init_std": 0.5, "collision_check": "warn"} | over,
+            "over_encoding": {"enabled": True, "table_rows": 5003, "init_std": 0.5, "collision_check": "warn"} | over
+            if over.get("enabled", True)
+            else over,
             "tokenizer": {"type": kind, "path": str(tokenizer), "eod_token": eod},
-            "data": {"train": "none", "seq_length": 64},
+            "data": {"train": "none", "seq_length": 64} | (data or {}),
             "optimizer": {"learning_rate": 1e-3},
             "training": {"output_directory": str(run), "micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1,
                          "precision": "fp32"},
         }
     )  # fmt: skip
     built = build_transformer(config, device=CPU)
+    dense = ((name, weight.detach()) for name, weight in built.named_parameters())
+    identity = {"eod_id": loaded.eod_id, "tokenizer_fingerprint": loaded.fingerprint()}
+    if not config.over_encoding.enabled:
+        write_weights(run, config, dense, (), **identity)
+        return config
     tables = build_tables(config, built.embedding.over_encoding, loaded.eod_id, device=CPU)
     rows = {name: column for name, column in tables.columns().items() if name in ("weight", "scale")}
     half = rows["weight"].shape[0] // 2
     pieces = [(begin, {name: column[begin:end].clone() for name, column in rows.items()})
               for begin, end in ((0, half), (half, rows["weight"].shape[0]))]  # fmt: skip
-    dense = ((name, weight.detach()) for name, weight in built.named_parameters())
-    write_weights(run, config, dense, pieces, eod_id=loaded.eod_id, tokenizer_fingerprint=loaded.fingerprint())
+    write_weights(run, config, dense, pieces, **identity)
     return config

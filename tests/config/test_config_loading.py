@@ -91,7 +91,7 @@ def test_a_stored_configuration_is_the_same(file: Path, tmp_path: Path) -> None:
         ("modle: {}\n", ["unknown key modle", "did you mean model?"]),
         ("hidden_size: 3\n", ["did you mean model.hidden_size?"]),
         ("model: {hidden_size: '32'}\n", [":1:", "model.hidden_size", "'32'", "valid integer"]),
-        ("model: {hidden_size: true}\n", ["model.hidden_size", "True"]),
+        ("model: {hidden_size: true}\n", ["model.hidden_size", "true"]),
         ("model: {hidden_size: 1.5}\n", ["model.hidden_size", "1.5"]),
         ("model: {hidden_size: 0}\n", ["model.hidden_size", "greater than or equal to 1"]),
         ("parallel: {zero_stage: 4}\n", ["parallel.zero_stage", "4", "less than or equal to 3"]),
@@ -131,3 +131,36 @@ def test_mistakes_in_overrides(file: Path, override: str) -> None:
         load_config(file, [override])
     assert "command line" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (MINIMAL.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (b"#" * 300_000, "is larger than 262144 bytes"),
+        (b"model: \0", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf" + MINIMAL.strip().encode())
+    assert load_config(file).config.model.hidden_size == 32
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_end_of_a_chain(file: Path) -> None:
+    for step in range(1500):
+        file.with_name(f"{step}.yaml").write_text(f"base: {step + 1}.yaml\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="merge some of them"):
+        load_config(file.with_name("0.yaml"))
+    for base in ("/dev/zero", "x" * 300, '"a\\0b"', "."):
+        child = file.with_name("child.yaml")
+        child.write_text(f"base: {base}\n", encoding="utf-8")
+        with pytest.raises(ConfigError):
+            load_config(child)

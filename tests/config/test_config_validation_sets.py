@@ -56,7 +56,7 @@ def test_names_add_up_over_files_and_overrides(run: Path, tmp_path: Path) -> Non
         ("{a: x, b: ./x}", ["has ./x twice, as a and as b; remove one"]),
         ("{a: x, a: y}", ["data.validation.a is given twice"]),
         ("{a: 5}", ["data.validation.a: 5", "should be a valid string"]),
-        ("{a: null}", ["data.validation.a: None", "should be a valid string"]),
+        ("{a: null}", ["data.validation.a: null", "should be a valid string"]),
         ("{a: ''}", ["data.validation.a: ''", "at least 1 character"]),
         ("{a: {b: x}}", ["data.validation.a: {'b': 'x'}", "should be a valid string"]),
         ("[{path: x, weight: 1}]", ["should be a valid string", "a mapping name: prefix"]),

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from overtok_megatron.data import compression
 from overtok_megatron.data.byte_tokenizer import ByteTokenizer
+from overtok_megatron.data.inputs import expand
 from overtok_megatron.data.prepare import Plan, prepare_sets
-from overtok_megatron.data.sources import Position, Reading, documents, expand, read_chunks, read_documents
+from overtok_megatron.data.sources import Position, Reading, documents, read_chunks, read_documents
 from overtok_megatron.errors import DataError
 
 TEXTS = [f'document {number} — naïve\n"quoted" {"x" * (number % 7)}' for number in range(1000)]

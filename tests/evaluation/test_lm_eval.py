@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from prefixed_tokenizers import save_prefixed
 from reference import hugging_face_model, hugging_face_names
 from trained_runs import CONTEXT, TrainedRuns
 from transformers import PreTrainedTokenizer
@@ -127,6 +129,22 @@ def test_generation(plain_model: TrainedModel, theirs: HFLM, settings: dict[str,
     expected = theirs.generate_until(requests, disable_tqdm=True)
     assert OvertokLM(trained=plain_model, batch_size=3).generate_until(requests, disable_tqdm=True) == expected
     assert any(expected)
+
+
+def test_generation_with_a_tokenizer_that_begins_with_a_space(plain_model: TrainedModel, tmp_path: Path) -> None:
+    """lm-eval's adapter decodes a continuation without its prompt: so does ours, and the space at its begin is not there."""
+    prefixed = replace(
+        plain_model, tokenizer=save_prefixed(tmp_path, plain_model.config.model.vocab_size)["sentencepiece"]
+    )
+    model = hugging_face_model(plain_model.config.model, max_position_embeddings=CONTEXT)
+    model.load_state_dict(hugging_face_names(plain_model.model))
+    model.generation_config.pad_token_id = 0
+    theirs = HFLM(pretrained=model.eval(), tokenizer=Wrapped(prefixed), batch_size=5, device="cpu", max_length=CONTEXT)
+    for until in ([], ["e "]):
+        prompts = [text(size, 11 * size).strip() for size in (4, 30, 90)]
+        requests = asked("generate_until", [(prompt, {"until": until, "max_gen_toks": 20}) for prompt in prompts])
+        expected = theirs.generate_until(requests, disable_tqdm=True)
+        assert OvertokLM(trained=prefixed, batch_size=3).generate_until(requests, disable_tqdm=True) == expected
 
 
 def test_what_cannot_be_asked(plain_model: TrainedModel) -> None:

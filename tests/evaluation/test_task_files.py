@@ -64,4 +64,4 @@ def test_sources_that_hold_none(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "damaged: holds no readable" in line(damaged)
     path.write_bytes(content[:30] + bytes(40) + content[70:])
     assert "damaged: holds no readable" in line(damaged)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,7 @@
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from trained_runs import TrainedRuns
 
 from overtok_megatron.data.corpus import sotu_files
 from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from overtok_megatron.inference.stream import TextStream
+from overtok_megatron.inference.stream import TextStream, continuation, token_text
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["a", "b", "\u2581", "\u2581a", "\u2581\u2581", "\u2581the", "##b", "b</w>", "</w>", "the</w>", " ", " .", "n't",
@@ -95,8 +95,10 @@ def ours(tokenizer_of: Callable[[str], Tokenizer]) -> Tokenizer:
     return tokenizer_of("ours")
 
 
-def pieces(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> tuple[list[str], TextStream]:
-    stream = TextStream(tokenizer, stops)
+def pieces(
+    tokenizer: Tokenizer, tokens: list[int], stops: list[str], prompt: Sequence[int] = ()
+) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer, stops, prompt)
     told = []
     for token in tokens:
         told.append(stream.add(token))
@@ -154,6 +156,83 @@ def test_nothing_behind_a_stop_string(tokenizer: Tokenizer, data: st.DataObject)
     assert (text, stream.stopped) == (whole, False)
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_text_behind_a_prompt(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Is what decoding both adds to decoding the prompt; with whole characters, to the prompt less one that it only begins."""
+    some = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20)
+    text = st.text(st.sampled_from("ab .\n\ufffd\u2581é中🙂"), max_size=12).map(tokenizer.encode)
+    both = data.draw(text | some) if data.draw(st.booleans()) else runs_of_tokens(data, tokenizer)
+    cut = data.draw(st.integers(0, len(both)))
+    prompt, tokens = both[:cut], both[cut:]
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(both)
+    expected = continuation(tokenizer, prompt, tokens)
+    assert whole.endswith(expected)
+    if whole.startswith(before):
+        assert expected == whole[len(before) :]
+    stream = TextStream(tokenizer, [], prompt)
+    told = [stream.add(token) for token in tokens]
+    assert "".join([*told, stream.finish()]) == stream.text == expected
+    assert stream.length == len(expected)
+    stream = TextStream(tokenizer, [], prompt, whole_characters=True)
+    told = [stream.add(token) for token in tokens]
+    behind = "".join([*told, stream.finish()])
+    shown = before.rstrip("\ufffd")
+    if whole.startswith(shown):
+        assert shown + behind == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_stop_string_behind_a_prompt(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Is looked for in the continuation alone."""
+    both = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=25))
+    cut = data.draw(st.integers(1, len(both)))
+    prompt, tokens = both[:cut], both[cut:]
+    whole = continuation(tokenizer, prompt, tokens)
+    begin = data.draw(st.integers(0, max(0, len(whole) - 1)))
+    stops = [stop for stop in (whole[begin : begin + data.draw(st.integers(1, 4))], " ") if stop]
+    stream = TextStream(tokenizer, stops, prompt)
+    for token in tokens:
+        if not stream.stopped:
+            stream.add(token)
+    stream.finish()
+    for end in range(1, len(tokens) + 1):
+        so_far = continuation(tokenizer, prompt, tokens[:end])
+        if places := [so_far.index(stop) for stop in stops if stop in so_far]:
+            assert (stream.text, stream.stopped) == (so_far[: min(places)], True)
+            return
+    assert (stream.text, stream.stopped) == (whole, False)
+
+
+@pytest.mark.parametrize("letter", ["é", "中", "🙂"])
+def test_a_character_on_both_sides_of_the_prompts_end(letter: str) -> None:
+    tokenizer = load_tokenizer("bytes", None)
+    tokens = list(f"a{letter}b".encode())
+    for cut in range(2, len(letter.encode()) + 1):
+        told = pieces(tokenizer, tokens[cut:], [], tokens[:cut])[0]
+        assert "".join(told) == f"{letter}b"  # and behind the prompt's text, which ends before the character
+        assert not any("\ufffd" in piece for piece in told)
+        wrong = [*tokens[:cut], ord("b")]
+        assert continuation(tokenizer, wrong[:cut], wrong[cut:]) == "b"
+        stream = TextStream(tokenizer, [], wrong[:cut], whole_characters=True)
+        assert stream.add(wrong[cut]) + stream.finish() == "\ufffdb"
+
+
+@pytest.mark.parametrize("kind", ["Llama's", "metaspace"])
+def test_a_space_begins_a_continuation(tokenizer_of: Callable[[str], Tokenizer], kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    prompt = tokenizer.encode("a")[-1:]
+    spaced, text = next(
+        (token, both[1:])
+        for token in range(tokenizer.vocab_size)
+        if (both := tokenizer.decode([*prompt, token])).startswith("a ")
+    )
+    assert pieces(tokenizer, [spaced], [], prompt)[0] == [text, ""]
+    assert token_text(tokenizer, spaced, begins=False) == continuation(tokenizer, prompt, [spaced]) == text
+    assert token_text(tokenizer, spaced, begins=True) == text[1:]
+
+
 class Counting:
     """Counts the tokens that are decoded."""
 
@@ -188,6 +267,16 @@ def test_the_cost_of_a_token_does_not_grow(tokenizer: Tokenizer, stops: list[str
         told, _ = pieces(counting, tokens, stops)
         assert "".join(told) == tokenizer.decode(tokens), name
         assert counting.tokens < 30 * len(tokens), name  # all at each token: 1000 times
+
+
+def test_the_cost_of_a_token_does_not_grow_with_its_prompt(tokenizer: Tokenizer) -> None:
+    """A hundred tokens behind two thousand."""
+    counting = Counting(tokenizer)
+    for name, tokens in sequences(tokenizer, 2100).items():
+        counting.tokens = 0
+        told, _ = pieces(counting, tokens[2000:], [], tokens[:2000])
+        assert "".join(told) == continuation(tokenizer, tokens[:2000], tokens[2000:]), name
+        assert counting.tokens < 60 * len(tokens), name  # all at each token: 100 times
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in LATE])

@@ -128,7 +128,12 @@ def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str])
     digest = manifest.with_name("manifest.sha256")
     kept = digest.read_text()
     digest.write_text(f"{hashlib.sha256(changed.encode()).hexdigest()}  manifest.json\n")
+    assert main((*generate, "x", "--max-new-tokens", "4")) == 0  # the run's folder holds the right one
+    assert "not the tokenizer" in one_line(capsys, *generate, "x", "--tokenizer", str(other))
+    copy = (run / "tokenizer.model").read_bytes()
+    (run / "tokenizer.model").write_bytes(other.read_bytes())
     assert "not the tokenizer" in one_line(capsys, *generate, "x")
+    (run / "tokenizer.model").write_bytes(copy)
     manifest.write_text(original)
     digest.write_text(kept)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import read_parts
@@ -22,16 +21,22 @@ from overtok_megatron.checkpoint.formats.hugging_face import (
     FAMILIES,
     family_of,
     hugging_face_values,
+    releases_of,
     require_transformers,
     to_theirs,
 )
 from overtok_megatron.checkpoint.formats.model_card import model_card
+from overtok_megatron.checkpoint.formats.rotary_form import release_4_values
 from overtok_megatron.checkpoint.formats.tensor_files import write_shards
 from overtok_megatron.checkpoint.formats.tokenizer_files import write_tokenizer
-from overtok_megatron.checkpoint.store import Manifest, sync, verify_checkpoint
+from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
+from overtok_megatron.checkpoint.writing import save_tensors
+from overtok_megatron.config.run_places import run_of
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.kept_tokenizer import find_tokenizer
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import refuse_used_folder, whole_folder
 from overtok_megatron.kernels.rows import SCATTER
 from overtok_megatron.model.assembly import row_space
 from overtok_megatron.ngram.sizing import STRIPES
@@ -39,45 +44,35 @@ from overtok_megatron.ngram.sizing import STRIPES
 TABLES_INDEX = "tables.index.json"
 MODELING = "modeling_overtok.py"
 _ENCODER = "embedding."  # what our names of the over-encoder have before theirs
-_PARTIAL = ".partial"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file."""
+    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file. tokenizer: the run's; None = looked for."""
 
     dtype: str | None = None
     max_shard_bytes: int = 5 * 10**9
+    tokenizer: Path | None = None
 
 
 def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> list[str]:
     """Write the checkpoint folder `source` as the Hugging Face folder `output`; returns notes for the user.
 
-    Raises CheckpointError where `source` is damaged, no family computes its model, or `output` holds files or cannot be
-    written; then nothing is left. Memory: one shard, or one file of rows.
+    Raises CheckpointError where `source` is damaged, no family computes its model, or `output` cannot be written, OutputError
+    where `output` holds files; then nothing is left. Memory: one shard, or one file of rows.
     """
     manifest = verify_checkpoint(source)
     config = RunConfig.model_validate(manifest.config)
+    section = find_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint, options.tokenizer)
+    config = config.model_copy(update={"tokenizer": section})
     values = config_values(config, manifest)
-    if output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output}: is not empty; name another output folder")
-    aside = output.with_name(output.name + _PARTIAL)
-    shutil.rmtree(aside, ignore_errors=True)
+    refuse_used_folder(output)
     try:
-        aside.mkdir(parents=True)
-        notes = _write(source, aside, manifest, config, values, options)
-        sync(aside)
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
+        with whole_folder(output) as aside:
+            return _write(source, aside, manifest, config, values, options)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"{output}: cannot be written ({' '.join(str(error).split())})") from None
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return notes
 
 
 def _write(
@@ -123,7 +118,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": None}
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(config.model, config.data.seq_length), **own)
-    values: dict[str, Any] = made.to_dict()
+    values: dict[str, Any] = made.to_dict() | release_4_values(config.model, family)
     if not config.over_encoding.enabled:
         return {**values, "architectures": [f"{name}ForCausalLM"]}
     module = MODELING.removesuffix(".py")
@@ -135,6 +130,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
             "AutoConfig": f"{module}.Overtok{name}Config",
             "AutoModelForCausalLM": f"{module}.Overtok{name}ForCausalLM",
         },
+        "transformers_releases": releases_of(config.model, fused=True),  # what the modelling file refuses others by
         "table_storage": "device",
         "over_encoding": encoder_settings(config, manifest.eod_id),
         "overtok": {  # what `overtok import` reads
@@ -190,8 +186,7 @@ def _write_rows(source: Path, folder: Path, most_bytes: int) -> int:
             part = {name: column[begin : begin + step].clone() for name, column in columns.items()}
             first, stop = start + begin, start + min(begin + step, weight.shape[0])
             name = f"tables-{len(files) + 1:05d}.safetensors"
-            save_file(part, folder / name, {"format": "pt", "start": str(first), "stop": str(stop)})
-            sync(folder / name)
+            save_tensors(part, folder / name, {"format": "pt", "start": str(first), "stop": str(stop)})
             files.append((name, first, stop))
             total += sum(column.nbytes for column in part.values())
     _write_json(folder / TABLES_INDEX, {"files": files})

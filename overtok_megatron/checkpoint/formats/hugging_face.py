@@ -11,26 +11,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overtok_megatron.checkpoint.formats.rotary_form import (
+    plain_parameters,
+    read_parameters,
+    read_scaling,
+    rope_parameters,
+)
 from overtok_megatron.config.derived import attention_windows
 from overtok_megatron.config.schema import ModelConfig
 from overtok_megatron.errors import CheckpointError
 
 FAMILIES = {"llama": "Llama", "olmo2": "Olmo2", "olmo3": "Olmo3", "olmoe": "Olmoe"}
-_ROPE_KEYS = {
-    "linear": {"factor"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"},
-}
 _LAYERS = {"full_attention": "full", "sliding_attention": "sliding"}
+RELEASES = ("4.57", "6.0")  # of transformers, that exports are written for: from one on, below the other
+_NEW_FORM = "5.0"  # from here on rotary parameters have one key, `rope_parameters`, and experts one tensor
+_BY_LAYER = "5.13"  # Olmo3 of releases 5.0 to 5.12 stretches sliding layers as well
 
 
 def require_transformers() -> Any:
-    """The library that knows the families' configurations. Raises CheckpointError where it is not installed."""
+    """The library that knows the families' configurations. Raises CheckpointError where it is not installed, or too old."""
+    install = "pip install 'overtok_megatron[hugging_face]'"
     try:
         import transformers
     except ImportError:
-        raise CheckpointError("transformers is not installed; pip install 'overtok_megatron[hugging_face]'") from None
+        raise CheckpointError(f"transformers is not installed; {install}") from None
+    first, end = _NEW_FORM, RELEASES[1]
+    if not int(first.split(".")[0]) <= int(transformers.__version__.split(".")[0]) < int(end.split(".")[0]):
+        raise CheckpointError(
+            f"transformers {transformers.__version__} is installed; import and export need {first} or later, below {end}; "
+            f"{install}"
+        )
     return transformers
+
+
+def releases_of(model: ModelConfig, *, fused: bool = False) -> list[tuple[str, str]]:
+    """The releases of transformers that compute an exported model, as spans: from one on, below the other.
+
+    fused: whether its experts are exported together, which 4.57 does not load (it would begin with random ones). 4.57 knows
+    no stretched angles but linear ones in Olmo2, and refuses the others.
+    """
+    family, scaling = family_of(model), model.rope_scaling
+    if (family == "olmoe" and fused) or (family == "olmo2" and scaling is not None and scaling.type != "linear"):
+        return [(_NEW_FORM, RELEASES[1])]
+    if family == "olmo3" and scaling is not None:
+        return [(RELEASES[0], _NEW_FORM), (_BY_LAYER, RELEASES[1])]
+    return [RELEASES]
 
 
 def family_of(model: ModelConfig) -> str:
@@ -66,19 +91,12 @@ def hugging_face_values(model: ModelConfig, max_position_embeddings: int) -> dic
         "initializer_range": model.init_std,
         "max_position_embeddings": max_position_embeddings,
     }
-    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    rope = plain
-    if model.rope_scaling is not None:
-        section = model.rope_scaling.model_dump(exclude_none=True)
-        defaults = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if section["type"] == "llama3" else {}
-        rope = {"rope_theta": model.rope_theta, **defaults, **section, "rope_type": section.pop("type")}
-        rope.pop("type", None)
-    family = family_of(model)
+    rope, family = rope_parameters(model), family_of(model)
     if family == "olmo3":
         kinds = {None: "full_attention", model.sliding_window: "sliding_attention"}
         values["layer_types"] = [kinds[window] for window in attention_windows(model)]
         values["sliding_window"] = model.sliding_window
-        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": plain}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": plain_parameters(model)}
     else:
         values["rope_parameters"] = rope
     if model.head_size is not None:
@@ -109,7 +127,7 @@ def model_section(values: dict[str, Any], place: str) -> ModelConfig:
             raise refuse(key, f"only {wanted} is supported")
     if values.get("quantization_config") is not None:
         raise refuse("quantization_config", "only unquantised weights are read; save them dequantised first")
-    rope, sliding = _rope_of(values, place)
+    rope, sliding = read_parameters(values, place)
     heads, size = values["num_attention_heads"], values["hidden_size"]
     head_size = values.get("head_dim")
     section: dict[str, Any] = {
@@ -123,7 +141,7 @@ def model_section(values: dict[str, Any], place: str) -> ModelConfig:
         "norm_placement": "pre" if family in ("llama", "olmoe") else "post",
         "qk_norm": "none" if family == "llama" else "full",
         "rope_theta": float(rope.pop("rope_theta")),
-        "rope_scaling": _scaling(rope, place),
+        "rope_scaling": read_scaling(rope, place),
         "norm_epsilon": values["rms_norm_eps"],
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
         "init_std": values.get("initializer_range") or 0.02,
@@ -137,37 +155,6 @@ def model_section(values: dict[str, Any], place: str) -> ModelConfig:
         section["normalize_expert_weights"] = values["norm_topk_prob"]
         section["router_aux_loss_weight"] = float(values["router_aux_loss_coef"])
     return ModelConfig.model_validate(section)
-
-
-def _rope_of(values: dict[str, Any], place: str) -> tuple[dict[str, Any], bool]:
-    """The rotary parameters of layers with full attention, and whether there are sliding ones."""
-    rope = dict(values["rope_parameters"])
-    kinds = values.get("layer_types") or []
-    if "rope_type" in rope:
-        return rope, "sliding_attention" in kinds and values["model_type"] == "olmo3"
-    full, sliding = dict(rope["full_attention"]), dict(rope["sliding_attention"])
-    if "sliding_attention" not in kinds:
-        return full, False
-    if sliding.get("rope_type") != "default" or sliding["rope_theta"] != full["rope_theta"]:
-        raise CheckpointError(
-            f"{place}: rope_parameters: {sliding} for sliding layers; they must be default, with the theta of the others"
-        )
-    return full, True
-
-
-def _scaling(rope: dict[str, Any], place: str) -> dict[str, Any] | None:
-    kind = rope.pop("rope_type")
-    if kind == "default":
-        return None
-    given = {key: value for key, value in rope.items() if value is not None}
-    if kind not in _ROPE_KEYS:
-        raise CheckpointError(f"{place}: rope_parameters.rope_type: {kind}; {', '.join(_ROPE_KEYS)} are supported")
-    strangers = given.keys() - _ROPE_KEYS[kind]
-    if strangers:
-        name = min(strangers)
-        raise CheckpointError(f"{place}: rope_parameters.{name}: {given[name]}; not supported with rope_type {kind}")
-    numbers = {key: value if key.startswith("original") else float(value) for key, value in given.items()}
-    return {"type": kind, **numbers}
 
 
 @dataclass(frozen=True)

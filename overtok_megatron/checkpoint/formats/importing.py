@@ -22,7 +22,8 @@ from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.data.tokenizer import load_tokenizer
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.run_folder import hold, is_empty
+from overtok_megatron.files import read_text, refuse_used_folder
+from overtok_megatron.run_folder import hold
 
 _ENCODER = "over_encoding."  # of names in an exported folder
 _FILES = {"hugging_face": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -32,11 +33,12 @@ def import_folder(source: Path, run: Path, *, tokenizer: Path | None = None, eod
     """Write the model of a Hugging Face folder below the run folder `run`; returns the checkpoint's folder.
 
     tokenizer: a tokenizer.json or sentencepiece model instead of the folder's own. eod_token: what ends documents instead
-    of the model's end-of-sequence token. Raises CheckpointError or DataError, naming what is not supported; nothing is left.
+    of the model's end-of-sequence token. Raises CheckpointError or DataError, naming what is not supported, OutputError where
+    `run` holds files; nothing is left.
     """
     config_file = source / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(read_text(config_file))
         own = raw.get("overtok")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -48,8 +50,7 @@ def import_folder(source: Path, run: Path, *, tokenizer: Path | None = None, eod
     else:
         model = ModelConfig.model_validate(own["model"])
         over = OverEncodingConfig.model_validate(own["over_encoding"])
-    if not is_empty(run):
-        raise CheckpointError(f"{run}: is not empty; name another output folder")
+    refuse_used_folder(run)
     with hold(run, "overtok import"):
         return _write(source, run, raw, files, (model, over), tokenizer=tokenizer, eod_token=eod_token)
 
@@ -65,8 +66,7 @@ def _write(
     eod_token: str | None,
 ) -> Path:
     model, over = sections
-    if not is_empty(run):  # another import was faster
-        raise CheckpointError(f"{run}: is not empty; name another output folder")
+    refuse_used_folder(run)  # once more: another import may have been faster
     own = raw.get("overtok")
     try:
         section, eod_id, fingerprint = _copy_tokenizer(source, run, raw, tokenizer, eod_token, model.vocab_size)
@@ -144,7 +144,7 @@ def _dense(files: TensorFiles, model: ModelConfig) -> Iterator[tuple[str, Tensor
 def _rows(source: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
     index = source / TABLES_INDEX
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))["files"]
+        entries = json.loads(read_text(index))["files"]
         files = [(str(name), int(start)) for name, start, _ in entries]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{index}: unreadable ({error})") from None
@@ -191,7 +191,7 @@ def _token_of(file: Path, ids: int | list[int] | None) -> str | None:
     """The text of the model's (first) end-of-sequence token, None where it names none."""
     number = ids[0] if isinstance(ids, list) else ids
     try:
-        added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
+        added = json.loads(read_text(file)).get("added_tokens", [])
         return next((str(token["content"]) for token in added if token["id"] == number), None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None  # loading it says what is wrong

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.checkpoint.formats.hugging_face import releases_of
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.counts import parameter_counts, table_shape
 from overtok_megatron.config.schema import RunConfig
@@ -30,12 +31,15 @@ def model_card(
     """Markdown. size: bytes of all tensors; values: config.json; notes: what else a reader must know."""
     count = parameter_counts(config)
     over = config.over_encoding
+    spans = releases_of(config.model, fused=over.enabled)
+    releases = ", or ".join(f"{first} or later, below {end}" for first, end in spans)
     rows = [
         ("architecture", values["architectures"][0]),
         ("parameters, dense", f"{count.dense:,}"),
         ("parameters, n-gram tables", f"{count.tables:,}"),
         ("vocabulary", f"{config.model.vocab_size:,}"),
         ("context", f"{config.data.seq_length:,} tokens"),
+        ("transformers", f"{releases}; other releases may compute something else"),
         ("weights", f"{values['dtype']}, {size:,} bytes in all"),
         ("training steps", f"{manifest.step:,} ({manifest.consumed_samples * config.data.seq_length:,} tokens)"),
     ]

@@ -1,6 +1,6 @@
 """An over-encoded language model for transformers: a family's own model, whose input embedding has hashed n-grams joined to it.
 
-This file lies beside the weights and needs torch, transformers and safetensors only. The n-gram tables are in
+This file lies beside the weights and needs torch, transformers (4.57, or 5) and safetensors only. The n-gram tables are in
 `tables-*.safetensors`, listed in `tables.index.json`. `table_storage` of the configuration, or of from_pretrained, says where
 their rows are kept:
 
@@ -21,9 +21,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
+
+_RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if not (4, 57) <= _RELEASE < (6, 0):  # before the next import, which fails in an older one without saying why
+    raise ImportError(
+        f"transformers {transformers.__version__} is installed; this model is computed by 4.57 or later, below 6.0"
+    )
+
+from transformers import (  # noqa: E402
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,7 +42,7 @@ from transformers import (
     OlmoeConfig,
     OlmoeForCausalLM,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file  # noqa: E402
 
 INDEX = "tables.index.json"
 _MISSING = -1  # stands for "no token here": before a sequence begins, left padding
@@ -43,28 +51,49 @@ _STORAGES = ("device", "cpu", "mapped")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class OvertokLlamaConfig(LlamaConfig):
+class _Released:
+    """Mixed into a family's configuration: refuses releases of transformers that would compute something else of it."""
+
+    transformers_releases: list | None = None  # spans: from one on, below the other
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
+        spans = config_dict.get("transformers_releases") or [("4.57", "6.0")]
+        if not any(_release(first) <= _RELEASE < _release(end) for first, end in spans):
+            wanted = ", or ".join(f"{first} or later, below {end}" for first, end in spans)
+            raise ImportError(
+                f"transformers {transformers.__version__} is installed, and would compute something else than this model "
+                f"({config_dict.get('model_type')}) does; install {wanted}"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+class OvertokLlamaConfig(_Released, LlamaConfig):
     model_type = "overtok_llama"
     over_encoding: dict | None = None
     overtok: dict | None = None
     table_storage: str = "device"
 
 
-class OvertokOlmo2Config(Olmo2Config):
+class OvertokOlmo2Config(_Released, Olmo2Config):
     model_type = "overtok_olmo2"
     over_encoding: dict | None = None
     overtok: dict | None = None
     table_storage: str = "device"
 
 
-class OvertokOlmo3Config(Olmo3Config):
+class OvertokOlmo3Config(_Released, Olmo3Config):
     model_type = "overtok_olmo3"
     over_encoding: dict | None = None
     overtok: dict | None = None
     table_storage: str = "device"
 
 
-class OvertokOlmoeConfig(OlmoeConfig):
+class OvertokOlmoeConfig(_Released, OlmoeConfig):
     model_type = "overtok_olmoe"
     over_encoding: dict | None = None
     overtok: dict | None = None

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
-from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import read_text
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -37,7 +37,7 @@ class TensorFiles:
 
     def _read_index(self, index: Path) -> dict[str, str]:
         try:
-            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files: dict[str, str] = json.loads(read_text(index))["weight_map"]
             names = set(files.values())
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: unreadable ({error})") from None
@@ -69,8 +69,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], most_bytes
 
     def flush() -> None:
         path = folder / f"piece-{len(pieces)}.safetensors"
-        save_file(held, path, {"format": "pt"})
-        sync(path)
+        save_tensors(held, path, {"format": "pt"})
         pieces.append((path, list(held)))
         held.clear()
 

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from overtok_megatron.checkpoint.formats.passage import PASSAGE
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizer import load_tokenizer
+from overtok_megatron.files import read_text
 
 _FILE = "tokenizer.json"
 _SPACE = "\u2581"  # sentencepiece's sign for a space
@@ -28,7 +29,10 @@ def write_tokenizer(config: RunConfig, folder: Path, eod_id: int) -> list[str]:
     if section.type == "hugging_face":
         assert section.path is not None
         path = Path(section.path)
-        shutil.copyfile(path / _FILE if path.is_dir() else path, folder / _FILE)
+        text = read_text(
+            path / _FILE if path.is_dir() else path
+        )  # without a byte-order mark, which the library refuses
+        (folder / _FILE).write_bytes(text.encode())
     elif section.type == "sentencepiece":
         assert section.path is not None
         shutil.copyfile(section.path, folder / "tokenizer.model")

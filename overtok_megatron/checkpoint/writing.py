@@ -1,0 +1,19 @@
+"""Tensors to a safetensors file, as every part of a checkpoint and of an exported model is written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from overtok_megatron.files import follow_umask, sync
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write one file and sync it. Its mode follows the umask: the library alone leaves it to its owner (0600).
+
+    Raises SafetensorError or OSError as the library and the disk do.
+    """
+    save_file(dict(tensors), path, metadata)
+    follow_umask(path)
+    sync(path)

@@ -1,0 +1,61 @@
+"""Whether a machine can hold what a configuration asks of it: any machine, or a given one."""
+
+from collections.abc import Callable
+
+from overtok_megatron.config.counts import bytes_per_rank
+from overtok_megatron.config.derived import accumulation_steps
+from overtok_megatron.config.schema import RunConfig
+
+MOST_BYTES = 2**46  # 64 TiB: twice the memory of the largest single machines on sale
+_TIB, _GIB = 2**40, 2**30
+_SMALLER_BATCH = "use a smaller batch or a shorter data.seq_length"
+
+Need = Callable[[bool, str, object, str], None]  # as in model_rules.py
+
+
+def check_capacity(config: RunConfig, world_size: int, need: Need) -> None:
+    """The state, one micro-batch's residual stream and one step's tokens of a rank must each fit into MOST_BYTES."""
+    smaller = f"use a smaller model, or more than {world_size} ranks"
+    for (key, value, held, name), way_out in zip(
+        _parts(config, world_size), (smaller, smaller, _SMALLER_BATCH, _SMALLER_BATCH), strict=True
+    ):
+        need(
+            held <= MOST_BYTES,
+            key,
+            value,
+            f"makes {held / _TIB:,.0f} TiB of {name} on one rank, and no machine holds more than {MOST_BYTES // _TIB}; "
+            f"{way_out}",
+        )
+
+
+def check_host(config: RunConfig, processes: int, memory: int, need: Need) -> None:
+    """All ranks of a run whose `processes` ranks share the `memory` bytes of one host must fit into it.
+
+    What is counted is needed in any case; activations and libraries come on top.
+    """
+    parts = _parts(config, processes)
+    total = processes * sum(held for _, _, held, _ in parts)
+    key, value, held, name = max(parts, key=lambda part: part[2])
+    need(
+        total <= memory,
+        key,
+        value,
+        f"the run needs at least {total / _GIB:,.1f} GiB, of which {processes * held / _GIB:,.1f} are {name}, and this host "
+        f"has {memory / _GIB:,.1f}; use a smaller one",
+    )
+
+
+def _parts(config: RunConfig, world_size: int) -> list[tuple[str, object, int, str]]:
+    """What the fullest rank holds: (the key that makes it large, its value, bytes, name)."""
+    size = bytes_per_rank(config, world_size)
+    tables = size.table_rows + size.table_state
+    over, model, training = config.over_encoding, config.model, config.training
+    length = config.data.seq_length // config.parallel.context_parallel_size
+    residual = training.micro_batch_size * length * model.hidden_size * (2 if training.precision == "bf16" else 4)
+    tokens = accumulation_steps(config, world_size) * training.micro_batch_size * (config.data.seq_length + 1) * 8
+    return [
+        ("over_encoding.table_rows", over.table_rows, tables, "n-gram tables"),
+        ("model.hidden_size", model.hidden_size, size.total - tables, "dense weights and their optimizer"),
+        ("training.micro_batch_size", training.micro_batch_size, residual, "activations between two layers"),
+        ("training.global_batch_size", training.global_batch_size, tokens, "tokens per step"),
+    ]

@@ -1,0 +1,84 @@
+"""Where the files that a run's configuration names lie now, if the run was moved, renamed, or is used from another folder.
+
+A path in a configuration that a user writes starts from the current folder. For a run that is there, a relative path that leads
+nowhere from the current folder starts from the folder in which the run was trained, as its output folder's name tells; and what
+lay in the run's folder is looked for there, wherever that folder is. Knows no file's content.
+"""
+
+from collections.abc import Callable, Iterator
+from os.path import normpath
+from pathlib import Path
+
+from overtok_megatron.config.loading import COMMAND_LINE, LoadedConfig
+from overtok_megatron.config.schema import RunConfig
+
+CHECKPOINTS = "checkpoints"  # what makes a folder a run's
+_RESOLVED = "config.yaml"
+_SET_FILES = (".json", ".idx", ".bin")
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint's folder belongs to; None where it lies alone."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == CHECKPOINTS else None
+
+
+def places(path: str, config: RunConfig, run: Path | None) -> Iterator[Path]:
+    """Where the file `path` of a run's configuration may lie, the likeliest first. run: its folder; None = not known."""
+    yield Path(path)
+    if run is None:
+        return
+    recorded, run = Path(normpath(config.training.output_directory)), run.resolve()
+    if Path(normpath(path)).is_relative_to(recorded):  # it lay in the run's folder
+        yield run / Path(normpath(path)).relative_to(recorded)
+    depth = len(recorded.parts)
+    same = run.parent.parts[len(run.parts) - depth :] == recorded.parts[:-1]  # at most the run's own name has changed
+    if not Path(path).is_absolute() and not recorded.is_absolute() and same and ".." not in recorded.parts:
+        yield Path(*run.parts[: len(run.parts) - depth]) / path
+
+
+def set_exists(prefix: Path) -> bool:
+    """Whether any file of a prepared set is there; opening it says which is missing."""
+    return any(Path(f"{prefix}{suffix}").is_file() for suffix in _SET_FILES)
+
+
+def located(config: RunConfig, run: Path | None) -> RunConfig:
+    """A run's configuration with its sets' prefixes and its initial checkpoint as they lie now; what is not found stays."""
+
+    def find(path: str, exists: Callable[[Path], bool] = set_exists) -> str:
+        return next((str(place) for place in places(path, config, run) if exists(place)), path)
+
+    data, initial = config.data, config.training.initial_checkpoint
+    train = (
+        find(data.train)
+        if isinstance(data.train, str)
+        else [one.model_copy(update={"path": find(one.path)}) for one in data.train]
+    )
+    given = data.validation
+    validation = {name: find(prefix) for name, prefix in given.items()} if isinstance(given, dict) else given
+    sets = {"train": train, "validation": find(validation) if isinstance(validation, str) else validation}
+    start = {"initial_checkpoint": None if initial is None else find(initial, Path.exists)}
+    return config.model_copy(
+        update={"data": data.model_copy(update=sets), "training": config.training.model_copy(update=start)}
+    )
+
+
+def own_run(loaded: LoadedConfig, path: Path) -> Path | None:
+    """The folder of the run whose own resolved configuration `path` is, where it has moved since, or is not seen from here.
+
+    None for any other configuration, and where the command line names an output folder.
+    """
+    folder = path.parent.resolve()
+    key = "training.output_directory"
+    if path.name != _RESOLVED or not (folder / CHECKPOINTS).is_dir() or loaded.locate(key) == COMMAND_LINE:
+        return None
+    if not loaded.locate(key).startswith(f"{path}:"):  # a configuration of a user's that inherits from the run's
+        return None
+    return None if Path(loaded.config.training.output_directory).resolve() == folder else folder
+
+
+def moved_here(loaded: LoadedConfig, run: Path) -> LoadedConfig:
+    """The configuration of a run that lies in the folder `run`, with everything that it names as it lies now."""
+    config = located(loaded.config, run)
+    place = config.training.model_copy(update={"output_directory": str(run)})
+    return LoadedConfig(config.model_copy(update={"training": place}), loaded.provenance)
