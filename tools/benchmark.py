@@ -267,6 +267,8 @@ def main() -> int:
     options.device = CPU if asks_for_cpu(os.environ) else default_device()
     environment = rank_environment(os.environ, 1, deterministic=False, cuda=options.device.type == "cuda")
     restore_visible_devices(environment)
+    if "PYTHONSAFEPATH" not in os.environ:  # which hides the modules beside this file
+        del environment["PYTHONSAFEPATH"]
     if environment != dict(os.environ):  # the allocator reads its settings when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     torch.set_num_threads(options.threads)
