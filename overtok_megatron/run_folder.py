@@ -127,7 +127,8 @@ class RunLock:
             if not self._is_current(name):
                 self._close(name)  # its last holder took it out of the folder meanwhile
         if record:
-            _Holder(socket.gethostname(), os.getpid(), self._work).write(self._files[name])
+            own = _Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), self._work)
+            own.write(self._files[name])
 
     def _close(self, name: str) -> None:
         file = self._files.pop(name, None)
@@ -148,6 +149,7 @@ class _Holder:
 
     host: str
     process: int
+    started: float  # seconds since the epoch; containers give the same process ids, and some the same host names
     work: str
 
     def __str__(self) -> str:
@@ -168,7 +170,8 @@ class _Holder:
 
     def is_above(self) -> bool:
         """Whether this process descends from it."""
-        return self.host == socket.gethostname() and self.process in {one.pid for one in psutil.Process().parents()}
+        above = {one.pid: one.create_time() for one in psutil.Process().parents()}
+        return self.host == socket.gethostname() and abs(above.get(self.process, 0.0) - self.started) < 2.0
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from one_line import fails
 
@@ -109,10 +110,20 @@ def test_ranks_without_a_command_above_them_hold_the_folder(tmp_path: Path) -> N
 
 def test_a_record_of_a_dead_holder_lets_nobody_in_below_it(tmp_path: Path) -> None:
     """A process id comes again, in containers above all: the record of a parent's namesake is no lock."""
-    (tmp_path / COMMAND).write_text(json.dumps({"host": os.uname().nodename, "process": os.getpid(), "work": "train"}))
+    record = {"host": os.uname().nodename, "process": os.getpid(), "started": psutil.Process().create_time()}
+    (tmp_path / COMMAND).write_text(json.dumps(record | {"work": "train"}))
     first = start("first rank", tmp_path)
     assert json.loads((tmp_path / COMMAND).read_text())["process"] == first.pid
     first.communicate("\n")
+
+
+def test_a_namesake_of_a_process_above_lets_nobody_in(tmp_path: Path) -> None:
+    """Nor while the lock is held, by another of the same number: it began at another time."""
+    holder = start("reshape", tmp_path)
+    record = json.loads((tmp_path / COMMAND).read_text())
+    (tmp_path / COMMAND).write_text(json.dumps(record | {"process": os.getppid(), "started": 60.0}))
+    fails(lambda: RunLock(tmp_path, "train").take_for_ranks(), "in use by process")
+    holder.communicate("\n")
 
 
 def fail_in(folder: Path, *names: str) -> None:
