@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.commands.arguments import positive
-from overtok_megatron.commands.models import carried_tokenizer
+from overtok_megatron.commands.models import carried_tokenizer, carry_tokenizer
 
 
 def _inspect_checkpoint(options: argparse.Namespace) -> int:
@@ -34,7 +34,6 @@ def _reshape_checkpoint(options: argparse.Namespace) -> int:
     from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
     from overtok_megatron.config.run_places import run_of
     from overtok_megatron.config.schema import RunConfig
-    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
     from overtok_megatron.training.reshaping import reshape
 
     source = find_checkpoint(Path(options.checkpoint))
@@ -43,9 +42,7 @@ def _reshape_checkpoint(options: argparse.Namespace) -> int:
     if options.output:
         manifest = read_manifest(find_checkpoint(output))
         config = RunConfig.model_validate(manifest.config)
-        section = carried_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint)
-        if section is not None:
-            keep_tokenizer(section, output)
+        carry_tokenizer(*carried_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint), output)
     return 0
 
 

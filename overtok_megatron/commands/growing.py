@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.commands.models import add_tokenizer, carried_tokenizer, tokenizer_of
+from overtok_megatron.commands.models import add_tokenizer, carried_tokenizer, carry_tokenizer, tokenizer_of
 
 
 def _grow(options: argparse.Namespace) -> int:
@@ -14,7 +14,6 @@ def _grow(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import change_config, save_resolved
     from overtok_megatron.config.run_places import located, run_of
     from overtok_megatron.config.schema import RunConfig
-    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
     from overtok_megatron.errors import ConfigError
     from overtok_megatron.files import refuse_used_folder
     from overtok_megatron.run_folder import hold
@@ -22,7 +21,7 @@ def _grow(options: argparse.Namespace) -> int:
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
     manifest, run = read_manifest(source), run_of(source)
     old = located(RunConfig.model_validate(manifest.config), run)
-    section = carried_tokenizer(old, run, manifest.tokenizer_fingerprint, tokenizer_of(options))
+    section, reason = carried_tokenizer(old, run, manifest.tokenizer_fingerprint, tokenizer_of(options))
     old = old.model_copy(update={"tokenizer": section or old.tokenizer})
     grown = grow_config(old, [parse_tables(text) for text in options.tables], freeze=options.freeze)
     refuse_used_folder(output, but=("checkpoints", HEAPS))  # these two a killed call leaves
@@ -34,8 +33,7 @@ def _grow(options: argparse.Namespace) -> int:
         raise ConfigError(f"training.output_directory: {place}; --output says where the new run lies: leave it out")
     with hold(output, "overtok grow"):
         path = grow(source, output, loaded.config, loaded.locate)
-        if section is not None:
-            keep_tokenizer(section, output)
+        carry_tokenizer(section, reason, output)
         save_resolved(loaded.config, output / "config.yaml")
     print(f"{path}: the model of {source} with more tables; go on with overtok train {output / 'config.yaml'}")
     return 0

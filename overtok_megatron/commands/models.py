@@ -40,17 +40,26 @@ def tokenizer_of(options: argparse.Namespace) -> Path | None:
 
 def carried_tokenizer(
     config: "RunConfig", run: Path | None, fingerprint: str, given: Path | None = None
-) -> "TokenizerConfig | None":
-    """The tokenizer that a run made of another one is to hold, as `find_tokenizer`; None, and a line that says so, without."""
+) -> "tuple[TokenizerConfig | None, str]":
+    """(the tokenizer that a run made of another one is to hold, as `find_tokenizer`; why there is none, where None)."""
     from overtok_megatron.data.kept_tokenizer import find_tokenizer
 
     try:
-        return find_tokenizer(config, run, fingerprint, given)
+        return find_tokenizer(config, run, fingerprint, given), ""
     except CheckpointError as error:
         if given is not None:
             raise
-        print(f"warning: the new run holds no tokenizer: {error}", file=sys.stderr)
-        return None
+        return None, str(error)
+
+
+def carry_tokenizer(section: "TokenizerConfig | None", reason: str, output: Path) -> None:
+    """Put what `carried_tokenizer` found into the new run's folder, or say that it is not there."""
+    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
+
+    if section is None:
+        print(f"warning: {output} holds no tokenizer: {reason}", file=sys.stderr)
+    else:
+        keep_tokenizer(section, output)
 
 
 def load_model(options: argparse.Namespace, run: Path | None = None) -> "TrainedModel":
