@@ -7,6 +7,7 @@ overhead: whole runs of the quickstart's two models in turn: what over-encoding 
 mapped: generation with the tables in a file, beside the same in memory.
 saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
 prepare: a corpus to a dataset on disk, beside the tokenizer library's own encoding of the same text in memory.
+waiting: small parallel loops beside other work, for each way in which OpenMP threads may wait for one another.
 Each states its physical limit: the matrix products alone, at the speed of one large product on the same threads.
 """
 
@@ -28,6 +29,7 @@ from measuring import alternate, configuration, single_process
 from overhead_benchmark import overhead
 from table_benchmark import mapped, tables
 from torch import Tensor
+from waiting_benchmark import waiting
 
 from overtok_megatron.config.counts import flops_per_token
 from overtok_megatron.config.schema import RunConfig
@@ -263,6 +265,9 @@ def main() -> int:
     verb.add_argument("--copies", type=int, default=4, help="of the quickstart's corpus, 12 MB each")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     verb.set_defaults(run=prepare_speed)
+    verb = verbs.add_parser("waiting", help="OpenMP threads on an idle machine and beside other work")
+    verb.add_argument("--busy", type=int, default=2, help="processes beside it at most, that use a core each")
+    verb.set_defaults(run=waiting)
     options = parser.parse_args()
     options.device = CPU if asks_for_cpu(os.environ) else default_device()
     environment = rank_environment(os.environ, 1, deterministic=False, cuda=options.device.type == "cuda")
