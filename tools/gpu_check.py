@@ -25,17 +25,17 @@ from gpu_checks.workers import Workers
 from overtok_megatron.environment import asks_for_cpu
 from overtok_megatron.parallel.devices import num_accelerators
 
-_SECONDS = {False: 600.0, True: 240.0}  # after which no further check begins, long and quick
+_SECONDS = {False: 600.0, True: 120.0}  # after which no further check begins, long and quick
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the short form, meant for two minutes instead of ten")
+    parser.add_argument("--quick", action="store_true", help="the short form: two minutes instead of ten")
     parser.add_argument("--processes", type=int, default=1, help="check so many GPUs together (ranks over gloo on CPU)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="checks whose names begin with one of these")
     parser.add_argument("--list", action="store_true", help="print the names of the checks and leave")
     parser.add_argument("--json", type=Path, help="write results, versions and tracebacks to this file")
-    parser.add_argument("--seconds", type=float, help="after which no further check begins (600; with --quick 240)")
+    parser.add_argument("--seconds", type=float, help="after which no further check begins (600; with --quick 120)")
     parser.add_argument("--folder", help="where scratch files are written (default: the system's temporary folder)")
     options = parser.parse_args(arguments)
     ranks, cuda = options.processes, _uses_cuda()
