@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
 from trained_runs import TrainedRuns
 from trained_runs import configuration as tiny_run
 
-from overtok_megatron.checkpoint.store import CheckpointStore, Digest
+from overtok_megatron.checkpoint.store import CheckpointStore, Digest, file_digest
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError, DataError
 from overtok_megatron.training import loop, saving, state
@@ -60,9 +61,26 @@ def run(trainer: TrainingEngine, steps: range) -> list[float]:
     return [trainer.step(part, 3e-3).loss for part in parts]
 
 
-def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], bool]:
-    """Losses of an unbroken run, of one that went through a checkpoint, and whether all weights agree in the end."""
+@dataclass(frozen=True)
+class Resumed:
+    """Losses of an unbroken run, of one that went through a checkpoint, whether all weights agree in the end, and the
+    names of the files outside the tables' folder that this rank hashed."""
+
+    unbroken: list[float]
+    resumed: list[float]
+    same: bool
+    hashed: list[str]
+
+
+def resume_case(case: Case, folder: Path) -> Resumed:
     config = configuration(case)
+    hashed: list[str] = []
+
+    def digest(path: Path) -> Digest:
+        hashed.append(path.name)
+        return file_digest(path)
+
+    saving.file_digest = digest  # type: ignore[assignment]  # in this rank's own process
     grid = start_processes(config, CPU)
     whole, store = TrainingEngine(config, grid, CPU, EOD), CheckpointStore(folder)
     losses = run(whole, range(2))
@@ -80,19 +98,26 @@ def resume_case(case: Case, folder: Path) -> tuple[list[float], list[float], boo
     same = torch.equal(whole.tables.shard.rows.weight, fresh.tables.shard.rows.weight)
     dense = fresh.dense_state()
     same &= all(torch.equal(weight, dense[name]) for name, weight in whole.dense_state().items())
-    return losses, resumed, same
+    return Resumed(losses, resumed, same, hashed)
 
 
-def resume_cases(cases: list[Case], folder: Path) -> list[tuple[list[float], list[float], bool]]:
+def resume_cases(cases: list[Case], folder: Path) -> list[Resumed]:
     """One rank's work."""
     return [resume_case(case, folder / str(index)) for index, case in enumerate(cases)]
 
 
 def test_resumed_engines_go_on_bit_for_bit(tmp_path: Path) -> None:
-    for rank in run_ranks(2, resume_cases, CASES, tmp_path, timeout=200):
-        for case, (losses, resumed, same) in zip(CASES, rank, strict=True):
-            assert resumed == losses, case.name
-            assert same, case.name
+    ranks = run_ranks(2, resume_cases, CASES, tmp_path, timeout=200)
+    for rank in ranks:
+        for case, found in zip(CASES, rank, strict=True):
+            assert found.resumed == found.unbroken, case.name
+            assert found.same, case.name
+    # each rank hashes what it wrote: one alone would keep the others waiting, with the files of a thousand
+    first, second = ranks[0][1], ranks[1][1]
+    assert CASES[1].name == "zero 1"
+    assert not set(first.hashed) & set(second.hashed)
+    assert [name for name in second.hashed if "zero_pp_rank_1" in name]
+    assert [name for name in first.hashed if "zero_pp_rank_0" in name]
 
 
 def test_notes_may_be_taken_away_the_moment_they_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
