@@ -13,7 +13,9 @@ fi
 install_extra() { # the package with one of its extras, once
     local extra=$1 mark=.venv/installed-$1
     if [[ -f $mark && $mark -nt pyproject.toml && $mark -nt launchers/constraints.txt ]]; then
-        return
+        if [[ -z ${TORCH:-} || $TORCH == "$(<"$mark")" ]]; then # what was asked for is what is there
+            return
+        fi
     fi
     echo "installing (${extra}) into .venv ..."
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
@@ -22,10 +24,14 @@ install_extra() { # the package with one of its extras, once
         # DeepSpeed above all: methods of its optimizers are wrapped, which another release may have changed
         grep -v '^torch==' launchers/constraints.txt >.venv/constraints-gpu.txt
         .venv/bin/pip install --quiet --disable-pip-version-check --constraint .venv/constraints-gpu.txt --editable ".[$extra]"
+        if ! .venv/bin/python -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+            echo "warning: torch $(.venv/bin/python -c 'import torch; print(torch.__version__)') sees no GPU, though nvidia-smi" \
+                "does, so everything will run on the CPU; for an older driver set TORCH='torch==2.11.0' (and PIP_INDEX_URL)" >&2
+        fi
     else
         # torch first and by its pin: any looser request may bring gigabytes of CUDA packages
         .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' launchers/constraints.txt)"
         .venv/bin/pip install --quiet --disable-pip-version-check --constraint launchers/constraints.txt --editable ".[$extra]"
     fi
-    touch "$mark"
+    echo "${TORCH:-}" >"$mark"
 }
