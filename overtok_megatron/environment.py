@@ -6,6 +6,8 @@ What the caller has set already stands. The functions here only look at and chan
 import os
 from collections.abc import Mapping, MutableMapping
 
+from overtok_megatron.errors import ConfigError
+
 # glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step. Huge pages
 # spare walks through page tables: rows of the n-gram tables lie anywhere.
 ALLOCATOR = {
@@ -20,6 +22,7 @@ SPIN_COUNT = "1000"
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the first overrules the second
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may choose another algorithm from run to run
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+ACCELERATOR = "DS_ACCELERATOR"  # DeepSpeed's own
 _CALLERS_VISIBLE = "OVERTOK_CUDA_VISIBLE_DEVICES"
 
 
@@ -31,8 +34,26 @@ def available_cores() -> int:
 
 
 def asks_for_cpu(environment: Mapping[str, str]) -> bool:
-    """Whether DeepSpeed's own variable chooses the CPU: then a run takes no GPU, though the machine may have some."""
-    return environment.get("DS_ACCELERATOR") == "cpu"
+    """Whether DeepSpeed's own variable chooses the CPU: then a run takes no GPU, though the machine may have some.
+
+    Raises ConfigError where it names something that no run can use, of which DeepSpeed would tell by a traceback.
+    """
+    chosen = environment.get(ACCELERATOR, "cuda")
+    if chosen not in ("cpu", "cuda"):
+        raise ConfigError(f"{ACCELERATOR}: {chosen!r}; set it to cpu or cuda, or unset it")
+    return chosen == "cpu"
+
+
+def usable_devices(environment: Mapping[str, str], present: int) -> int:
+    """How many of the `present` CUDA devices a run may use: none where DS_ACCELERATOR chooses the CPU.
+
+    Raises ConfigError where it names something else than cpu and cuda, or cuda where there is no CUDA device.
+    """
+    if asks_for_cpu(environment):
+        return 0
+    if not present and ACCELERATOR in environment:
+        raise ConfigError(f"{ACCELERATOR}: cuda, but torch sees no CUDA device here; set it to cpu, or unset it")
+    return present
 
 
 def wait_politely(environment: MutableMapping[str, str]) -> None:
@@ -57,7 +78,7 @@ def rank_environment(
     """
     environment = dict(caller)
     wanted = {
-        "DS_ACCELERATOR": "cuda" if cuda else "cpu",
+        ACCELERATOR: "cuda" if cuda else "cpu",
         "OMP_NUM_THREADS": str(max(1, available_cores() // ranks_per_host)),
         "PYTHONSAFEPATH": "1",  # a file of the caller's folder must not stand in for a module of the same name
         **ALLOCATOR,

@@ -17,8 +17,14 @@ settings.register_profile("shared", deadline=None)  # a busy machine is no failu
 settings.load_profile("shared")
 
 
+def asks_for_gpu(expression: str) -> bool:
+    """Whether the expression of -m asks for tests marked gpu: `gpu and not slow` does, `slow and not gpu` does not."""
+    words = expression.replace("(", " ").replace(")", " ").split()
+    return any(word == "gpu" and before != "not" for before, word in zip(["", *words], words, strict=False))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Tests run on the CPU, on any machine: with more ranks than GPUs, and to the last bit. `-m gpu` asks for the others."""
-    if "gpu" not in config.getoption("markexpr"):
+    if not asks_for_gpu(config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"

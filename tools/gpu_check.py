@@ -22,7 +22,8 @@ from gpu_checks.listing import all_checks, references
 from gpu_checks.registry import Check, Outcome
 from gpu_checks.workers import Workers
 
-from overtok_megatron.environment import asks_for_cpu
+from overtok_megatron.environment import usable_devices
+from overtok_megatron.errors import ConfigError
 from overtok_megatron.parallel.devices import num_accelerators
 
 _SECONDS = {False: 600.0, True: 240.0}  # after which no further check begins, long and quick
@@ -38,7 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="after which no further check begins (600; with --quick 240)")
     parser.add_argument("--folder", help="where scratch files are written (default: the system's temporary folder)")
     options = parser.parse_args(arguments)
-    ranks, cuda = options.processes, _uses_cuda()
+    try:
+        ranks, cuda = options.processes, _uses_cuda()
+    except ConfigError as error:
+        parser.error(str(error))
+    _check_places(parser, options)
     if ranks < 1 or (cuda and ranks > num_accelerators()):
         most = f"1 to {num_accelerators()}, the CUDA devices of this machine" if cuda else "1 or more"
         parser.error(f"--processes: {ranks}; write {most}")
@@ -52,11 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(check.name for check in checks))
         return 0
+    limit = _SECONDS[options.quick] if options.seconds is None else options.seconds
     folder = Path(tempfile.mkdtemp(prefix="gpu_check-", dir=options.folder))
     try:
-        device, outcomes = run(
-            checks, ranks, folder, quick=options.quick, limit=options.seconds or _SECONDS[options.quick]
-        )
+        device, outcomes = run(checks, ranks, folder, quick=options.quick, limit=limit)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if options.json is not None:
@@ -66,6 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
     print(", ".join(f"{count} {status}" for status, count in counts.items() if count), flush=True)
     return 1 if counts["failed"] or counts["not run"] else 0
+
+
+def _check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What would otherwise fail after minutes of checks."""
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds: {options.seconds:g}; write a number above 0")
+    if options.folder is not None and not os.access(options.folder, os.W_OK | os.X_OK):
+        parser.error(f"--folder: {options.folder}: is not a folder in which this user can write; name one that is")
+    if options.json is not None and options.json.is_dir():
+        parser.error(f"--json: {options.json}: is a folder; name a file")
+    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK | os.X_OK):
+        parser.error(f"--json: {options.json}: cannot be written; name a file in a folder where this user can write")
 
 
 _STATUSES = ("passed", "failed", "measured", "skipped", "not run")
@@ -100,7 +116,7 @@ def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: fl
 
 
 def _uses_cuda() -> bool:
-    return num_accelerators() > 0 and not asks_for_cpu(os.environ)
+    return usable_devices(os.environ, num_accelerators()) > 0
 
 
 def _outcome(check: Check, workers: Workers, cuda: bool, left: float) -> Outcome:

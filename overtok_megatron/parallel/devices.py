@@ -45,7 +45,9 @@ def named_device(name: str, key: str) -> torch.device:
     known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(count))] if count else ["cpu"]
     if name not in known:
         has = f"this machine has {count} CUDA devices" if count else "this machine has no CUDA device"
-        raise ConfigError(f"{key}: {name}; {has}: write one of {', '.join(known[:6])}")
+        named = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0"
+        way_out = f"write cpu, cuda, or {named}" if count else "write cpu"
+        raise ConfigError(f"{key}: {name!r}; {has}; {way_out}")
     device = indexed(torch.device(name))
     make_current(device)
     return device
