@@ -1,10 +1,10 @@
-"""Is this installation right, and fast, on this card? One table: check, passed or failed, figure, limit.
+"""Check that this installation computes right, and how fast, on this card. Prints a line per check: result, figure, limit.
 
-Correctness first (row kernels, output head, whole runs, every way of training beside a float32 run on the CPU), then speed
-(row kernels beside a copy, a model of the 1B class beside the card's peak, saving). --processes N checks N GPUs together:
-exchange of rows, layouts beside one process, links. Without a GPU everything that is not about CUDA runs at toy sizes.
-Each check has a time limit of its own, and one that fails does not end the others. Exit code: 0 all is well, 1 a check
-failed or was not run for want of time, 2 the call is wrong.
+Correctness comes first (row kernels, output head, whole runs, every way of training against a float32 run on the CPU), then
+speed (row kernels beside a copy, a model with about 1B parameters beside the card's peak, saving). --processes N checks N
+GPUs together: exchange of rows, layouts against one process, speed of links. Without a GPU the checks that do not need CUDA
+run at toy sizes. Each check has its own time limit, and the others go on after one that fails. Exit code: 0 if all passed,
+1 if a check failed or was not reached in time, 2 if the arguments are wrong.
 """
 
 import argparse
@@ -31,13 +31,26 @@ _SECONDS = {False: 600.0, True: 240.0}  # after which no further check begins, l
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the short form, meant for two minutes instead of ten")
-    parser.add_argument("--processes", type=int, default=1, help="check so many GPUs together (ranks over gloo on CPU)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="checks whose names begin with one of these")
-    parser.add_argument("--list", action="store_true", help="print the names of the checks and leave")
-    parser.add_argument("--json", type=Path, help="write results, versions and tracebacks to this file")
-    parser.add_argument("--seconds", type=float, help="after which no further check begins (600; with --quick 240)")
-    parser.add_argument("--folder", help="where scratch files are written (default: the system's temporary folder)")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer checks and smaller sizes, meant for two minutes instead of ten"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="number of GPUs to check together; on the CPU, of ranks over gloo (default: 1)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="run only the checks whose names begin with one of these"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the checks and exit")
+    parser.add_argument("--json", type=Path, help="also write results, versions and tracebacks to this file")
+    parser.add_argument(
+        "--seconds", type=float, help="start no further check after this many seconds (default: 600; with --quick 240)"
+    )
+    parser.add_argument(
+        "--folder", help="existing folder for scratch files, up to 5 GB (default: the system's temporary folder)"
+    )
     options = parser.parse_args(arguments)
     try:
         ranks, cuda = options.processes, _uses_cuda()
@@ -51,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [check.name for check in checks]
     for wanted in options.only or []:
         if not any(name.startswith(wanted) for name in names):
-            parser.error(f"--only: {wanted}: begins the name of no check; --list prints them")
+            parser.error(f"--only: {wanted}: no check has a name that begins so; --list prints the names")
     if options.only:
         checks = [check for check in checks if check.name.startswith(tuple(options.only))]
     if options.list:
@@ -88,9 +101,9 @@ _STATUSES = ("passed", "failed", "measured", "skipped", "not run")
 
 
 def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: float) -> tuple[str, list[Outcome]]:
-    """Run the checks one after the other, with a line each: the device's name and what came of them.
+    """Run the checks one after the other and print a line for each; return the device's name and the outcomes.
 
-    limit: seconds for all of them.
+    limit: seconds after which no further check begins.
     """
     cuda = _uses_cuda()
     width = max(len(check.name) for check in checks)
@@ -123,7 +136,7 @@ def _outcome(check: Check, workers: Workers, cuda: bool, left: float) -> Outcome
     if check.cuda and not cuda:
         return Outcome(check.name, "skipped", "needs a CUDA device")
     if left <= 0:
-        return Outcome(check.name, "not run", "the time for all checks is over; --seconds gives more")
+        return Outcome(check.name, "not run", "the time for all checks was over; give more by --seconds")
     return workers.run(check)
 
 

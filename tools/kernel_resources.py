@@ -1,7 +1,7 @@
 """Registers, spilled bytes and shared memory of every Triton kernel, compiled for cards that need not be here.
 
-One line per case: what the code needs that Triton makes for an A100 (sm_80) and an H100 (sm_90). A kernel that spills keeps
-values of its threads in device memory, and is slow without any error. Exit code: 1 where a kernel spills.
+One line per case: what the code that Triton generates for an A100 (sm_80) and an H100 (sm_90) needs. A kernel that spills
+keeps values of its threads in device memory, and is slow without any error. Exit code: 1 where a kernel spills.
 """
 
 import argparse
@@ -118,9 +118,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=positive, nargs="+", default=list(WIDTHS), help="values per row")
     parser.add_argument(
-        "--capabilities", type=positive, nargs="+", default=list(CAPABILITIES), help="80 for 8.0, and so on"
+        "--capabilities",
+        type=positive,
+        nargs="+",
+        default=list(CAPABILITIES),
+        help="compute capabilities without the dot, as 80 for 8.0",
     )
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK | os.X_OK):
         parser.error(f"--json: {options.json}: cannot be written; name a file in a folder where this user can write")

@@ -38,7 +38,7 @@ def set_up_logging(directory: Path, rank: int, console: bool) -> None:
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, deterministic: bool) -> None:
-    """Whatever started this process: what its environment must say before torch is imported."""
+    """Set what the environment must hold before torch is imported, however this process was started."""
     restore_visible_devices(environment)
     wait_politely(environment)
     if deterministic:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = parse_resolved(options.config)
         prepare_environment(os.environ, deterministic=config.training.deterministic)
 
-        # only now: they import torch, and what the environment says is read when its libraries are loaded
+        # imported only now: torch's libraries read the environment when they are loaded
         from overtok_megatron.parallel.devices import CPU, local_device, num_accelerators
 
         device = CPU

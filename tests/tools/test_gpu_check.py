@@ -202,7 +202,7 @@ def test_wrong_calls_are_one_line(
         (["--folder", str(tmp_path / "absent")], "absent: is not a folder in which this user can write"),
         (["--seconds", "-5"], "--seconds: -5; write a number above 0"),
         (["--seconds", "0"], "--seconds: 0; write a number above 0"),
-        (["--only", "no such check"], "--only: no such check: begins the name of no check"),
+        (["--only", "no such check"], "--only: no such check: no check has a name that begins so"),
         (["--processes", "0"], "--processes: 0; write 1 or more"),
     ):
         with pytest.raises(SystemExit) as left:
