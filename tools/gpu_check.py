@@ -117,8 +117,12 @@ def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: fl
         workers.start()  # where that fails, the first check says why
         print(f"{workers.device}{f', {ranks} processes' if ranks > 1 else ''}")
         print(f"{'check':{width}}  {'':8}  {'figure'} | {'limit'}", flush=True)
-        for check in checks:
-            outcome = _outcome(check, workers, cuda, limit - (time.monotonic() - begin))
+        for number, check in enumerate(checks):
+            try:
+                outcome = _outcome(check, workers, cuda, limit - (time.monotonic() - begin))
+            except KeyboardInterrupt:  # what is known by now goes into the JSON file
+                outcomes += [Outcome(left.name, "not run", "interrupted") for left in checks[number:]]
+                break
             outcomes.append(outcome)
             beside = f" | {outcome.limit}" if outcome.limit else ""
             print(f"{outcome.name:{width}}  {outcome.status:8}  {outcome.figure}{beside}", flush=True)

@@ -215,6 +215,22 @@ def test_wrong_calls_are_one_line(
     assert "DS_ACCELERATOR: 'GPU'; set it to cpu or cuda" in capsys.readouterr().err
 
 
+def test_an_interrupted_call_keeps_what_it_found(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcome(check: Check, *_: object) -> Outcome:
+        if check.name == "rows: sums":
+            raise KeyboardInterrupt
+        return Outcome(check.name, "passed")
+
+    monkeypatch.setattr(gpu_check, "_outcome", outcome)
+    found = tmp_path / "found.json"
+    assert gpu_check.main(["--only", "rows: hashing", "rows: sums", "rows: updates", "--json", str(found)]) == 1
+    statuses = {name: check["status"] for name, check in outcomes(found).items()}
+    assert statuses == {"rows: hashing": "passed", "rows: sums": "not run", "rows: updates": "not run"}
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 2 not run"
+
+
 def test_share_of_time_that_nothing_covers() -> None:
     assert idle_share([]) is None
     assert idle_share([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0)]) == pytest.approx(2 / 6)
