@@ -9,18 +9,13 @@ from overtok_megatron.environment import wait_politely
 
 wait_politely(os.environ)  # before torch is imported below
 
+from marker_expressions import asks_for_gpu  # noqa: E402
 from trained_runs import plain_model, trained_runs  # noqa: E402
 
 __all__ = ["plain_model", "trained_runs"]
 
 settings.register_profile("shared", deadline=None)  # a busy machine is no failure; pytest-timeout ends what hangs
 settings.load_profile("shared")
-
-
-def asks_for_gpu(expression: str) -> bool:
-    """Whether the expression of -m asks for tests marked gpu: `gpu and not slow` does, `slow and not gpu` does not."""
-    words = expression.replace("(", " ").replace(")", " ").split()
-    return any(word == "gpu" and before != "not" for before, word in zip(["", *words], words, strict=False))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import asks_for_gpu
+from marker_expressions import asks_for_gpu
 
 from overtok_megatron.environment import (
     ALLOCATOR,
