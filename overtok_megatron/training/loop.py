@@ -94,7 +94,9 @@ class TrainingRun:
         peak = peak_flops(device, DTYPES[config.training.precision])
         self.peak_flops = metrics.over_ranks(peak.flops, dist.ReduceOp.SUM, device)
         if self.first:
-            log.info("utilisation is of %.4g TFLOP/s per rank: %s", peak.flops / 1e12, peak.source)
+            log.info(
+                "model FLOPs utilisation is relative to %.4g TFLOP/s per rank (%s)", peak.flops / 1e12, peak.source
+            )
 
     def _lock_folder(self, folder: Path) -> RunLock:
         """Lock the run's folder for this training; every rank raises CheckpointError where another process writes there."""
