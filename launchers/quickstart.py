@@ -1,6 +1,7 @@
 """The quickstart's main job, all through the commands that a user types: prepare, train twice, compare, generate."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from overtok_megatron.config.validation import validate
 from overtok_megatron.data.corpus import hold_out_last, sotu_files
 from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.environment import usable_devices
 from overtok_megatron.errors import ConfigError, OvertokError
 from overtok_megatron.evaluation.comparison import RunCurve, draw_curves, read_curve, table
 from overtok_megatron.parallel.devices import num_accelerators
@@ -48,7 +50,7 @@ def overtok(*arguments: str) -> str:
 def fitting_ranks(overrides: list[str]) -> int:
     """As many ranks as there are GPUs, or two on a CPU; fewer where the batch does not divide by them."""
     loaded = [load_config(path, overrides) for path in CONFIGS.values()]
-    for ranks in range(num_accelerators() or 2, 0, -1):
+    for ranks in range(usable_devices(os.environ, num_accelerators()) or 2, 0, -1):
         try:
             for one in loaded:
                 validate(one.config, ranks, one.locate)

@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def default_processes() -> int:
-    """One rank a GPU, or one."""
+    """One rank per GPU; one where there is no GPU, or DS_ACCELERATOR chooses the CPU."""
     if asks_for_cpu(os.environ):
         return 1
     from overtok_megatron.parallel.devices import num_accelerators

@@ -1,38 +1,59 @@
-"""Environment variables of a process that computes: read by libraries when they are loaded, so set before torch is imported.
+"""Environment variables of a process that computes. Set before torch is imported: libraries read them when loaded.
 
-What the caller has set already stands. The functions here only look at and change mappings; they import nothing heavy.
+What the caller has already set is kept. The functions here only read and change mappings; they import nothing heavy.
 """
 
 import os
 from collections.abc import Mapping, MutableMapping
 
-# glibc returns every large buffer to the system and takes it anew, page by page; keeping them halves a CPU step. Huge pages
-# spare walks through page tables: rows of the n-gram tables lie anywhere.
+from overtok_megatron.errors import ConfigError
+
+# glibc returns every large buffer to the system and allocates it again, page by page; keeping buffers halves the time of a
+# CPU step. Huge pages save walks through page tables, because look-ups read rows all over the n-gram tables.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-# A thread of GNU OpenMP that waits for the others spins 300,000 times before it sleeps. Where other work holds a core, the
-# thread that it waits for cannot run meanwhile, and every parallel loop takes a scheduler's time slice.
+# A thread of GNU OpenMP that waits for the others spins 300,000 times before it sleeps. Where another process needs the core,
+# the thread that is waited for cannot run meanwhile, and every parallel loop takes as long as a scheduler's time slice.
 SPIN_COUNT = "1000"
-_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the first overrules the second
+_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # where both are set, OpenMP follows the first
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may choose another algorithm from run to run
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+ACCELERATOR = "DS_ACCELERATOR"  # DeepSpeed's own
 _CALLERS_VISIBLE = "OVERTOK_CUDA_VISIBLE_DEVICES"
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use: a batch system may have given it a part of the machine's."""
+    """How many CPU cores this process may use: a batch system may have given it only some of the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def asks_for_cpu(environment: Mapping[str, str]) -> bool:
-    """Whether DeepSpeed's own variable chooses the CPU: then a run takes no GPU, though the machine may have some."""
-    return environment.get("DS_ACCELERATOR") == "cpu"
+    """Whether DeepSpeed's own variable chooses the CPU: then a run takes no GPU, though the machine may have some.
+
+    Raises ConfigError where it names something that no run can use, of which DeepSpeed would tell by a traceback.
+    """
+    chosen = environment.get(ACCELERATOR, "cuda")
+    if chosen not in ("cpu", "cuda"):
+        raise ConfigError(f"{ACCELERATOR}: {chosen!r}; set it to cpu or cuda, or unset it")
+    return chosen == "cpu"
+
+
+def usable_devices(environment: Mapping[str, str], present: int) -> int:
+    """How many of the `present` CUDA devices a run may use: none where DS_ACCELERATOR chooses the CPU.
+
+    Raises ConfigError where it names something else than cpu and cuda, or cuda where there is no CUDA device.
+    """
+    if asks_for_cpu(environment):
+        return 0
+    if not present and ACCELERATOR in environment:
+        raise ConfigError(f"{ACCELERATOR}: cuda, but torch sees no CUDA device here; set it to cpu, or unset it")
+    return present
 
 
 def wait_politely(environment: MutableMapping[str, str]) -> None:
@@ -42,22 +63,22 @@ def wait_politely(environment: MutableMapping[str, str]) -> None:
 
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
-    """Give cuBLAS the workspace with which its products are the same at every run."""
+    """Give cuBLAS the workspace with which its products have the same bits in every run."""
     environment.setdefault(CUBLAS_WORKSPACE, ":4096:8")
 
 
 def rank_environment(
     caller: Mapping[str, str], ranks_per_host: int, *, deterministic: bool, cuda: bool
 ) -> dict[str, str]:
-    """The whole environment of a rank that a launcher starts for `caller`.
+    """The whole environment of a rank that a launcher starts; caller: the environment of the process that calls the launcher.
 
-    Threads and the allocator are set beside a GPU too: tables in host memory and offloaded optimizers compute on the CPU.
-    DeepSpeed's launcher replaces CUDA_VISIBLE_DEVICES by numbers of its own and knows no names of devices (UUIDs), so the
-    caller's travels under another name, and `restore_visible_devices` puts it back in the rank.
+    Threads and the allocator are set on GPU machines too: tables in host memory and offloaded optimizers compute on the CPU.
+    DeepSpeed's launcher replaces CUDA_VISIBLE_DEVICES by its own numbers and cannot read names of devices (UUIDs), so the
+    caller's value is passed under another name, and `restore_visible_devices` restores it in the rank.
     """
     environment = dict(caller)
     wanted = {
-        "DS_ACCELERATOR": "cuda" if cuda else "cpu",
+        ACCELERATOR: "cuda" if cuda else "cpu",
         "OMP_NUM_THREADS": str(max(1, available_cores() // ranks_per_host)),
         "PYTHONSAFEPATH": "1",  # a file of the caller's folder must not stand in for a module of the same name
         **ALLOCATOR,
@@ -78,6 +99,6 @@ def rank_environment(
 
 
 def restore_visible_devices(environment: MutableMapping[str, str]) -> None:
-    """In a rank, before CUDA is used: the devices that the caller of the launcher sees, not those that it counted."""
+    """In a rank, before CUDA is used: make visible the devices that the launcher's caller sees, not those that it counted."""
     if _CALLERS_VISIBLE in environment:
         environment[VISIBLE] = environment.pop(_CALLERS_VISIBLE)

@@ -1,4 +1,4 @@
-"""Files that come into being whole or not at all, follow the umask, and never take the place of what is not ours.
+"""Files that are written whole or not at all, follow the umask, and never replace a file that is not ours.
 
 Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Not here:
 checkpoints (checkpoint/store.py) and datasets of several parts (data/partial.py), which outlive a kill in their own ways.

@@ -13,7 +13,7 @@ import psutil
 
 from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.validation import validate, validate_host
-from overtok_megatron.environment import asks_for_cpu, rank_environment
+from overtok_megatron.environment import rank_environment, usable_devices
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.run_folder import hold
 
@@ -42,7 +42,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
 
     config = loaded.config
     validate(config, processes, loaded.locate)
-    devices = 0 if asks_for_cpu(os.environ) else num_accelerators()
+    devices = usable_devices(os.environ, num_accelerators())
     if devices and processes > devices:
         raise ConfigError(
             f"--processes: {processes}, but this host has {devices} CUDA devices; ask for at most that many"

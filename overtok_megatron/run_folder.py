@@ -4,10 +4,10 @@ The kernel holds the locks (flock) and releases them when their holder dies, how
 training has several processes, and any of them may be killed alone:
 
 | file | held by |
-| `.lock` | whoever writes; for a training the command `overtok train`, or the first rank where nothing above it holds it |
-| `.lock.ranks` | whoever writes; in a training shared by all ranks, so that it is held until the last of them is gone |
+| `.lock` | whoever writes; for a training the command `overtok train`, or the first rank where no parent process holds it |
+| `.lock.ranks` | whoever writes; in a training all ranks share it, so that it is held until the last of them is gone |
 
-Each names its holder. On a file system shared by several hosts flock reaches all of them on NFS (unless mounted with
+Each file names its holder. On a file system shared by several hosts flock reaches all of them on NFS (unless mounted with
 `nolock` or `local_lock`), Lustre (with `flock`), CephFS, GPFS, CIFS, GFS2 and OCFS2. Elsewhere it may reach this host only,
 or there are no locks at all; whoever takes one says so.
 """

@@ -9,6 +9,7 @@ from overtok_megatron.environment import wait_politely
 
 wait_politely(os.environ)  # before torch is imported below
 
+from marker_expressions import asks_for_gpu  # noqa: E402
 from trained_runs import plain_model, trained_runs  # noqa: E402
 
 __all__ = ["plain_model", "trained_runs"]
@@ -19,6 +20,6 @@ settings.load_profile("shared")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests run on the CPU, on any machine: with more ranks than GPUs, and to the last bit. `-m gpu` asks for the others."""
-    if "gpu" not in config.getoption("markexpr"):
+    if not asks_for_gpu(config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"

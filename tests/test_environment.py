@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from marker_expressions import asks_for_gpu
 
 from overtok_megatron.environment import (
     ALLOCATOR,
     available_cores,
     rank_environment,
     restore_visible_devices,
+    usable_devices,
     wait_politely,
 )
+from overtok_megatron.errors import ConfigError
 from overtok_megatron.launch import launcher_command
 from overtok_megatron.training.entry import prepare_environment
 
@@ -107,6 +110,42 @@ def test_ranks_see_the_devices_of_the_caller(tmp_path: Path, visible: str | None
         assert str(Path.cwd()) not in found["path"]
 
 
+def test_the_accelerator_that_the_caller_names_is_one_that_a_run_can_use() -> None:
+    """DeepSpeed tells of any other by a traceback."""
+    assert usable_devices({}, 8) == usable_devices({"DS_ACCELERATOR": "cuda"}, 8) == 8
+    assert usable_devices({"DS_ACCELERATOR": "cpu"}, 8) == usable_devices({}, 0) == 0
+    for name in ("CPU", "", "xpu"):
+        with pytest.raises(ConfigError, match=f"DS_ACCELERATOR: '{name}'; set it to cpu or cuda, or unset it"):
+            usable_devices({"DS_ACCELERATOR": name}, 8)
+    with pytest.raises(ConfigError, match="DS_ACCELERATOR: cuda, but torch sees no CUDA device here; set it to cpu"):
+        usable_devices({"DS_ACCELERATOR": "cuda"}, 0)
+
+
+def test_a_rank_tells_deepspeed_the_device_that_it_takes(tmp_path: Path) -> None:
+    """Where a batch system shows each rank its own device only, DeepSpeed would open the one of the rank's number."""
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    code = """
+import os, sys, types
+import torch
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda device: None
+from overtok_megatron.training import entry
+training = types.SimpleNamespace(deterministic=False, output_directory=".")
+entry.parse_resolved = lambda path: types.SimpleNamespace(training=training)
+sys.modules["overtok_megatron.training.loop"] = loop = types.ModuleType("loop")
+loop.show_bar = lambda config: False
+def run(config, *, device, num_threads):
+    print(device, os.environ["LOCAL_RANK"])
+    sys.exit(0)
+loop.TrainingRun = run
+entry.main(["config.yaml"])
+"""
+    plain = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain | {"LOCAL_RANK": "3", "RANK": "3"}, cwd=tmp_path, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["cuda:0 0"], done.stderr
+
+
 def test_nothing_is_restored_that_nobody_set() -> None:
     environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
     restore_visible_devices(environment)
@@ -115,3 +154,11 @@ def test_nothing_is_restored_that_nobody_set() -> None:
 
 def test_the_suite_itself_sees_no_gpu() -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    ("expression", "asked"),
+    [("gpu", True), ("gpu and not slow", True), ("not gpu", False), ("slow and not gpu", False), ("slow", False)],
+)
+def test_only_who_asks_for_gpu_tests_sees_the_gpus(expression: str, asked: bool) -> None:
+    assert asks_for_gpu(expression) is asked

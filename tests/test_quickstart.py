@@ -39,8 +39,17 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_ranks_fit_the_batch(
     quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, gpus: int, overrides: list[str], ranks: int
 ) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")  # the suite itself runs on the CPU
     monkeypatch.setattr(quickstart, "num_accelerators", lambda: gpus)
     assert quickstart.fitting_ranks(overrides) == ranks
+
+
+def test_on_the_cpu_of_a_gpu_machine_the_gpus_do_not_count(
+    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(quickstart, "num_accelerators", lambda: 8)
+    assert quickstart.fitting_ranks(["training.micro_batch_size=4"]) == 2
 
 
 def test_what_fits_no_number_of_ranks_is_refused(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

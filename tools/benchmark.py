@@ -35,11 +35,11 @@ from overtok_megatron.config.counts import flops_per_token
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.batches import TrainBatches
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.environment import asks_for_cpu, rank_environment, restore_visible_devices
-from overtok_megatron.errors import DataError, OvertokError
+from overtok_megatron.environment import rank_environment, restore_visible_devices, usable_devices
+from overtok_megatron.errors import ConfigError, DataError, OvertokError
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.parallel.devices import CPU, default_device
+from overtok_megatron.parallel.devices import CPU, default_device, num_accelerators
 from overtok_megatron.training.metrics import peak_memory
 from overtok_megatron.training.peaks import measured
 
@@ -269,7 +269,11 @@ def main() -> int:
     verb.add_argument("--busy", type=int, default=2, help="processes beside it at most, that use a core each")
     verb.set_defaults(run=waiting)
     options = parser.parse_args()
-    options.device = CPU if asks_for_cpu(os.environ) else default_device()
+    try:
+        options.device = default_device() if usable_devices(os.environ, num_accelerators()) else CPU
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     environment = rank_environment(os.environ, 1, deterministic=False, cuda=options.device.type == "cuda")
     restore_visible_devices(environment)
     if "PYTHONSAFEPATH" not in os.environ:  # which hides the modules beside this file

@@ -1,10 +1,10 @@
-"""Is this installation right, and fast, on this card? One table: check, passed or failed, figure, limit.
+"""Check that this installation computes right, and how fast, on this card. Prints a line per check: result, figure, limit.
 
-Correctness first (row kernels, output head, whole runs, every way of training beside a float32 run on the CPU), then speed
-(row kernels beside a copy, a model of the 1B class beside the card's peak, saving). --processes N checks N GPUs together:
-exchange of rows, layouts beside one process, links. Without a GPU everything that is not about CUDA runs at toy sizes.
-Each check has a time limit of its own, and one that fails does not end the others. Exit code: 0 all is well, 1 a check
-failed or was not run for want of time, 2 the call is wrong.
+Correctness comes first (row kernels, output head, whole runs, every way of training against a float32 run on the CPU), then
+speed (row kernels beside a copy, a model with about 1B parameters beside the card's peak, saving). --processes N checks N
+GPUs together: exchange of rows, layouts against one process, speed of links. Without a GPU the checks that do not need CUDA
+run at toy sizes. Each check has its own time limit, and the others go on after one that fails. Exit code: 0 if all passed,
+1 if a check failed or was not reached in time, 2 if the arguments are wrong.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from gpu_checks.listing import all_checks, references
 from gpu_checks.registry import Check, Outcome
 from gpu_checks.workers import Workers
 
-from overtok_megatron.environment import asks_for_cpu
+from overtok_megatron.environment import usable_devices
+from overtok_megatron.errors import ConfigError
 from overtok_megatron.parallel.devices import num_accelerators
 
 _SECONDS = {False: 600.0, True: 120.0}  # after which no further check begins, long and quick
@@ -30,15 +31,32 @@ _SECONDS = {False: 600.0, True: 120.0}  # after which no further check begins, l
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the short form: two minutes instead of ten")
-    parser.add_argument("--processes", type=int, default=1, help="check so many GPUs together (ranks over gloo on CPU)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="checks whose names begin with one of these")
-    parser.add_argument("--list", action="store_true", help="print the names of the checks and leave")
-    parser.add_argument("--json", type=Path, help="write results, versions and tracebacks to this file")
-    parser.add_argument("--seconds", type=float, help="after which no further check begins (600; with --quick 120)")
-    parser.add_argument("--folder", help="where scratch files are written (default: the system's temporary folder)")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer checks and smaller sizes, meant for two minutes instead of ten"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="number of GPUs to check together; on the CPU, of ranks over gloo (default: 1)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="run only the checks whose names begin with one of these"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the checks and exit")
+    parser.add_argument("--json", type=Path, help="also write results, versions and tracebacks to this file")
+    parser.add_argument(
+        "--seconds", type=float, help="start no further check after this many seconds (default: 600; with --quick 120)"
+    )
+    parser.add_argument(
+        "--folder", help="existing folder for scratch files, up to 5 GB (default: the system's temporary folder)"
+    )
     options = parser.parse_args(arguments)
-    ranks, cuda = options.processes, _uses_cuda()
+    try:
+        ranks, cuda = options.processes, _uses_cuda()
+    except ConfigError as error:
+        parser.error(str(error))
+    _check_places(parser, options)
     if ranks < 1 or (cuda and ranks > num_accelerators()):
         most = f"1 to {num_accelerators()}, the CUDA devices of this machine" if cuda else "1 or more"
         parser.error(f"--processes: {ranks}; write {most}")
@@ -46,17 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
     names = [check.name for check in checks]
     for wanted in options.only or []:
         if not any(name.startswith(wanted) for name in names):
-            parser.error(f"--only: {wanted}: begins the name of no check; --list prints them")
+            parser.error(f"--only: {wanted}: no check has a name that begins so; --list prints the names")
     if options.only:
         checks = [check for check in checks if check.name.startswith(tuple(options.only))]
     if options.list:
         print("\n".join(check.name for check in checks))
         return 0
+    limit = _SECONDS[options.quick] if options.seconds is None else options.seconds
     folder = Path(tempfile.mkdtemp(prefix="gpu_check-", dir=options.folder))
     try:
-        device, outcomes = run(
-            checks, ranks, folder, quick=options.quick, limit=options.seconds or _SECONDS[options.quick]
-        )
+        device, outcomes = run(checks, ranks, folder, quick=options.quick, limit=limit)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if options.json is not None:
@@ -68,13 +85,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if counts["failed"] or counts["not run"] else 0
 
 
+def _check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What would otherwise fail after minutes of checks."""
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds: {options.seconds:g}; write a number above 0")
+    if options.folder is not None and not os.access(options.folder, os.W_OK | os.X_OK):
+        parser.error(f"--folder: {options.folder}: is not a folder in which this user can write; name one that is")
+    if options.json is not None and options.json.is_dir():
+        parser.error(f"--json: {options.json}: is a folder; name a file")
+    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK | os.X_OK):
+        parser.error(f"--json: {options.json}: cannot be written; name a file in a folder where this user can write")
+
+
 _STATUSES = ("passed", "failed", "measured", "skipped", "not run")
 
 
 def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: float) -> tuple[str, list[Outcome]]:
-    """Run the checks one after the other, with a line each: the device's name and what came of them.
+    """Run the checks one after the other and print a line for each; return the device's name and the outcomes.
 
-    limit: seconds for all of them.
+    limit: seconds after which no further check begins.
     """
     cuda = _uses_cuda()
     width = max(len(check.name) for check in checks)
@@ -88,8 +117,12 @@ def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: fl
         workers.start()  # where that fails, the first check says why
         print(f"{workers.device}{f', {ranks} processes' if ranks > 1 else ''}")
         print(f"{'check':{width}}  {'':8}  {'figure'} | {'limit'}", flush=True)
-        for check in checks:
-            outcome = _outcome(check, workers, cuda, limit - (time.monotonic() - begin))
+        for number, check in enumerate(checks):
+            try:
+                outcome = _outcome(check, workers, cuda, limit - (time.monotonic() - begin))
+            except KeyboardInterrupt:  # what is known by now goes into the JSON file
+                outcomes += [Outcome(left.name, "not run", "interrupted") for left in checks[number:]]
+                break
             outcomes.append(outcome)
             beside = f" | {outcome.limit}" if outcome.limit else ""
             print(f"{outcome.name:{width}}  {outcome.status:8}  {outcome.figure}{beside}", flush=True)
@@ -100,14 +133,14 @@ def run(checks: list[Check], ranks: int, folder: Path, *, quick: bool, limit: fl
 
 
 def _uses_cuda() -> bool:
-    return num_accelerators() > 0 and not asks_for_cpu(os.environ)
+    return usable_devices(os.environ, num_accelerators()) > 0
 
 
 def _outcome(check: Check, workers: Workers, cuda: bool, left: float) -> Outcome:
     if check.cuda and not cuda:
         return Outcome(check.name, "skipped", "needs a CUDA device")
     if left <= 0:
-        return Outcome(check.name, "not run", "the time for all checks is over; --seconds gives more")
+        return Outcome(check.name, "not run", "the time for all checks was over; give more by --seconds")
     return workers.run(check)
 
 

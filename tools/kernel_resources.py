@@ -1,16 +1,19 @@
 """Registers, spilled bytes and shared memory of every Triton kernel, compiled for cards that need not be here.
 
-One line per case: what the code needs that Triton makes for an A100 (sm_80) and an H100 (sm_90). A kernel that spills keeps
-values of its threads in device memory, and is slow without any error.
+One line per case: what the code that Triton generates for an A100 (sm_80) and an H100 (sm_90) needs. A kernel that spills
+keeps values of its threads in device memory, and is slow without any error. Exit code: 1 where a kernel spills.
 """
 
 import argparse
+import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import PTXASError
 
+from overtok_megatron.commands.arguments import positive
 from overtok_megatron.kernels import triton_rows as rows
 
 CAPABILITIES = (80, 90)
@@ -111,15 +116,29 @@ def _usage(binary: bytes) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="values per row")
-    parser.add_argument("--capabilities", type=int, nargs="+", default=list(CAPABILITIES), help="80 for 8.0, and so on")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--widths", type=positive, nargs="+", default=list(WIDTHS), help="values per row")
+    parser.add_argument(
+        "--capabilities",
+        type=positive,
+        nargs="+",
+        default=list(CAPABILITIES),
+        help="compute capabilities without the dot, as 80 for 8.0",
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
+    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK | os.X_OK):
+        parser.error(f"--json: {options.json}: cannot be written; name a file in a folder where this user can write")
     print(f"{'kernel':34} {'sm':>4} {'registers':>9} {'spilled':>8} {'shared':>7}")
     found = []
     for case in cases(options.widths):
         for capability in options.capabilities:
-            one = resources(case, capability)
+            try:
+                with redirect_stdout(io.StringIO()):  # Triton prints the whole program that it could not assemble
+                    one = resources(case, capability)
+            except PTXASError:
+                parser.error(
+                    f"--capabilities: {capability}: Triton's assembler does not know it; write 80 for 8.0, 90 for 9.0"
+                )
             found.append(one)
             print(f"{one.name:34} {capability:4} {one.registers:9} {one.spilled:8} {one.shared:7}", flush=True)
     if options.json is not None:

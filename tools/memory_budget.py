@@ -1,4 +1,4 @@
-"""How much memory the contenders of a benchmark may take together, and which of them are left out for want of it."""
+"""How much memory the contenders of a benchmark may take together, and which of them are left out because they need more."""
 
 import ctypes
 import gc

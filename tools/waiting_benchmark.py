@@ -1,6 +1,6 @@
 """`benchmark.py waiting`: how OpenMP threads wait for each other, on an idle machine and beside other work.
 
-The work is that of decoding one token after the other: norms and small products, each a parallel loop of microseconds.
+The work is that of decoding token by token: norms and small matrix products, each a parallel loop of some microseconds.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Which keys of a configuration may differ between a checkpoint and the run that goes on from it; the rest are refused by name.
 
-A key that is allowed takes effect from the first step on, on every layout. What is refused makes another model, belongs to
-state that the checkpoint holds, or was read when the weights were made and would have no effect any more.
+An allowed key takes effect from the first step, on every layout. A key is refused where it defines the model, where state in
+the checkpoint depends on it, or where it was read only when the weights were made and would have no effect any more.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from overtok_megatron.errors import CheckpointError
 _NEW_RUN = "set another training.output_directory"
 _FROM_WEIGHTS = "start a new run from it by training.initial_checkpoint"
 
-# Of the model: nothing continues from the weights of another one. None = every key of the section.
+# Keys that define the model: nothing can go on from the weights of another one. None = every key of the section.
 MODEL_KEYS: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "over_encoding": (
@@ -71,7 +71,7 @@ def check_continuable(config: dict[str, Any], manifest: Manifest, path: Path) ->
             continue
         _same(config, manifest, path, key, reason, _FROM_WEIGHTS if name != "seed" else _NEW_RUN)
     if config["training"]["train_tokens"] is not None:
-        reason = "with train_tokens the steps that are done are told in tokens"
+        reason = "with train_tokens the progress of a run is counted in tokens"
         _same(config, manifest, path, "training.global_batch_size", reason, "write training.train_iters")
     if config["training"]["initial_checkpoint"] is not None:
         reason = "a run that has checkpoints of its own goes on from those"

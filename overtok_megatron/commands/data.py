@@ -166,7 +166,7 @@ def _add_reading(verb: argparse.ArgumentParser) -> None:
         "--separator",
         type=_separator,
         default=None,
-        help=r"text between documents of a text file, as '\n\n\n' or '\r\n\r\n' (default: none, a file is a document)",
+        help=r"text between documents of a text file, as '\n\n\n' or '\r\n\r\n' (default: none; each file is one document)",
     )
 
 

@@ -22,7 +22,9 @@ def add_model(verb: argparse.ArgumentParser) -> None:
         default="device",
         help="n-gram tables beside the model, in host memory, or left on disk (memory then does not depend on their size)",
     )
-    verb.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    verb.add_argument(
+        "--device", default=None, help="cpu, cuda or cuda:N (default: the first GPU, or the CPU where there is none)"
+    )
 
 
 def add_tokenizer(verb: argparse.ArgumentParser) -> None:

@@ -44,8 +44,8 @@ def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
     if run is None:
         return loaded
     print(
-        f"{path}: names {loaded.config.training.output_directory} as training.output_directory, and lies in {run}: the run "
-        "goes on there",
+        f"{path}: training.output_directory is {loaded.config.training.output_directory}, but the file lies in {run}: the run "
+        f"goes on in {run}",
         file=sys.stderr,
     )
     moved = moved_here(loaded, run)

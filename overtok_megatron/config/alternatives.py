@@ -1,5 +1,5 @@
-"""Keys of which one excludes others. Where they come from places of different rank, the more specific place wins: the command
-line over the file, the file over its base. Within one place they contradict each other, which the rules across keys refuse.
+"""Keys that exclude each other. Where two of them come from different places, the more specific place wins: the command line
+over the file, the file over its base. Within one place they contradict each other, which the rules across keys refuse.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Alternative:
-    """Who gives `key` a value that `chosen` accepts takes back what less specific places said of the `others`."""
+    """A place that gives `key` a value that `chosen` accepts cancels the values of `others` from less specific places."""
 
     key: str
     others: tuple[str, ...]

@@ -1,8 +1,8 @@
 """Where the files that a run's configuration names lie now, if the run was moved, renamed, or is used from another folder.
 
-A path in a configuration that a user writes starts from the current folder. For a run that is there, a relative path that leads
-nowhere from the current folder starts from the folder in which the run was trained, as its output folder's name tells; and what
-lay in the run's folder is looked for there, wherever that folder is. Knows no file's content.
+Relative paths in a user's configuration start from the current folder. For an existing run, a relative path that is not found
+from there starts from the folder in which the run was trained, which follows from its output_directory and from where it lies
+now. What lay in the run's folder is looked for in that folder, wherever it is. Reads no file's content.
 """
 
 from collections.abc import Callable, Iterator

@@ -132,7 +132,7 @@ class OverEncodingConfig(Section):
     ngram_order: Order = Field(3, description="n: orders 2..n are embedded")
     num_slices: Parts = Field(2, description="k: tables per order")
     table_rows: Rows | None = Field(None, description="m: rows of the first table; table s has m + 2 s")
-    row_width: Width | None = Field(None, description="w: values a row; none = hidden_size / ((n - 1) k)")
+    row_width: Width | None = Field(None, description="w: values per row; none = hidden_size / ((n - 1) k)")
     added: list[AddedTables] = Field([], description="tables beside these, of the same width; what `overtok grow` adds")
     frozen: bool = Field(False, description="rows of the tables above (not of added ones) take no update, no decay")
     combine: Literal["sum", "mean", "scaled"] = Field(
@@ -276,7 +276,7 @@ class TrainingConfig(Section):
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
     )
     kernels: Literal["auto", "apex", "torch"] = Field("auto", description="whose fused RMSNorm and AdamW run on CUDA")
-    num_threads: Parts | None = Field(None, description="CPU threads a rank; none = cores over ranks")
+    num_threads: Parts | None = Field(None, description="CPU threads per rank; none = cores divided by ranks")
 
 
 class CheckpointConfig(Section):

@@ -1,7 +1,7 @@
-"""Which files a corpus is: those that are named, those below folders, those that patterns match; and what is left out why.
+"""Find the files of a corpus: those that are named, those in folders, those that patterns match; and what is left out, and why.
 
-Links are followed, to folders as well, and every file is read once however often it is named or linked. Nothing that is
-seen disappears: what is not read is in the account of what was left out.
+Links are followed, to folders too, and every file is read once, however often it is named or linked. Everything that is
+seen and not read is in the account of what was left out.
 """
 
 import glob

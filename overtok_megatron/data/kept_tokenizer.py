@@ -64,7 +64,7 @@ def find_tokenizer(
         )
     seen = given or section.path
     raise CheckpointError(
-        f"tokenizer {seen}: no such file from here"
+        f"tokenizer {seen}: no such file"
         + ("" if run is None or given is not None else f", nor {run / NAMES[section.type]}")
         + f"; name the run's tokenizer{wanted} by --tokenizer"
     )

@@ -1,4 +1,4 @@
-"""Whether what lies at the names of a dataset may be replaced: a dataset of ours, or what a killed call of ours left there."""
+"""Whether files with the names of a dataset may be replaced: those of our own dataset, or what a killed call of ours left."""
 
 import os
 import re

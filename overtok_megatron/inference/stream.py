@@ -1,7 +1,7 @@
-"""Text as its tokens come: no half characters, nothing behind a stop string, and in all what decoding at once would give.
+"""Text in pieces as its tokens come: no half characters, nothing after a stop string, together the text of decoding at once.
 
-The text of tokens behind a prompt is what decoding both adds to decoding the prompt alone: many tokenizers leave the space out
-that begins a text, and a character's bytes may be on both sides.
+The text of tokens after a prompt is what decoding both adds to decoding the prompt alone: many tokenizers leave out the space
+that begins a text, and the bytes of one character may be in both parts.
 
 The cost of a token does not grow with the text. Only tokens whose text may still change are decoded again, behind one fixed
 token that stands for all before them: once a text has begun and is whole so far, what follows is spelled the same behind any

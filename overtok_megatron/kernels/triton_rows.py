@@ -1,9 +1,8 @@
 """Rows of the n-gram tables on CUDA through Triton: same signatures and meaning as rows.py.
 
 No atomics: every sum has one order, so that a run gives the same bits again. Square roots and divisions are those of IEEE 754
-(tl.sqrt and / are approximations on CUDA); the order in which a row's squares are added is Triton's, another than on the CPU.
-Importing this needs the package triton, which
-torch's CUDA builds bring along.
+(tl.sqrt and / are approximations on CUDA). Triton chooses the order in which a row's squares are added, which differs from
+that on the CPU. Importing this needs the package triton, which torch's CUDA builds bring along.
 """
 
 import torch
@@ -190,7 +189,7 @@ def _tiles(width: int) -> dict[str, int]:
 
 
 def add_warps(columns: int) -> int:
-    """Warps of add_kernel: one for narrow rows; with 512 columns in one, or more, a thread's part spills its registers."""
+    """Number of warps of add_kernel: one for narrow rows. With 512 columns or more per warp the registers would spill."""
     return min(16, max(1, columns // 128))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The tensor in host memory; from a GPU by a copy that is not waited for, into pinned memory."""
+    """The tensor in host memory. From a GPU it is copied into pinned memory, without waiting for the copy."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,7 +1,7 @@
-"""The device of a process, made once at its root and handed down, and what follows from it.
+"""The device of a process, which is made once at the root and passed down as an argument, and what follows from it.
 
 `torch.device("cuda")` and `torch.device("cuda:0")` are unequal although they mean one card, and code that compares a tensor's
-device with a wanted one then takes the wrong branch. So a device always carries its index here, as the devices of tensors do.
+device with the wanted one then takes the wrong branch. So a device always carries its index here, as the devices of tensors do.
 """
 
 from typing import Literal
@@ -31,7 +31,7 @@ def default_device() -> torch.device:
 
 
 def first_device() -> torch.device:
-    """What ranks will run on, for a process that must not take memory there itself: CUDA is not initialised."""
+    """The kind of device that ranks will run on, for a process that must not take memory there: CUDA is not initialised."""
     return torch.device("cuda", 0) if num_accelerators() else CPU
 
 
@@ -45,14 +45,16 @@ def named_device(name: str, key: str) -> torch.device:
     known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(count))] if count else ["cpu"]
     if name not in known:
         has = f"this machine has {count} CUDA devices" if count else "this machine has no CUDA device"
-        raise ConfigError(f"{key}: {name}; {has}: write one of {', '.join(known[:6])}")
+        named = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0"
+        way_out = f"write cpu, cuda, or {named}" if count else "write cpu"
+        raise ConfigError(f"{key}: {name!r}; {has}; {way_out}")
     device = indexed(torch.device(name))
     make_current(device)
     return device
 
 
 def local_device(local_rank: int) -> torch.device:
-    """Rank `local_rank` of this host takes the CUDA device of that number, or the only one that it sees, or the CPU.
+    """The device of rank `local_rank` of this host: the CUDA device of that number, the only one that it sees, or the CPU.
 
     Makes it the current device of the calling thread. Raises ConfigError where the host has fewer devices than ranks.
     """
@@ -70,7 +72,7 @@ def local_device(local_rank: int) -> torch.device:
 
 
 def make_current(device: torch.device) -> None:
-    """Every thread starts on device 0: a thread that works for another device must call this first."""
+    """Make `device` the current one of the calling thread; every thread starts on device 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 Axis = Literal["pipe", "data", "context", "model"]
-# How long a rank waits for a message that is no part of a step: meanwhile another may hash or write its files.
+# How long a rank waits for a message outside a training step: meanwhile another rank may hash or write its files.
 CONTROL_TIMEOUT = timedelta(hours=12)
 AXES: tuple[Axis, ...] = ("pipe", "data", "context", "model")  # outermost first: tensor-parallel ranks are neighbours
 

@@ -91,7 +91,7 @@ class JointNorm:
             self._wrap_unscale(optimizer, position=0 if kind == "FP16_UnfusedOptimizer" else 1)
 
     def _wrap_norm_groups(self, optimizer: Any) -> None:
-        """The tables' norm joins as one more group, where the others are: with an offloaded optimizer that is the CPU."""
+        """Add the tables' norm as one more group, on the device of the others: the CPU with an offloaded optimizer."""
         original = optimizer._get_norm_groups
 
         def norms() -> list[Any]:

@@ -115,7 +115,7 @@ class TrainingEngine:
                     mpu=None if grid.shape.pipe > 1 else DeepSpeedTopology(grid),
                     dist_init_required=False,
                 )[0]
-        except Exception as error:  # its reader lets errors of any kind through
+        except Exception as error:  # DeepSpeed's reader raises errors of any kind
             if not config.deepspeed or isinstance(error, RuntimeError | OSError | MemoryError):
                 raise
             raise deepspeed_config.refused_by_deepspeed(config, error) from error

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from overtok_megatron.config.loading import parse_resolved
 from overtok_megatron.environment import (
-    asks_for_cpu,
     available_cores,
     make_deterministic,
     restore_visible_devices,
+    usable_devices,
     wait_politely,
 )
 from overtok_megatron.errors import OvertokError
@@ -38,7 +38,7 @@ def set_up_logging(directory: Path, rank: int, console: bool) -> None:
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, deterministic: bool) -> None:
-    """Whatever started this process: what its environment must say before torch is imported."""
+    """Set what the environment must hold before torch is imported, however this process was started."""
     restore_visible_devices(environment)
     wait_politely(environment)
     if deterministic:
@@ -57,12 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
         config = parse_resolved(options.config)
         prepare_environment(os.environ, deterministic=config.training.deterministic)
 
-        # only now: they import torch, and what the environment says is read when its libraries are loaded
-        from overtok_megatron.parallel.devices import CPU, local_device
+        # imported only now: torch's libraries read the environment when they are loaded
+        from overtok_megatron.parallel.devices import CPU, local_device, num_accelerators
+
+        device = CPU
+        if usable_devices(os.environ, num_accelerators()):
+            device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # DeepSpeed takes the device of that number, also where a batch system shows each rank just one device
+            os.environ["LOCAL_RANK"] = str(device.index)
+
         from overtok_megatron.training.loop import TrainingRun, show_bar
 
         set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
-        device = CPU if asks_for_cpu(os.environ) else local_device(int(os.environ.get("LOCAL_RANK", "0")))
         run = TrainingRun(config, device=device, num_threads=max(1, available_cores() // local_ranks))
         finished = run.run()
     except OvertokError as error:

@@ -94,10 +94,12 @@ class TrainingRun:
         peak = peak_flops(device, DTYPES[config.training.precision])
         self.peak_flops = metrics.over_ranks(peak.flops, dist.ReduceOp.SUM, device)
         if self.first:
-            log.info("utilisation is of %.4g TFLOP/s per rank: %s", peak.flops / 1e12, peak.source)
+            log.info(
+                "model FLOPs utilisation is relative to %.4g TFLOP/s per rank (%s)", peak.flops / 1e12, peak.source
+            )
 
     def _lock_folder(self, folder: Path) -> RunLock:
-        """Be the only training in the run's folder; every rank hears of it where another process writes there."""
+        """Lock the run's folder for this training; every rank raises CheckpointError where another process writes there."""
         lock = RunLock(folder, "the first rank of a training")
         agree(self.grid, lambda: lock.take_for_ranks() if self.first else None, folder)
         agree(self.grid, lambda: None if self.first else lock.join_ranks(), folder)
@@ -193,7 +195,7 @@ class TrainingRun:
         return manifest.step
 
     def _one_step_or_leave(self, step: int) -> tuple[dict[str, float], bool]:
-        """As `_one_step`; a run that diverges completes the checkpoint that is being written, for it is older and sound."""
+        """As `_one_step`, but a run that diverges first completes the checkpoint being written, which is older and sound."""
         try:
             return self._one_step(step)
         except DivergedError:

@@ -1,6 +1,6 @@
-"""Peak speed of a device, the denominator of model FLOPs utilisation: its datasheet's, or a measured one that says so.
+"""Peak speed of a device, the denominator of model FLOPs utilisation: from its datasheet, or measured, and then labelled so.
 
-Not here: what a model needs (config/counts.py).
+Not here: how many FLOPs a model needs (config/counts.py).
 """
 
 import time
@@ -42,13 +42,13 @@ _DATASHEETS: tuple[tuple[str, float, float], ...] = (
     ("MI300X", 1307.4, 163.4),
     ("MI250X", 191.5, 23.9),  # one of the two dies, which are two devices
 )
-# Words that make another card of a known name, or a part of one.
+# Words in a name that make it another card than the known one, or a part of one (MIG).
 _OTHER_CARDS = ("MIG", "Laptop", "Max", "Mobile", "Ti", "SUPER", "D")
 
 
 @dataclass(frozen=True)
 class Peak:
-    """flops: FLOP/s of dense products. source: where that comes from, for people."""
+    """flops: FLOP/s of dense products. source: where that figure comes from, as text for the log."""
 
     flops: float
     source: str
@@ -81,7 +81,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
-    """What the device could do at most in products of `dtype`, bfloat16 or float32.
+    """The highest speed that the device could reach in matrix products of `dtype`, bfloat16 or float32.
 
     From its datasheet; a CPU, and a card that is not in the table, gets the speed of one large product, measured now.
     """

@@ -33,7 +33,10 @@ _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
 
 def in_background(work: Callable[[], Any], device: torch.device) -> threading.Thread:
-    """Run `work` on a thread that gets the processor when training leaves it idle; device: of what it reads."""
+    """Run `work` on a thread of low priority, which gets the processor when training leaves it idle.
+
+    device: where the tensors lie that it reads.
+    """
 
     def run() -> None:
         with suppress(OSError, AttributeError):  # a thread's own priority is a thing of Linux
@@ -123,9 +126,9 @@ class Saver:
             self._writer.published(self.store.final(self._step))
 
     def settle(self, seconds: float = 300.0) -> None:
-        """Let the checkpoint that is being written become complete before this rank leaves alone; not a collective.
+        """Wait until the checkpoint being written is complete, before this rank leaves alone. Needs no other rank's call.
 
-        The others' threads go on writing while they wait for this rank in a step. seconds: how long to wait for them.
+        The other ranks' threads go on writing while those ranks wait for this one in a step. seconds: the longest wait.
         """
         if self._thread is None:
             return

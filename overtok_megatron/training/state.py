@@ -86,7 +86,7 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
 
 
 def agree(grid: ProcessGrid, work: Callable[[], T], place: Path) -> T:
-    """What `work` returns, which needs no other rank; what fails on any rank is raised as CheckpointError on all.
+    """Return what `work` returns, which must not wait for other ranks; an error on any is raised as CheckpointError on all.
 
     A rank that left alone would leave the others waiting for it in the next collective. place: for the message.
     """
@@ -116,7 +116,7 @@ def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) 
 
 
 def _load_engine_files(trainer: TrainingEngine, path: Path) -> None:
-    """DeepSpeed's own files, on the layout that wrote them. They hold settings too: this run's stand."""
+    """Load DeepSpeed's own files, on the layout that wrote them. They hold settings too, of which this run's own are kept."""
     groups = trainer.optimizer.param_groups
     asked = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
     loaded, _ = trainer.engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)

@@ -99,7 +99,7 @@ def test_a_failed_save_leaves_the_old_file(run: Path, tmp_path: Path, monkeypatc
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("overtok_megatron.config.loading.os.fsync", full)
+    monkeypatch.setattr("overtok_megatron.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_resolved(load_config(run, ["training.seed=7"]).config, target)
     assert target.read_bytes() == before

@@ -109,7 +109,7 @@ def test_long_epochs_are_shuffled_without_a_table(monkeypatch: pytest.MonkeyPatc
         ("[{path: a, weight: 0}]", "data.train.0.weight: 0 should be greater than 0"),
         ("[{path: a, weight: 1}, {path: b, wieght: 1}]", "unknown key data.train.1.wieght; data.train is the prefix"),
         ("[{path: a}]", "data.train.0.weight is missing"),
-        ("[a]", "data.train.0: 'a' is no such item (prefix of the training set"),
+        ("[a]", "data.train.0: 'a' should be a mapping (prefix of the training set"),
         ("[]", "data.train: [] List should have at least 1 item"),
         ("3", "data.train: 3 should be a valid string"),
     ],

@@ -46,6 +46,8 @@ def test_a_device_always_has_its_index(eight_cards: list[torch.device]) -> None:
     assert eight_cards == [torch.device("cuda", 0), torch.device("cuda", 5)]  # kernels are launched on the current one
     assert indexed(torch.device("cuda")) == torch.device("cuda", 5)
     assert named_device("cpu", "--device") == CPU
+    with pytest.raises(ConfigError, match="this machine has 8 CUDA devices; write cpu, cuda, or cuda:0 to cuda:7"):
+        named_device("cuda:8", "--device")
 
 
 def test_ranks_of_a_host_take_one_device_each(eight_cards: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +61,7 @@ def test_ranks_of_a_host_take_one_device_each(eight_cards: list[torch.device], m
 def test_a_machine_without_gpu() -> None:
     assert num_accelerators() == 0
     assert default_device() == local_device(3) == CPU
-    with pytest.raises(ConfigError, match="--device: cuda:1; this machine has no CUDA device: write one of cpu"):
+    with pytest.raises(ConfigError, match="--device: 'cuda:1'; this machine has no CUDA device; write cpu"):
         named_device("cuda:1", "--device")
 
 

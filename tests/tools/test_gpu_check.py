@@ -193,15 +193,42 @@ def test_the_rank_that_fails_is_named_and_not_those_that_wait_for_it(tmp_path: P
         workers.close()
 
 
-def test_wrong_calls_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_calls_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for given, message in (
-        (["--only", "no such check"], "--only: no such check: begins the name of no check"),
+        (["--json", str(tmp_path / "absent" / "found.json")], "found.json: cannot be written; name a file"),
+        (["--json", str(tmp_path)], "is a folder; name a file"),
+        (["--folder", str(tmp_path / "absent")], "absent: is not a folder in which this user can write"),
+        (["--seconds", "-5"], "--seconds: -5; write a number above 0"),
+        (["--seconds", "0"], "--seconds: 0; write a number above 0"),
+        (["--only", "no such check"], "--only: no such check: no check has a name that begins so"),
         (["--processes", "0"], "--processes: 0; write 1 or more"),
     ):
         with pytest.raises(SystemExit) as left:
             gpu_check.main(given)
         assert left.value.code == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setenv("DS_ACCELERATOR", "GPU")
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--list"])
+    assert "DS_ACCELERATOR: 'GPU'; set it to cpu or cuda" in capsys.readouterr().err
+
+
+def test_an_interrupted_call_keeps_what_it_found(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcome(check: Check, *_: object) -> Outcome:
+        if check.name == "rows: sums":
+            raise KeyboardInterrupt
+        return Outcome(check.name, "passed")
+
+    monkeypatch.setattr(gpu_check, "_outcome", outcome)
+    found = tmp_path / "found.json"
+    assert gpu_check.main(["--only", "rows: hashing", "rows: sums", "rows: updates", "--json", str(found)]) == 1
+    statuses = {name: check["status"] for name, check in outcomes(found).items()}
+    assert statuses == {"rows: hashing": "passed", "rows: sums": "not run", "rows: updates": "not run"}
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 2 not run"
 
 
 def test_share_of_time_that_nothing_covers() -> None:

@@ -19,8 +19,8 @@ from gpu_checks.training import (
     train_steps,
 )
 
-_EXACT = 1e-4  # of the loss, float32: sums in another order, and what they do to three steps of AdamW
-_ROUTED = 2e-3  # with experts: a score that is rounded apart sends a token elsewhere
+_EXACT = 1e-4  # of the loss, float32: sums run in another order, which three steps of AdamW amplify
+_ROUTED = 2e-3  # with experts: a router score that rounds differently sends a token to another expert
 _BF16 = 0.02
 
 MODELS: dict[str, Settings] = {
@@ -46,7 +46,7 @@ MODELS: dict[str, Settings] = {
 
 @dataclass(frozen=True)
 class Way:
-    """model: a key of MODELS. settings: what runs it another way. quick: part of --quick."""
+    """model: a key of MODELS. settings: change how it is run, not what it computes. quick: part of --quick."""
 
     model: str
     settings: Settings = field(default_factory=dict)
@@ -110,8 +110,8 @@ def compared(losses: list[float], narrow: list[float], expected: list[float], to
 
 
 def host_bits(context: Context) -> Result:
-    """Tables in host memory and beside the model give the same losses and rows: on a CPU the same bits, beside a GPU to
-    rounding, where the sums of a row run in another order."""
+    """Tables in host memory and tables on the model's device give the same losses and rows: bit for bit on a CPU; to rounding
+    on a GPU, which sums a row's gradients in another order."""
     found = []
     for storage in ("device", "host"):
         config = small_configuration(

@@ -1,4 +1,4 @@
-"""The output head with its fused cross entropy, against torch's own over logits that are all there at once.
+"""The output head with its fused cross entropy, against torch's cross entropy over logits that are all in memory at once.
 
 Shapes: N positions, d hidden, V vocabulary.
 """
@@ -25,7 +25,7 @@ class Head:
     def __call__(self, context: Context) -> Result:
         vocabulary, hidden_size = (self.vocabulary, 2048) if context.cuda else (self.vocabulary // 100 + 1, 64)
         count = 128
-        if context.cuda:  # six float32 tensors [N, V] at a time
+        if context.cuda:  # at most six float32 tensors [N, V] exist at a time
             count = min(8192, int(free_memory(context) * 0.8 - 16 * vocabulary * hidden_size) // (24 * vocabulary))
         dtype = torch.bfloat16 if context.cuda else torch.float32
         head, hidden, targets = _made(context, vocabulary, hidden_size, count, dtype)
@@ -86,6 +86,6 @@ def _by_torch(head: OutputHead, hidden: Tensor, targets: Tensor, dtype: torch.dt
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
-    """Of the norm of the difference to that of the exact value."""
+    """The norm of the difference, as a share of the norm of the exact value."""
     assert torch.isfinite(value).all(), "is not finite"
     return float((value.float() - exact.float()).norm() / exact.float().norm())

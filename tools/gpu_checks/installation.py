@@ -37,7 +37,7 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Of packages, libraries, driver and this tree. Takes no memory of a device."""
+    """Versions of packages, libraries, driver and this source tree. Takes no memory on a device."""
     found: dict[str, Any] = {name: _version(name) for name in _SEEN}
     found |= {
         "python": platform.python_version(),
@@ -52,7 +52,7 @@ def versions() -> dict[str, Any]:
 
 
 def device_name(cuda: bool) -> str:
-    """The card, or the processor; a process that asks for the card takes memory of it."""
+    """The name of the card, or of the processor; a process that asks for the card's takes memory on it."""
     if cuda:
         return torch.cuda.get_device_name()
     try:
@@ -64,7 +64,7 @@ def device_name(cuda: bool) -> str:
 
 
 def _requirements() -> list[tuple[str, str | None, str]]:
-    """(package, found version, wanted versions) of what pyproject.toml requires and is missing or another."""
+    """(package, found version, wanted versions) of what pyproject.toml requires and is missing or of another version."""
     from packaging.requirements import Requirement
 
     wrong = []

@@ -1,4 +1,4 @@
-"""Speed of a model of the 1B class: tokens/s, model FLOPs utilisation, what over-encoding costs, where the time goes."""
+"""Speed of a model with about 1B parameters: tokens/s, model FLOPs utilisation, cost of over-encoding, longest kernels."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def _tables(context: Context, dense: RunConfig) -> Settings:
     if context.cuda:
         taken = bytes_per_rank(dense, 1).total + _ACTIVATIONS * dense.model.num_layers / 16
         room = free_memory(context) - taken
-        rows = min(_ROWS, int(room * 0.9) // (4 * (512 * 2 + 2 + 1)))
+        rows = min(_ROWS, int(room * 0.8) // (4 * (512 * 2 + 2 + 1)))
         if rows < 100_000:
             raise RuntimeError(f"{max(0, room) / 2**30:.1f} GiB are left for tables beside the model")
     return {
@@ -94,7 +94,7 @@ class Model:
         return Result(None, ", ".join(words), f"{peak.flops / 1e12:.4g} TFLOP/s ({peak.source})", numbers)
 
     def _ratio(self, folder: Path, seconds: float) -> float | None:
-        """Step time with tables over that without, of which a file tells; None without it."""
+        """Step time with tables divided by that without, which an earlier check left in a file; None without that file."""
         path = folder / f"step-seconds-{self.vocabulary}.json"
         if not self.tables:
             path.write_text(json.dumps(seconds), encoding="utf-8")
@@ -104,7 +104,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Speed:
-    """seconds: median of a step. kernels: those that took longest in one step. idle: share of it that the device waited."""
+    """seconds: median time of a step. kernels: those that took longest in one step. idle: the device's idle share of it."""
 
     seconds: float
     losses: list[float]
@@ -121,7 +121,7 @@ def _speed(context: Context, config: RunConfig) -> Speed:
     times, losses = [], []
     for turn in range(2 + rounds):
         begin = time.perf_counter()
-        losses.append(trainer.step(parts[turn % len(parts)], 1e-4).loss)  # its loss is read: the device is done
+        losses.append(trainer.step(parts[turn % len(parts)], 1e-4).loss)  # reads the loss, and so waits for the device
         times.append(time.perf_counter() - begin)
     assert all(math.isfinite(loss) for loss in losses), f"a loss is not finite: {losses}"
     peak = peak_memory(context.device)

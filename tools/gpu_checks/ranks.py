@@ -60,7 +60,7 @@ class OnRanks:
 
 
 def exchange(context: Context) -> Result:
-    """Rows come from their owners as they are there, and sums of gradients reach them, hot and unasked rows included."""
+    """Fetched rows equal those of their owners, and owners receive the right gradient sums, also for hot and unused rows."""
     device, ranks = context.device, context.ranks
     total, width = 10_007, 24
     bounds = row_bounds(total, ranks)

@@ -37,7 +37,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found: passed is None where a figure was measured and nothing was asserted.
+    """What a check found. passed: None where a figure was measured and nothing was asserted.
 
     figure: the measured value in words; limit: what it is to be held against. numbers: the same and more, for the JSON file.
     """
@@ -69,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A result with what became of the check. traceback: of the first process that failed, or its last words."""
+    """A result, with what became of the check. traceback: of the first process that failed, or the end of its output."""
 
     name: str
     status: Status

@@ -1,4 +1,4 @@
-"""What a checkpoint of big tables costs a training that goes on: the wait, slower steps, memory of the device."""
+"""What a checkpoint of large tables costs the training beside it: a wait, slower steps, memory on the device."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from gpu_checks.timing import free_memory
 from gpu_checks.training import configuration, engine_of, made_tokens, own_part
 from overtok_megatron.checkpoint.tables import TableWriter
 
-_SPARE = 256 * 2**20  # bytes that a save may take on the device, and a tenth of the tables
+_SPARE = 256 * 2**20  # bytes that a save may take on the device, besides a tenth of the tables
 
 
 def save(context: Context) -> Result:

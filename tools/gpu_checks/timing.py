@@ -1,4 +1,4 @@
-"""Seconds of work on a device, and what a copy of its memory reaches."""
+"""How many seconds work on a device takes, and how fast a copy of its memory is."""
 
 import gc
 import statistics
@@ -33,7 +33,7 @@ def copy_rate(context: Context) -> float:
 
 
 def free_memory(context: Context) -> int:
-    """Bytes of the device that nothing holds, once what is left of earlier checks has been given back."""
+    """Free bytes of the device, after memory that earlier checks left behind has been returned."""
     assert context.cuda
     gc.collect()
     torch.cuda.empty_cache()

@@ -2,7 +2,7 @@
 
 A kernel that never returns cannot be interrupted, and a CUDA error spoils its whole process. So checks run in processes of
 their own: after a check that hangs, kills its process or leaves the device or the process group in doubt, new ones begin.
-They are spawned: what the starting script does when it is imported is done in each of them as well.
+They are spawned: each of them imports the starting script again.
 """
 
 import gc
@@ -34,8 +34,8 @@ _LAST_WORDS = 2000  # characters of a dead process's output that are kept
 
 @dataclass(frozen=True)
 class _Silent:
-    """What stands for the answer of a rank that has none: an exception's line, or how it ended; with the traceback, or
-    the last of its output."""
+    """Takes the place of a rank's answer where there is none. why: the exception in one line, or how the process ended;
+    words: the traceback, or the end of its output."""
 
     why: str
     words: str
