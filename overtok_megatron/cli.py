@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from overtok_megatron import __version__
 from overtok_megatron.commands import checkpoints, conversion, data, evaluation, growing, runs, serving, text
-from overtok_megatron.environment import asks_for_cpu, wait_politely
+from overtok_megatron.environment import asks_for_cpu, set_library_defaults
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.files import shown
 
@@ -33,7 +33,7 @@ def default_processes() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0, 2 for a user's mistake, or the launcher's."""
-    wait_politely(os.environ)  # before torch is imported, which loads OpenMP
+    set_library_defaults(os.environ)  # before torch is imported, which loads OpenMP
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):

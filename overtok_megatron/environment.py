@@ -56,10 +56,15 @@ def usable_devices(environment: Mapping[str, str], present: int) -> int:
     return present
 
 
-def wait_politely(environment: MutableMapping[str, str]) -> None:
-    """Let OpenMP threads sleep soon when they wait, unless the caller has chosen how they wait."""
+def set_library_defaults(environment: MutableMapping[str, str]) -> None:
+    """What the libraries of every process read when they are loaded, unless the caller has chosen otherwise.
+
+    OpenMP threads sleep soon when they wait. Triton fuses multiplications and additions, which is its default up to release
+    3.9 and not after it: the last bits of the row kernels must not depend on the release.
+    """
     if not any(name in environment for name in _WAITING):
         environment[_WAITING[0]] = SPIN_COUNT
+    environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
@@ -85,12 +90,11 @@ def rank_environment(
     }
     for name, value in wanted.items():
         environment.setdefault(name, value)
-    path = [
-        part for part in environment.pop("PYTHONPATH", "").split(os.pathsep) if part
-    ]  # an empty part is that folder too
+    # an empty part of this path is that folder, too
+    path = [part for part in environment.pop("PYTHONPATH", "").split(os.pathsep) if part]
     if path:
         environment["PYTHONPATH"] = os.pathsep.join(path)
-    wait_politely(environment)
+    set_library_defaults(environment)
     if deterministic:
         make_deterministic(environment)
     if VISIBLE in environment:

@@ -5,9 +5,9 @@ import os
 import pytest
 from hypothesis import settings
 
-from overtok_megatron.environment import wait_politely
+from overtok_megatron.environment import set_library_defaults
 
-wait_politely(os.environ)  # before torch is imported below
+set_library_defaults(os.environ)  # before torch is imported below
 
 from marker_expressions import asks_for_gpu  # noqa: E402
 from trained_runs import plain_model, trained_runs  # noqa: E402

@@ -17,8 +17,8 @@ from overtok_megatron.environment import (
     available_cores,
     make_deterministic,
     restore_visible_devices,
+    set_library_defaults,
     usable_devices,
-    wait_politely,
 )
 from overtok_megatron.errors import OvertokError
 
@@ -40,7 +40,7 @@ def set_up_logging(directory: Path, rank: int, console: bool) -> None:
 def prepare_environment(environment: MutableMapping[str, str], *, deterministic: bool) -> None:
     """Set what the environment must hold before torch is imported, however this process was started."""
     restore_visible_devices(environment)
-    wait_politely(environment)
+    set_library_defaults(environment)
     if deterministic:
         make_deterministic(environment)
 

@@ -67,6 +67,7 @@ def test_rows_fetched_ahead_change_nothing(ranks: int, parallel: dict[str, Any],
     assert device[0][0][-1] < 0.95 * device[0][0][0]
 
 
+@pytest.mark.ci
 def test_two_levels_give_the_flat_numbers() -> None:
     exact = {"row_dtype": "float32", "state_dtype": "float32"}
     flat = run_ranks(4, train, exact, TENSOR, 10, 1e-3)

@@ -83,6 +83,7 @@ def check_pairs(layouts: dict[str, tuple[int, Layout]], pairs: list[tuple[str, s
                 assert losses == pytest.approx(expected[SAVED_AT:], rel=1e-5), (source, name)
 
 
+@pytest.mark.ci
 def test_some_pairs_of_layouts(tmp_path: Path) -> None:
     pairs = [("TP2xPP2", "DP4, ZeRO 3"), ("DP4, ZeRO 3", "DP2, ZeRO 1"), ("DP2, ZeRO 1", "TP2xPP2")]
     check_pairs(LAYOUTS, pairs, tmp_path)
