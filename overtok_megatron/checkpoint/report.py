@@ -33,7 +33,7 @@ def describe(path: Path) -> str:
         ("tokenizer, SHA-256", manifest.tokenizer_fingerprint),
     ]
     for folder in sorted({name.split("/")[0] for name in manifest.files}):
-        sizes_of = [size for name, (size, _) in manifest.files.items() if name.startswith(f"{folder}/")]
+        sizes_of = [size for name, (size, _) in manifest.files.items() if name.split("/")[0] == folder]
         rows.append((folder, f"{len(sizes_of)} files, {sum(sizes_of):,} bytes"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -4,6 +4,7 @@ import argparse
 import re
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from overtok_megatron.commands.models import add_tokenizer, tokenizer_of
@@ -20,8 +21,8 @@ def _import(options: argparse.Namespace) -> int:
     if options.check:
         _compare(run, source, run, options.text, rounded=False)
     print(f"{path}: the weights of {source}")
-    print(f"to go on: overtok prepare TEXTS --tokenizer {run} --output SET, then")
-    print(f"overtok train {run / 'config.yaml'} data.train=SET")
+    print(f"to go on: overtok prepare TEXTS --tokenizer {quote(str(run))} --output SET, then")
+    print(f"overtok train {quote(str(run / 'config.yaml'))} data.train=SET")
     return 0
 
 

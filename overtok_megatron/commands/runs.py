@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overtok_megatron.commands.arguments import positive
+from overtok_megatron.commands.arguments import port, positive
 from overtok_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -70,5 +70,5 @@ def add_verbs(verbs: Any) -> None:
 
     verb = verbs.add_parser("train", help="train, on one or more ranks of this host")
     _add_overrides(verb)
-    verb.add_argument("--master-port", type=positive, default=None, help="port of the first rank (default: a free one)")
+    verb.add_argument("--master-port", type=port, default=None, help="port of the first rank (default: a free one)")
     verb.set_defaults(work=_train)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.commands.arguments import positive
+from overtok_megatron.commands.arguments import port, positive
 from overtok_megatron.commands.models import add_model, load_model
 from overtok_megatron.errors import InputError
 
@@ -48,18 +48,11 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{value} is no port")
-    return value
-
-
 def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("serve", help="answer OpenAI's completions API over HTTP")
     add_model(verb)
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    verb.add_argument("--port", type=_port, default=8000, help="0 = a free one")
+    verb.add_argument("--port", type=port, default=8000, help="0 = a free one")
     verb.add_argument("--model-name", default=None, help="name that requests give (default: the folder's)")
     verb.add_argument("--max-batch", type=positive, default=8, help="sequences decoded together")
     verb.add_argument(

@@ -1,5 +1,6 @@
 """Whether a machine can hold what a configuration asks of it: any machine, or a given one."""
 
+import os
 from collections.abc import Callable
 
 from overtok_megatron.config.counts import bytes_per_rank
@@ -11,6 +12,11 @@ _TIB, _GIB = 2**40, 2**30
 _SMALLER_BATCH = "use a smaller batch or a shorter data.seq_length"
 
 Need = Callable[[bool, str, object, str], None]  # as in model_rules.py
+
+
+def most_processes() -> int:
+    """How many processes of ours may run side by side on this host."""
+    return max(64, 4 * (os.cpu_count() or 1))
 
 
 def check_capacity(config: RunConfig, world_size: int, need: Need) -> None:

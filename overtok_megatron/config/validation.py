@@ -2,11 +2,10 @@
 
 import logging
 import math
-import os
 from collections.abc import Callable
 
 from overtok_megatron.config import deepspeed_config
-from overtok_megatron.config.capacity import check_capacity, check_host
+from overtok_megatron.config.capacity import check_capacity, check_host, most_processes
 from overtok_megatron.config.collisions import collision_problem
 from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size, train_iters
 from overtok_megatron.config.loading import COMMAND_LINE, DEFAULT
@@ -67,7 +66,7 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
 def validate_host(config: RunConfig, processes: int, memory: int, locate: Locate) -> None:
     """Raise ConfigError where `processes` ranks, all on the CPU of a host with `memory` bytes, cannot fit there."""
     check = _Checker(locate)
-    most = max(64, 4 * (os.cpu_count() or 1))
+    most = most_processes()
     check.need(processes <= most, "--processes", processes, f"is more than this host can run; {most} is the most")
     check_host(config, processes, memory, check.need)
 

@@ -261,3 +261,22 @@ def test_halved_weights_are_said_to_be(workspace: Path, tmp_path: Path, capsys: 
     assert main(["import", str(half), "--output", str(tmp_path / "run")]) == 0
     assert load_config(tmp_path / "run" / "config.yaml").config.training.precision == "bf16"
     assert load_trained(tmp_path / "run", CPU).model.head.output.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "x"), ("rope_scaling", "x"), ("num_hidden_layers", None), ("vocab_size", -5)]
+)
+def test_values_of_a_wrong_type(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(workspace / "llama", folder)
+    values = json.loads((folder / "config.json").read_text())
+    if key == "rope_scaling":
+        del values["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(values | {key: value}))
+    said = refused(capsys, "import", str(folder), "--output", str(tmp_path / "run"))
+    assert "config.json: " in said
+    assert key.replace("rope_scaling", "rope_parameters") in said
+    assert len(said) <= 300 + len("error: ")
+    assert not (tmp_path / "run").exists()

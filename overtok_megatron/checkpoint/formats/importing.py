@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
@@ -20,6 +21,7 @@ from overtok_megatron.checkpoint.formats.tensor_files import TensorFiles
 from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
+from overtok_megatron.config.wording import line
 from overtok_megatron.data.tokenizer import load_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import read_text, refuse_used_folder
@@ -45,11 +47,16 @@ def import_folder(source: Path, run: Path, *, tokenizer: Path | None = None, eod
             f"{config_file}: unreadable ({error}); name a folder that save_pretrained wrote"
         ) from None
     files = TensorFiles(source)
-    if own is None:
-        model, over = model_section(complete(raw, config_file), str(config_file)), OverEncodingConfig()
-    else:
-        model = ModelConfig.model_validate(own["model"])
-        over = OverEncodingConfig.model_validate(own["over_encoding"])
+    try:
+        if own is None:
+            model, over = model_section(complete(raw, config_file), str(config_file)), OverEncodingConfig()
+        else:
+            model = ModelConfig.model_validate(own["model"])
+            over = OverEncodingConfig.model_validate(own["over_encoding"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(line(config_file, f"{key}: {first['input']!r}; {first['msg']}")) from None
     refuse_used_folder(run)
     with hold(run, "overtok import"):
         return _write(source, run, raw, files, (model, over), tokenizer=tokenizer, eod_token=eod_token)
@@ -94,8 +101,8 @@ def complete(raw: dict[str, Any], place: Path) -> dict[str, Any]:
         raise CheckpointError(f"{place}: model_type: {family}; unknown to transformers {transformers.__version__}")
     try:
         values: dict[str, Any] = transformers.CONFIG_MAPPING[family].from_dict(raw).to_dict()
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{place}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # the library checks types with errors of its own, which are no ValueErrors
+        raise CheckpointError(line(place, f"not a configuration of {family}: {error}")) from None
     return values
 
 
