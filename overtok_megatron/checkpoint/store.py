@@ -159,8 +159,9 @@ def find_checkpoint(run: Path) -> Path:
         return run
     path = CheckpointStore(run).latest()
     if path is None:
+        why = "" if run.exists() else ", for there is no such folder"
         raise CheckpointError(
-            f"{run}: no checkpoint here; name a run's output folder or one of its checkpoints/step_* folders"
+            f"{run}: no checkpoint here{why}; name a run's output folder or one of its checkpoints/step_* folders"
         )
     return path
 

@@ -68,6 +68,8 @@ def find_inputs(
     be taken for; OutputError where an output is named as an input.
     """
     search = _Search(reading, outputs, tokenizer)
+    if "" in inputs:  # as a path it would be the current folder
+        raise DataError("an input is empty, as an unset variable of the shell is; name a file, a folder or a pattern")
     for path in map(Path, inputs):
         if os.path.isfile(path):
             search.named(path)

@@ -211,3 +211,11 @@ def test_an_absent_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, package, None)
     (tmp_path / name).write_bytes(b"x")
     fails(tmp_path / name, tmp_path, f"pip install {package}")
+
+
+def test_an_empty_input_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `overtok prepare "$TEXTS"` where the variable is not set."""
+    (tmp_path / "other.txt").write_text("not asked for", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="an input is empty"):
+        expand([""])
