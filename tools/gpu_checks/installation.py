@@ -41,6 +41,7 @@ def versions() -> dict[str, Any]:
     found: dict[str, Any] = {name: _version(name) for name in _SEEN}
     found |= {
         "python": platform.python_version(),
+        "torch": torch.__version__,  # says which build it is, which the package's own version does not
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
