@@ -51,7 +51,7 @@ SLOW = pytest.mark.slow
     [
         (1, {}, 100),
         (2, {}, 50),
-        (4, TENSOR, 12),
+        pytest.param(4, TENSOR, 12, marks=pytest.mark.ci),
         *(pytest.param(n, p, 200, marks=SLOW) for n, p in ((1, {}), (2, {}), (4, TENSOR))),
     ],
 )

@@ -120,6 +120,7 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
     return results
 
 
+@pytest.mark.ci
 def test_every_layout_starts_from_the_weights(source: tuple[Path, Reference], tmp_path: Path) -> None:
     torch.set_num_threads(1)
     run, reference = source
