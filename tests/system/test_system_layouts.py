@@ -32,6 +32,7 @@ def train(workspace: Workspace, name: str, ranks: int, *overrides: str) -> str:
 
 
 @pytest.mark.ci
+@pytest.mark.timeout(900)
 def test_one_run_through_many_layouts(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     train(workspace, "whole", 1)
     expected = losses(workspace.scratch / "whole")
@@ -109,6 +110,7 @@ def run_until(workspace: Workspace, run: Path, ranks: int, stop: int, *overrides
 
 
 @pytest.mark.ci
+@pytest.mark.timeout(900)
 def test_sigterm_of_one_rank_saves_what_was_done(workspace: Workspace) -> None:
     train(workspace, "whole", 2)
     run = workspace.scratch / "stopped"

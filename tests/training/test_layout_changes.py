@@ -78,12 +78,13 @@ def check_pairs(layouts: dict[str, tuple[int, Layout]], pairs: list[tuple[str, s
     for name in {target for _, target in pairs}:
         world, case = layouts[name]
         sources = [source for source, target in pairs if target == name]
-        for rank in run_ranks(world, resume_layout, case, [folder / source for source in sources], timeout=200):
+        for rank in run_ranks(world, resume_layout, case, [folder / source for source in sources], timeout=400):
             for source, losses in zip(sources, rank, strict=True):
                 assert losses == pytest.approx(expected[SAVED_AT:], rel=1e-5), (source, name)
 
 
 @pytest.mark.ci
+@pytest.mark.timeout(900)
 def test_some_pairs_of_layouts(tmp_path: Path) -> None:
     pairs = [("TP2xPP2", "DP4, ZeRO 3"), ("DP4, ZeRO 3", "DP2, ZeRO 1"), ("DP2, ZeRO 1", "TP2xPP2")]
     check_pairs(LAYOUTS, pairs, tmp_path)
