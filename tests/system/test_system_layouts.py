@@ -128,6 +128,7 @@ def test_sigterm_of_one_rank_saves_what_was_done(workspace: Workspace) -> None:
     assert losses(run) == losses(workspace.scratch / "whole")
 
 
+@pytest.mark.ci
 def test_a_trace_names_every_collective(workspace: Workspace) -> None:
     train(
         workspace,

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import Workspace, kill_session, losses, records, wait_for
 
 
+@pytest.mark.ci
 def test_a_run_killed_while_it_saves_resumes_bit_for_bit(workspace: Workspace) -> None:
     sets = ", ".join(
         f"{{path: {workspace.data}/{name}, weight: {weight}}}" for name, weight in (("train", 3), ("validation", 1))

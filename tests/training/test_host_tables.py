@@ -49,7 +49,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "parallel", "steps"),
     [
-        (1, {}, 100),
+        pytest.param(1, {}, 100, marks=pytest.mark.ci),
         (2, {}, 50),
         pytest.param(4, TENSOR, 12, marks=pytest.mark.ci),
         *(pytest.param(n, p, 200, marks=SLOW) for n, p in ((1, {}), (2, {}), (4, TENSOR))),

@@ -58,6 +58,7 @@ SLOW = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("world", CORE)
 def test_core_layouts_equal_one_process(world: int) -> None:
     run_matrix(world, CORE[world], timeout=200)

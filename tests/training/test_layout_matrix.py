@@ -259,7 +259,7 @@ def run_matrix(world: int, cases: dict[str, Layout], timeout: float) -> None:
         check(name, case, [rank[index] for rank in by_rank])
 
 
-@pytest.mark.parametrize("world", CORE)
+@pytest.mark.parametrize("world", [pytest.param(world, marks=[pytest.mark.ci] if world > 2 else []) for world in CORE])
 def test_core_layouts_equal_one_process(world: int) -> None:
     run_matrix(world, CORE[world], timeout=200)
 
