@@ -109,7 +109,7 @@ def test_ranks_without_a_command_above_them_hold_the_folder(tmp_path: Path) -> N
 
 
 def test_a_record_of_a_dead_holder_lets_nobody_in_below_it(tmp_path: Path) -> None:
-    """A process id comes again, in containers above all: the record of a parent's namesake is no lock."""
+    """Process ids are reused, above all in containers: a parent's id in a record does not prove that it holds the lock."""
     record = {"host": os.uname().nodename, "process": os.getpid(), "started": psutil.Process().create_time()}
     (tmp_path / COMMAND).write_text(json.dumps(record | {"work": "train"}))
     first = start("first rank", tmp_path)

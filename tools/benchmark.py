@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from data_benchmark import prepare_speed
-from measuring import alternate, configuration, single_process
+from measuring import alternate, configuration, save_beside_steps, single_process
 from overhead_benchmark import overhead
 from table_benchmark import mapped, tables
 from torch import Tensor
@@ -148,7 +149,6 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
     """What a save of big tables costs training: blocking, in the background, and of changed rows alone."""
     from overtok_megatron.checkpoint.tables import TableWriter
     from overtok_megatron.training.engine import TrainingEngine, start_processes
-    from overtok_megatron.training.saving import in_background
 
     single_process()
     config = configuration(
@@ -176,12 +176,7 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
             folders = [Path(scratch) / f"{turn}-{kind}" for kind in ("background", "blocking", "changed")]
             for folder in folders:
                 folder.mkdir()
-            begin = time.perf_counter()
-            thread = in_background(writer.begin(folders[0]), options.device)
-            stall, during = time.perf_counter() - begin, []
-            while thread.is_alive():
-                during.append(step())
-            background = time.perf_counter() - begin
+            stall, during, background = save_beside_steps(partial(writer.begin, folders[0]), step, options.device)
             writer.forget()
             begin = time.perf_counter()
             writer.begin(folders[1])()

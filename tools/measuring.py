@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,23 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int, devic
             if turn >= 2:
                 times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def save_beside_steps(
+    begin_save: Callable[[], Callable[[], Any]], step: Callable[[], float], device: torch.device
+) -> tuple[float, list[float], float]:
+    """Write a save on a thread while steps run: (seconds that its beginning took, those of each step, those of the whole).
+
+    begin_save: returns what the thread does. step: runs one step, and returns its seconds; at least one runs.
+    """
+    from overtok_megatron.training.saving import in_background
+
+    begin = time.perf_counter()
+    thread = in_background(begin_save(), device)
+    stall, during = time.perf_counter() - begin, [step()]
+    while thread.is_alive():
+        during.append(step())
+    return stall, during, time.perf_counter() - begin
 
 
 def single_process() -> None:

@@ -159,7 +159,7 @@ def find_checkpoint(run: Path) -> Path:
         return run
     path = CheckpointStore(run).latest()
     if path is None:
-        why = "" if run.exists() else ", for there is no such folder"
+        why = "" if run.exists() else " (the folder does not exist)"
         raise CheckpointError(
             f"{run}: no checkpoint here{why}; name a run's output folder or one of its checkpoints/step_* folders"
         )

@@ -207,7 +207,7 @@ def add_verbs(verbs: Any) -> None:
         default=None,
         help="shares, as 0.98 0.01 0.01: by the hash of each document to PREFIX-train, PREFIX-validation, PREFIX-test",
     )
-    verb.add_argument("--workers", type=workers, default=None, help="processes that encode (default: one a core)")
+    verb.add_argument("--workers", type=workers, default=None, help="processes that encode (default: one per core)")
     verb.set_defaults(work=_prepare)
 
     verb = verbs.add_parser(

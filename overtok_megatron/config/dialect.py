@@ -16,7 +16,7 @@ from overtok_megatron.errors import ConfigError
 
 LARGEST_FILE = 256 * 1024  # bytes; a file beyond is a weight or a corpus whose name was given by mistake
 MOST_NODES = 20_000  # keys and values once every alias is written out: a few lines of aliases can stand for billions
-_LONGEST_INTEGER = 300  # characters; what no float holds is no size either
+_LONGEST_INTEGER = 300  # characters; a longer number is above the largest float, and so above any size
 
 _FLOAT = re.compile(
     r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"

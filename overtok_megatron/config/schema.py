@@ -221,7 +221,7 @@ class DataConfig(Section):
         description="prefix of the validation set, or of several as a mapping name: prefix, each evaluated and reported "
         "as validation/NAME/loss; a file adds to the names of its base",
     )
-    seq_length: Positive = Field(description="tokens a sample")
+    seq_length: Positive = Field(description="tokens per sample")
     shuffle_seed: Seed = Field(1234, description="seed of the order of samples")
     document_attention: Literal["across", "within"] = Field(
         "across", description="whether a token sees the documents before its own in a sample, or its own only"

@@ -172,7 +172,7 @@ def _also(left: LeftOut) -> str:
 
 
 def _below(root: Path, left: LeftOut) -> Iterator[Path]:
-    """Everything below a folder that is no folder, in no order; hidden folders are left out. Each folder is read once."""
+    """Yield what is below a folder and is not a folder itself, in no order. Hidden folders are left out; each is read once."""
     top = os.path.realpath(root)
     seen: set[tuple[int, int]] = set()
     pending, links = [root], deque[Path]()

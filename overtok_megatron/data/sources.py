@@ -2,7 +2,7 @@
 
 `read_chunks` runs in one process and only cuts: at lines of JSONL, at separators of text, at batches of Parquet rows.
 `documents` does the rest (UTF-8, JSON) wherever the chunk is sent. Where cuts fall never shows in the documents.
-Not here: which files (inputs.py), and any cleaning of the text; but a byte-order mark is no part of it.
+Not here: which files (inputs.py), and any cleaning of the text, except that a byte-order mark is dropped.
 """
 
 import codecs
@@ -150,7 +150,7 @@ def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[str, bytes]]:
 def located_documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[str, bytes, str]]:
     """All documents of a chunk as text, as UTF-8, and with their place within the file, as `line 3`.
 
-    Values of JSON and Parquet may be empty; between two separators of text without anything between them is no document.
+    Values of JSON and Parquet may be empty; two separators of a text with nothing between them do not make a document.
     Raises DataError naming file and line, row or byte of what is no text, no JSON object, or lacks the key.
     """
     if isinstance(chunk.payload, list):

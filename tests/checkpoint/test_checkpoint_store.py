@@ -75,7 +75,7 @@ def test_partial_folders_are_invisible_and_cleaned(tmp_path: Path) -> None:
     assert store.latest() is None
     assert store.complete() == []
     fails(lambda: find_checkpoint(tmp_path), str(tmp_path), "no checkpoint here; name")
-    fails(lambda: find_checkpoint(tmp_path / "x"), "no checkpoint here, for there is no such folder")
+    fails(lambda: find_checkpoint(tmp_path / "x"), "no checkpoint here (the folder does not exist)")
     path = publish(store, 2)
     (store.root / "latest.partial").write_text("step_00000003")
     assert store.complete() == [path]

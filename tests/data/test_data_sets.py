@@ -182,7 +182,7 @@ def test_validation_scores_every_token_once(
 def test_validation_has_no_empty_windows(
     tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, batch: int, ranks: int, multiple: int
 ) -> None:
-    """But for ranks that get none of the last round, which all must run; a set below one window is no longer than it is."""
+    """Only ranks without a window in the last round, which all must run, get an empty one; short sets are not padded."""
     dataset = write(tmp_path_factory.mktemp("v") / "set", [list(range(1, tokens + 1))])
     batches = [
         list(validation_batches(dataset, length, batch, rank, ranks, multiple=multiple, read=rank != 1))

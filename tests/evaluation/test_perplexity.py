@@ -58,7 +58,7 @@ def test_every_token_is_scored_once(trained_runs: TrainedRuns) -> None:
 def test_a_small_set_costs_its_own_tokens(
     trained_runs: TrainedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, fed: int
 ) -> None:
-    """No window is empty, and a set below one is no longer than it is; the loss is that of the plain formula."""
+    """No window is empty, and a set shorter than a window is not padded to one; the loss is that of the plain formula."""
     trained = trained_runs.trained()
     stream = IndexedDataset(trained_runs.folder / "other").tokens(0, tokens)
     write(tmp_path / "set", [stream.tolist()], trained.tokenizer.vocab_size, trained.tokenizer.fingerprint())

@@ -1,4 +1,4 @@
-"""The benchmark of tables leaves out what does not fit, and says so; what it counts is no less than what is taken."""
+"""The benchmark of tables leaves out what does not fit, and says so; its estimates are not below what is really taken."""
 
 import argparse
 import json

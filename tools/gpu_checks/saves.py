@@ -2,9 +2,11 @@
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import save_beside_steps
 
 from gpu_checks.registry import Context, Result
 from gpu_checks.timing import free_memory
@@ -16,7 +18,6 @@ _SPARE = 256 * 2**20  # bytes that a save may take on the device, besides a tent
 
 def save(context: Context) -> Result:
     """Steps while all rows are written by the background thread, then a save of the rows that changed."""
-    from overtok_megatron.training.saving import in_background
 
     width, rows = 512, 4001
     if context.cuda:  # 1 GiB, or 4 GiB in the long form, or a quarter of what is free
@@ -50,13 +51,7 @@ def save(context: Context) -> Result:
     folders = [_folder(context, name) for name in ("full", "changed")]
     writer = TableWriter(trainer.tables, 2)
     _reset_peak(context)
-    begin = time.perf_counter()
-    thread = in_background(writer.begin(folders[0]), context.device)
-    stall, during = time.perf_counter() - begin, [step()]
-    while thread.is_alive():
-        during.append(step())
-    thread.join()
-    whole = time.perf_counter() - begin
+    stall, during, whole = save_beside_steps(partial(writer.begin, folders[0]), step, context.device)
     for _ in range(3):
         step()
     begin = time.perf_counter()
