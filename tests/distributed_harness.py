@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from overtok_megatron.launch import free_port
+from overtok_megatron.launching.local import free_port
 
-_IMPORTED = ["torch", "transformers", "overtok_megatron.training.loop"]
+_IMPORTED = ["torch", "transformers", "overtok_megatron.training.trainer"]
 
 
 def _rank_main(

@@ -18,7 +18,7 @@ from overtok_megatron.environment import (
     usable_devices,
 )
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.launch import launcher_command
+from overtok_megatron.launching.local import launcher_command
 from overtok_megatron.training.entry import prepare_environment
 
 PROBE = """
@@ -131,12 +131,12 @@ torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda
 from overtok_megatron.training import entry
 training = types.SimpleNamespace(deterministic=False, output_directory=".")
 entry.parse_resolved = lambda path: types.SimpleNamespace(training=training)
-sys.modules["overtok_megatron.training.loop"] = loop = types.ModuleType("loop")
+sys.modules["overtok_megatron.training.trainer"] = loop = types.ModuleType("loop")
 loop.show_bar = lambda config: False
 def run(config, *, device, num_threads):
     print(device, os.environ["LOCAL_RANK"])
     sys.exit(0)
-loop.TrainingRun = run
+loop.Trainer = run
 entry.main(["config.yaml"])
 """
     plain = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}

@@ -8,9 +8,10 @@ import torch
 from distributed_harness import run_ranks
 
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.corpus import sotu_files
-from overtok_megatron.data.prepare import prepare
-from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.loading import TrainedModel, load_trained
 from overtok_megatron.model.assembly import build_transformer
 
@@ -58,12 +59,12 @@ def configuration(folder: Path, precision: str, *, over: bool = True) -> RunConf
 
 
 def train(folder: Path) -> None:
-    from overtok_megatron.training.loop import TrainingRun
+    from overtok_megatron.training.trainer import Trainer
 
     for precision in PRECISIONS:
         config = configuration(folder, precision)
         Path(config.training.output_directory).mkdir()
-        assert TrainingRun(config, device=torch.device("cpu"), num_threads=1).run()
+        assert Trainer(config, device=torch.device("cpu"), num_threads=1).run()
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,8 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
 
 def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object]:
     """Whole optimizer steps through DeepSpeed, a new batch each time."""
-    from overtok_megatron.training.engine import TrainingEngine, start_processes
+    from overtok_megatron.training.engine import TrainingEngine
+    from overtok_megatron.training.processes import start_processes
 
     device = tokens[0].device
     trainer = TrainingEngine(config, start_processes(config, device), device, eod_id=0)
@@ -148,7 +149,8 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
 def saves(options: argparse.Namespace) -> dict[str, Any]:
     """What a save of big tables costs training: blocking, in the background, and of changed rows alone."""
     from overtok_megatron.checkpoint.tables import TableWriter
-    from overtok_megatron.training.engine import TrainingEngine, start_processes
+    from overtok_megatron.training.engine import TrainingEngine
+    from overtok_megatron.training.processes import start_processes
 
     single_process()
     config = configuration(

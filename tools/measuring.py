@@ -11,7 +11,7 @@ import torch
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.launch import free_port
+from overtok_megatron.launching.local import free_port
 from overtok_megatron.parallel.devices import synchronize
 
 

@@ -21,15 +21,16 @@ from overtok_megatron.checkpoint.mapped import MappedShard
 from overtok_megatron.checkpoint.tables import FOLDER, write_rows
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.tokenizer import load_tokenizer
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.inference.generation import Sampling, generate_tokens
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import HashTables, RowKernels
-from overtok_megatron.model.assembly import build_transformer, row_space, tables_over
-from overtok_megatron.ngram.embedding import OverTables
-from overtok_megatron.ngram.sizing import RowSpace
-from overtok_megatron.ngram.table import Shard, TableShard
+from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.building import row_space, tables_over
+from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.row_space import RowSpace
+from overtok_megatron.ngram.row_store import Shard, TableShard
 from overtok_megatron.parallel.devices import synchronize
 from overtok_megatron.training.metrics import peak_memory
 
@@ -67,7 +68,7 @@ def table_case(
         return None
     grad = torch.randn(*rows.shape, width, device=device)
 
-    def ours(dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], OverTables]:
+    def ours(dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], ShardedTables]:
         name = "ours" if dtype == torch.float32 else "ours, bf16"
         values = grad if dtype == torch.float32 else grad.to(dtype)
         step, made = our_tables(rows, space, values, dtype)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import RowStep, TableRows
-from overtok_megatron.ngram.embedding import OverTables, gather_rows
+from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import RowOptimizer
-from overtok_megatron.ngram.sizing import RowSpace
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.row_optimizer import RowOptimizer
+from overtok_megatron.ngram.row_space import RowSpace
+from overtok_megatron.ngram.row_store import TableShard
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def places(rows: Tensor, space: RowSpace) -> Tensor:
 
 def our_tables(
     rows: Tensor, space: RowSpace, grad: Tensor, dtype: torch.dtype
-) -> tuple[Callable[[], object], OverTables]:
+) -> tuple[Callable[[], object], ShardedTables]:
     """A training step of this project's tables: distinct rows, look-up, backward, row-wise Adagrad.
 
     dtype: of the stored rows and their optimizer's state, float32 or bfloat16; look-ups and gradients are of grad's.
@@ -81,7 +82,7 @@ def our_tables(
     optimizer = RowOptimizer(
         "rowwise_adagrad", shard.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=dtype, kernels=kernels
     )
-    tables = OverTables(
+    tables = ShardedTables(
         None, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, FlatExchange((0, space.total_rows), None, kernels),
         dtype=grad.dtype, device=device, kernels=kernels,
     )  # fmt: skip
@@ -138,7 +139,7 @@ def torch_tables(rows: Tensor, size: int, grad: Tensor, *, sparse: bool) -> Call
     return step
 
 
-def limit(tables: OverTables, rows: Tensor, space: RowSpace, grad: Tensor) -> Callable[[], object]:
+def limit(tables: ShardedTables, rows: Tensor, space: RowSpace, grad: Tensor) -> Callable[[], object]:
     """The machine's limit, the traffic that no way of doing it avoids: every row read and every look-up written, every
     gradient read, every row read, modified and written in place. Nothing is made unique or summed, no optimizer state."""
     kernels, stored = tables.kernels, tables.shard.rows

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.parallel.sharding import Shard
+from overtok_megatron.parallel.splits import ParameterSplit
 
 FOLDER = "dense"
 
@@ -69,7 +69,7 @@ def load_dense(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
 
 
 def read_parts(
-    folder: Path, ranks: int, wanted: Mapping[str, Shard | None] | None = None
+    folder: Path, ranks: int, wanted: Mapping[str, ParameterSplit | None] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that `ranks` model-parallel ranks of any layout wrote, one after the other, each read just in part.
 
@@ -91,7 +91,7 @@ def read_parts(
             yield name, _part(slices if name in splits else slices[:1], splits.get(name, 0), shard)
 
 
-def _part(slices: list[Any], dim: int, shard: Shard | None) -> torch.Tensor:
+def _part(slices: list[Any], dim: int, shard: ParameterSplit | None) -> torch.Tensor:
     """A weight cut into `slices` along `dim`: of it what `shard` says."""
     found, begin = [], 0
     for part in slices:

@@ -18,7 +18,7 @@ from torch import Tensor
 from overtok_megatron.checkpoint.dense import dense_files, open_tensors, read_weights
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.parallel.sharding import Shard
+from overtok_megatron.parallel.splits import ParameterSplit
 
 ORDER = "optimizer_parameters"  # names in the optimizer's order, beside the state of an engine without ZeRO
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -131,7 +131,7 @@ def _read_plain(content: dict[str, Any], weights: dict[str, Tensor]) -> Iterator
 
 
 def read_dense_states(
-    folder: Path, layout: dict[str, int], wanted: dict[str, Shard | None], load: Load
+    folder: Path, layout: dict[str, int], wanted: dict[str, ParameterSplit | None], load: Load
 ) -> Iterator[tuple[str, ParameterState]]:
     """The state of the `wanted` parameters from a checkpoint of any layout, each as the part that its shard says (None = all).
 
@@ -156,7 +156,7 @@ def stage_names(folder: Path, stage: int, layout: dict[str, int]) -> list[str]:
 
 
 def _read_stage(
-    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, Shard | None], load: Load
+    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, ParameterSplit | None], load: Load
 ) -> Iterator[tuple[str, ParameterState]]:
     tensor_ranks = layout["tensor_parallel_size"]
     names = dense_files(tensor_ranks * layout["pipeline_parallel_size"])
@@ -202,7 +202,7 @@ def write_whole(folder: Path, stage: int, states: dict[str, ParameterState]) -> 
 
 
 def _read_whole(
-    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, Shard | None], load: Load
+    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, ParameterSplit | None], load: Load
 ) -> Iterator[tuple[str, ParameterState]]:
     with open_tensors(folder / whole_file(stage)) as file:
         for name, steps in json.loads(file.metadata()["steps"]).items():
@@ -218,7 +218,7 @@ def _read_whole(
             yield name, ParameterState(values, steps)
 
 
-def _join(parts: list[ParameterState], dim: int | None, shard: Shard | None) -> ParameterState:
+def _join(parts: list[ParameterState], dim: int | None, shard: ParameterSplit | None) -> ParameterState:
     values = {}
     for key, first in parts[0].values.items():
         whole = first if dim is None else torch.cat([part.values[key] for part in parts], dim=dim)

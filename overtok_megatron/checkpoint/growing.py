@@ -19,8 +19,10 @@ from overtok_megatron.config.growth import check_grown
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import Locate, validate_model
 from overtok_megatron.files import PARTIAL
-from overtok_megatron.model.assembly import DTYPES, ROW_DTYPES, build_encoder, row_space
-from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.kernels.dtypes import DTYPES, ROW_DTYPES
+from overtok_megatron.model.assembly import build_encoder
+from overtok_megatron.ngram.building import row_space
+from overtok_megatron.ngram.row_space import RowSpace
 
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size
 HEAPS = f"growing{PARTIAL}"  # in the new run's folder, while it is made

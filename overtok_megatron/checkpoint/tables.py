@@ -20,9 +20,9 @@ from overtok_megatron.checkpoint.dense import open_tensors
 from overtok_megatron.checkpoint.store import Digest, file_digest
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.ngram.embedding import OverTables
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.row_store import TableShard
 
 FOLDER = "tables"
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size, which bounds the memory of a save
@@ -45,7 +45,7 @@ class TableWriter:
     it returns writes, on any thread, while rows go on changing. increments: how many saves may build on a full one.
     """
 
-    def __init__(self, tables: OverTables, increments: int) -> None:
+    def __init__(self, tables: ShardedTables, increments: int) -> None:
         assert isinstance(tables.shard, TableShard) and tables.optimizer is not None
         self._tables = tables
         self._shard = tables.shard
@@ -133,7 +133,7 @@ def table_files(folder: Path) -> list[Path]:
     ]
 
 
-def load_tables(folder: Path, tables: OverTables, *, weights_only: bool = False) -> None:
+def load_tables(folder: Path, tables: ShardedTables, *, weights_only: bool = False) -> None:
     """Fill this rank's rows, and their optimizer's state where there is one, from whichever files hold them.
 
     weights_only: the rows' values alone; none counts as touched, and the optimizer stays as it was made.

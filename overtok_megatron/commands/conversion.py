@@ -13,7 +13,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def _import(options: argparse.Namespace) -> int:
-    from overtok_megatron.checkpoint.formats.importing import import_folder
+    from overtok_megatron.interchange.importing import import_folder
 
     source, run = Path(options.folder), Path(options.output)
     tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
@@ -27,7 +27,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from overtok_megatron.checkpoint.formats.exporting import ExportOptions, export_checkpoint
+    from overtok_megatron.interchange.exporting import ExportOptions, export_checkpoint
     from overtok_megatron.checkpoint.store import find_checkpoint
 
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
@@ -46,9 +46,9 @@ def _compare(
     run: Path, folder: Path, made: Path, text: str | None, *, rounded: bool, tokenizer: Path | None = None
 ) -> None:
     """Print how far both models' logits are apart; where it is too far, or cannot be told, `made` is removed."""
-    from overtok_megatron.checkpoint.formats.passage import PASSAGE
+    from overtok_megatron.interchange.passage import PASSAGE
     from overtok_megatron.errors import CheckpointError
-    from overtok_megatron.inference.comparison import compare
+    from overtok_megatron.interchange.logits_check import compare
 
     try:
         found = compare(

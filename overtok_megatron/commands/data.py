@@ -12,12 +12,12 @@ from overtok_megatron.errors import DataError
 from overtok_megatron.files import shown
 
 if TYPE_CHECKING:
-    from overtok_megatron.data.sources import Reading
-    from overtok_megatron.data.tokenizer import Tokenizer
+    from overtok_megatron.data.preparing.sources import ReadOptions
+    from overtok_megatron.data.tokenizers.protocol import Tokenizer
 
 
 def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
-    from overtok_megatron.data.tokenizer import infer_kind, load_tokenizer
+    from overtok_megatron.data.tokenizers.loading import infer_kind, load_tokenizer
 
     path = None if options.tokenizer == "bytes" else Path(options.tokenizer)
     if path is not None and (path / "config.yaml").is_file():
@@ -35,8 +35,8 @@ def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
 def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import load_config
-    from overtok_megatron.data.kept_tokenizer import find_tokenizer
-    from overtok_megatron.data.tokenizer import load_tokenizer
+    from overtok_megatron.data.tokenizers.kept import find_tokenizer
+    from overtok_megatron.data.tokenizers.loading import load_tokenizer
 
     for flag, value in (("--tokenizer-type", options.tokenizer_type), ("--eod-token", options.eod_token)):
         if value is not None:
@@ -48,17 +48,17 @@ def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
 
 
 def _reading(options: argparse.Namespace) -> "Reading":
-    from overtok_megatron.data.sources import Reading
+    from overtok_megatron.data.preparing.sources import ReadOptions
 
-    return Reading(format=options.format, key=options.key, separator=options.separator)
+    return ReadOptions(format=options.format, key=options.key, separator=options.separator)
 
 
 def _prepare(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from overtok_megatron.data.inputs import find_inputs
-    from overtok_megatron.data.ownership import output_paths
-    from overtok_megatron.data.prepare import Plan, prepare_sets, sets_beside
+    from overtok_megatron.data.preparing.inputs import find_inputs
+    from overtok_megatron.data.preparing.ownership import output_paths
+    from overtok_megatron.data.preparing.prepare import Plan, prepare_sets, sets_beside
 
     shares = None if options.split is None else _shares(options.split)
     plan = Plan(_reading(options), shares, workers=options.workers or len(os.sched_getaffinity(0)))
@@ -94,7 +94,7 @@ def _shares(given: list[float]) -> tuple[float, float, float]:
 def _adopt(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from overtok_megatron.data.adopt import adopt
+    from overtok_megatron.data.preparing.adopt import adopt
 
     tokenizer = _tokenizer(options)
     path = Path(f"{options.prefix}.bin")
@@ -118,9 +118,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> int:
-    from overtok_megatron.data.account import Account
-    from overtok_megatron.data.inputs import find_inputs
-    from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+    from overtok_megatron.data.preparing.account import Account
+    from overtok_megatron.data.preparing.inputs import find_inputs
+    from overtok_megatron.data.tokenizers.loading import load_tokenizer
+    from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 
     output = Path(options.output)
     inputs = find_inputs(options.inputs, _reading(options), outputs=[output])

@@ -44,7 +44,7 @@ def carried_tokenizer(
     config: "RunConfig", run: Path | None, fingerprint: str, given: Path | None = None
 ) -> "tuple[TokenizerConfig | None, str]":
     """(the tokenizer that a run made of another one is to hold, as `find_tokenizer`; why there is none, where None)."""
-    from overtok_megatron.data.kept_tokenizer import find_tokenizer
+    from overtok_megatron.data.tokenizers.kept import find_tokenizer
 
     try:
         return find_tokenizer(config, run, fingerprint, given), ""
@@ -56,7 +56,7 @@ def carried_tokenizer(
 
 def carry_tokenizer(section: "TokenizerConfig | None", reason: str, output: Path) -> None:
     """Put what `carried_tokenizer` found into the new run's folder, or say that it is not there."""
-    from overtok_megatron.data.kept_tokenizer import keep_tokenizer
+    from overtok_megatron.data.tokenizers.kept import keep_tokenizer
 
     if section is None:
         print(f"warning: {output} holds no tokenizer: {reason}", file=sys.stderr)

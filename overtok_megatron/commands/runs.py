@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _config(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import load_config
-    from overtok_megatron.config.report import describe
+    from overtok_megatron.planning.config_report import describe
     from overtok_megatron.config.validation import validate
 
     loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
@@ -27,7 +27,7 @@ def _config(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import load_config
-    from overtok_megatron.launch import launch
+    from overtok_megatron.launching.local import launch
 
     loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
     return launch(loaded, options.processes, options.master_port)
@@ -38,7 +38,7 @@ def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import COMMAND_LINE
     from overtok_megatron.config.run_places import moved_here, own_run
-    from overtok_megatron.data.kept_tokenizer import find_tokenizer
+    from overtok_megatron.data.tokenizers.kept import find_tokenizer
 
     run = own_run(loaded, path)
     if run is None:

@@ -44,7 +44,7 @@ def validation_sets(config: RunConfig) -> dict[str, str]:
     return {"": given} if isinstance(given, str) else dict(given)
 
 
-def model_ranks(config: RunConfig) -> int:
+def ranks_per_replica(config: RunConfig) -> int:
     """Ranks that together hold one copy of the model and see the same samples."""
     parallel = config.parallel
     return parallel.pipeline_parallel_size * parallel.context_parallel_size * parallel.tensor_parallel_size
@@ -52,7 +52,7 @@ def model_ranks(config: RunConfig) -> int:
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Copies of the model that see different samples."""
-    return world_size // model_ranks(config)
+    return world_size // ranks_per_replica(config)
 
 
 def blocks_per_stage(config: RunConfig) -> list[int]:

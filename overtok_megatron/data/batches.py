@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from overtok_megatron.data.blending import BlendOrder, WeightedDataset
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.parallel.cross_entropy import IGNORED
+from overtok_megatron.config.constants import IGNORE_INDEX
 
 Tokens = npt.NDArray[np.int64]
 
@@ -88,7 +88,7 @@ def validation_batches(
             yield np.empty((rows, length), dtype=np.int64), np.empty((rows, length), dtype=np.int64)
             continue
         inputs = np.zeros((rows, length), dtype=np.int64)
-        targets = np.full((rows, length), IGNORED, dtype=np.int64)
+        targets = np.full((rows, length), IGNORE_INDEX, dtype=np.int64)
         for row in range(rows):
             window = done + data_parallel_rank * rows + row
             count = min(seq_length, scored - window * seq_length)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from overtok_megatron.data.index_file import MEND, read_index
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths, read_manifest
-from overtok_megatron.data.partial import PartialSet
+from overtok_megatron.data.preparing.partial import PartialSet
 from overtok_megatron.errors import DataError
 
 _LONGEST_DOCUMENT = 2**31 - 1  # the index stores lengths as int32

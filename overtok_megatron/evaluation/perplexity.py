@@ -8,10 +8,10 @@ import torch
 
 from overtok_megatron.data.batches import validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.scores import bits_per_byte, figures, perplexity
+from overtok_megatron.data.loss_metrics import bits_per_byte, figures, perplexity
 from overtok_megatron.errors import DataError
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.parallel.cross_entropy import IGNORED
+from overtok_megatron.config.constants import IGNORE_INDEX
 
 BATCH_TOKENS = 1 << 14  # of a batch, where nobody says how many sequences it has
 _MOST_WINDOWS = 16
@@ -65,7 +65,7 @@ def score_set(
         slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
         _, cross_entropy, _ = trained.model(tokens, slots, wanted)
         total += cross_entropy.double()
-        count += int((targets != IGNORED).sum())
+        count += int((targets != IGNORE_INDEX).sum())
         advance(len(inputs))
     return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes, name)
 

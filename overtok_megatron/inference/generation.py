@@ -84,8 +84,8 @@ class Decoder:
         places = torch.arange(end, device=tokens.device)
         causal = places <= places[begin:, None]  # [s, end]
         mask = causal & present[:, None, :]  # [b, s, end]
-        if self.trained.model.document_end is not None:
-            documents = document_ids(fed, self.trained.model.document_end)
+        if self.trained.model.eod_id is not None:
+            documents = document_ids(fed, self.trained.model.eod_id)
             mask = mask & (documents[:, begin:, None] == documents[:, None, :])
         mask = mask | (places == places[begin:, None])  # padding sees itself, so that no softmax row is empty
         near = mask if self._window is None else mask & (places > places[begin:, None] - self._window)

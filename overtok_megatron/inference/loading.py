@@ -12,13 +12,15 @@ from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_ma
 from overtok_megatron.checkpoint.tables import FOLDER, load_tables
 from overtok_megatron.config.run_places import located, run_of
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.kept_tokenizer import find_tokenizer
-from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from overtok_megatron.data.tokenizers.kept import find_tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.model.assembly import build_tables, build_transformer, row_space, tables_over
+from overtok_megatron.ngram.building import build_tables, row_space, tables_over
+from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.model.transformer import Transformer
-from overtok_megatron.ngram.embedding import OverTables
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class TrainedModel:
 
     config: RunConfig
     model: Transformer
-    tables: OverTables | None
+    tables: ShardedTables | None
     tokenizer: Tokenizer
     step: int
 

@@ -11,7 +11,7 @@ reaches further). Where that is not so, the tokenizer says so (`Tokenizer.undeci
 
 from collections.abc import Sequence
 
-from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what bytes decode to that are no whole character (yet)
 _CHARACTER = 8  # tokens at the end of a text that are looked at to tell whether its last character is whole

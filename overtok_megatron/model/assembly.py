@@ -9,17 +9,19 @@ from overtok_megatron.config.derived import attention_windows, head_size, key_va
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.model.block import Block, Experts, Recompute
-from overtok_megatron.model.heads import InputEmbedding, OutputHead
+from overtok_megatron.model.embedding import InputEmbedding
+from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
-from overtok_megatron.ngram.embedding import OverEncoding, OverTables
+from overtok_megatron.ngram.projection import NgramProjection
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.exchange import Exchange, FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import RowOptimizer
+from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.placement import make_exchange, owned_range
 from overtok_megatron.ngram.prefetch import Prefetch
-from overtok_megatron.ngram.sizing import RowSpace, TableGroup
-from overtok_megatron.ngram.table import Shard, TableShard
+from overtok_megatron.ngram.row_space import RowSpace, TableGroup
+from overtok_megatron.ngram.row_store import Shard, TableShard
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -33,10 +35,10 @@ def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
     return RowSpace(over.ngram_order, over.num_slices, over.table_rows, width, tuple(added), over.frozen)
 
 
-def build_encoder(model: ModelConfig, over: OverEncodingConfig, group: dist.ProcessGroup | None = None) -> OverEncoding:
+def build_encoder(model: ModelConfig, over: OverEncodingConfig, group: dist.ProcessGroup | None = None) -> NgramProjection:
     """The over-encoder's dense part, weights not yet initialised."""
     space = row_space(model, over)
-    return OverEncoding(
+    return NgramProjection(
         model.hidden_size,
         space.num_base_tables,
         combine=over.combine,
@@ -171,19 +173,19 @@ def build_transformer(
     if config.data.document_attention == "across":
         return Transformer(layers)
     assert eod_id is not None, "attention within documents needs the token that ends them"
-    return Transformer(layers, document_end=eod_id, context_group=context_group)
+    return Transformer(layers, eod_id=eod_id, context_group=context_group)
 
 
 def build_tables(
     config: RunConfig,
-    encoder: OverEncoding | None,
+    encoder: NgramProjection | None,
     eod_id: int,
     *,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
     sequence_slice: tuple[int, int] = (0, 1),
     training: bool = True,
-) -> OverTables:
+) -> ShardedTables:
     """This rank's tables with initial rows. group: the table group, which is the world; None = all rows are here.
 
     encoder: the module that the rows feed; None on a pipeline stage that has none and only serves rows.
@@ -241,7 +243,7 @@ def build_tables(
 
 def tables_over(
     config: RunConfig,
-    encoder: OverEncoding | None,
+    encoder: NgramProjection | None,
     eod_id: int,
     shard: Shard,
     *,
@@ -251,11 +253,11 @@ def tables_over(
     optimizer: RowOptimizer | None = None,
     exchange: Exchange | None = None,
     ahead: Prefetch | None = None,
-) -> OverTables:
+) -> ShardedTables:
     """Tables over a shard that is there already; by default one that has all rows, to be read."""
     over, space = config.over_encoding, row_space(config.model, config.over_encoding)
     kernels = choose_kernels(config.training.kernels, device).rows
-    return OverTables(
+    return ShardedTables(
         encoder,
         NgramHash(space, over.hash_base or config.model.vocab_size, over.pad_id, over.boundary, eod_id, kernels),
         shard,

@@ -19,7 +19,7 @@ from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 from overtok_megatron.parallel.collectives import exchange_dims, group_rank, group_size
-from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
+from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.kernels = kernels
         self.layer_index = layer_index
         query_size, kv_size = num_attention_heads * head_size, num_key_value_heads * head_size
-        self.qkv = ColumnParallelLinears(
+        self.qkv = MergedColumnParallelLinear(
             hidden_size,
             {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size},
             group=group,

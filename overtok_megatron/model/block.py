@@ -106,9 +106,9 @@ class Block(nn.Module):
                 context_group=context_group,
                 sequence_parallel=sequence_parallel,
             )
-        positions_split = group if sequence_parallel else None
-        self.attention_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
-        self.mlp_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
+        sequence_group = group if sequence_parallel else None
+        self.attention_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=sequence_group)
+        self.mlp_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=sequence_group)
 
     def reset(self, seed: int, std: float) -> None:
         """Initial weights, the same for every layout: they depend on the seed and the layer's number only."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.norm import RMSNorm
-from overtok_megatron.ngram.embedding import OverEncoding
+from overtok_megatron.ngram.projection import NgramProjection
 from overtok_megatron.parallel.collectives import (
     all_gather_sequence,
     copy_to_group,
@@ -33,7 +33,7 @@ class InputEmbedding(nn.Module):
         vocab_size: int,
         hidden_size: int,
         *,
-        over_encoding: OverEncoding | None = None,
+        over_encoding: NgramProjection | None = None,
         group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
@@ -77,8 +77,8 @@ class OutputHead(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.kernels = kernels
-        positions_split = group if sequence_parallel else None
-        self.norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=positions_split)
+        sequence_group = group if sequence_parallel else None
+        self.norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=sequence_group)
         self.output = VocabParallelHead(vocab_size, hidden_size, group=group, tied=tied)
 
     def reset(self, seed: int, std: float) -> None:

@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from overtok_megatron.kernels.choice import Kernels
-from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
+from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 
 
 class SwiGLU(nn.Module):
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = ColumnParallelLinears(
+        self.gate_up = MergedColumnParallelLinear(
             hidden_size,
             {"gate_proj": intermediate_size, "up_proj": intermediate_size},
             group=group,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.reference import rms_norm_split
 from overtok_megatron.parallel.collectives import copy_to_group, group_rank, group_size
-from overtok_megatron.parallel.sharding import mark_split, split_range
+from overtok_megatron.parallel.splits import mark_split, split_range
 
 
 class RMSNorm(nn.Module):

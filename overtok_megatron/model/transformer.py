@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
-from overtok_megatron.model.heads import InputEmbedding, OutputHead
+from overtok_megatron.model.embedding import InputEmbedding
+from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.moe import Routing
 from overtok_megatron.parallel.collectives import gather_from_group
 
@@ -54,15 +55,15 @@ class Layers(NamedTuple):
 class Transformer(nn.Module):
     """Embedding, blocks and head, called one after the other.
 
-    document_end: the token that ends a document, where positions attend within their document only; None = across.
+    eod_id: the token that ends a document, where positions attend within their document only; None = across.
     context_group: the ranks over which sequences are split.
     """
 
     def __init__(
-        self, layers: Layers, *, document_end: int | None = None, context_group: dist.ProcessGroup | None = None
+        self, layers: Layers, *, eod_id: int | None = None, context_group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__()
-        self.document_end = document_end
+        self.eod_id = eod_id
         self.context_group = context_group
         assert layers.embedding is not None and layers.head is not None, "a part of a pipeline is no whole model"
         self.embedding = layers.embedding
@@ -75,8 +76,8 @@ class Transformer(nn.Module):
         """tokens [b, s] int64, slots [b, s / ranks, T] -> the last hidden states, before the final norm, and with experts
         their routers' summed loss and figures."""
         documents = None
-        if self.document_end is not None and decode is None:
-            documents = document_ids(gather_from_group(tokens, self.context_group, dim=1), self.document_end)
+        if self.eod_id is not None and decode is None:
+            documents = document_ids(gather_from_group(tokens, self.context_group, dim=1), self.eod_id)
         return run_blocks(self.blocks, self.embedding(tokens, slots), decode, documents)
 
     def forward(

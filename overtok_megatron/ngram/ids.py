@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import HashTables, RowKernels
-from overtok_megatron.ngram.sizing import STRIPES, RowSpace
+from overtok_megatron.ngram.row_space import STRIPES, RowSpace
 
 MISSING = -1  # stands in token tensors for "no token here" (before a sequence begins, left padding)
 

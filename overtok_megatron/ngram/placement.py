@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.ngram.exchange import Exchange, FlatExchange, Trained, TwoLevelExchange
-from overtok_megatron.ngram.sizing import row_bounds
+from overtok_megatron.ngram.row_space import row_bounds
 
 
 def owner_place(rank: int, world_size: int, ranks_per_host: int | None) -> int:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.parallel.collectives import group_rank
-from overtok_megatron.parallel.sharding import largest_part
+from overtok_megatron.parallel.splits import largest_part
 
 _CHUNK_VALUES = 1 << 22  # logits of a chunk: few enough to stay near the cache, enough for a full-speed product
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, _CHUNK_VALUES // max(1, widest))
         for begin in range(0, hidden.shape[0], step):
             chunk = slice(begin, begin + step)
-            scored = targets[chunk] != IGNORED
+            scored = targets[chunk] != IGNORE_INDEX
             place = torch.where(scored, targets[chunk] - vocab_start, -1)  # out of range: nothing of it is here
             logits = hidden[chunk] @ weight.t()  # [c, v_shard]
             log_sum, target_logit = _statistics(logits, place, group, kernels)
@@ -102,7 +102,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Summed objective and summed cross entropy, float32 scalars; only the objective has a gradient.
 
-    hidden [N, d], the same on all ranks; weight [v_shard, d], rows from vocab_start on; targets [N] int64, IGNORED =
+    hidden [N, d], the same on all ranks; weight [v_shard, d], rows from vocab_start on; targets [N] int64, IGNORE_INDEX =
     not scored, any other outside the vocabulary = the loss is NaN. The objective adds z_loss log(Z)^2 a token. The
     gradient of hidden is this rank's part: enter through copy_to_group or all_gather_sequence. Softmax is float32,
     products run in hidden's dtype.

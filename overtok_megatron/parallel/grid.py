@@ -65,7 +65,7 @@ class ProcessGrid:
     """This process's place and groups. A group of one rank is None: the layers then take the plain path.
 
     tensor_group: ranks that split one layer. context_group: ranks that split a sequence. data_group: ranks that hold the
-    same shard, for other data or another part of the sequence, over which gradients are averaged. model_group: ranks
+    same shard, for other data or another part of the sequence, over which gradients are averaged. replica_group: ranks
     that together hold one copy of the weights. ends_group: the first and the last pipeline stage's rank of the same
     place, None for a rank in the middle of a pipeline. batch_group: the ranks that see the same samples, which are all of
     one pipeline. table_group: the whole world, over which the n-gram tables are sharded. engine_groups: the tensor and data
@@ -78,7 +78,7 @@ class ProcessGrid:
     tensor_group: dist.ProcessGroup | None
     context_group: dist.ProcessGroup | None
     data_group: dist.ProcessGroup | None
-    model_group: dist.ProcessGroup | None
+    replica_group: dist.ProcessGroup | None
     ends_group: dist.ProcessGroup | None
     batch_group: dist.ProcessGroup | None
     table_group: dist.ProcessGroup | None
@@ -151,7 +151,7 @@ class ProcessGrid:
         return cls(
             shape,
             rank,
-            tensor if shape.model > 1 else None,
+            tensor if shape.tensor > 1 else None,
             split_group("context", shape.all_groups("context")),
             data if shape.data * shape.context > 1 else None,
             split_group("model", shape.all_groups("pipe", "model")),

@@ -16,10 +16,10 @@ from overtok_megatron.parallel.collectives import (
     reduce_from_group,
     reduce_scatter_sequence,
 )
-from overtok_megatron.parallel.sharding import initialise, mark_split, split_range
+from overtok_megatron.parallel.splits import initialise, mark_split, split_range
 
 
-class ColumnParallelLinears(nn.Module):
+class MergedColumnParallelLinear(nn.Module):
     """Several linear layers of one input, each split by outputs, as one product with one entry into the split region.
 
     outputs: name -> full output size; the weights are parameters of these names, [o_shard, i] each. Input

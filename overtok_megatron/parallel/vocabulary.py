@@ -14,7 +14,7 @@ from overtok_megatron.parallel.collectives import (
     reduce_from_group,
     reduce_scatter_sequence,
 )
-from overtok_megatron.parallel.sharding import initialise, mark_split, split_range
+from overtok_megatron.parallel.splits import initialise, mark_split, split_range
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -5,9 +5,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference.stream import token_text
-from overtok_megatron.serving.engine import TokenScore
+from overtok_megatron.serving.scheduler import TokenScore
 
 
 class Answer:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.serving.answers import Answer, choice, logprobs, model_card, usage
-from overtok_megatron.serving.engine import BusyError, Engine, Job, Piece, TokenScore
+from overtok_megatron.serving.scheduler import BusyError, BatchScheduler, SequenceRequest, TokenDelta, TokenScore
 from overtok_megatron.serving.requests import Completion, Limits, RequestError, parse_completion
 
 _SEND_SECONDS = 30.0  # a client that takes no bytes for so long is gone
@@ -43,7 +43,7 @@ class ServerSettings:
 class Service:
     """The handlers of one engine."""
 
-    def __init__(self, engine: Engine, trained: TrainedModel, settings: ServerSettings, limits: Limits) -> None:
+    def __init__(self, engine: BatchScheduler, trained: TrainedModel, settings: ServerSettings, limits: Limits) -> None:
         self.engine, self.trained, self.settings, self.limits = engine, trained, settings, limits
         self.created = int(time.time())
 
@@ -93,7 +93,7 @@ class CompletionResponse(Response):
         super().__init__()
         self.service, self.completion = service, completion
         self.answer = Answer(service.settings.model)
-        self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self.pieces: asyncio.Queue[tuple[int, TokenDelta]] = asyncio.Queue()
         self.prompt_tokens = sum(map(len, completion.prompts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,16 +116,16 @@ class CompletionResponse(Response):
                 task.cancel()
             await asyncio.gather(work, left, return_exceptions=True)
 
-    def _jobs(self, loop: asyncio.AbstractEventLoop) -> list[Job]:
+    def _jobs(self, loop: asyncio.AbstractEventLoop) -> list[SequenceRequest]:
         completion, request = self.completion, self.completion.request
         deadline = time.monotonic() + self.service.settings.seconds
         seed = secrets.randbits(62)  # of a request that names none
 
-        def job(index: int) -> Job:
-            def deliver(piece: Piece) -> None:  # on the engine's thread
+        def job(index: int) -> SequenceRequest:
+            def deliver(piece: TokenDelta) -> None:  # on the engine's thread
                 loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
 
-            return Job(
+            return SequenceRequest(
                 prompt=completion.prompts[index // completion.n],
                 max_new_tokens=completion.max_new_tokens,
                 sampling=completion.sampling(index % completion.n, seed),
@@ -146,7 +146,7 @@ class CompletionResponse(Response):
             await self._whole(count, send)
 
     async def _whole(self, count: int, send: Send) -> None:
-        parts: list[list[Piece]] = [[] for _ in range(count)]
+        parts: list[list[TokenDelta]] = [[] for _ in range(count)]
         left = count
         while left:
             index, piece = await self.pieces.get()
@@ -264,7 +264,7 @@ def build_app(
     prefill_chunk: int,
 ) -> Starlette:
     """The ASGI application; its lifespan starts and stops the engine."""
-    engine = Engine(trained, places=places, max_waiting=max_waiting, prefill_chunk=prefill_chunk)
+    engine = BatchScheduler(trained, places=places, max_waiting=max_waiting, prefill_chunk=prefill_chunk)
     service = Service(engine, trained, settings, limits)
 
     @asynccontextmanager

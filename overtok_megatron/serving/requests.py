@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference.generation import Sampling
 
 _MAX_STOPS, _MAX_STOP_CHARACTERS, _MAX_TOP_SCORES = 4, 256, 5  # the API's own bounds, but for the length of a stop

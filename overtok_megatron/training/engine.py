@@ -21,17 +21,18 @@ from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import DivergedError
 from overtok_megatron.kernels.choice import choose_adamw
-from overtok_megatron.model.assembly import build_run_layers, build_tables, build_transformer
+from overtok_megatron.model.assembly import build_run_layers, build_transformer
+from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.model.transformer import Stage, Transformer
-from overtok_megatron.ngram.embedding import OverTables
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.parallel.devices import backend_of
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
-from overtok_megatron.parallel.topology import DeepSpeedTopology
-from overtok_megatron.training.clipping import JointNorm
-from overtok_megatron.training.dense_state import load_engine_file
-from overtok_megatron.training.engine_files import EngineFiles
-from overtok_megatron.training.pipeline import PipelineStage
+from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
+from overtok_megatron.training.deepspeed.joint_norm import JointNorm
+from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import EngineFiles
+from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.routing import RouterFigures
 
 MicroBatch = tuple[Tensor, Tensor | None, Tensor]  # inputs, slots, targets
@@ -85,10 +86,10 @@ class TrainingEngine:
         self.micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
         model = self._build_model(eod_id)
         encoder = None if model.embedding is None else model.embedding.over_encoding
-        self.tables: OverTables | None = None
+        self.tables: ShardedTables | None = None
         if config.over_encoding.enabled:
             shape = grid.shape  # the ranks that see a sequence divide it among them: context slices, then tensor slices
-            own_slice = grid.place("context") * shape.model + grid.tensor_rank, shape.context * shape.model
+            own_slice = grid.place("context") * shape.tensor + grid.tensor_rank, shape.context * shape.tensor
             self.tables = build_tables(
                 config, encoder, eod_id, device=device, group=grid.table_group, sequence_slice=own_slice
             )
@@ -135,7 +136,7 @@ class TrainingEngine:
             z_loss=config.training.z_loss,
             micro_batches=self.micro_batches,
             sequence_parallel=config.parallel.sequence_parallel,
-            document_end=eod_id if config.data.document_attention == "within" else None,
+            eod_id=eod_id if config.data.document_attention == "within" else None,
         )
 
     def _build_optimizer(self, model: Transformer | PipelineStage) -> torch.optim.Optimizer:

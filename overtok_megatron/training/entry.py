@@ -66,10 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
             # DeepSpeed takes the device of that number, also where a batch system shows each rank just one device
             os.environ["LOCAL_RANK"] = str(device.index)
 
-        from overtok_megatron.training.loop import TrainingRun, show_bar
+        from overtok_megatron.training.trainer import Trainer, show_bar
 
         set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
-        run = TrainingRun(config, device=device, num_threads=max(1, available_cores() // local_ranks))
+        run = Trainer(config, device=device, num_threads=max(1, available_cores() // local_ranks))
         finished = run.run()
     except OvertokError as error:
         if rank > 0:

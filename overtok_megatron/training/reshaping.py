@@ -12,9 +12,9 @@ from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY, WHOLE, read_d
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import merged_rows, write_rows
 from overtok_megatron.errors import CheckpointError, OutputError
-from overtok_megatron.model.assembly import DTYPES
+from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.run_folder import hold
-from overtok_megatron.training.dense_state import load_engine_file
+from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
 
 
 def reshape(source: Path, output: Path) -> Path:

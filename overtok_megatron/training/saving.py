@@ -24,10 +24,10 @@ from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest,
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.devices import make_current
-from overtok_megatron.parallel.sharding import is_pipeline_replica, shard_of
+from overtok_megatron.parallel.splits import is_pipeline_replica, shard_of
 from overtok_megatron.training.engine import TrainingEngine
-from overtok_megatron.training.engine_files import WRITE_ERRORS, reason
-from overtok_megatron.training.state import layout_of
+from overtok_megatron.training.deepspeed.checkpoint_files import WRITE_ERRORS, reason
+from overtok_megatron.training.resuming import layout_of
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
@@ -180,8 +180,8 @@ class Saver:
         parameters = dict(self.trainer.model.named_parameters())
         dense = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
         grid = self.trainer.grid
-        rank = grid.place("pipe") * grid.shape.model + grid.tensor_rank
-        return save_dense(folder, dense, self._splits(), rank, grid.shape.pipe * grid.shape.model)
+        rank = grid.place("pipe") * grid.shape.tensor + grid.tensor_rank
+        return save_dense(folder, dense, self._splits(), rank, grid.shape.pipe * grid.shape.tensor)
 
     def _splits(self) -> dict[str, int]:
         """Along which dimension each split parameter of this rank is a shard."""

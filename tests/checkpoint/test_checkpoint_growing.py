@@ -17,9 +17,10 @@ from overtok_megatron.cli import main
 from overtok_megatron.config.loading import parse_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.model.assembly import build_tables, build_transformer, row_space, tables_over
-from overtok_megatron.ngram.embedding import OverTables
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.building import build_tables, row_space, tables_over
+from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.row_store import TableShard
 
 CPU = torch.device("cpu")
 EOD, VOCAB = 3, 59
@@ -54,7 +55,7 @@ def write_source(run: Path, config: RunConfig) -> Path:
     return write_weights(run, config, model.named_parameters(), rows, eod_id=EOD, tokenizer_fingerprint="own")
 
 
-def read_model(run: Path) -> tuple[RunConfig, dict[str, Tensor], OverTables | None, Tensor]:
+def read_model(run: Path) -> tuple[RunConfig, dict[str, Tensor], ShardedTables | None, Tensor]:
     """Configuration, weights, tables, and logits of some lines [3, 12, V]."""
     path = find_checkpoint(run)
     manifest = verify_checkpoint(path)
@@ -119,7 +120,7 @@ def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monk
     assert len(list((find_checkpoint(output) / "tables").iterdir())) > 3
 
 
-def _check_rows(before: RunConfig, after: RunConfig, old_tables: OverTables | None, tables: OverTables) -> None:
+def _check_rows(before: RunConfig, after: RunConfig, old_tables: ShardedTables | None, tables: ShardedTables) -> None:
     """Row by row of each table, read at its places."""
     new = row_space(after.model, after.over_encoding)
     assert isinstance(tables.shard, TableShard)

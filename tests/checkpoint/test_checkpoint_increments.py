@@ -12,11 +12,11 @@ from torch import Tensor
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables, merged_rows, write_rows
-from overtok_megatron.ngram.embedding import OverTables
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
 
 
-def change(tables: OverTables, rows: list[int], seed: int) -> None:
+def change(tables: ShardedTables, rows: list[int], seed: int) -> None:
     """One update of some rows, the way that a training step makes it."""
     where = torch.tensor(rows, dtype=torch.int64)
     grad = torch.randn(len(rows), tables.shard.rows.weight.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -24,7 +24,7 @@ def change(tables: OverTables, rows: list[int], seed: int) -> None:
     tables.apply(0.1, 1.0)
 
 
-def copies(parts: list[OverTables]) -> dict[str, Tensor]:
+def copies(parts: list[ShardedTables]) -> dict[str, Tensor]:
     return {name: values.clone() for name, values in columns(parts).items()}
 
 

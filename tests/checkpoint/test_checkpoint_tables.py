@@ -13,12 +13,13 @@ from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.dense import dense_files, load_dense, save_dense
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables
 from overtok_megatron.kernels.rows import RowKernels, RowRule
-from overtok_megatron.ngram.embedding import OverEncoding, OverTables
+from overtok_megatron.ngram.projection import NgramProjection
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import RowOptimizer
-from overtok_megatron.ngram.sizing import RowSpace, row_bounds
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.row_optimizer import RowOptimizer
+from overtok_megatron.ngram.row_space import RowSpace, row_bounds
+from overtok_megatron.ngram.row_store import TableShard
 
 CPU = torch.device("cpu")
 WIDTH = 6
@@ -34,14 +35,14 @@ def make_tables(
     std: float = 0.0,
     dtype: torch.dtype = torch.float32,
     state_dtype: torch.dtype = torch.float32,
-) -> OverTables:
+) -> ShardedTables:
     """One rank's tables without its processes: saving and loading talk to nobody."""
     space = RowSpace(2, 2, table_rows, width)
     bounds = row_bounds(space.total_rows, ranks)
     shard = TableShard(bounds[rank], bounds[rank + 1], width, std=std, seed=1, device=CPU, dtype=dtype)
     rows = RowOptimizer(optimizer, shard.rows, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, state_dtype=state_dtype)
-    return OverTables(
-        OverEncoding(2 * width, 2, combine="sum"),
+    return ShardedTables(
+        NgramProjection(2 * width, 2, combine="sum"),
         NgramHash(space, 50, 0, "reset", 0),
         shard,
         rows,
@@ -52,12 +53,12 @@ def make_tables(
     )
 
 
-def save_tables(folder: Path, tables: OverTables) -> list[str]:
+def save_tables(folder: Path, tables: ShardedTables) -> list[str]:
     """A full save at once; the names of its files."""
     return list(TableWriter(tables, 0).begin(folder)())
 
 
-def trained_tables(ranks: int, **settings: Any) -> list[OverTables]:
+def trained_tables(ranks: int, **settings: Any) -> list[ShardedTables]:
     """All ranks' tables after three updates of about half of the rows."""
     generator = torch.Generator().manual_seed(0)
     result = [make_tables(rank=rank, ranks=ranks, std=1.0, **settings) for rank in range(ranks)]
@@ -69,7 +70,7 @@ def trained_tables(ranks: int, **settings: Any) -> list[OverTables]:
     return result
 
 
-def columns(parts: list[OverTables]) -> dict[str, torch.Tensor]:
+def columns(parts: list[ShardedTables]) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint of tables holds, over all ranks."""
     names = parts[0].optimizer.state.keys()
     state = {name: torch.cat([tables.optimizer.state[name] for tables in parts]) for name in names}

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from overtok_megatron.checkpoint import tables as tables_module
-from overtok_megatron.ngram import table as table_module
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram import row_store as table_module
+from overtok_megatron.ngram.row_store import TableShard
 
 
 class Largest(TorchDispatchMode):

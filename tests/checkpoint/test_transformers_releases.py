@@ -15,15 +15,15 @@ import transformers
 from hugging_face_models import CPU, over_encoded_run, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from overtok_megatron.checkpoint.formats import exporting
-from overtok_megatron.checkpoint.formats.hugging_face import hugging_face_values, model_section
-from overtok_megatron.checkpoint.formats.passage import PASSAGE
-from overtok_megatron.checkpoint.formats.rotary_form import release_4_values
+from overtok_megatron.interchange import exporting
+from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
+from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.rotary_form import release_4_values
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.cli import main
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.inference.comparison import our_logits
+from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.inference.loading import load_trained
 
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -98,7 +98,7 @@ def test_the_older_forms_are_read(family: str, key: str, scaling: dict[str, Any]
 
 
 def exporting_complete(raw: dict[str, Any]) -> dict[str, Any]:
-    from overtok_megatron.checkpoint.formats.importing import complete
+    from overtok_megatron.interchange.importing import complete
 
     return complete(raw, Path("config.json"))
 

@@ -7,7 +7,7 @@ import pytest
 from test_config_dialect import RUN, refusal
 
 from overtok_megatron.config.loading import change_config, load_config
-from overtok_megatron.config.report import describe
+from overtok_megatron.planning.config_report import describe
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 

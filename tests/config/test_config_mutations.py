@@ -23,8 +23,8 @@ from overtok_megatron.config.derived import accumulation_steps, train_iters
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
-from overtok_megatron.data.prepare import prepare
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.errors import OvertokError
 
 SEED = 20250711
@@ -129,14 +129,14 @@ def small_run(case: Case) -> RunConfig | None:
 
 def train(case: Case, config: RunConfig, survey: Survey, *, guarded: bool) -> None:
     """Two steps. The first run of a process compiles the kernels, which may take longer than the guard allows."""
-    from overtok_megatron.training.loop import TrainingRun
+    from overtok_megatron.training.trainer import Trainer
 
     folder = Path(config.training.output_directory)
     folder.mkdir(parents=True)
     err = io.StringIO()
     try:
         with guard() if guarded else contextlib.nullcontext(), contextlib.redirect_stderr(err):
-            survey.trained += TrainingRun(config, device=torch.device("cpu"), num_threads=1).run()
+            survey.trained += Trainer(config, device=torch.device("cpu"), num_threads=1).run()
     except OvertokError as error:
         survey.refused_in_training.append(str(error))
         wrong = wrong_line(f"error: {error}")

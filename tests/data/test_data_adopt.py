@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from overtok_megatron.cli import main
-from overtok_megatron.data.adopt import adopt
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
+from overtok_megatron.data.preparing.adopt import adopt
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import DataError
 

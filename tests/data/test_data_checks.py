@@ -6,8 +6,8 @@ import pytest
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
-from overtok_megatron.data.checks import open_run_data
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.data.indexed import IndexedWriter
 from overtok_megatron.errors import DataError
 

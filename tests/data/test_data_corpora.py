@@ -13,11 +13,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overtok_megatron.data import compression
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
-from overtok_megatron.data.inputs import expand
-from overtok_megatron.data.prepare import Plan, prepare_sets
-from overtok_megatron.data.sources import Position, Reading, documents, read_chunks, read_documents
+from overtok_megatron.data.preparing import compression
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.preparing.inputs import expand
+from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
+from overtok_megatron.data.preparing.sources import Position, ReadOptions, documents, read_chunks, read_documents
 from overtok_megatron.errors import DataError
 
 TEXTS = [f'document {number} — naïve\n"quoted" {"x" * (number % 7)}' for number in range(1000)]
@@ -73,7 +73,7 @@ def test_every_form_gives_the_same_documents(
     corpora: dict[str, Path], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compression, "_BLOCK", 4096)
-    reading = Reading(separator=MARK)
+    reading = ReadOptions(separator=MARK)
     assert list(read_documents([corpora[form]], reading)) == TEXTS
     whole = list(read_chunks([corpora[form]], reading, chunk_bytes=4000))
     assert len(whole) >= 2  # zstd gives 128 KiB at once
@@ -96,7 +96,7 @@ def test_cuts_do_not_show(
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_bytes(text.encode())
-    reading = Reading(separator=separator)
+    reading = ReadOptions(separator=separator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compression, "_BLOCK", block)
         chunks = list(read_chunks([path], reading, chunk_bytes=chunk))
@@ -111,7 +111,7 @@ def test_folders_hold_all_forms_but_no_other_files(corpora: dict[str, Path]) -> 
 
 
 def prepared(path: Path, scratch: Path, workers: int = 1, key: str = "text") -> None:
-    plan = Plan(Reading(key=key, separator=MARK), workers=workers)
+    plan = Plan(ReadOptions(key=key, separator=MARK), workers=workers)
     prepare_sets([path], scratch / "out" / "set", ByteTokenizer(), plan)
 
 

@@ -10,13 +10,13 @@ import pytest
 import tokenizers
 
 from overtok_megatron.cli import main
-from overtok_megatron.data import encoding
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
-from overtok_megatron.data.hugging_face_tokenizer import HuggingFaceTokenizer
-from overtok_megatron.data.inputs import expand, find_inputs
-from overtok_megatron.data.prepare import Plan, prepare_sets
-from overtok_megatron.data.sources import Reading
-from overtok_megatron.data.tokenizer import infer_kind
+from overtok_megatron.data.preparing import encoding
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from overtok_megatron.data.preparing.inputs import expand, find_inputs
+from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
+from overtok_megatron.data.preparing.sources import ReadOptions
+from overtok_megatron.data.tokenizers.loading import infer_kind
 from overtok_megatron.errors import DataError
 
 
@@ -123,7 +123,7 @@ def test_the_account_outlives_a_kill(folder: Path, monkeypatch: pytest.MonkeyPat
     for number in range(4):
         (folder / f"{number}a.txt").write_text("" if number % 2 else "no separator")
         (folder / f"{number}b.jsonl").write_text('{"text": ""}\n{"text": "x"}\n')
-    plan = Plan(Reading(separator="|"), journal_seconds=0)
+    plan = Plan(ReadOptions(separator="|"), journal_seconds=0)
     whole = prepare_sets(expand([folder]), folder.parent / "whole", ByteTokenizer(), plan).account
     assert (whole.num_read, whole.files.total, whole.num_written, whole.documents.total) == (6, 2, 6, 4)
     assert whole.unsplit.total == 2
@@ -189,7 +189,7 @@ def test_what_has_no_suffix_and_is_no_text(folder: Path, name: str, content: byt
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(DataError, match=f"{name}: has no known suffix, and looks like .*{said}"):
         find_inputs([path])
-    assert find_inputs([path], Reading(format="text")).files == [path]
+    assert find_inputs([path], ReadOptions(format="text")).files == [path]
     path.write_bytes(gzip.compress(b"[sic] text") if name.endswith(".gz") else b"[sic] text")
     assert find_inputs([path]).files == [path]
 

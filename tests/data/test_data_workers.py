@@ -12,27 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
-from overtok_megatron.data.corpus import sotu_files
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.journal import Journal
-from overtok_megatron.data.prepare import SPLIT, Plan, prepare_sets
-from overtok_megatron.data.sources import Reading
+from overtok_megatron.data.preparing.journal import Journal
+from overtok_megatron.data.preparing.prepare import SPLIT, Plan, prepare_sets
+from overtok_megatron.data.preparing.sources import ReadOptions
 from overtok_megatron.errors import DataError
 
-READING = Reading(separator="\n\n")
+READING = ReadOptions(separator="\n\n")
 SHARES = (0.8, 0.15, 0.05)
 FILES = sotu_files()[:30]
 RUN = """
 import sys, time
 from pathlib import Path
 from overtok_megatron.data import encoding
-from overtok_megatron.data.byte_tokenizer import ByteTokenizer
-from overtok_megatron.data.corpus import sotu_files
-from overtok_megatron.data.prepare import Plan, prepare_sets
-from overtok_megatron.data.sources import Reading
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
+from overtok_megatron.data.preparing.sources import ReadOptions
 encoding.CHUNK_BYTES = 20_000
-plan = Plan(Reading(separator="\\n\\n"), (0.8, 0.15, 0.05), workers=2, journal_seconds=0)
+plan = Plan(ReadOptions(separator="\\n\\n"), (0.8, 0.15, 0.05), workers=2, journal_seconds=0)
 prepare_sets(sotu_files()[:30], sys.argv[1], ByteTokenizer(), plan, lambda size: time.sleep(0.1))
 """
 

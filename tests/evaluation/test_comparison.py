@@ -9,7 +9,7 @@ import pytest
 
 from overtok_megatron.config.counts import ParameterCounts
 from overtok_megatron.errors import DataError
-from overtok_megatron.evaluation.comparison import RunCurve, draw_curves, read_curve, table
+from overtok_megatron.reports.curves import RunCurve, draw_curves, read_curve, table
 
 COUNTS = ParameterCounts(blocks=1_000_000, embedding=200_000, head=30_000, encoder=4_000, tables=25_600_000)
 

@@ -21,7 +21,7 @@ from trained_runs import CONTEXT, TrainedRuns
 from transformers import PreTrainedTokenizer
 
 from overtok_megatron.cli import main
-from overtok_megatron.data.corpus import sotu_files
+from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.errors import InputError
 from overtok_megatron.evaluation import adapter
 from overtok_megatron.evaluation.adapter import OvertokLM

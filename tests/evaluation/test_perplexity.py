@@ -12,8 +12,9 @@ from trained_runs import CONTEXT, TrainedRuns
 
 from overtok_megatron.cli import main
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.prepare import prepare
-from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.evaluation import harness
 from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table, windows_at_once
 

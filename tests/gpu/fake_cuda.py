@@ -12,7 +12,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.model.assembly import DTYPES, build_layers, build_tables
+from overtok_megatron.kernels.dtypes import DTYPES
+from overtok_megatron.model.assembly import build_layers
+from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.model.transformer import Transformer
 
 CUDA = torch.device("cuda", 0)
@@ -64,7 +66,7 @@ def forward(config: RunConfig) -> None:
     )
     torch.set_default_dtype(torch.float32)
     within = config.data.document_attention == "within"
-    model = Transformer(layers, document_end=0 if within else None)
+    model = Transformer(layers, eod_id=0 if within else None)
     tokens = torch.zeros(2, 9, dtype=torch.int64)
     slots = None
     if config.over_encoding.enabled:

@@ -8,12 +8,13 @@ from gpu_checks.row_checks import CHECKS
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.ngram.embedding import OverTables, gather_rows
+from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import RowOptimizer
-from overtok_megatron.ngram.sizing import RowSpace
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.row_optimizer import RowOptimizer
+from overtok_megatron.ngram.row_space import RowSpace
+from overtok_megatron.ngram.row_store import TableShard
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda", 0)
@@ -40,7 +41,7 @@ def trained(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         state_dtype=dtype,
         kernels=kernels,
     )
-    tables = OverTables(
+    tables = ShardedTables(
         None, NgramHash(space, 97, 0, "reset", 3, kernels), shard, optimizer,
         FlatExchange((0, space.total_rows), None, kernels), dtype=torch.float32, device=device, kernels=kernels,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from prefixed_tokenizers import FILES, KINDS, save_prefixed
 from running import Running, running
 
 from overtok_megatron.cli import main
-from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference import generation
 from overtok_megatron.inference.generation import Sampling, generate, generate_texts, generate_tokens, stream_texts
 from overtok_megatron.inference.loading import TrainedModel, load_trained

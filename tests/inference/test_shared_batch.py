@@ -7,10 +7,10 @@ import torch
 from test_generation import full_logits
 from test_generation import trained as trained  # a fixture, plain and over-encoded
 
-from overtok_megatron.inference import shared_batch
+from overtok_megatron.inference import continuous_batch
 from overtok_megatron.inference.generation import Decoder
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.inference.shared_batch import SharedBatch
+from overtok_megatron.inference.continuous_batch import ContinuousBatch
 
 VOCAB, CONTEXT = 61, 40
 
@@ -19,7 +19,7 @@ VOCAB, CONTEXT = 61, 40
 def test_any_order_of_joining_and_leaving(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(shared_batch, "_SLACK", 3)  # so that the cache is moved often
     draw = random.Random(seed)
-    batch, sequences = SharedBatch(trained, 4), list[list[int]]()
+    batch, sequences = ContinuousBatch(trained, 4), list[list[int]]()
     joined, moves = 0, set[bool]()
     move = batch._move
     monkeypatch.setattr(batch, "_move", lambda columns: (moves.add(columns > 0), move(columns)))

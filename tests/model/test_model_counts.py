@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_tables, build_transformer
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.building import build_tables
+from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.row_store import TableShard
 
 CPU = torch.device("cpu")
 

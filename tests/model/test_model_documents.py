@@ -56,7 +56,7 @@ def test_logits_and_gradients(windows: dict[str, int], kernels: str, recompute: 
     config = ModelConfig.model_validate(shape | windows)
     layers = build_layers(config, OverEncodingConfig(), kernels=choose_kernels(kernels, CPU), recompute=recompute)
     layers.reset(seed=1, std=0.05)
-    model = Transformer(layers, document_end=END)
+    model = Transformer(layers, eod_id=END)
     theirs = hugging_face_model(config)
     theirs.load_state_dict({name: weight.detach().clone() for name, weight in hugging_face_names(model).items()})
     tokens = packed()
@@ -89,7 +89,7 @@ def test_layers_of_a_window_share_a_mask(recompute: Recompute, monkeypatch: pyte
         return document_mask(documents, window, dtype)
 
     monkeypatch.setattr(block, "document_mask", watched)
-    model = Transformer(layers, document_end=END).to(torch.bfloat16)
+    model = Transformer(layers, eod_id=END).to(torch.bfloat16)
     objective, *_ = model(packed(), None, packed())
     objective.backward()
     assert made == [6, None]
@@ -101,7 +101,7 @@ def test_without_inner_ends_it_is_the_causal_model() -> None:
     )
     layers = build_layers(config, OverEncodingConfig(), kernels=choose_kernels("torch", CPU))
     layers.reset(seed=1, std=0.5)
-    across, within = Transformer(layers), Transformer(layers, document_end=END)
+    across, within = Transformer(layers), Transformer(layers, eod_id=END)
     tokens = packed()
     torch.testing.assert_close(within.logits(tokens[2:]), across.logits(tokens[2:]), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(within.logits(tokens[:1]), across.logits(tokens[:1]), rtol=1e-2, atol=1e-2)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from overtok_megatron.config.counts import bytes_per_rank
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_tables, build_transformer
+from overtok_megatron.ngram.building import build_tables
+from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
-from overtok_megatron.parallel.sharding import named_generator, shard_of
+from overtok_megatron.parallel.splits import named_generator, shard_of
 
 CPU = torch.device("cpu")
 VOCAB, SEQ, EOD = 101, 10, 3
@@ -55,7 +56,7 @@ def randomise_norms(model: nn.Module) -> None:
 
 def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str, Any]:
     """One rank's weights, results and gradients of a case."""
-    config = configuration(name, sequence_parallel, grid.shape.model)
+    config = configuration(name, sequence_parallel, grid.shape.tensor)
     model = build_transformer(config, device=CPU, group=grid.tensor_group)
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     randomise_norms(model)
@@ -71,7 +72,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
             EOD,
             device=CPU,
             group=grid.table_group,
-            sequence_slice=(grid.tensor_rank, grid.shape.model),
+            sequence_slice=(grid.tensor_rank, grid.shape.tensor),
         )
         slots = tables.begin(tokens)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
 
 def rank_work() -> list[dict[str, Any]]:
     dist.init_process_group("gloo")
-    grid = ProcessGrid.create(GridShape(model=2))
+    grid = ProcessGrid.create(GridShape(tensor=2))
     results = [evaluate(name, sequence, grid) for name in CASES for sequence in (False, True)]
     dist.destroy_process_group()
     return results

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from distributed_harness import run_ranks
 from torch import Tensor
 
-from overtok_megatron.data.corpus import sotu_files
+from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.kernels.rows import RowKernels, Sums
 from overtok_megatron.ngram.exchange import TwoLevelExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.placement import make_exchange, owned_range
-from overtok_megatron.ngram.sizing import RowSpace, row_bounds
-from overtok_megatron.ngram.table import initial_rows
+from overtok_megatron.ngram.row_space import RowSpace, row_bounds
+from overtok_megatron.ngram.row_store import initial_rows
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 
 WIDTH = 3

@@ -5,12 +5,13 @@ import torch
 from distributed_harness import run_ranks
 
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.ngram.embedding import OverTables, gather_rows
+from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.optimizer import RowOptimizer
-from overtok_megatron.ngram.sizing import RowSpace
-from overtok_megatron.ngram.table import TableShard
+from overtok_megatron.ngram.row_optimizer import RowOptimizer
+from overtok_megatron.ngram.row_space import RowSpace
+from overtok_megatron.ngram.row_store import TableShard
 from overtok_megatron.training.metrics import peak_memory
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def peak_of(power: int, most: int) -> tuple[int, int]:
     )  # fmt: skip
     optimizer.state["square_sum"].fill_(1e-3)  # so that its pages are there, and those of the flags
     shard.flags.fill_(1)
-    tables = OverTables(
+    tables = ShardedTables(
         None, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, FlatExchange((0, space.total_rows), None, kernels),
         dtype=torch.float32, device=CPU, kernels=kernels,
     )  # fmt: skip

@@ -10,9 +10,9 @@ from reference import python_place
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowRule, TableRows, place, table_rows_at
-from overtok_megatron.ngram.optimizer import RowOptimizer
-from overtok_megatron.ngram.sizing import STRIPES, RowSpace, TableGroup, row_bounds
-from overtok_megatron.ngram.table import initial_rows
+from overtok_megatron.ngram.row_optimizer import RowOptimizer
+from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup, row_bounds
+from overtok_megatron.ngram.row_store import initial_rows
 
 
 def test_the_row_space() -> None:

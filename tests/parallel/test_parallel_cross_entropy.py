@@ -17,7 +17,7 @@ from torch import Tensor
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.parallel import cross_entropy as module
 from overtok_megatron.parallel.collectives import copy_to_group, group_rank, group_size
-from overtok_megatron.parallel.sharding import split_range
+from overtok_megatron.parallel.splits import split_range
 
 WIDTH = 16
 linear_cross_entropy = functools.partial(module.linear_cross_entropy, kernels=Kernels())

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overtok_megatron.parallel.grid import AXES, GridShape, ProcessGrid
-from overtok_megatron.parallel.topology import DeepSpeedTopology
+from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
 
 sizes = st.integers(1, 4)
 
 
 def test_model_is_innermost_and_pipe_outermost() -> None:
-    shape = GridShape(pipe=2, data=3, model=4)
+    shape = GridShape(pipe=2, data=3, tensor=4)
     assert shape.world_size == 24
     assert shape.coordinates(0) == {"pipe": 0, "data": 0, "context": 0, "model": 0}
     assert shape.coordinates(1) == {"pipe": 0, "data": 0, "context": 0, "model": 1}
@@ -30,7 +30,7 @@ def test_model_is_innermost_and_pipe_outermost() -> None:
 
 
 def test_context_lies_between_data_and_model() -> None:
-    shape = GridShape(data=2, context=3, model=2)
+    shape = GridShape(data=2, context=3, tensor=2)
     assert shape.coordinates(9) == {"pipe": 0, "data": 1, "context": 1, "model": 1}
     assert shape.ranks_along(9, "context") == [7, 9, 11]
     assert shape.ranks_along(9, "data", "context") == [1, 3, 5, 7, 9, 11]
@@ -44,13 +44,13 @@ def test_the_ends_of_a_pipeline() -> None:
 
 @given(pipe=sizes, data=sizes, context=sizes, model=sizes)
 def test_coordinates_are_inverted_by_rank_at(pipe: int, data: int, context: int, model: int) -> None:
-    shape = GridShape(pipe=pipe, data=data, context=context, model=model)
+    shape = GridShape(pipe=pipe, data=data, context=context, tensor=model)
     assert [shape.rank_at(shape.coordinates(rank)) for rank in range(shape.world_size)] == list(range(shape.world_size))
 
 
 @given(pipe=sizes, data=sizes, context=sizes, model=sizes, axes=st.sets(st.sampled_from(AXES), min_size=1))
 def test_groups_part_the_world(pipe: int, data: int, context: int, model: int, axes: Any) -> None:
-    shape = GridShape(pipe=pipe, data=data, context=context, model=model)
+    shape = GridShape(pipe=pipe, data=data, context=context, tensor=model)
     groups = shape.all_groups(*axes)
     assert sorted(rank for group in groups for rank in group) == list(range(shape.world_size))
     assert {len(group) for group in groups} == {math.prod(shape.size(axis) for axis in axes)}
@@ -61,7 +61,7 @@ def test_groups_part_the_world(pipe: int, data: int, context: int, model: int, a
 
 def test_a_rank_outside_of_the_world_is_refused() -> None:
     with pytest.raises(AssertionError):
-        GridShape(data=2, model=2).coordinates(4)
+        GridShape(data=2, tensor=2).coordinates(4)
 
 
 def test_one_process_needs_no_groups() -> None:
@@ -89,7 +89,7 @@ def _grid_facts(shapes: list[GridShape]) -> list[dict[str, Any]]:
                 "tensor": _members(grid.tensor_group),
                 "data": _members(grid.data_group),
                 "context": _members(grid.context_group),
-                "whole model": _members(grid.model_group),
+                "whole model": _members(grid.replica_group),
                 "ends": _members(grid.ends_group),
                 "batch": _members(grid.batch_group),
                 "source": grid.batch_source,
@@ -123,10 +123,10 @@ def _wanted(shape: GridShape, rank: int, *axes: Any) -> list[int] | None:
 
 def test_groups_of_real_processes() -> None:
     shapes = [
-        GridShape(data=2, model=2),
+        GridShape(data=2, tensor=2),
         GridShape(data=4),
-        GridShape(model=4),
-        GridShape(pipe=2, model=2),
+        GridShape(tensor=4),
+        GridShape(pipe=2, tensor=2),
         GridShape(data=2, context=2),
         GridShape(pipe=4),
     ]
@@ -143,7 +143,7 @@ def test_groups_of_real_processes() -> None:
             assert found["data_ranks"] == data
             assert found["tensor_source"] == model[0]
             assert found["data_sum"] == sum(data)
-    for rank, facts in enumerate(run_ranks(4, _grid_facts, [GridShape(pipe=4), GridShape(pipe=2, model=2)])):
+    for rank, facts in enumerate(run_ranks(4, _grid_facts, [GridShape(pipe=4), GridShape(pipe=2, tensor=2)])):
         long, short = facts
         assert long["ends"] == ([0, 3] if rank in (0, 3) else None)
         assert short["ends"] == [rank % 2, rank % 2 + 2]

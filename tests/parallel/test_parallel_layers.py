@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from overtok_megatron.parallel.collectives import group_rank, group_size
-from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
-from overtok_megatron.parallel.sharding import Shard, initialise, largest_part, shard_of, split_range
+from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
+from overtok_megatron.parallel.splits import ParameterSplit, initialise, largest_part, shard_of, split_range
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 BATCH, SEQ, WIDTH = 2, 6, 5  # SEQ goes over 2 and 3 ranks
@@ -64,8 +64,8 @@ def _weights_agree(split: nn.Module, whole: nn.Module, group: dist.ProcessGroup,
 
 def _check_column(group: dist.ProcessGroup, sequence_parallel: bool) -> None:
     what = f"column, sequence parallel {sequence_parallel}"
-    split = _ready(ColumnParallelLinears(WIDTH, OUTPUTS, group=group, sequence_parallel=sequence_parallel))
-    whole = _ready(ColumnParallelLinears(WIDTH, OUTPUTS))
+    split = _ready(MergedColumnParallelLinear(WIDTH, OUTPUTS, group=group, sequence_parallel=sequence_parallel))
+    whole = _ready(MergedColumnParallelLinear(WIDTH, OUTPUTS))
     full_input = _random(BATCH, SEQ, WIDTH).requires_grad_()
     upstream = [_random(BATCH, SEQ, size, seed=i) for i, size in enumerate(OUTPUTS.values(), start=1)]
     expected = whole(full_input).split(whole.sizes, dim=-1)
@@ -138,7 +138,7 @@ def _check_layers() -> int:
             _check_embedding(group, sequence_parallel, vocab)
     for vocab in VOCABULARIES:
         _check_head(group, vocab)
-    shown = repr(ColumnParallelLinears(WIDTH, OUTPUTS, group=group))
+    shown = repr(MergedColumnParallelLinear(WIDTH, OUTPUTS, group=group))
     assert f"rank {group_rank(group)} of {group_size(group)}" in shown
     assert str(OUTPUTS) in shown
     dist.destroy_process_group()
@@ -190,7 +190,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 def test_a_slice_is_cut_from_the_full_draw() -> None:
     whole, part = _weight(10, 4), _weight(10, 1)
     initialise(whole, 0.02, 9, "w")
-    part.shard = Shard(1, (10, 4), 2, 3)  # type: ignore[attr-defined]  # what mark_split records
+    part.shard = ParameterSplit(1, (10, 4), 2, 3)  # type: ignore[attr-defined]  # what mark_split records
     initialise(part, 0.02, 9, "w")
     assert torch.equal(part, whole[:, 2:3])
 

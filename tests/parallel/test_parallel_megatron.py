@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.parallel import cross_entropy as module
 from overtok_megatron.parallel.collectives import all_gather_sequence, copy_to_group
-from overtok_megatron.parallel.linear import ColumnParallelLinears, RowParallelLinear
-from overtok_megatron.parallel.sharding import shard_of, split_range
+from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
+from overtok_megatron.parallel.splits import shard_of, split_range
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 core = pytest.importorskip("megatron.core", reason="the layers to compare with, in the test extra")
@@ -95,7 +95,7 @@ def _their_column(full: Tensor, group: dist.ProcessGroup, sequence_parallel: boo
 def _check_column(group: dist.ProcessGroup, sequence_parallel: bool) -> None:
     """Our one product of several weights against one layer for each of them."""
     what = f"column, sequence parallel {sequence_parallel}"
-    ours = ColumnParallelLinears(WIDTH, OUTPUTS, group=group, sequence_parallel=sequence_parallel)
+    ours = MergedColumnParallelLinear(WIDTH, OUTPUTS, group=group, sequence_parallel=sequence_parallel)
     whole = _whole(BATCH, SEQ, WIDTH, seed=1)
     x = _own(whole, group, 1) if sequence_parallel else whole
     our_x, their_x = _leaf(x), _leaf(x, turned=True)
@@ -180,7 +180,7 @@ def _check_cross_entropy(group: dist.ProcessGroup, sequence_parallel: bool, kern
     objective, cross_entropy = module.linear_cross_entropy(
         entered.flatten(0, 1),
         head.weight,
-        targets.masked_fill(skipped, module.IGNORED).flatten(),
+        targets.masked_fill(skipped, module.IGNORE_INDEX).flatten(),
         vocab_start=head.vocab_start,
         group=group,
         kernels=choose_kernels(kernels, torch.device("cpu")),

@@ -15,9 +15,9 @@ from trained_runs import CONTEXT, TrainedRuns
 
 from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
-from overtok_megatron.inference.shared_batch import SharedBatch
-from overtok_megatron.serving import engine as engine_module
-from overtok_megatron.serving.engine import Engine, Job, Piece
+from overtok_megatron.inference.continuous_batch import ContinuousBatch
+from overtok_megatron.serving import scheduler as engine_module
+from overtok_megatron.serving.scheduler import BatchScheduler, SequenceRequest, TokenDelta
 
 __all__ = ["kind_of_model"]
 CPU = torch.device("cpu")
@@ -30,15 +30,15 @@ class Asked:
     prompt: list[int]
     sampling: Sampling
     scores: bool = False
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[TokenDelta] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
-    job: Job = field(init=False)
+    job: SequenceRequest = field(init=False)
 
-    def submit(self, engine: Engine, clock: list[int], seconds: float = 60.0) -> "Asked":
+    def submit(self, engine: BatchScheduler, clock: list[int], seconds: float = 60.0) -> "Asked":
         """clock: one count of all pieces, whosever."""
 
-        def deliver(piece: Piece) -> None:
+        def deliver(piece: TokenDelta) -> None:
             self.pieces.append(piece)
             self.times.append(clock[0])
             clock[0] += 1
@@ -48,8 +48,8 @@ class Asked:
         deadline = time.monotonic() + seconds
         top = 2 if self.scores else None
         size = self.sampling.max_new_tokens
-        self.job = Job(self.prompt, size, self.sampling, [], top, self.scores, deadline, deliver)
-        engine.submit([self.job])
+        self.job = SequenceRequest(self.prompt, size, self.sampling, [], top, self.scores, deadline, deliver)
+        scheduler.submit([self.job])
         return self
 
     def text(self) -> str:
@@ -84,7 +84,7 @@ def test_any_chunk_gives_generates_tokens(kind_of_model: TrainedModel, chunk: in
     asked = [
         Asked([*prompt_of(size, size, 61)], samplings[size % 3], scores=True) for size in (30, 1, 2, 25, 7, 31, 3, 16)
     ]
-    with Engine(kind_of_model, places=3, max_waiting=20, prefill_chunk=chunk) as engine:
+    with BatchScheduler(kind_of_model, places=3, max_waiting=20, prefill_chunk=chunk) as engine:
         ended([one.submit(engine, [0]) for one in asked])
     for one in asked:
         assert one.text() == one.expected(kind_of_model)
@@ -108,7 +108,7 @@ def test_others_go_on_while_a_long_prompt_is_fed(trained: TrainedModel) -> None:
     """A token of theirs for each of its chunks, and all texts are those of generate."""
     short = [Asked(prompt_of(2 + seed, seed, 512), Sampling(50, 1.0, seed=seed)) for seed in range(2)]
     long = Asked(prompt_of(56, 9, 512), Sampling(6, 1.0, seed=9))
-    with Engine(trained, places=3, max_waiting=9, prefill_chunk=4) as engine:
+    with BatchScheduler(trained, places=3, max_waiting=9, prefill_chunk=4) as engine:
         clock = [0]
         for one in short:
             one.submit(engine, clock)
@@ -125,17 +125,17 @@ def test_others_go_on_while_a_long_prompt_is_fed(trained: TrainedModel) -> None:
 
 def test_small_prompts_share_a_chunk(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many tokens of prompts between two steps, over all prompts; and so many where they are there."""
-    fed, feed, step = [0], Decoder.feed, SharedBatch.step
+    fed, feed, step = [0], Decoder.feed, ContinuousBatch.step
 
     def counted(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-        if not isinstance(decoder, SharedBatch):
+        if not isinstance(decoder, ContinuousBatch):
             fed[-1] += tokens.shape[1]
         return feed(decoder, tokens, **options)
 
     monkeypatch.setattr(Decoder, "feed", counted)
-    monkeypatch.setattr(SharedBatch, "step", lambda batch, tokens: (fed.append(0), step(batch, tokens))[1])
+    monkeypatch.setattr(ContinuousBatch, "step", lambda batch, tokens: (fed.append(0), step(batch, tokens))[1])
     asked = [Asked(prompt_of(5, seed, 512), Sampling(30, 1.0, seed=seed)) for seed in range(6)]
-    engine = Engine(trained, places=6, max_waiting=9, prefill_chunk=12)
+    engine = BatchScheduler(trained, places=6, max_waiting=9, prefill_chunk=12)
     for one in asked:
         one.submit(engine, [0])  # before its thread begins
     with engine:
@@ -150,7 +150,7 @@ def slow_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     feed, fed = Decoder.feed, [0]
 
     def slowly(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-        if not isinstance(decoder, SharedBatch):
+        if not isinstance(decoder, ContinuousBatch):
             time.sleep(0.05)
             fed[0] += 1
         return feed(decoder, tokens, **options)
@@ -166,15 +166,15 @@ def test_who_leaves_during_the_prompt_frees_the_place(
     long, late = Asked(prompt_of(60, 1, 512), Sampling(2)), Asked(prompt_of(60, 2, 512), Sampling(2))
     next_one = Asked(prompt_of(2, 3, 512), Sampling(3))
     other = Asked(prompt_of(1, 4, 512), Sampling(60, 1.0))
-    with Engine(trained, places=1 + company, max_waiting=9, prefill_chunk=1) as engine:
+    with BatchScheduler(trained, places=1 + company, max_waiting=9, prefill_chunk=1) as engine:
         clock = [0]
         if company:
             other.submit(engine, clock)
         long.submit(engine, clock)
         while slow_chunks[0] < 4:
             time.sleep(0.01)
-        assert engine.load == (1 + company, 0)
-        engine.cancel([long.job])
+        assert scheduler.load == (1 + company, 0)
+        scheduler.cancel([long.job])
         late.submit(engine, clock, seconds=0.3)  # out of time during its prompt
         next_one.submit(engine, clock)
         ended([next_one])
@@ -183,18 +183,18 @@ def test_who_leaves_during_the_prompt_frees_the_place(
         ended([other] * company)
     for one in [next_one, *[other] * company]:
         assert one.text() == one.expected(trained)
-    assert engine.load == (0, 0)
+    assert scheduler.load == (0, 0)
 
 
 def test_what_fails_or_ends_during_a_prompt_is_told(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = Decoder.feed
 
     def failing(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-        if decoder.length >= 4 and not isinstance(decoder, SharedBatch):
+        if decoder.length >= 4 and not isinstance(decoder, ContinuousBatch):
             raise MemoryError
         return feed(decoder, tokens, **options)
 
-    with Engine(trained, places=2, max_waiting=9, prefill_chunk=2) as engine:
+    with BatchScheduler(trained, places=2, max_waiting=9, prefill_chunk=2) as engine:
         monkeypatch.setattr(Decoder, "feed", failing)
         failed = Asked(prompt_of(9, 1, 512), Sampling(2)).submit(engine, [0])
         ended([failed])
@@ -211,7 +211,7 @@ def test_tables_wherever_they_are(trained_runs: TrainedRuns, trained: TrainedMod
     """Two sequences look rows up in turn: those of a chunk are not those of a step."""
     model = replace(load_trained(trained_runs.run("fp32"), CPU, storage), tokenizer=trained.tokenizer)
     asked = [Asked(prompt_of(size, size, 512), Sampling(9, 1.0, seed=size)) for size in (3, 40, 50)]
-    with Engine(model, places=3, max_waiting=9, prefill_chunk=5) as engine:
+    with BatchScheduler(model, places=3, max_waiting=9, prefill_chunk=5) as engine:
         ended([one.submit(engine, [0]) for one in asked])
     assert [one.text() for one in asked] == [one.expected(trained) for one in asked]
 
@@ -244,8 +244,8 @@ class Guarded(list[Any]):
 
 
 def test_running_sequences_are_listed_under_the_lock(trained_runs: TrainedRuns) -> None:
-    engine, seen, clock = Engine(trained_runs.trained(), places=2, max_waiting=9, prefill_chunk=7), [], [0]
-    engine._running = Guarded(engine._changed, seen)
+    engine, seen, clock = BatchScheduler(trained_runs.trained(), places=2, max_waiting=9, prefill_chunk=7), [], [0]
+    scheduler._running = Guarded(scheduler._changed, seen)
     with engine:
         asked = [Asked([5, 6, 7], Sampling(size, 1.0, seed=size)).submit(engine, clock) for size in (3, 9, 4, 6)]
         for one in asked:
@@ -261,6 +261,6 @@ def test_the_decoding_thread_works_on_the_models_device(
     monkeypatch.setattr(
         engine_module, "make_current", lambda device: made.append((threading.current_thread().name, device))
     )
-    with Engine(plain_model, places=1, max_waiting=1, prefill_chunk=8):
+    with BatchScheduler(plain_model, places=1, max_waiting=1, prefill_chunk=8):
         pass
     assert made == [("decoding", CPU)]

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from running import Running, running
 from trained_runs import TrainedRuns
 
-from overtok_megatron.data.tokenizer import Tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference.generation import Sampling
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.inference.shared_batch import SharedBatch
+from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.serving import server as server_module
-from overtok_megatron.serving.engine import BusyError, Engine, Job, Piece
+from overtok_megatron.serving.scheduler import BusyError, BatchScheduler, SequenceRequest, TokenDelta
 
 JSON = {"content-type": "application/json"}
 GOOD = {"model": "tiny", "prompt": "The people", "max_tokens": 4}
@@ -196,13 +196,13 @@ def test_headers_that_never_end(server: Running, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def slow(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> TrainedModel:
     """Steps of 50 ms, so that a text of 40 tokens takes two seconds."""
-    step = SharedBatch.step
+    step = ContinuousBatch.step
 
-    def slowly(batch: SharedBatch, tokens: list[int]) -> Any:
+    def slowly(batch: ContinuousBatch, tokens: list[int]) -> Any:
         time.sleep(0.05)
         return step(batch, tokens)
 
-    monkeypatch.setattr(SharedBatch, "step", slowly)
+    monkeypatch.setattr(ContinuousBatch, "step", slowly)
     return replace(trained, tokenizer=Endless(trained.tokenizer))  # no text ends by itself
 
 
@@ -263,12 +263,12 @@ def test_a_full_queue_and_a_request_that_takes_too_long(slow: TrainedModel) -> N
 def test_a_model_that_fails(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request fails, and says no more than that; the next is served."""
     with running(trained) as server:
-        step = SharedBatch.step
-        monkeypatch.setattr(SharedBatch, "step", lambda *_: 1 / 0)
+        step = ContinuousBatch.step
+        monkeypatch.setattr(ContinuousBatch, "step", lambda *_: 1 / 0)
         failed = server.post(prompt="The people")
         assert failed.status_code == 500
         assert "division" not in failed.text
-        monkeypatch.setattr(SharedBatch, "step", step)
+        monkeypatch.setattr(ContinuousBatch, "step", step)
         assert server.post(prompt="The people").status_code == 200
         server.wait_idle()
 
@@ -284,13 +284,13 @@ def test_more_connections_than_allowed(trained: TrainedModel) -> None:
 
 
 def test_who_gave_up_waiting_holds_no_place(slow: TrainedModel) -> None:
-    pieces: list[tuple[str, Piece]] = []
+    pieces: list[tuple[str, TokenDelta]] = []
 
-    def job(name: str, seconds: float = 60.0) -> Job:
+    def job(name: str, seconds: float = 60.0) -> SequenceRequest:
         deadline = time.monotonic() + seconds
-        return Job([5, 6], 30, Sampling(30), [], None, False, deadline, lambda piece: pieces.append((name, piece)))
+        return SequenceRequest([5, 6], 30, Sampling(30), [], None, False, deadline, lambda piece: pieces.append((name, piece)))
 
-    with Engine(slow, places=1, max_waiting=1, prefill_chunk=8) as engine:
+    with BatchScheduler(slow, places=1, max_waiting=1, prefill_chunk=8) as engine:
         first, second = job("first"), job("second")
         engine.submit([first])
         while not pieces:
@@ -300,7 +300,7 @@ def test_who_gave_up_waiting_holds_no_place(slow: TrainedModel) -> None:
             engine.submit([job("third")])
         engine.cancel([second])
         engine.submit([job("late", seconds=0.1)])
-        while pieces[-1] != ("late", Piece("", [], 0, "timeout")):
+        while pieces[-1] != ("late", TokenDelta("", [], 0, "timeout")):
             time.sleep(0.01)
         engine.submit([job("last")])
         engine.cancel([first])

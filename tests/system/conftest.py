@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from overtok_megatron.data.corpus import sotu_files
-from overtok_megatron.data.prepare import prepare
-from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 
 VOCAB = 512
 CONFIG = """

@@ -9,8 +9,8 @@ import pytest
 from conftest import Workspace
 
 from overtok_megatron.cli import main
-from overtok_megatron.data.corpus import sotu_files
-from overtok_megatron.data.tokenizer import train_sentencepiece
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 
 
 def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -13,8 +13,8 @@ from memory_budget import Budget, held
 from table_benchmark import tables
 from table_contenders import Needs
 
-from overtok_megatron.data.prepare import prepare
-from overtok_megatron.data.tokenizer import load_tokenizer
+from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
 
 CPU = torch.device("cpu")
 LOOK_UPS = 512 * 4
@@ -81,7 +81,7 @@ import json, sys, torch, psutil
 from pathlib import Path
 from memory_budget import held
 from table_contenders import Needs, limit, our_tables, torch_tables
-from overtok_megatron.ngram.sizing import RowSpace
+from overtok_megatron.ngram.row_space import RowSpace
 torch.set_num_threads(1)
 size, width, tokens, cpu = 2**18, 64, 16384, torch.device("cpu")
 space = RowSpace(3, 2, size - 7, width)

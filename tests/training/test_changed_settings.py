@@ -13,9 +13,10 @@ from overtok_megatron.checkpoint.changes import check_continuable
 from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
 from overtok_megatron.checkpoint.weights_only import StartingPoint, starting_point
 from overtok_megatron.config.schema import ModelConfig, RunConfig
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.saving import Saver
-from overtok_megatron.training.state import load_state
+from overtok_megatron.training.resuming import load_state
 
 CPU = torch.device("cpu")
 SAVED_AT = 2

@@ -14,7 +14,8 @@ from test_layout_matrix import configuration as small_configuration
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 
 KEPT = Path(__file__).parent / "golden_runs.json"
 CONFIGS = Path(__file__).parents[2] / "configs"

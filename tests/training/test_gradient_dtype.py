@@ -8,7 +8,8 @@ import torch.distributed as dist
 from distributed_harness import run_ranks
 from test_layout_matrix import CPU, EOD, Layout, configuration, own_tokens, stream
 
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 
 CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = [{"zero_stage": stage, "gradient_dtype": choice} for stage in range(4) for choice in CHOICES]

@@ -15,10 +15,12 @@ from overtok_megatron.checkpoint.store import find_checkpoint
 from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.growth import grow_config, parse_tables
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_transformer, row_space
-from overtok_megatron.ngram.table import initial_rows
-from overtok_megatron.training.engine import TrainingEngine, start_processes
-from overtok_megatron.training.state import load_weights
+from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.building import row_space
+from overtok_megatron.ngram.row_store import initial_rows
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
+from overtok_megatron.training.resuming import load_weights
 
 STEPS = 6
 NEW = [parse_tables("orders=2-4,slices=2,rows=151"), parse_tables("order=2,rows=7")]

@@ -8,7 +8,8 @@ from distributed_harness import run_ranks
 from test_layout_matrix import BATCH, CPU, EOD, SEQ, VOCAB, Layout, configuration, own_tokens
 from torch import Tensor
 
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 
 STORED = {"optimizer": "rowwise_adagrad", "row_dtype": "bfloat16", "state_dtype": "bfloat16", "combine": "scaled"}
 GROWN = {"added": [{"orders": [4, 2], "table_rows": 61}, {"orders": [2], "table_rows": 43, "frozen": True}]}

@@ -24,13 +24,15 @@ from overtok_megatron.checkpoint.weights_only import (
     write_weights,
 )
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.training.engine import TrainingEngine, start_processes
-from overtok_megatron.training.loop import TrainingRun
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
+from overtok_megatron.training.trainer import Trainer
 from overtok_megatron.training.saving import Saver
-from overtok_megatron.training.state import load_weights
+from overtok_megatron.training.resuming import load_weights
 
 ADAM = {"optimizer": "adam"}
 HALF = {"precision": "bf16"}
@@ -208,7 +210,7 @@ def whole_runs(folder: Path) -> list[tuple[int, float, float]]:
     results = []
     for config in (first, second, longer):
         Path(config.training.output_directory).mkdir(exist_ok=True)
-        run = TrainingRun(config, device=CPU, num_threads=1)
+        run = Trainer(config, device=CPU, num_threads=1)
         resume, before = run._resume, []
 
         def watched(resume=resume, run=run, before=before) -> int:  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.parallel.grid import ProcessGrid
-from overtok_megatron.training.clipping import JointNorm
+from overtok_megatron.training.deepspeed.joint_norm import JointNorm
 
 # `meta` stands for a GPU here: it is another device than the CPU, and mixing the two raises the same error.
 ELSEWHERE = torch.device("meta")

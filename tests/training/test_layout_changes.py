@@ -13,10 +13,11 @@ from test_layout_matrix import CPU, EOD, TIED, Layout, configuration, layout, ow
 
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, read_dense_states, stage_names
 from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
-from overtok_megatron.training.dense_state import load_engine_file
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.saving import Saver
-from overtok_megatron.training.state import load_state
+from overtok_megatron.training.resuming import load_state
 
 SAVED_AT, END = 3, 7
 ADAM = {"optimizer": "adam", "added": [{"orders": [4, 2], "table_rows": 31}]}  # whose state must come along

@@ -15,8 +15,9 @@ from torch import Tensor
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.parallel.sharding import shard_of
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.parallel.splits import shard_of
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 
 CPU = torch.device("cpu")
 EOD, VOCAB, SEQ, BATCH, STEPS = 3, 59, 12, 12, 20

@@ -15,7 +15,8 @@ from trained_runs import TrainedRuns
 from trained_runs import configuration as run_configuration
 
 from overtok_megatron.config.schema import ModelConfig, RunConfig
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 
 STEPS = 5
 NO_Z = {"router_z_loss_weight": 0.0}
@@ -130,14 +131,14 @@ def test_figures_are_the_formulas_on_every_layout(
 
 def train_run(folder: Path, output: Path, model: dict[str, Any]) -> None:
     """One rank's work: a run with a mixture, on two stages."""
-    from overtok_megatron.training.loop import TrainingRun
+    from overtok_megatron.training.trainer import Trainer
 
     values = run_configuration(folder, "bf16").model_dump(mode="json")
     values["model"] |= model
     values["parallel"]["pipeline_parallel_size"] = 2
     values["training"] |= {"output_directory": str(output), "train_iters": 2, "micro_batch_size": 4}
     output.mkdir(exist_ok=True)
-    assert TrainingRun(RunConfig.model_validate(values), device=CPU, num_threads=1).run()
+    assert Trainer(RunConfig.model_validate(values), device=CPU, num_threads=1).run()
 
 
 def test_a_run_reports_them(trained_runs: TrainedRuns, tmp_path: Path) -> None:

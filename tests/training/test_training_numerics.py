@@ -10,7 +10,8 @@ from reference import Reference, hugging_face_names
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 
 EOD = 3
 STEPS = 4

@@ -19,11 +19,12 @@ from trained_runs import configuration as tiny_run
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, file_digest
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError, DataError
-from overtok_megatron.training import loop, saving, state
-from overtok_megatron.training.engine import TrainingEngine, start_processes
+from overtok_megatron.training import trainer, saving, resuming
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.state import load_state
+from overtok_megatron.training.resuming import load_state
 
 CPU = torch.device("cpu")
 
@@ -186,7 +187,7 @@ def failing_run(config: RunConfig, alone: bool) -> tuple[str, str]:
     alone: the second rank's data goes away; else a weight is not a number on all.
     """
     folder = Path(config.training.output_directory)
-    training = loop.TrainingRun(config, device=CPU, num_threads=1)
+    training = trainer.Trainer(config, device=CPU, num_threads=1)
     digest, one_step = saving.file_digest, training._one_step
 
     def slow_digest(path: Path) -> Digest:

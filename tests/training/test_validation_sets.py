@@ -10,14 +10,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from trained_runs import CONTEXT, TrainedRuns, configuration
 
-from overtok_megatron.checkpoint.formats.model_card import reported_losses
+from overtok_megatron.interchange.model_card import reported_losses
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.prepare import prepare
-from overtok_megatron.data.scores import validation_losses
-from overtok_megatron.data.tokenizer import load_tokenizer
+from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.loss_metrics import validation_losses
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.parallel.devices import CPU
 
 FIGURES = ("loss", "perplexity", "bits_per_byte")
@@ -46,11 +46,11 @@ def config_of(folder: Path, output: Path, parallel: dict[str, Any], validation: 
 
 def train(folder: Path, scratch: Path, cases: dict[str, dict[str, Any]], steps: int, validation: Any) -> None:
     """One rank's work."""
-    from overtok_megatron.training.loop import TrainingRun
+    from overtok_megatron.training.trainer import Trainer
 
     for name, parallel in cases.items():
         (scratch / name).mkdir(exist_ok=True)
-        assert TrainingRun(
+        assert Trainer(
             config_of(folder, scratch / name, parallel, validation, steps), device=CPU, num_threads=1
         ).run()
 
@@ -66,11 +66,11 @@ def tiny_set(folder: Path, scratch: Path) -> IndexedDataset:
 
 def validated_tokens(configs: list[RunConfig]) -> list[tuple[float, int]]:
     """One rank's work: the loss of a validation of each, and how many tokens go through the model in it."""
-    from overtok_megatron.training.loop import TrainingRun
+    from overtok_megatron.training.trainer import Trainer
 
     found = []
     for config in configs:
-        run, seen = TrainingRun(config, device=CPU, num_threads=1), []
+        run, seen = Trainer(config, device=CPU, num_threads=1), []
         parts = run.trainer._parts
 
         def counted(inputs: Tensor, *others: Any, seen: list[int] = seen, parts: Any = parts) -> Any:

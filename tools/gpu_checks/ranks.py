@@ -12,7 +12,7 @@ from gpu_checks.training import Settings, grid_of, losses_of, reference_losses, 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import Sums
 from overtok_megatron.ngram.exchange import FlatExchange
-from overtok_megatron.ngram.sizing import row_bounds
+from overtok_megatron.ngram.row_space import row_bounds
 
 _LAYOUT_ERROR = 2e-4  # of the loss in float32: sums over ranks run in another order
 

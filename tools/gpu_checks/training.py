@@ -101,7 +101,7 @@ def made_tokens(context: Context, config: RunConfig, steps: int = STEPS) -> list
 @lru_cache(maxsize=16)
 def _grid(world: int, tensor: int, pipe: int, slices: int, device: torch.device) -> ProcessGrid:
     """Groups of a shape, made once: communicators are not given back."""
-    from overtok_megatron.training.engine import start_processes
+    from overtok_megatron.training.processes import start_processes
 
     shape = {
         "parallel.tensor_parallel_size": tensor,

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from gpu_checks.registry import Context, Result
 from gpu_checks.training import Settings, configuration
 from overtok_megatron.config.loading import save_resolved
-from overtok_megatron.data.prepare import prepare
-from overtok_megatron.data.tokenizer import load_tokenizer
+from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
 
 _STEPS = 60
 _SMALL_STEPS = 12  # on the CPU
@@ -76,7 +76,7 @@ def _settings(context: Context, folder: Path, steps: int) -> Settings:
 
 def _train(context: Context, folder: Path, name: str, steps: int, every: int | None) -> list[dict[str, Any]]:
     """Train, or go on, to `steps`; what the run recorded of every step so far."""
-    from overtok_megatron.training.loop import TrainingRun
+    from overtok_megatron.training.trainer import Trainer
 
     output = folder / name
     settings = _settings(context, folder, steps) | {"training.output_directory": str(output)}
@@ -85,7 +85,7 @@ def _train(context: Context, folder: Path, name: str, steps: int, every: int | N
         output.mkdir(exist_ok=True)
         save_resolved(config, output / "config.yaml")
     _meet(context)
-    run = TrainingRun(config, device=context.device, num_threads=torch.get_num_threads())
+    run = Trainer(config, device=context.device, num_threads=torch.get_num_threads())
     assert run.run(), f"the run {name} did not reach step {steps}"
     _meet(context)
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

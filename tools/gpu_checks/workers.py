@@ -24,7 +24,7 @@ from tqdm import tqdm
 from gpu_checks.installation import device_name
 from gpu_checks.registry import Check, Context, Outcome, Result, Status
 from overtok_megatron.environment import VISIBLE, rank_environment, restore_visible_devices
-from overtok_megatron.launch import free_port
+from overtok_megatron.launching.local import free_port
 from overtok_megatron.parallel.devices import local_device
 
 _START_SECONDS = 180.0  # until a new process has imported everything and opened its device

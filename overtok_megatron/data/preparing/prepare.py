@@ -1,0 +1,252 @@
+"""A corpus to indexed datasets, by several processes, in constant memory. All or nothing: an error leaves no file.
+
+A kill, or Ctrl-C, leaves the parts written so far and a journal, PREFIX.journal; the same call goes on from there and
+gives the same files byte for byte, whatever the number of workers. With shares, documents go to PREFIX-train,
+PREFIX-validation and PREFIX-test by the hash of their text.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overtok_megatron.data.preparing.account import Account, LeftOut
+from overtok_megatron.data.preparing.encoding import DocumentEncoder, encode_all
+from overtok_megatron.data.preparing.journal import Journal
+from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
+from overtok_megatron.data.preparing.ownership import abandoned_paths, journal_path, refuse_outputs
+from overtok_megatron.data.preparing.partial import Counts, PartialSet
+from overtok_megatron.data.preparing.sources import Chunk, Position, ReadOptions, read_chunks
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
+from overtok_megatron.errors import DataError
+
+log = logging.getLogger(__name__)
+
+SPLIT = ("train", "validation", "test")
+_VERSION = 2  # of what a journal means
+_BLANK = "without text"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is made of a corpus. shares: of all documents for the sets of SPLIT, none = everything in one set."""
+
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    shares: tuple[float, float, float] | None = None
+    workers: int = 1
+    journal_seconds: float = 5.0  # work that a kill may cost
+
+    def prefixes(self, prefix: str | Path) -> list[str]:
+        """Of the sets that are written: those with a share."""
+        if self.shares is None:
+            return [str(prefix)]
+        return [f"{prefix}-{name}" for name, share in zip(SPLIT, self.shares, strict=True) if share]
+
+
+_EVERY_SET = Plan(shares=(1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The manifests of the sets by prefix, and what became of files and documents."""
+
+    manifests: dict[str, DatasetManifest]
+    account: Account
+
+
+def prepare(
+    files: Sequence[Path],
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    advance: Callable[[int], object] = lambda size: None,
+    separator: str | None = None,
+) -> DatasetManifest:
+    """Tokenize `files` into the one dataset `prefix`, in this process: `prepare_sets` with nothing to choose."""
+    return prepare_sets(files, prefix, tokenizer, Plan(ReadOptions(separator=separator)), advance).manifests[str(prefix)]
+
+
+def prepare_sets(
+    files: Sequence[Path],
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    advance: Callable[[int], object] = lambda size: None,
+) -> Prepared:
+    """Tokenize `files` as `plan` says. `advance` is told the bytes on disk of what is done.
+
+    Raises DataError on damaged or foreign input (file and place), where there is no text at all or none for one of the
+    sets, where another process writes them, or where they cannot be written; OutputError where they would take the place
+    of an input, or of what no earlier call wrote, or would lie beside a set of an earlier split that is not made anew.
+    """
+    assert plan.reading.separator != "", "an empty separator splits nothing"
+    sets = [
+        PartialSet(name, tokenizer.vocab_size, tokenizer.eod_id, tokenizer.fingerprint())
+        for name in plan.prefixes(prefix)
+    ]
+    try:
+        refuse_outputs(str(prefix), plan.prefixes(prefix), stale_prefixes(plan, prefix), files)
+        journal = Journal(journal_path(prefix))
+        try:
+            return _Job(files, str(prefix), plan, tokenizer, sets, journal).run(advance)
+        except (DataError, OSError):
+            try:
+                for one in sets:
+                    one.discard()
+            finally:
+                journal.remove()
+            raise
+        finally:
+            for one in sets:
+                one.close()
+            journal.close()
+    except OSError as error:  # reading has its own DataError, so this is the dataset
+        raise DataError(
+            f"dataset {prefix}: cannot be written ({error.strerror or error}); free space or name another prefix"
+        ) from None
+
+
+def stale_prefixes(plan: Plan, prefix: str | Path) -> list[str]:
+    """Of sets that an earlier split may have left and this one does not write: their documents would be in others too."""
+    if plan.shares is None:
+        return []
+    return [f"{prefix}-{name}" for name, share in zip(SPLIT, plan.shares, strict=True) if not share]
+
+
+def sets_beside(plan: Plan, prefix: str | Path) -> list[str]:
+    """Sets of the same documents that an earlier call made under the same prefix, split where this one does not, or whole."""
+    other = _EVERY_SET if plan.shares is None else Plan()
+    return [name for name in other.prefixes(prefix) if dataset_paths(name)[2].is_file()]
+
+
+class _Job:
+    """One call: where it begins, what it does, and what it notes down."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        prefix: str,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        sets: list[PartialSet],
+        journal: Journal,
+    ) -> None:
+        self._files, self._plan, self._tokenizer, self._sets, self._journal = files, plan, tokenizer, sets, journal
+        shares = plan.shares or (1.0,)
+        self._encoder = DocumentEncoder(tokenizer, plan.reading, tuple(filter(None, shares)), sets[0].dtype)
+        forms = [name for form in (Plan(), _EVERY_SET) for name in form.prefixes(prefix)]
+        self._abandoned = abandoned_paths(prefix, plan.prefixes(prefix), forms)
+        self._blank, self._left_out, self._unsplit = LeftOut(), LeftOut(), LeftOut()  # files; documents; files
+        self._in_file = 0  # documents of the file that is being read
+
+    def identity(self) -> dict[str, Any]:
+        """What must not have changed for a journal to be gone on from."""
+        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self._files]
+        return {
+            "version": _VERSION,
+            "files": hashlib.sha256(repr(stats).encode()).hexdigest(),
+            "tokenizer": self._tokenizer.fingerprint(),
+            "eod_id": self._tokenizer.eod_id,
+            "reading": asdict(self._plan.reading),
+            "shares": None if self._plan.shares is None else list(self._plan.shares),
+        }
+
+    def run(self, advance: Callable[[int], object]) -> Prepared:
+        job = self.identity()
+        record = self._journal.last(job)
+        if record is not None and "manifests" in record:  # killed while the sets got their names
+            self._recall(record["seen"])
+            return self._publish({name: DatasetManifest(**one) for name, one in record["manifests"].items()})
+        begin = self._begin(job, record)
+        advance(sum(path.stat().st_size for path in self._files[: begin.file]) + begin.disk)
+        self._encode(begin, advance)
+        manifests = self._seal()
+        self._journal.record(
+            {"manifests": {name: asdict(one) for name, one in manifests.items()}, "seen": self._seen()}
+        )
+        return self._publish(manifests)
+
+    def _begin(self, job: dict[str, Any], record: dict[str, Any] | None) -> Position:
+        """Open the sets: behind what the journal knows, or anew."""
+        if record is not None:
+            counts = [Counts(*one) for one in record["counts"]]
+            if all(one.holds(count) for one, count in zip(self._sets, counts, strict=True)):
+                for one, count in zip(self._sets, counts, strict=True):
+                    one.open(count)
+                begin = Position(*record["position"])
+                self._recall(record["seen"])
+                log.info("going on at file %d of %d, byte or row %d", begin.file + 1, len(self._files), begin.place)
+                return begin
+        if self._journal.names_a_job:
+            for path in self._abandoned:
+                path.unlink(missing_ok=True)
+        self._journal.begin(job)
+        for one in self._sets:
+            one.open()
+        return Position()
+
+    def _encode(self, begin: Position, advance: Callable[[int], object]) -> None:
+        noted = time.monotonic()
+        chunks = read_chunks(self._files, self._plan.reading, begin)
+        for batch, encoded in encode_all(self._encoder, chunks, self._plan.workers):
+            for one, part in zip(self._sets, encoded.sets, strict=True):
+                one.append(part.tokens, part.lengths, part.source_bytes)
+            self._left_out.merge(encoded.left_out.tallies)
+            self._unsplit.merge(encoded.unsplit.tallies)
+            self._note_blanks(batch, encoded.documents)
+            if time.monotonic() - noted >= self._plan.journal_seconds:
+                self._note(batch[-1].end)
+                noted = time.monotonic()
+            advance(sum(chunk.disk_bytes for chunk in batch))
+
+    def _note_blanks(self, batch: Sequence[Chunk], documents: Sequence[int]) -> None:
+        for chunk, count in zip(batch, documents, strict=True):
+            self._in_file += count
+            if chunk.end.file > chunk.begin.file:
+                if not self._in_file:
+                    self._blank.add(_BLANK, chunk.path)
+                self._in_file = 0
+
+    def _note(self, position: Position) -> None:
+        counts = [astuple(one.sync()) for one in self._sets]
+        self._journal.record({"position": astuple(position), "counts": counts, "seen": self._seen()})
+
+    def _seen(self) -> list[Any]:
+        """What the account knows so far, of JSON's types."""
+        return [self._in_file, self._blank.tallies, self._left_out.tallies, self._unsplit.tallies]
+
+    def _recall(self, seen: list[Any]) -> None:
+        self._in_file, *tallies = seen
+        for one, given in zip((self._blank, self._left_out, self._unsplit), tallies, strict=True):
+            one.merge(given)
+
+    def _seal(self) -> dict[str, DatasetManifest]:
+        documents = sum(one.counts.documents for one in self._sets)
+        if not documents:
+            none = f"the corpus is empty: {len(self._files)} files hold no text"
+            also = (
+                f" that the tokenizer keeps ({self._left_out.reasons()} of documents)" if self._left_out.total else ""
+            )
+            raise DataError(f"{none}{also}; name files or folders that hold some")
+        for one in self._sets:
+            if not one.counts.documents:
+                raise DataError(
+                    f"{one.prefix}: none of the {documents} documents falls into its share; a larger one, or 0 (--split)"
+                )
+        return {one.prefix: one.seal() for one in self._sets}
+
+    def _publish(self, manifests: dict[str, DatasetManifest]) -> Prepared:
+        for one in self._sets:
+            one.publish()
+        self._journal.remove()
+        account = Account(
+            num_read=len(self._files) - self._blank.total,
+            files=self._blank,
+            num_written=sum(manifest.num_documents for manifest in manifests.values()),
+            documents=self._left_out,
+            unsplit=self._unsplit,
+            num_texts=sum(self._plan.reading.kind(path) == "text" for path in self._files),
+        )
+        return Prepared(manifests, account)

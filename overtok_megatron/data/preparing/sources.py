@@ -1,0 +1,232 @@
+"""Corpus files to chunks of raw content, in order and in constant memory; chunks to documents.
+
+`read_chunks` runs in one process and only cuts: at lines of JSONL, at separators of text, at batches of Parquet rows.
+`documents` does the rest (UTF-8, JSON) wherever the chunk is sent. Where cuts fall never shows in the documents.
+Not here: which files (inputs.py), and any cleaning of the text, except that a byte-order mark is dropped.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from overtok_megatron.data.preparing import compression
+from overtok_megatron.data.preparing.compression import blocks
+from overtok_megatron.data.preparing.parquet import parquet_rows
+from overtok_megatron.errors import DataError
+from overtok_megatron.files import EncodingError, decode_text, shown
+
+KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+FORMATS = ("text", "jsonl", "parquet")
+CHUNK_BYTES = 1 << 19  # content of a chunk, about; a document that is longer makes a longer one
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read. format: None = by the file's name; key: of JSON objects, or the Parquet column."""
+
+    format: str | None = None
+    key: str = "text"
+    separator: str | None = None
+
+    def kind(self, path: Path) -> str:
+        """text, jsonl or parquet; an unknown name is text."""
+        return self.format or kind_by_name(path) or "text"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on: the file's number, the byte of its content (or its row), the line; disk: bytes read of it."""
+
+    file: int = 0
+    place: int = 0
+    line: int = 1
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole documents of one file. payload: raw bytes, or the values of Parquet rows; disk_bytes: its share of the file."""
+
+    path: Path
+    kind: str
+    begin: Position
+    end: Position
+    payload: bytes | list[object]
+    disk_bytes: int
+
+
+def kind_by_name(path: Path) -> str | None:
+    """What a file holds by its name, in small or capital letters; None where the name does not say."""
+    plain = path.with_suffix("") if path.suffix.lower() in compression.SUFFIXES else path
+    return KINDS.get(plain.suffix.lower())
+
+
+def read_chunks(
+    files: Sequence[Path], reading: ReadOptions, begin: Position | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """All files from `begin` on; the last chunk of each file, maybe an empty one, ends at the next file's first byte.
+
+    Raises DataError naming file and place where content is damaged or cut.
+    """
+    begin = begin or Position()
+    for number in range(begin.file, len(files)):
+        path = files[number]
+        kind = reading.kind(path)
+        start = begin if number == begin.file else Position(number)
+        size = _size(path)
+        if kind == "parquet":
+            pieces: Iterator[tuple[bytes | list[object], Position]] = _row_pieces(path, reading.key, start, size)
+        else:
+            separator = "\n" if kind == "jsonl" else reading.separator
+            pieces = _byte_pieces(path, separator, start, size, chunk_bytes)
+        for payload, end in pieces:
+            yield Chunk(path, kind, start, end, payload, (size if end.file > number else end.disk) - start.disk)
+            start = end
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _byte_pieces(
+    path: Path, separator: str | None, start: Position, size: int, chunk_bytes: int
+) -> Iterator[tuple[bytes | list[object], Position]]:
+    """Content cut behind separators (a file in one piece without one), each piece with the position behind it."""
+    mark = None if separator is None else separator.encode()
+    rest = bytearray()
+    place, line, searched, cut = start.place, start.line, 0, 0
+    for block, disk in blocks(path, start.place):
+        rest += block
+        if mark is None:
+            continue
+        cut = _last_end(rest, mark, searched, cut)
+        searched = max(cut, len(rest) - len(mark) + 1)
+        if cut >= chunk_bytes:
+            payload = bytes(rest[:cut])
+            del rest[:cut]
+            place, searched, cut = place + len(payload), searched - cut, 0
+            line += payload.count(b"\n")
+            yield payload, Position(start.file, place, line, min(disk, size))
+    yield bytes(rest), Position(start.file + 1)
+
+
+def _last_end(content: bytearray, mark: bytes, begin: int, last: int) -> int:
+    """Where the last mark from `begin` on ends, `last` if there is none; marks are found left to right, as str.split does."""
+    if len(mark) == 1:
+        return max(last, content.rfind(mark, begin) + 1)
+    while (found := content.find(mark, begin)) >= 0:
+        last = begin = found + len(mark)
+    return last
+
+
+def _row_pieces(path: Path, key: str, start: Position, size: int) -> Iterator[tuple[bytes | list[object], Position]]:
+    row = start.place
+    for values, total in parquet_rows(path, key, start.place):
+        row += len(values)
+        yield values, Position(start.file, row, row + 1, size * row // (total + 1))
+    yield [], Position(start.file + 1)
+
+
+def lacks_separator(chunk: Chunk, reading: ReadOptions) -> bool:
+    """Whether a chunk is a whole text file in which the separator that was given does not occur."""
+    if reading.separator is None or chunk.kind != "text" or not chunk.payload:
+        return False
+    whole = chunk.begin.place == 0 and chunk.end.file > chunk.begin.file
+    return whole and isinstance(chunk.payload, bytes) and reading.separator.encode() not in chunk.payload
+
+
+def documents(chunk: Chunk, reading: ReadOptions) -> Iterator[tuple[str, bytes]]:
+    """The non-empty documents of a chunk, as text and as UTF-8. Raises DataError as `located_documents` does."""
+    for text, raw, _ in located_documents(chunk, reading):
+        if raw:
+            yield text, raw
+
+
+def located_documents(chunk: Chunk, reading: ReadOptions) -> Iterator[tuple[str, bytes, str]]:
+    """All documents of a chunk as text, as UTF-8, and with their place within the file, as `line 3`.
+
+    Values of JSON and Parquet may be empty; two separators of a text with nothing between them do not make a document.
+    Raises DataError naming file and line, row or byte of what is no text, no JSON object, or lacks the key.
+    """
+    if isinstance(chunk.payload, list):
+        for number, value in enumerate(chunk.payload, chunk.begin.place):
+            place = f"row {number}"
+            yield *_checked(value, f"{chunk.path}: {place}", reading.key), place
+    elif chunk.kind == "jsonl":
+        yield from _json_documents(chunk, chunk.payload, reading.key)
+    else:
+        yield from _text_documents(chunk, chunk.payload, reading.separator)
+
+
+def read_documents(files: Sequence[Path], reading: ReadOptions) -> Iterator[str]:
+    """Every document of every file, one after the other, in this process."""
+    for chunk in read_chunks(files, reading):
+        for text, _ in documents(chunk, reading):
+            yield text
+
+
+_COMPRESSED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+
+
+def _decode(data: bytes, where: str, place: int) -> str:
+    try:
+        return decode_text(data, place)
+    except EncodingError as error:
+        for mark, suffix in _COMPRESSED.items():
+            if place == 0 and data.startswith(mark):
+                raise DataError(f"{where}: compressed, by its first bytes; let its name end in {suffix}") from None
+        raise DataError(f"{where}: {error}") from None
+
+
+def _text_documents(chunk: Chunk, payload: bytes, separator: str | None) -> Iterator[tuple[str, bytes, str]]:
+    text = _decode(payload, f"{chunk.path}", chunk.begin.place)
+    place, step = chunk.begin.place, 0 if separator is None else len(separator.encode())
+    if place == 0 and payload.startswith(codecs.BOM_UTF8):
+        place = len(codecs.BOM_UTF8)
+    for part in [text] if separator is None else text.split(separator):
+        raw = part.encode()
+        if raw:
+            yield part, raw, f"byte {place}"
+        place += len(raw) + step
+
+
+def _json_documents(chunk: Chunk, payload: bytes, key: str) -> Iterator[tuple[str, bytes, str]]:
+    place = chunk.begin.place
+    for number, line in enumerate(payload.split(b"\n"), chunk.begin.line):
+        within = f"line {number}"
+        where = f"{chunk.path}: {within}"
+        text = _decode(line, where, place).removeprefix("\ufeff")  # joined files have marks in their middle
+        if text.strip():
+            try:
+                value = json.loads(text)
+            except ValueError as error:
+                reason = str(error).split(": line")[0]
+                raise DataError(
+                    f"{where} (byte {place}): not JSON ({reason}); a line holds one object, cut files are fetched again"
+                ) from None
+            except RecursionError:
+                raise DataError(f"{where} (byte {place}): JSON nested too deeply; drop the line") from None
+            if not isinstance(value, dict):
+                raise DataError(f"{where} (byte {place}): a JSON {type(value).__name__}; a line holds one object")
+            if key not in value:
+                keys = shown(", ".join(sorted(value)) or "none")[:100]
+                raise DataError(f"{where} (byte {place}): has no key {key!r}; its keys are {keys} (--key)")
+            yield *_checked(value[key], f"{where} (byte {place})", key), within
+        place += len(line) + 1
+
+
+def _checked(value: object, where: str, key: str) -> tuple[str, bytes]:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is of type {type(value).__name__}, not text; mend or drop it (--key)")
+    try:
+        return value, value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise DataError(
+            f"{where}: {key!r} holds half a surrogate pair (U+{code:04X}), which no text has; mend or drop it"
+        ) from None

@@ -1,0 +1,92 @@
+"""Whether a run's tokenizer, datasets and model fit together: asked before a process is spawned, and in every process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from overtok_megatron.config.derived import validation_sets
+from overtok_megatron.config.schema import RunConfig, WeightedSet
+from overtok_megatron.data.blending import BlendOrder, WeightedDataset
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
+from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.errors import CheckpointError, DataError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The opened datasets of a run and the identity of their tokenizer. validation: by name, "" = without one."""
+
+    train: list[WeightedDataset]
+    validation: dict[str, IndexedDataset]
+    eod_id: int
+    tokenizer_fingerprint: str
+    tokenizer_path: str
+
+    def refuse_tokenizer(self, checkpoint: Path) -> NoReturn:
+        """Raise CheckpointError: `checkpoint` was trained with another tokenizer."""
+        raise CheckpointError(
+            f"{self.tokenizer_path}: not the tokenizer that {checkpoint} was trained with; put the original "
+            "back, or set another training.output_directory"
+        )
+
+
+def open_run_data(config: RunConfig) -> RunData:
+    """Open what the tokenizer and data sections name.
+
+    Raises DataError where a file is missing or damaged, where a dataset was made with another tokenizer, where the
+    vocabulary is not the model's, or where a set is too short.
+    """
+    given = config.tokenizer
+    tokenizer = load_tokenizer(given.type, given.path, given.eod_token)
+    name = given.path or given.type
+    given_sets = (
+        config.data.train if isinstance(config.data.train, list) else [WeightedSet(path=config.data.train, weight=1.0)]
+    )
+    train = [WeightedDataset(IndexedDataset(one.path), one.weight) for one in given_sets]
+    validation = {}
+    for set_name, prefix in validation_sets(config).items():
+        with _naming(set_name):
+            validation[set_name] = IndexedDataset(prefix)
+    if tokenizer.vocab_size > config.model.vocab_size:  # fewer are well: imported models have rows that no token uses
+        raise DataError(
+            f"tokenizer {name}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    for one in train:
+        _check_tokenizer(one.dataset, tokenizer, name)
+    BlendOrder(train, config.data.seq_length, config.data.shuffle_seed)
+    for set_name, dataset in validation.items():
+        with _naming(set_name):
+            _check_tokenizer(dataset, tokenizer, name)
+            if dataset.num_tokens < 2:
+                raise DataError(f"{dataset.prefix}: holds {dataset.num_tokens} tokens, nothing to validate on")
+    return RunData(train, validation, tokenizer.eod_id, tokenizer.fingerprint(), name)
+
+
+@contextmanager
+def _naming(set_name: str) -> Iterator[None]:
+    """What is wrong with a named validation set is told with its key: its prefix may be one of many."""
+    try:
+        yield
+    except DataError as error:
+        if not set_name:
+            raise
+        raise DataError(f"data.validation.{set_name}: {error}") from None
+
+
+def _check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer, name: str) -> None:
+    """Raise DataError unless the set was made with this tokenizer, `name` in messages."""
+    made_by = dataset.manifest
+    if made_by.tokenizer_fingerprint != tokenizer.fingerprint():
+        raise DataError(
+            f"{dataset.prefix}: was prepared with another tokenizer than {name}; prepare "
+            "it again with `overtok prepare`, or correct tokenizer.path"
+        )
+    if made_by.eod_id != tokenizer.eod_id:
+        raise DataError(
+            f"{dataset.prefix}: its documents end with token {made_by.eod_id}, the tokenizer's with {tokenizer.eod_id}; "
+            "prepare it again with `overtok prepare`, or correct tokenizer.eod_token"
+        )

@@ -1,0 +1,1 @@
+"""Tokenizers behind one protocol: sentencepiece models, Hugging Face's tokenizer.json, bytes."""

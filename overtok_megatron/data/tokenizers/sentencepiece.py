@@ -1,0 +1,257 @@
+"""Tokenizers behind one small protocol; sentencepiece models, and training them. No text yields the end-of-document token.
+
+The other kinds: hugging_face_tokenizer.py and byte_tokenizer.py.
+"""
+
+import codecs
+import hashlib
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from overtok_megatron.data.preparing.sources import ReadOptions, read_documents
+from overtok_megatron.errors import DataError, OutputError
+from overtok_megatron.files import refuse_foreign, refuse_inputs, write_atomically
+
+_MAX_SENTENCE_BYTES = 1 << 16  # the trainer drops longer ones without a word
+_MAX_LINE_CHARACTERS = _MAX_SENTENCE_BYTES // 4  # so longer lines are cut: a character takes at most 4 bytes
+_SENTENCES = 100_000  # sampled for training a tokenizer: more changes a vocabulary of this size little, and costs time
+_DENORMALIZER = 5  # field of a sentencepiece model
+_SPACE_MARK = "\u2581"  # sentencepiece's own sign for a space: as text it would come back as one
+
+
+class Tokenizer(Protocol):
+    """vocab_size V; eod_id ends a document; encode never yields it; fingerprint is the SHA-256 of the model file.
+
+    threads: of encode_batch, -1 = one a core, where the library lets it be chosen.
+    undecided: whether what the tokens up to this one spell may change with those that follow, beyond bytes that become a
+    character. Where it may not, tokens behind a text that has begun spell the same whatever that text is.
+    """
+
+    vocab_size: int
+    eod_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]: ...
+    def decode(self, tokens: list[int]) -> str: ...
+    def undecided(self, token: int) -> bool: ...
+    def fingerprint(self) -> str: ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. A control piece, which no text can produce, ends documents: its end-of-sentence, or eod_token."""
+
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"tokenizer {path}: {(error.strerror or 'unreadable').lower()}; make one with "
+                "`overtok train-tokenizer`, or correct tokenizer.path"
+            ) from None
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise DataError(f"tokenizer {path}: not a sentencepiece model") from None
+        self._digest = hashlib.sha256(content).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        named = eod_token is not None
+        self.eod_id: int = self._processor.eos_id() if eod_token is None else self._processor.PieceToId(eod_token)
+        if self.eod_id < 0 or not self._processor.IsControl(self.eod_id):
+            wanted = f"control piece {eod_token!r}" if named else "end-of-sentence control piece"
+            raise DataError(
+                f"tokenizer {path}: has no {wanted} to end documents with; "
+                + ("name another as tokenizer.eod_token" if named else "train one with `overtok train-tokenizer`")
+            )
+        self._space_mark_bytes = self._bytes_of_space_mark()
+
+    def _bytes_of_space_mark(self) -> list[int]:
+        """The byte pieces that spell the sign for a space; none where the model prefixes a text or has no bytes."""
+        pieces: list[int] = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        exact = all(map(self._processor.IsByte, pieces)) and self._processor.EncodeAsPieces("a")[0][0] != _SPACE_MARK
+        return pieces if exact else []
+
+    def encode(self, text: str) -> list[int]:
+        if self._space_mark_bytes and _SPACE_MARK in text:
+            first, *others = text.split(_SPACE_MARK)
+            result = self.encode(first)
+            for part in others:
+                result += self._space_mark_bytes + self.encode(part)
+            return result
+        tokens: list[int] = self._processor.EncodeAsIds(text)
+        return tokens
+
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]:
+        """As `encode` for each text."""
+        tokens: list[list[int]] = self._processor.Encode(texts, num_threads=threads)
+        if self._space_mark_bytes:
+            for index, text in enumerate(texts):
+                if _SPACE_MARK in text:
+                    tokens[index] = self.encode(text)
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        text: str = self._processor.DecodeIds(tokens)
+        return text
+
+    def undecided(self, token: int) -> bool:
+        """Else a space is left out only at the begin, and bytes that are no character are shown one by one."""
+        return self._rewrites
+
+    @cached_property
+    def _rewrites(self) -> bool:
+        """Whether the model has rules that change a decoded text once more. Its library does not tell, the file does."""
+        content = self._processor.serialized_model_proto()
+        place = 0
+        while place < len(content):  # one message of protobuf's, all of whose fields have a length
+            tag, place = _varint(content, place)
+            size, place = _varint(content, place)
+            if tag >> 3 == _DENORMALIZER and size:
+                return True
+            place += size
+        return False
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+
+def _varint(content: bytes, place: int) -> tuple[int, int]:
+    """(a number as protobuf writes it, the place behind it)"""
+    value = shift = 0
+    while content[place] >= 128:
+        value |= (content[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+    return value | content[place] << shift, place + 1
+
+
+def load_tokenizer(kind: str, path: str | Path | None, eod_token: str | None = None) -> Tokenizer:
+    """The tokenizer of a `tokenizer` section; path None for kind bytes, which has no file.
+
+    Raises DataError where the file is missing or of another kind, or has no such end-of-document token.
+    """
+    if kind == "bytes":
+        return ByteTokenizer()
+    assert path is not None
+    if kind == "hugging_face":
+        return HuggingFaceTokenizer(Path(path), eod_token)
+    return SentencePieceTokenizer(Path(path), eod_token)
+
+
+def infer_kind(path: Path) -> str:
+    """The kind of a tokenizer file by its look: JSON, or a folder with tokenizer.json, is Hugging Face's."""
+    if path.is_dir():
+        return "hugging_face"
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return "sentencepiece"  # loading it says what is wrong
+    marked = head.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "hugging_face" if marked or head.lstrip().startswith(b"{") else "sentencepiece"
+
+
+def train_sentencepiece(
+    files: Iterable[Path],
+    vocab_size: int,
+    output: Path,
+    reading: ReadOptions = ReadOptions(),  # noqa: B008  # frozen
+) -> None:
+    """Train a BPE model of `vocab_size` pieces on corpus files and write it to `output`, whole or not at all.
+
+    The text is taken as it is (no normalisation, spaces kept, unknown characters as bytes), so that decoding gives it
+    back. At most 100,000 lines, drawn evenly from the whole corpus, are looked at; the same files give the same
+    model byte for byte. Raises DataError on an empty corpus, one too small for the vocabulary, or a failing disk; OutputError
+    where `output` is one of `files`, or something else than that very model: a tokenizer is what sets were made with.
+    """
+    files = list(files)
+    refuse_inputs([output], files)
+    refuse_foreign(output, _is_model, "a sentencepiece model")
+    lines = _sample(_lines(read_documents(files, reading)), _SENTENCES)
+    if not lines:
+        raise DataError("the corpus for the tokenizer is empty: the files hold no text")
+    model = io.BytesIO()  # not a file: its path would become part of the model, and of its fingerprint
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            eos_id=0,
+            unk_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            user_defined_symbols=["\n", "\n\n"],
+            input_sentence_size=_SENTENCES,
+            shuffle_input_sentence=False,
+            max_sentence_length=_MAX_SENTENCE_BYTES,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise DataError(_explain(str(error), vocab_size)) from None
+    content = model.getvalue()
+    if output.exists() and output.read_bytes() != content:
+        raise OutputError(
+            f"{output}: another tokenizer is there already, with which sets may have been made; move it away, or name another "
+            "--output"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, content)
+    except OSError as error:
+        raise DataError(
+            f"tokenizer {output}: cannot be written ({error.strerror or error}); free space or name another file"
+        ) from None
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(path.read_bytes())
+    except (RuntimeError, OSError):
+        return False
+    return True
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    for text in documents:
+        for line in text.splitlines():
+            if line.strip():
+                for begin in range(0, len(line), _MAX_LINE_CHARACTERS):
+                    yield line[begin : begin + _MAX_LINE_CHARACTERS]
+
+
+def _sample(lines: Iterable[str], size: int) -> list[str]:
+    """At most `size` lines, each as likely as any other (reservoir sampling): memory is that of the sample."""
+    generator = random.Random(0)
+    kept: list[str] = []
+    for seen, line in enumerate(lines):
+        if seen < size:
+            kept.append(line)
+        elif (place := generator.randrange(seen + 1)) < size:
+            kept[place] = line
+    return kept
+
+
+def _explain(text: str, vocab_size: int) -> str:
+    largest = re.search(r"value <= (\d+)", text)
+    if largest:
+        return f"the corpus is too small for a vocabulary of {vocab_size}; the largest that it carries is {largest[1]}"
+    if "smaller than required_chars" in text or "required" in text:
+        return (
+            f"a vocabulary of {vocab_size} does not hold the 256 bytes and the corpus's characters; take a larger one"
+        )
+    return f"sentencepiece could not train a vocabulary of {vocab_size}: {text.splitlines()[0]}"

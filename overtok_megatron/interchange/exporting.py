@@ -1,0 +1,186 @@
+"""A checkpoint becomes a Hugging Face folder: weights in shards, configuration, tokenizer, model card.
+
+Plain models become their family's standard class; over-encoded ones a class of the modelling file that is copied beside the
+weights, with the rows of the n-gram tables in files of their own. Weights are read and written one after the other.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from overtok_megatron.checkpoint.dense import read_parts
+from overtok_megatron.interchange.hugging_face import FAMILIES, family_of, hugging_face_values, releases_of, require_transformers, to_theirs
+from overtok_megatron.interchange.model_card import model_card
+from overtok_megatron.interchange.rotary_form import release_4_values
+from overtok_megatron.interchange.tensor_files import write_shards
+from overtok_megatron.interchange.tokenizer_files import write_tokenizer
+from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
+from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
+from overtok_megatron.checkpoint.writing import save_tensors
+from overtok_megatron.config.run_places import run_of
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.tokenizers.kept import find_tokenizer
+from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import refuse_used_folder, whole_folder
+from overtok_megatron.kernels.rows import SCATTER
+from overtok_megatron.ngram.building import row_space
+from overtok_megatron.ngram.row_space import STRIPES
+
+TABLES_INDEX = "tables.index.json"
+MODELING = "modeling_overtok.py"
+_ENCODER = "embedding."  # what our names of the over-encoder have before theirs
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file. tokenizer: the run's; None = looked for."""
+
+    dtype: str | None = None
+    max_shard_bytes: int = 5 * 10**9
+    tokenizer: Path | None = None
+
+
+def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> list[str]:
+    """Write the checkpoint folder `source` as the Hugging Face folder `output`; returns notes for the user.
+
+    Raises CheckpointError where `source` is damaged, no family computes its model, or `output` cannot be written, OutputError
+    where `output` holds files; then nothing is left. Memory: one shard, or one file of rows.
+    """
+    manifest = verify_checkpoint(source)
+    config = RunConfig.model_validate(manifest.config)
+    section = find_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint, options.tokenizer)
+    config = config.model_copy(update={"tokenizer": section})
+    values = config_values(config, manifest)
+    refuse_used_folder(output)
+    try:
+        with whole_folder(output) as aside:
+            return _write(source, aside, manifest, config, values, options)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{output}: cannot be written ({' '.join(str(error).split())})") from None
+
+
+def _write(
+    source: Path, folder: Path, manifest: Manifest, config: RunConfig, values: dict[str, Any], options: ExportOptions
+) -> list[str]:
+    dtypes: set[torch.dtype] = set()
+
+    def noted(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            dtypes.add(weight.dtype)
+            yield name, weight
+
+    weights = _dense(source, manifest, config, options)
+    over = config.over_encoding.enabled  # transformers takes experts apart and together for its own families only
+    size = write_shards(folder, noted(to_theirs(config.model, weights, fused=over)), options.max_shard_bytes)
+    size += _write_rows(source, folder, options.max_shard_bytes) if over else 0
+    values["dtype"] = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+    _write_json(folder / "config.json", values)
+    ends = {"eos_token_id": manifest.eod_id, "pad_token_id": manifest.eod_id}
+    _write_json(folder / "generation_config.json", {"_from_model_config": False, "do_sample": False, **ends})
+    notes = write_tokenizer(config, folder, manifest.eod_id)
+    if config.data.document_attention == "within":
+        notes.append(
+            "it was trained with attention within documents, but in transformers it attends across end-of-document tokens "
+            "as well: logits are the same on text without any inside; give it one document at a time"
+        )
+    (folder / "README.md").write_text(model_card(config, manifest, source, size, values, notes), encoding="utf-8")
+    if over:
+        shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
+    return notes
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """The content of config.json but for the dtype. Raises CheckpointError where no family computes the model."""
+    transformers = require_transformers()
+    family = family_of(config.model)
+    name = FAMILIES[family]
+    # no pad_token_id: a torch embedding takes no gradient for it; generation_config.json has one
+    own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": None}
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    made = transformers.CONFIG_MAPPING[family](**hugging_face_values(config.model, config.data.seq_length), **own)
+    values: dict[str, Any] = made.to_dict() | release_4_values(config.model, family)
+    if not config.over_encoding.enabled:
+        return {**values, "architectures": [f"{name}ForCausalLM"]}
+    module = MODELING.removesuffix(".py")
+    return {
+        **values,
+        "model_type": f"overtok_{family}",
+        "architectures": [f"Overtok{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.Overtok{name}Config",
+            "AutoModelForCausalLM": f"{module}.Overtok{name}ForCausalLM",
+        },
+        "transformers_releases": releases_of(config.model, fused=True),  # what the modelling file refuses others by
+        "table_storage": "device",
+        "over_encoding": encoder_settings(config, manifest.eod_id),
+        "overtok": {  # what `overtok import` reads
+            "model": config.model.model_dump(mode="json"),
+            "over_encoding": config.over_encoding.model_dump(mode="json"),
+            "tokenizer": {"type": config.tokenizer.type, "eod_token": config.tokenizer.eod_token},
+            "precision": config.training.precision,
+        },
+    }
+
+
+def encoder_settings(config: RunConfig, eod_id: int) -> dict[str, Any]:
+    """What the modelling file needs to find rows: explained there."""
+    over, space = config.over_encoding, row_space(config.model, config.over_encoding)
+    prefix = f"{_ENCODER}over_encoding."
+    projections = {
+        name.removeprefix(prefix): shape[1] // space.width
+        for name, shape in weight_shapes(config).items()
+        if name.startswith(prefix)
+    }
+    return {
+        "orders": [space.order_of(table) for table in range(space.num_tables)],
+        "sizes": list(space.sizes),
+        "row_width": space.width,
+        "projections": projections,
+        "combine": over.combine,
+        "hash_base": over.hash_base or config.model.vocab_size,
+        "pad_id": over.pad_id,
+        "boundary": over.boundary,
+        "eod_id": eod_id,
+        "stripes": STRIPES,
+        "scatter": SCATTER,
+    }
+
+
+def _dense(source: Path, manifest: Manifest, config: RunConfig, options: ExportOptions) -> Iterator[tuple[str, Tensor]]:
+    """Our weights in the model's order and the wanted dtype; those of the over-encoder by the modelling file's names."""
+    ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
+    for name, weight in read_parts(source, ranks, dict.fromkeys(weight_shapes(config))):
+        own = weight if options.dtype is None else weight.to(DTYPES[options.dtype])
+        yield (name.removeprefix(_ENCODER) if name.startswith(f"{_ENCODER}over_encoding.") else name), own
+
+
+def _write_rows(source: Path, folder: Path, most_bytes: int) -> int:
+    """The rows as they are stored, in files of at most `most_bytes`, and their index; returns their bytes."""
+    files: list[tuple[str, int, int]] = []
+    total = 0
+    for start, columns in read_rows(source):
+        weight = columns["weight"]
+        row_bytes = sum(column[:1].nbytes for column in columns.values())
+        step = max(1, most_bytes // row_bytes)
+        for begin in range(0, weight.shape[0], step):
+            part = {name: column[begin : begin + step].clone() for name, column in columns.items()}
+            first, stop = start + begin, start + min(begin + step, weight.shape[0])
+            name = f"tables-{len(files) + 1:05d}.safetensors"
+            save_tensors(part, folder / name, {"format": "pt", "start": str(first), "stop": str(stop)})
+            files.append((name, first, stop))
+            total += sum(column.nbytes for column in part.values())
+    _write_json(folder / TABLES_INDEX, {"files": files})
+    return total

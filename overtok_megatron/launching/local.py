@@ -1,0 +1,118 @@
+"""Starting a run: everything is checked here, in one process, before the deepspeed launcher spawns the others."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from overtok_megatron.config.loading import LoadedConfig, save_resolved
+from overtok_megatron.config.validation import validate, validate_host
+from overtok_megatron.environment import rank_environment, usable_devices
+from overtok_megatron.errors import ConfigError
+from overtok_megatron.run_folder import hold
+
+ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
+
+
+def free_port() -> int:
+    """A port on which nobody listens at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None) -> int:
+    """Validate, store the resolved configuration beside the run, and train on `processes` ranks of this host.
+
+    master_port: where the ranks meet; None = a free one. Returns the launcher's exit code.
+    """
+    # late: they import torch, and `overtok --help` and configuration errors need not wait for it
+    from overtok_megatron.checkpoint.weights_only import starting_point
+    from overtok_megatron.data.run_data import open_run_data
+    from overtok_megatron.data.tokenizers.kept import keep_tokenizer
+    from overtok_megatron.kernels.choice import choose_kernels
+    from overtok_megatron.parallel.devices import CPU, first_device, num_accelerators
+
+    config = loaded.config
+    validate(config, processes, loaded.locate)
+    devices = usable_devices(os.environ, num_accelerators())
+    if devices and processes > devices:
+        raise ConfigError(
+            f"--processes: {processes}, but this host has {devices} CUDA devices; ask for at most that many"
+        )
+    if not devices:
+        memory = psutil.virtual_memory().total + psutil.swap_memory().total
+        validate_host(config, processes, memory, loaded.locate)
+    open_run_data(config)
+    starting_point(config)
+    choose_kernels(config.training.kernels, first_device() if devices else CPU)  # compiles once, before the ranks do
+    directory = Path(config.training.output_directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
+    environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
+    with hold(directory, "overtok train") as lock:
+        keep_tokenizer(config.tokenizer, directory)
+        resolved = directory / "config.yaml"
+        try:
+            save_resolved(config, resolved)
+        except OSError as error:
+            raise ConfigError(f"training.output_directory: {resolved}: cannot be written ({error.strerror})") from None
+        lock.lend()  # the ranks hold the run as well: this process may be killed while they live
+        return run_ranks(launcher_command(ENTRY, [str(resolved)], processes, master_port), environment)
+
+
+def run_ranks(command: list[str], environment: dict[str, str]) -> int:
+    """Run a launcher to its end, passing on SIGTERM to its ranks; its exit code."""
+    process = subprocess.Popen(command, env=environment)
+    before = signal.signal(signal.SIGTERM, lambda *_: stop_ranks(process.pid))
+    try:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the ranks got it too: they save and leave; a second one goes through
+            return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def launcher_command(module: str, arguments: list[str], processes: int, master_port: int | None = None) -> list[str]:
+    """DeepSpeed's launcher, running `python -m module arguments` in that many processes of this host."""
+    launcher = shutil.which(
+        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
+    assert launcher is not None, "deepspeed is installed without its launcher"
+    return [
+        sys.executable,
+        launcher,
+        "--hostfile",
+        os.devnull,  # its default, /job/hostfile, exists in pods of some operators, and names other hosts
+        "--num_gpus",
+        str(processes),
+        "--master_port",
+        str(master_port or free_port()),
+        "--log_level",
+        "critical",
+        "--module",
+        module,
+        *arguments,
+    ]
+
+
+def stop_ranks(launcher: int) -> None:
+    """Ask the ranks below a launcher to save and leave.
+
+    Not the launcher itself: DeepSpeed's dies of SIGTERM at once, and its part for each host kills after half a minute.
+    """
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if ENTRY in words and any(word.startswith("--local_rank") for word in words):
+                process.terminate()

@@ -1,0 +1,82 @@
+"""How a parameter is split: metadata set in one place, and initial weights that do not depend on the split.
+
+Checkpoints, clipping and conversion read `shard_of`; nobody matches names to decide how a weight is split.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from overtok_megatron.parallel.collectives import group_rank, group_size
+
+
+@dataclass(frozen=True)
+class ParameterSplit:
+    """This rank holds [start, stop) of dimension `dim` of a parameter of `full_shape`."""
+
+    dim: int
+    full_shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
+    """[start, stop) of part `index`: base + remainder, so any size goes over any number of parts."""
+    base, remainder = divmod(size, parts)
+    start = index * base + min(index, remainder)
+    return start, start + base + (index < remainder)
+
+
+def largest_part(start: int, stop: int, index: int) -> int:
+    """Size of the largest part that split_range makes, known from any one part: the first is never the smaller.
+
+    start = index * base + min(index, remainder), so dividing by the index and rounding up gives base + (remainder > 0).
+    """
+    return stop - start if index == 0 else -(-start // index)
+
+
+def mark_split(
+    parameter: nn.Parameter, *, dim: int, full_shape: tuple[int, ...], group: dist.ProcessGroup | None
+) -> None:
+    """Record that `parameter` is this rank's part along `dim`; nothing to record for group None.
+
+    Sets `tensor_model_parallel` as well, without which DeepSpeed's norm leaves out shards of later ranks.
+    """
+    if group is None:
+        return
+    start, stop = split_range(full_shape[dim], group_size(group), group_rank(group))
+    assert parameter.shape[dim] == stop - start, (tuple(parameter.shape), full_shape)
+    parameter.shard = ParameterSplit(dim, full_shape, start, stop)  # type: ignore[attr-defined]  # metadata on the parameter
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # the name that DeepSpeed looks for
+
+
+def shard_of(parameter: nn.Parameter) -> ParameterSplit | None:
+    """How a parameter is split; None = every rank of the tensor-parallel group holds all of it."""
+    return getattr(parameter, "shard", None)
+
+
+def mark_pipeline_replica(parameter: nn.Parameter) -> None:
+    """Record that another pipeline stage holds the same weight and counts it; in the name that DeepSpeed's norms look for."""
+    parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
+
+
+def is_pipeline_replica(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "ds_pipe_replicated", False)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one weight, from (seed, name): no global random stream moves."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def initialise(parameter: nn.Parameter, std: float, seed: int, name: str) -> None:
+    """Fill with this rank's part of the full weight, drawn from normal(0, std): the same for every split."""
+    shard = shard_of(parameter)
+    shape = tuple(parameter.shape) if shard is None else shard.full_shape
+    full: Tensor = torch.empty(shape).normal_(0.0, std, generator=named_generator(seed, name))
+    parameter.copy_(full if shard is None else full.narrow(shard.dim, shard.start, shard.stop - shard.start))

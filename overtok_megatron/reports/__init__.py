@@ -1,0 +1,1 @@
+"""Curves and tables made of the records of runs."""

@@ -1,0 +1,1 @@
+"""Everything that knows DeepSpeed's internals: its optimizers, its pipeline engine, its checkpoint files."""
