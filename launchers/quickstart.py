@@ -11,14 +11,14 @@ from tqdm import tqdm
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.validation import validate
-from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.environment import usable_devices
 from overtok_megatron.errors import ConfigError, OvertokError
-from overtok_megatron.reports.curves import RunCurve, draw_curves, read_curve, table
 from overtok_megatron.parallel.devices import num_accelerators
+from overtok_megatron.reports.curves import RunCurve, draw_curves, read_curve, table
 
 CONFIGS = {"baseline": "configs/quickstart_baseline.yaml", "over-encoded": "configs/quickstart_overtok.yaml"}
 HELD_OUT = 0.03  # share of the corpus, the last speeches in time

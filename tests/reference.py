@@ -25,9 +25,9 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from overtok_megatron.config.derived import attention_windows, table_rate_factor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import row_space
 from overtok_megatron.model.moe import MixtureOfExperts
 from overtok_megatron.model.transformer import Transformer
+from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_store import initial_rows
 
 

@@ -8,8 +8,8 @@ import torch
 from distributed_harness import run_ranks
 
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.loading import TrainedModel, load_trained

@@ -78,15 +78,13 @@ def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
 
 def our_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
     """The same plain loop around this project's model."""
-    model = build_transformer(config, device=batch.device)
-    optimizer = choose_kernels(config.training.kernels, batch.device).adamw(
-        [{"params": list(model.parameters())}], 1e-3, (0.9, 0.999), 1e-8
-    )
+    kernels = choose_kernels(config.training.kernels, batch.device)
+    model = build_transformer(config, device=batch.device, kernels=kernels)
+    optimizer = kernels.adamw([{"params": list(model.parameters())}], 1e-3, (0.9, 0.999), 1e-8)
     inputs, targets = batch[:, :-1], batch[:, 1:]
 
     def step() -> None:
-        objective, *_ = model(inputs, None, targets)
-        (objective / targets.numel()).backward()
+        (model(inputs, None, targets).objective / targets.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

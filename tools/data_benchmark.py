@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 from measuring import alternate
 
-from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
-from overtok_megatron.data.tokenizers.protocol import Tokenizer
+from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import infer_kind, load_tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 
 _BATCH_BYTES = 1 << 19
 _worker: list[Tokenizer] = []  # of a process of the library's pool

@@ -17,7 +17,7 @@ from memory_budget import Budget, held
 from table_contenders import Needs, fbgemm_tables, has_fbgemm, limit, our_tables, places, torch_tables
 from torch import Tensor
 
-from overtok_megatron.checkpoint.mapped import MappedShard
+from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.tables import FOLDER, write_rows
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
@@ -27,10 +27,10 @@ from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import HashTables, RowKernels
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import row_space, tables_over
-from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.building import build_table_reader, row_space
 from overtok_megatron.ngram.row_space import RowSpace
-from overtok_megatron.ngram.row_store import Shard, TableShard
+from overtok_megatron.ngram.row_store import RowReader, RowStore
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.parallel.devices import synchronize
 from overtok_megatron.training.metrics import peak_memory
 
@@ -95,11 +95,11 @@ def table_case(
             budget.give_back(need.torch_tables(sparse=sparse))
             held(device)
     moved = width * (dtype.itemsize * (2 * rows.numel() + 3 * distinct) + 4 * 3 * distinct)
-    made.begin_rows(places(rows, space))  # once more by hand, to time the update alone
-    made.collect(1.0)
+    fetched = made.fetch_row_ids(places(rows, space), training=True)  # once more by hand, to time the update alone
+    gradients = made.reduce_gradients(fetched, 1.0)
     synchronize(device)
     begin = time.perf_counter()
-    made.apply(0.01, 1.0)
+    made.update_rows(gradients, 0.01, 1.0)
     synchronize(device)
     update_seconds = time.perf_counter() - begin
     return {
@@ -175,17 +175,18 @@ def _synthetic_rows(folder: Path, config: RunConfig) -> None:
         write_rows(folder, f"rows-{start:012d}", {"weight": values, "touched": touched}, metadata)
 
 
-def _made_model(config: RunConfig, shard: Shard, device: torch.device) -> TrainedModel:
+def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> TrainedModel:
     torch.manual_seed(0)
-    model = build_transformer(config, device=device, eod_id=0).eval()
-    tables = tables_over(config, model.embedding.over_encoding, 0, shard, device=device)
+    kernels = choose_kernels(config.training.kernels, device)
+    model = build_transformer(config, device=device, kernels=kernels, eod_id=0).eval()
+    tables = build_table_reader(config, 0, store, device=device, kernels=kernels)
     given = config.tokenizer
     return TrainedModel(config, model, tables, load_tokenizer(given.type, given.path, given.eod_token), 0)
 
 
-def _mapped_shard(folder: Path, config: RunConfig) -> MappedShard:
+def _mapped_rows(folder: Path, config: RunConfig) -> MappedRows:
     space = row_space(config.model, config.over_encoding)
-    return MappedShard(folder, space.total_rows, space.width, RowKernels())
+    return MappedRows(folder, space.total_rows, space.width, RowKernels())
 
 
 def _continuation(trained: TrainedModel, prompts: list[list[int]], new: int) -> Callable[[], list[list[int]]]:
@@ -196,13 +197,13 @@ def _from_cold_files(
     folder: Path, config: RunConfig, prompts: list[list[int]], new: int, device: torch.device
 ) -> dict[str, float]:
     """In a process of its own: what it grows by beyond the dense model, and its seconds with no row in the page cache."""
-    shard = _mapped_shard(folder, config)
+    store = _mapped_rows(folder, config)
     for path in (folder / FOLDER).iterdir():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
-    trained = _made_model(config, shard, device)
+    trained = _made_model(config, store, device)
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
     _continuation(trained, prompts, new)()
@@ -233,7 +234,7 @@ def mapped(options: argparse.Namespace) -> dict[str, Any]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             cold = pool.submit(_from_cold_files, folder, config, prompts, options.new, options.device).result()
         kernels = choose_kernels("auto", options.device).rows
-        memory = TableShard(
+        memory = RowStore(
             0,
             space.total_rows,
             space.width,
@@ -243,13 +244,13 @@ def mapped(options: argparse.Namespace) -> dict[str, Any]:
             dtype=torch.bfloat16,
             kernels=kernels,
         )
-        on_disk = _mapped_shard(folder, config)
+        on_disk = _mapped_rows(folder, config)
         for start in range(0, space.total_rows, 2**16):
             part = torch.arange(start, min(start + 2**16, space.total_rows))
             memory.rows.weight[start : start + len(part)] = on_disk.read(part, torch.bfloat16).to(options.device)
         contenders = {
-            name: _continuation(_made_model(config, shard, options.device), prompts, options.new)
-            for name, shard in (("mapped", on_disk), ("memory", memory))
+            name: _continuation(_made_model(config, store, options.device), prompts, options.new)
+            for name, store in (("mapped", on_disk), ("memory", memory))
         }
         assert contenders["mapped"]() == contenders["memory"]()
         seconds = alternate(contenders, options.rounds, options.device)

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import RowStep, TableRows
-from overtok_megatron.ngram.sharded_tables import ShardedTables
-from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace
-from overtok_megatron.ngram.row_store import TableShard
+from overtok_megatron.ngram.row_store import RowStore
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,20 @@ def our_tables(
     """
     device, ids = rows.device, places(rows, space)
     kernels = choose_kernels("auto", device).rows
-    shard = TableShard(0, space.total_rows, space.width, std=0.0, seed=0, device=device, dtype=dtype, kernels=kernels)
-    shard.rows.weight[ids.unique()] = 0.02  # so that pages are there, as after some training
+    store = RowStore(0, space.total_rows, space.width, std=0.0, seed=0, device=device, dtype=dtype, kernels=kernels)
+    store.rows.weight[ids.unique()] = 0.02  # so that pages are there, as after some training
     optimizer = RowOptimizer(
-        "rowwise_adagrad", shard.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=dtype, kernels=kernels
+        "rowwise_adagrad", store.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=dtype, kernels=kernels
     )
     tables = ShardedTables(
-        None, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, FlatExchange((0, space.total_rows), None, kernels),
-        dtype=grad.dtype, device=device, kernels=kernels,
+        NgramHash(space, 2, 0, "ignore", 0), store, FlatExchange((0, space.total_rows), None, kernels),
+        optimizer=optimizer, dtype=grad.dtype, device=device, kernels=kernels,
     )  # fmt: skip
 
     def step() -> None:
-        slots = tables.begin_rows(ids)
-        assert tables.step is not None
-        gather_rows(tables.step, slots).backward(grad)
-        tables.collect(1.0)
-        tables.apply(0.01, 1.0)
+        fetched = tables.fetch_row_ids(ids, training=True)
+        fetched.gather().backward(grad)
+        tables.update_rows(tables.reduce_gradients(fetched, 1.0), 0.01, 1.0)
 
     return step, tables
 
@@ -142,7 +139,7 @@ def torch_tables(rows: Tensor, size: int, grad: Tensor, *, sparse: bool) -> Call
 def limit(tables: ShardedTables, rows: Tensor, space: RowSpace, grad: Tensor) -> Callable[[], object]:
     """The machine's limit, the traffic that no way of doing it avoids: every row read and every look-up written, every
     gradient read, every row read, modified and written in place. Nothing is made unique or summed, no optimizer state."""
-    kernels, stored = tables.kernels, tables.shard.rows
+    kernels, stored = tables.kernels, tables.store.rows
     assert isinstance(stored, TableRows)
     found = kernels.unique(places(rows, space), space.total_rows)
     changes = grad.new_ones(found.ids.numel(), grad.shape[2], dtype=torch.float32)

@@ -37,7 +37,7 @@ class _Column:
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=self.dtype).view(len(index), *self.shape)
 
 
-class MappedShard:
+class MappedRows:
     """All rows of a checkpoint, read-only, on disk. `read` gives what a shard in memory would."""
 
     rows: TableRows | None = None

@@ -20,9 +20,9 @@ from overtok_megatron.checkpoint.dense import open_tensors
 from overtok_megatron.checkpoint.store import Digest, file_digest
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
-from overtok_megatron.ngram.row_store import TableShard
 
 FOLDER = "tables"
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size, which bounds the memory of a save
@@ -46,9 +46,8 @@ class TableWriter:
     """
 
     def __init__(self, tables: ShardedTables, increments: int) -> None:
-        assert isinstance(tables.shard, TableShard) and tables.optimizer is not None
         self._tables = tables
-        self._shard = tables.shard
+        self._store = tables.store
         self._optimizer = tables.optimizer
         self._limit = increments
         self._chain: Chain | None = None
@@ -59,18 +58,18 @@ class TableWriter:
 
     def begin(self, folder: Path) -> Callable[[], dict[str, Digest]]:
         """Start a save below `folder`; call what is returned once, to write: it returns the files with their digests."""
-        shard = self._shard
+        store = self._store
         chain, self._chain = self._chain, None
-        changed = shard.take_changed()
-        full = chain is None or chain.increments >= self._limit or 2 * changed.numel() > shard.num_rows
-        if shard.num_rows == 0:
+        changed = store.take_changed()
+        full = chain is None or chain.increments >= self._limit or 2 * changed.numel() > store.num_rows
+        if store.num_rows == 0:
             return dict
-        metadata = {"start": str(shard.start), "stop": str(shard.stop), "steps": str(self._optimizer.steps)}
+        metadata = {"start": str(store.start), "stop": str(store.stop), "steps": str(self._optimizer.steps)}
         if full or chain is None:
             snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns())
             return lambda: self._finish(folder, self._write_all(folder, snapshot, metadata), 0)
         values = {name: _rows_to_host(column, changed) for name, column in self._tables.columns().items()}
-        values["rows"] = changed.cpu() + shard.start
+        values["rows"] = changed.cpu() + store.start
         return lambda: self._finish(folder, self._write_changed(folder, chain, values, metadata), chain.increments + 1)
 
     def _finish(self, folder: Path, files: dict[str, Digest], increments: int) -> dict[str, Digest]:
@@ -79,16 +78,16 @@ class TableWriter:
         return files
 
     def _write_all(self, folder: Path, snapshot: RowSnapshot, metadata: dict[str, str]) -> dict[str, Digest]:
-        shard, columns = self._shard, self._tables.columns()
+        store, columns = self._store, self._tables.columns()
         row_bytes = sum(tensor[:1].nbytes for tensor in columns.values())
         step, piece = max(1, _FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
         files: dict[str, Digest] = {}
-        for begin in range(0, shard.num_rows, step):
-            end = min(begin + step, shard.num_rows)
+        for begin in range(0, store.num_rows, step):
+            end = min(begin + step, store.num_rows)
             parts = [snapshot.take(min(place + piece, end)) for place in range(begin, end, piece)]
             values = {name: torch.cat([part[name] for part in parts]) for name in columns}
-            own = metadata | {"start": str(shard.start + begin), "stop": str(shard.start + end)}
-            files |= write_rows(folder, f"rows-{shard.start + begin:012d}-{shard.start + end:012d}", values, own)
+            own = metadata | {"start": str(store.start + begin), "stop": str(store.start + end)}
+            files |= write_rows(folder, f"rows-{store.start + begin:012d}-{store.start + end:012d}", values, own)
         return files
 
     def _write_changed(
@@ -97,8 +96,8 @@ class TableWriter:
         (folder / FOLDER).mkdir(exist_ok=True)
         for name in chain.files:
             os.link(chain.folder / name, folder / name)
-        number, shard = chain.increments + 1, self._shard
-        name = f"changed-{number:04d}-{shard.start:012d}-{shard.stop:012d}"
+        number, store = chain.increments + 1, self._store
+        name = f"changed-{number:04d}-{store.start:012d}-{store.stop:012d}"
         return chain.files | write_rows(folder, name, values, metadata)
 
     def published(self, folder: Path) -> None:
@@ -133,40 +132,45 @@ def table_files(folder: Path) -> list[Path]:
     ]
 
 
-def load_tables(folder: Path, tables: ShardedTables, *, weights_only: bool = False) -> None:
-    """Fill this rank's rows, and their optimizer's state where there is one, from whichever files hold them.
-
-    weights_only: the rows' values alone; none counts as touched, and the optimizer stays as it was made.
+def load_tables(folder: Path, tables: ShardedTables) -> None:
+    """Fill this rank's rows and their optimizer's state from whichever files hold them.
 
     Raises CheckpointError where rows are missing or of another width, the optimizer's state is another one, or a file is
     damaged.
     """
-    shard, optimizer = tables.shard, tables.optimizer
-    assert isinstance(shard, TableShard)
-    columns = shard.columns() if optimizer is None or weights_only else tables.columns()
-    if weights_only:
-        del columns["touched"]
-    filled = 0
-    for path, file, begin, end in _overlapping(folder, shard.start, shard.stop):
+    tables.optimizer.steps = _fill(folder, tables.store, tables.columns())
+
+
+def load_rows(folder: Path, store: RowStore) -> None:
+    """Fill a store with the values of its rows alone; none counts as touched. Raises as `load_tables`."""
+    columns = store.columns()
+    del columns["touched"]
+    _fill(folder, store, columns)
+
+
+def _fill(folder: Path, store: RowStore, columns: dict[str, Tensor]) -> int:
+    """Fill columns of a store's rows, in place, from all files that overlap it; the optimizer's steps of the last of them."""
+    filled = steps = 0
+    for path, file, begin, end in _overlapping(folder, store.start, store.stop):
         _check_columns(path, file, columns)
         if path.name.startswith("rows-"):
             start = int(file.metadata()["start"])
             for key, target in columns.items():
-                target[begin - shard.start : end - shard.start].copy_(file.get_slice(key)[begin - start : end - start])
+                target[begin - store.start : end - store.start].copy_(file.get_slice(key)[begin - start : end - start])
             filled += end - begin
         else:
             rows = file.get_tensor("rows")
-            ours = ((rows >= shard.start) & (rows < shard.stop)).nonzero().squeeze(1)
-            place = (rows[ours] - shard.start).to(shard.device)
+            ours = ((rows >= store.start) & (rows < store.stop)).nonzero().squeeze(1)
+            place = (rows[ours] - store.start).to(store.device)
             for key, target in columns.items():
                 target[place] = file.get_tensor(key)[ours].to(target.device, target.dtype)
-        if optimizer is not None and not weights_only:
-            optimizer.steps = int(file.metadata()["steps"])
-    if filled != shard.num_rows:
+        steps = int(file.metadata()["steps"])
+    if filled != store.num_rows:
         raise CheckpointError(
-            f"{folder / FOLDER}: holds {filled} of the rows {shard.start} to {shard.stop}; the "
+            f"{folder / FOLDER}: holds {filled} of the rows {store.start} to {store.stop}; the "
             "checkpoint is of a model with other tables, or damaged"
         )
+    return steps
 
 
 def _overlapping(folder: Path, start: int, stop: int) -> Iterator[tuple[Path, Any, int, int]]:

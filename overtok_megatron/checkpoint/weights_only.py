@@ -29,8 +29,8 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.assembly import build_layers
-from overtok_megatron.ngram.building import row_space
 from overtok_megatron.model.transformer import Transformer
+from overtok_megatron.ngram.building import row_space
 
 _FILE_BYTES = 1 << 28  # dense weights are gathered into files of about this size
 

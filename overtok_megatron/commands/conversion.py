@@ -27,8 +27,8 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from overtok_megatron.interchange.exporting import ExportOptions, export_checkpoint
     from overtok_megatron.checkpoint.store import find_checkpoint
+    from overtok_megatron.interchange.exporting import ExportOptions, export_checkpoint
 
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
     tokenizer = tokenizer_of(options)
@@ -46,9 +46,9 @@ def _compare(
     run: Path, folder: Path, made: Path, text: str | None, *, rounded: bool, tokenizer: Path | None = None
 ) -> None:
     """Print how far both models' logits are apart; where it is too far, or cannot be told, `made` is removed."""
-    from overtok_megatron.interchange.passage import PASSAGE
     from overtok_megatron.errors import CheckpointError
     from overtok_megatron.interchange.logits_check import compare
+    from overtok_megatron.interchange.passage import PASSAGE
 
     try:
         found = compare(

@@ -12,7 +12,6 @@ from overtok_megatron.errors import DataError
 from overtok_megatron.files import shown
 
 if TYPE_CHECKING:
-    from overtok_megatron.data.preparing.sources import ReadOptions
     from overtok_megatron.data.tokenizers.protocol import Tokenizer
 
 
@@ -47,7 +46,7 @@ def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
     return load_tokenizer(section.type, section.path, section.eod_token)
 
 
-def _reading(options: argparse.Namespace) -> "Reading":
+def _reading(options: argparse.Namespace) -> "ReadOptions":
     from overtok_megatron.data.preparing.sources import ReadOptions
 
     return ReadOptions(format=options.format, key=options.key, separator=options.separator)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def _config(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import load_config
-    from overtok_megatron.planning.config_report import describe
     from overtok_megatron.config.validation import validate
+    from overtok_megatron.planning.config_report import describe
 
     loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
     validate(loaded.config, options.processes, loaded.locate)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.data.blending import BlendOrder, WeightedDataset
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.config.constants import IGNORE_INDEX
 
 Tokens = npt.NDArray[np.int64]
 

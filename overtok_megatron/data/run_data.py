@@ -10,8 +10,8 @@ from overtok_megatron.config.derived import validation_sets
 from overtok_megatron.config.schema import RunConfig, WeightedSet
 from overtok_megatron.data.blending import BlendOrder, WeightedDataset
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import CheckpointError, DataError
 
 

@@ -57,7 +57,7 @@ class OvertokLM(TemplateLM):
             trained = load_for_evaluation(run, storage, device, tokenizer)
         self.trained = trained
         self.max_length = trained.config.data.seq_length
-        self._device = next(trained.model.parameters()).device
+        self._device = trained.device
         self.batch_size = batch_size  # lm-eval reads it
         self._most = max_batch_size
         self._tokens: int | None = BATCH_TOKENS  # of a batch
@@ -124,8 +124,8 @@ class OvertokLM(TemplateLM):
         for row, own in enumerate(inputs):
             tokens[row, : len(own)] = torch.tensor(own)
         tokens = tokens.to(self._device)
-        slots = None if self.trained.tables is None else self.trained.tables.begin(tokens, training=False)
-        hidden, _ = self.trained.model.hidden(tokens, slots)  # [b, s, d]
+        fetched = self.trained.fetch_rows(tokens)
+        hidden = self.trained.model.hidden(tokens, fetched)[0]  # [b, s, d]
         return [
             self._score_continuation(hidden[row, len(own) - len(continuation) : len(own)], continuation)
             for row, (own, (*_, continuation)) in enumerate(zip(inputs, requests, strict=True))

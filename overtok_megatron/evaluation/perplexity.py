@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.data.batches import validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.loss_metrics import bits_per_byte, figures, perplexity
 from overtok_megatron.errors import DataError
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.config.constants import IGNORE_INDEX
 
 BATCH_TOKENS = 1 << 14  # of a batch, where nobody says how many sequences it has
 _MOST_WINDOWS = 16
@@ -57,14 +57,13 @@ def score_set(
     Raises DataError where the set is missing or damaged, was made with another tokenizer, or holds nothing to score.
     """
     dataset = open_set(trained, prefix)
-    device = next(trained.model.parameters()).device
+    device = trained.device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     length = trained.config.data.seq_length
     for inputs, targets in validation_batches(dataset, length, batch or windows_at_once(length), 0, 1):
         tokens, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)  # [b, s]
-        slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
-        _, cross_entropy, _ = trained.model(tokens, slots, wanted)
-        total += cross_entropy.double()
+        fetched = trained.fetch_rows(tokens)
+        total += trained.model(tokens, fetched, wanted).main_loss.double()
         count += int((targets != IGNORE_INDEX).sum())
         advance(len(inputs))
     return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes, name)

@@ -15,6 +15,7 @@ from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.stream import TextStream, continuation
 from overtok_megatron.model.attention import DecodeStep, empty_cache
 from overtok_megatron.model.documents import document_ids
+from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.ngram.ids import MISSING
 
 
@@ -53,7 +54,7 @@ class Decoder:
         self.trained = trained
         self.length = 0
         self._window = config.sliding_window
-        device = next(trained.model.parameters()).device
+        device = trained.device
         self._keys, self._values = empty_cache(
             batch=batch,
             room=room,
@@ -91,20 +92,18 @@ class Decoder:
         near = mask if self._window is None else mask & (places > places[begin:, None] - self._window)
         keys, values = ([cache[:rows] for cache in caches] for caches in (self._keys, self._values))
         decode = DecodeStep(positions, begin, mask.unsqueeze(1), near.unsqueeze(1), keys, values)
-        slots = self._slots(tokens)
+        fetched = self._fetch_rows(tokens)
         self.length = end
-        hidden, _ = self.trained.model.hidden(tokens.clamp(min=0), slots, decode)  # [b, s, d]
+        hidden = self.trained.model.hidden(tokens.clamp(min=0), fetched, decode)[0]  # [b, s, d]
         return self.trained.model.head.logits(hidden[:, -1:] if last else hidden)
 
-    def _slots(self, tokens: Tensor) -> Tensor | None:
-        tables = self.trained.tables
-        if tables is None:
+    def _fetch_rows(self, tokens: Tensor) -> FetchedRows | None:
+        if self._history is None:
             return None
-        assert self._history is not None
         rows, reach = tokens.shape[0], self._history.shape[1]
-        slots = tables.begin(tokens, training=False, history=self._history[:rows])
+        fetched = self.trained.fetch_rows(tokens, self._history[:rows])
         self._history[:rows] = torch.cat([self._history[:rows], tokens], dim=1)[:, -reach:]
-        return slots
+        return fetched
 
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -150,7 +149,7 @@ def stream_tokens(
     Raises as `generate_tokens`, at the first step.
     """
     _check_room(trained, prompts, sampling)
-    device = next(trained.model.parameters()).device
+    device = trained.device
     tokens = pad_left(prompts, device)
     decoder = Decoder(trained, len(prompts), tokens.shape[1] + sampling.max_new_tokens)
     generators = [torch.Generator(device=device).manual_seed(sampling.seed) for _ in prompts]

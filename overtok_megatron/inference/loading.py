@@ -7,20 +7,23 @@ from typing import Literal, get_args
 import torch
 
 from overtok_megatron.checkpoint.dense import load_dense
-from overtok_megatron.checkpoint.mapped import MappedShard
+from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
-from overtok_megatron.checkpoint.tables import FOLDER, load_tables
+from overtok_megatron.checkpoint.tables import FOLDER, load_rows
 from overtok_megatron.config.run_places import located, run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
-from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.ngram.building import build_tables, row_space, tables_over
 from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.model.transformer import Transformer
-from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.building import build_row_store, build_table_reader, row_space
+from overtok_megatron.ngram.fetched_rows import FetchedRows
+from overtok_megatron.ngram.row_store import RowReader
+from overtok_megatron.ngram.sharded_tables import TableReader
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,18 @@ class TrainedModel:
 
     config: RunConfig
     model: Transformer
-    tables: ShardedTables | None
+    tables: TableReader | None
     tokenizer: Tokenizer
     step: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    def fetch_rows(self, tokens: torch.Tensor, history: torch.Tensor | None = None) -> FetchedRows | None:
+        """The rows of the n-grams of tokens int64 [b, s] (history [b, n - 1]: the tokens before); None for a plain model."""
+        return None if self.tables is None else self.tables.fetch_rows(tokens, history=history)
 
 
 Storage = Literal["device", "host", "mapped"]
@@ -71,22 +83,29 @@ def load_trained(
         config = config.model_copy(update={"over_encoding": over})
     tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path, config.tokenizer.eod_token)
     _check_tokenizer(tokenizer, manifest, config, path)
-    model = build_transformer(config, device=device, eod_id=manifest.eod_id)
+    kernels = choose_kernels(config.training.kernels, device)
+    model = build_transformer(config, device=device, kernels=kernels, eod_id=manifest.eod_id)
     weights = load_dense(path, manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"])
     if config.model.tie_word_embeddings:
         weights = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}
     _copy_weights(model, weights, path)
     tables = None
     if config.over_encoding.enabled:
-        encoder, eod = model.embedding.over_encoding, manifest.eod_id
-        if storage == "mapped":
-            rows = row_space(config.model, config.over_encoding)
-            shard = MappedShard(path, rows.total_rows, rows.width, RowKernels())
-            tables = tables_over(config, encoder, eod, shard, device=device)
-        else:
-            tables = build_tables(config, encoder, eod, device=device, training=False)
-            load_tables(path, tables)
+        store = _open_rows(path, config, storage, device, kernels)
+        tables = build_table_reader(config, manifest.eod_id, store, device=device, kernels=kernels)
     return TrainedModel(config, model.eval(), tables, tokenizer, manifest.step)
+
+
+def _open_rows(path: Path, config: RunConfig, storage: Storage, device: torch.device, kernels: Kernels) -> RowReader:
+    """All rows of a checkpoint. device: where the model computes, with its kernels."""
+    if storage == "mapped":
+        space = row_space(config.model, config.over_encoding)
+        return MappedRows(path, space.total_rows, space.width, RowKernels())
+    place = device if storage == "device" else torch.device("cpu")
+    own = kernels if place == device else choose_kernels(config.training.kernels, place)
+    store = build_row_store(config, device=place, kernels=own.rows)
+    load_rows(path, store)
+    return store
 
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, config: RunConfig, path: Path) -> None:

@@ -17,11 +17,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import read_parts
-from overtok_megatron.interchange.hugging_face import FAMILIES, family_of, hugging_face_values, releases_of, require_transformers, to_theirs
-from overtok_megatron.interchange.model_card import model_card
-from overtok_megatron.interchange.rotary_form import release_4_values
-from overtok_megatron.interchange.tensor_files import write_shards
-from overtok_megatron.interchange.tokenizer_files import write_tokenizer
 from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
 from overtok_megatron.checkpoint.writing import save_tensors
@@ -30,6 +25,18 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import refuse_used_folder, whole_folder
+from overtok_megatron.interchange.hugging_face import (
+    FAMILIES,
+    family_of,
+    hugging_face_values,
+    releases_of,
+    require_transformers,
+    to_theirs,
+)
+from overtok_megatron.interchange.model_card import model_card
+from overtok_megatron.interchange.rotary_form import release_4_values
+from overtok_megatron.interchange.tensor_files import write_shards
+from overtok_megatron.interchange.tokenizer_files import write_tokenizer
 from overtok_megatron.kernels.rows import SCATTER
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_space import STRIPES

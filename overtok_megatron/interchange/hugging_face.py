@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overtok_megatron.interchange.rotary_form import plain_parameters, read_parameters, read_scaling, rope_parameters
 from overtok_megatron.config.derived import attention_windows
 from overtok_megatron.config.schema import ModelConfig
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.interchange.rotary_form import plain_parameters, read_parameters, read_scaling, rope_parameters
 
 FAMILIES = {"llama": "Llama", "olmo2": "Olmo2", "olmo3": "Olmo3", "olmoe": "Olmoe"}
 _LAYERS = {"full_attention": "full", "sliding_attention": "sliding"}

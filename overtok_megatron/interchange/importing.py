@@ -15,9 +15,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
-from overtok_megatron.interchange.exporting import TABLES_INDEX
-from overtok_megatron.interchange.hugging_face import model_section, require_transformers, to_ours
-from overtok_megatron.interchange.tensor_files import TensorFiles
 from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
@@ -25,6 +22,9 @@ from overtok_megatron.config.wording import line
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import read_text, refuse_used_folder
+from overtok_megatron.interchange.exporting import TABLES_INDEX
+from overtok_megatron.interchange.hugging_face import model_section, require_transformers, to_ours
+from overtok_megatron.interchange.tensor_files import TensorFiles
 from overtok_megatron.run_folder import hold
 
 _ENCODER = "over_encoding."  # of names in an exported folder

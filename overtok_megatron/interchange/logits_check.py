@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overtok_megatron.interchange import exporting
-from overtok_megatron.interchange.exporting import MODELING
-from overtok_megatron.interchange.hugging_face import require_transformers
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import read_text
 from overtok_megatron.inference.loading import TrainedModel, load_trained
+from overtok_megatron.interchange import exporting
+from overtok_megatron.interchange.exporting import MODELING
+from overtok_megatron.interchange.hugging_face import require_transformers
 
 _TOKENS = 256  # of the text
 _ROUNDING = 1e-5  # float32 in another order of operations, beside the largest logit
@@ -78,8 +78,8 @@ def hugging_face_logits(folder: Path, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def our_logits(trained: TrainedModel, tokens: Tensor) -> Tensor:
     """The same of ours."""
-    slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
-    return trained.model.logits(tokens, slots).float()
+    fetched = trained.fetch_rows(tokens)
+    return trained.model.logits(tokens, fetched).float()
 
 
 def compare(run: Path, folder: Path, text: str, *, rounded: bool = False, tokenizer: Path | None = None) -> Comparison:

@@ -13,10 +13,10 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.files import read_text
+from overtok_megatron.interchange.passage import PASSAGE
 
 _FILE = "tokenizer.json"
 _SPACE = "\u2581"  # sentencepiece's sign for a space

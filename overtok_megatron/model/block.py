@@ -118,7 +118,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """The layer's output, and with experts the router's own loss, summed over this rank's positions, and figures.
+        """The layer's output, and with experts what the router reports.
 
         mask: as in `Attention`.
         """
@@ -147,14 +147,14 @@ class Block(nn.Module):
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None
 ) -> tuple[Tensor, Routing | None]:
-    """Blocks one after the other: the last one's output, and with experts the sum of their routers' losses and the figures of
-    each, [blocks, F].
+    """Run blocks one after the other: the last one's output, and with experts the sum of their routers' losses and the
+    statistics of each, [blocks, F].
 
     documents [b, s] int64, of whole sequences: positions attend to those with the same number; None = to all. A decoding
     call has that in its masks.
     """
     total: Tensor | None = None
-    figures: list[Tensor] = []
+    stats: list[Tensor] = []
     masks: dict[int | None, Tensor] = {}  # made once for all layers of a window
     for block in blocks:
         assert isinstance(block, Block)
@@ -163,6 +163,6 @@ def run_blocks(
             masks[window] = document_mask(documents, window, x.dtype)
         x, routing = block(x, decode, masks.get(window))
         if routing is not None:
-            total = routing[0] if total is None else total + routing[0]
-            figures.append(routing[1])
-    return x, None if total is None else (total, torch.stack(figures))
+            total = routing.loss if total is None else total + routing.loss
+            stats.append(routing.stats)
+    return x, None if total is None else Routing(total, torch.stack(stats))

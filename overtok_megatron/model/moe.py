@@ -11,12 +11,12 @@ alike; transformers' load_balancing_loss_func of one layer, over k). f_e has no 
 data-parallel rank: the run's loss is the mean over micro-batches and ranks, each with shares of its own.
 z: log(sum exp logits)^2 (eq. 5).
 
-Beside its loss a router returns what it did, its figures [F], detached float32, for whoever reports them: how often it chose
+Beside its loss a router returns statistics of what it did, [F], detached float32, for whoever reports them: how often it chose
 each of the E experts, the sum over its positions of balance, and where z has a weight that of z. They are an output like any
 other, not a counter in the module, so that a layer that backward computes again counts once.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -67,12 +67,16 @@ class _Combine(torch.autograd.Function):
         return grad[order // ctx.k], None, None, None
 
 
-# A router's loss, summed over this rank's positions, with gradient, float32; and its figures [F], or [layers, F] of several.
-Routing = tuple[Tensor, Tensor]
+class Routing(NamedTuple):
+    """What routers report. loss: weighted, summed over this rank's positions, with gradient, float32. stats: float32, [F] of
+    one router or [layers, F] of several."""
+
+    loss: Tensor
+    stats: Tensor
 
 
 class MixtureOfExperts(nn.Module):
-    """[b, s_shard, d] -> ([b, s_shard, d], the router's loss over these positions and its figures).
+    """[b, s_shard, d] -> ([b, s_shard, d], what the router reports of these positions).
 
     router [E, d]; experts_gate, experts_up [E, f_shard, d]; experts_down [E, d, f_shard]. normalize_weights: a token's
     weights sum to 1. balance_weight, z_weight: of the two parts of the router's loss.
@@ -161,7 +165,7 @@ class MixtureOfExperts(nn.Module):
             z = logits.logsumexp(dim=-1).square().sum()
             loss = loss + self.z_weight * z
             sums.append(z.detach())
-        return loss, torch.cat([own_counts, torch.stack(sums)])
+        return Routing(loss, torch.cat([own_counts, torch.stack(sums)]))
 
     def extra_repr(self) -> str:
         num_experts, f_shard, d = self.experts_gate.shape

@@ -15,8 +15,9 @@ from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.embedding import InputEmbedding
-from overtok_megatron.model.heads import OutputHead
+from overtok_megatron.model.heads import ForwardResult, OutputHead
 from overtok_megatron.model.moe import Routing
+from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.collectives import gather_from_group
 
 
@@ -71,25 +72,23 @@ class Transformer(nn.Module):
         self.head = layers.head
 
     def hidden(
-        self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None
+        self, tokens: Tensor, fetched: FetchedRows | None = None, decode: DecodeStep | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """tokens [b, s] int64, slots [b, s / ranks, T] -> the last hidden states, before the final norm, and with experts
-        their routers' summed loss and figures."""
+        """tokens int64 [b, s], fetched [b, s / ranks, T] -> the last hidden states, before the final norm, and with experts
+        what their routers report."""
         documents = None
         if self.eod_id is not None and decode is None:
             documents = document_ids(gather_from_group(tokens, self.context_group, dim=1), self.eod_id)
-        return run_blocks(self.blocks, self.embedding(tokens, slots), decode, documents)
+        return run_blocks(self.blocks, self.embedding(tokens, fetched), decode, documents)
 
     def forward(
-        self, tokens: Tensor, slots: Tensor | None, targets: Tensor, z_loss: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Summed objective (with gradient) and summed cross entropy of a micro-batch, float32 scalars; with experts the
-        figures of their routers [layers, F]."""
-        hidden, routing = self.hidden(tokens, slots)
-        router_loss, figures = (None, None) if routing is None else routing
-        objective, cross_entropy = self.head.loss(hidden, targets, z_loss, router_loss)
-        return objective, cross_entropy, figures
+        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, z_loss: float = 0.0
+    ) -> ForwardResult:
+        """The losses of a micro-batch: tokens and targets int64 [b, s] (IGNORE_INDEX is not scored), fetched [b, s / ranks,
+        T]."""
+        hidden, routing = self.hidden(tokens, fetched)
+        return self.head.losses(hidden, targets, z_loss, routing)
 
-    def logits(self, tokens: Tensor, slots: Tensor | None = None, decode: DecodeStep | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, fetched: FetchedRows | None = None, decode: DecodeStep | None = None) -> Tensor:
         """tokens [b, s] -> [b, s, V]."""
-        return self.head.logits(self.hidden(tokens, slots, decode)[0])
+        return self.head.logits(self.hidden(tokens, fetched, decode)[0])

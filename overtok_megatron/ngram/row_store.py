@@ -35,7 +35,7 @@ def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Te
     return result.view(stop - start, width)
 
 
-class Shard(Protocol):
+class RowReader(Protocol):
     """Rows [start, stop) of the row space, wherever they are; `rows` is None where they are not to be had as tensors."""
 
     start: int
@@ -52,7 +52,7 @@ class Shard(Protocol):
         """Rows index [r] int64, local and ascending -> [r, width] of a dtype."""
 
 
-class TableShard:
+class RowStore:
     """Rows [start, stop) of the row space, held by one rank; not a module parameter, so no engine sweeps over it.
 
     rows: their values, of dtype float32, bfloat16, or int8 with a scale each. flags [stop - start] uint8: whether a row

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.parallel.collectives import group_rank
 from overtok_megatron.parallel.splits import largest_part
 
 _CHUNK_VALUES = 1 << 22  # logits of a chunk: few enough to stay near the cache, enough for a full-speed product
-IGNORE_INDEX = -100
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,24 +7,24 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-Axis = Literal["pipe", "data", "context", "model"]
+Axis = Literal["pipe", "data", "context", "tensor"]
 # How long a rank waits for a message outside a training step: meanwhile another rank may hash or write its files.
 CONTROL_TIMEOUT = timedelta(hours=12)
-AXES: tuple[Axis, ...] = ("pipe", "data", "context", "model")  # outermost first: tensor-parallel ranks are neighbours
+AXES: tuple[Axis, ...] = ("pipe", "data", "context", "tensor")  # outermost first: tensor-parallel ranks are neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridShape:
-    """Sizes of the axes. Ranks run pipe-major, then data, context, with model innermost: `rank_at` is the formula."""
+    """Sizes of the axes. Ranks run pipe-major, then data, context, with tensor innermost: `rank_at` is the formula."""
 
     pipe: int = 1
     data: int = 1
     context: int = 1
-    model: int = 1
+    tensor: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.pipe * self.data * self.context * self.model
+        return self.pipe * self.data * self.context * self.tensor
 
     def size(self, axis: Axis) -> int:
         return int(getattr(self, axis))
@@ -91,7 +91,7 @@ class ProcessGrid:
 
     @property
     def tensor_rank(self) -> int:
-        return self.place("model")
+        return self.place("tensor")
 
     @property
     def data_rank(self) -> int:
@@ -108,7 +108,7 @@ class ProcessGrid:
     @property
     def batch_source(self) -> int:
         """The rank that reads this pipeline's samples and hands them to the others of batch_group."""
-        return self.shape.rank_at({"pipe": 0, "data": self.data_rank, "context": 0, "model": 0})
+        return self.shape.rank_at({"pipe": 0, "data": self.data_rank, "context": 0, "tensor": 0})
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable object from every rank, on every rank, in rank order; all ranks must call this."""
@@ -145,7 +145,7 @@ class ProcessGrid:
         def split_group(name: str, groups: list[list[int]]) -> dist.ProcessGroup | None:
             return own_group(name, groups) if len(groups[0]) > 1 else None
 
-        tensor = own_group("tensor", shape.all_groups("model"))
+        tensor = own_group("tensor", shape.all_groups("tensor"))
         data = own_group("data", shape.all_groups("data", "context"))
         assert tensor is not None and data is not None
         return cls(
@@ -154,9 +154,9 @@ class ProcessGrid:
             tensor if shape.tensor > 1 else None,
             split_group("context", shape.all_groups("context")),
             data if shape.data * shape.context > 1 else None,
-            split_group("model", shape.all_groups("pipe", "model")),
+            split_group("replica", shape.all_groups("pipe", "tensor")),
             split_group("pipeline ends", [shape.pipe_ends(ranks) for ranks in shape.all_groups("pipe")]),
-            split_group("batch", shape.all_groups("pipe", "context", "model")),
+            split_group("batch", shape.all_groups("pipe", "context", "tensor")),
             own_group("tables", [list(range(world))]) if world > 1 else None,
             (tensor, data),
             dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control") if world > 1 else None,

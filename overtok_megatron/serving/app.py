@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.serving.answers import Answer, choice, logprobs, model_card, usage
-from overtok_megatron.serving.scheduler import BusyError, BatchScheduler, SequenceRequest, TokenDelta, TokenScore
 from overtok_megatron.serving.requests import Completion, Limits, RequestError, parse_completion
+from overtok_megatron.serving.scheduler import BatchScheduler, BusyError, SequenceRequest, TokenDelta, TokenScore
 
 _SEND_SECONDS = 30.0  # a client that takes no bytes for so long is gone
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.generation import Decoder, Sampling, choose
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.stream import TextStream
 from overtok_megatron.parallel.devices import make_current
 
@@ -143,7 +143,7 @@ class BatchScheduler:
         self.places = places
         self.max_waiting = max_waiting
         self.prefill_chunk = prefill_chunk
-        self._device = next(trained.model.parameters()).device
+        self._device = trained.device
         self._batch = ContinuousBatch(trained, places)
         # Changed by the engine's thread alone and under the lock, for others read them; that thread reads without it.
         self._running: list[_Running] = []  # in the batch's row order
@@ -153,7 +153,7 @@ class BatchScheduler:
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> "BatchScheduler":
         self._thread.start()
         return self
 

@@ -5,10 +5,10 @@ Only this file and pipeline.py import deepspeed. Shapes: A micro-batches of a st
 
 import contextlib
 import io
-import logging
-import warnings
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
@@ -20,45 +20,23 @@ from torch import Tensor
 from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import DivergedError
-from overtok_megatron.kernels.choice import choose_adamw
+from overtok_megatron.kernels.choice import choose_kernels, torch_adamw
 from overtok_megatron.model.assembly import build_run_layers, build_transformer
-from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.model.transformer import Stage, Transformer
-from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.building import build_tables
+from overtok_megatron.ngram.fetched_rows import FetchedRows
+from overtok_megatron.ngram.sharded_tables import RowGradients, ShardedTables
 from overtok_megatron.parallel.collectives import named
-from overtok_megatron.parallel.devices import backend_of
-from overtok_megatron.parallel.grid import GridShape, ProcessGrid
-from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
-from overtok_megatron.training.deepspeed.joint_norm import JointNorm
-from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
+from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.deepspeed.checkpoint_files import EngineFiles
-from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
+from overtok_megatron.training.deepspeed.joint_norm import JointNorm, StepNorms
+from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
+from overtok_megatron.training.deepspeed.pipeline_stage import MicroBatch, PipelineStage, StageResults
+from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
 from overtok_megatron.training.routing import RouterFigures
 
-MicroBatch = tuple[Tensor, Tensor | None, Tensor]  # inputs, slots, targets
 
-
-def start_processes(config: RunConfig, device: torch.device) -> ProcessGrid:
-    """Join the process group that the launcher described, over the backend of the run's device, and build the grid."""
-    # DeepSpeed logs much and calls collectives by old names; neither concerns a user.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    # DeepSpeed would compile a shared-memory all-reduce (half a minute, and a compiler) that only inference uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    accelerator = deepspeed.accelerator.get_accelerator().device_name().split(":")[0]
-    assert accelerator == device.type, f"DeepSpeed was imported for {accelerator}, the run is on {device}"
-    deepspeed.init_distributed(dist_backend=backend_of(device), verbose=False)
-    parallel = config.parallel
-    shape = GridShape(
-        pipe=parallel.pipeline_parallel_size,
-        data=derived.data_parallel_size(config, dist.get_world_size()),
-        context=parallel.context_parallel_size,
-        model=parallel.tensor_parallel_size,
-    )
-    return ProcessGrid.create(shape)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one optimizer step did, the same on every rank. Norms are before clipping; loss is the mean cross entropy.
 
@@ -83,15 +61,20 @@ class TrainingEngine:
         self.grid = grid
         self.device = device
         self.stop_asked = False
-        self.micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
+        self.num_micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
+        self.kernels = choose_kernels(config.training.kernels, device)
         model = self._build_model(eod_id)
-        encoder = None if model.embedding is None else model.embedding.over_encoding
         self.tables: ShardedTables | None = None
         if config.over_encoding.enabled:
             shape = grid.shape  # the ranks that see a sequence divide it among them: context slices, then tensor slices
             own_slice = grid.place("context") * shape.tensor + grid.tensor_rank, shape.context * shape.tensor
             self.tables = build_tables(
-                config, encoder, eod_id, device=device, group=grid.table_group, sequence_slice=own_slice
+                config,
+                eod_id,
+                device=device,
+                kernels=self.kernels,
+                group=grid.table_group,
+                sequence_slice=own_slice,
             )
         self.router = RouterFigures(config, grid, device)
         self.optimizer = self._build_optimizer(model)
@@ -101,8 +84,7 @@ class TrainingEngine:
             self.optimizer.state.clear()
         self.model: Transformer | PipelineStage = self.engine.module
         self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, load_engine_file)
-        table_square = None if self.tables is None else self._collect_tables
-        self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping, table_square)
+        self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping)
 
     def _start_deepspeed(self, model: Transformer | PipelineStage) -> Any:
         """DeepSpeed's engine. Raises ConfigError where it cannot read what the user's `deepspeed` section adds."""
@@ -123,7 +105,11 @@ class TrainingEngine:
 
     def _build_model(self, eod_id: int) -> Transformer | PipelineStage:
         config, grid = self.config, self.grid
-        groups = {"group": grid.tensor_group, "context_group": grid.context_group}
+        groups: dict[str, Any] = {
+            "kernels": self.kernels,
+            "group": grid.tensor_group,
+            "context_group": grid.context_group,
+        }
         if grid.shape.pipe == 1:
             return build_transformer(config, device=self.device, eod_id=eod_id, **groups)
         counts = derived.blocks_per_stage(config)
@@ -134,7 +120,7 @@ class TrainingEngine:
             grid,
             tied=config.model.tie_word_embeddings,
             z_loss=config.training.z_loss,
-            micro_batches=self.micro_batches,
+            num_micro_batches=self.num_micro_batches,
             sequence_parallel=config.parallel.sequence_parallel,
             eod_id=eod_id if config.data.document_attention == "within" else None,
         )
@@ -155,125 +141,135 @@ class TrainingEngine:
         ]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.optimizer_order = [names[id(parameter)] for parameter in [*decayed, *free]]
-        offloaded = self.config.parallel.offload_optimizer == "cpu"
-        adamw = choose_adamw(self.config.training.kernels, self.device, offloaded=offloaded)
+        # apex's AdamW knows CUDA tensors only, and the state of an offloaded optimizer lies on the CPU
+        adamw = torch_adamw if self.config.parallel.offload_optimizer == "cpu" else self.kernels.adamw
         # step() sets the rate; until then it is 0, so that nothing DeepSpeed does at start moves a weight
         return adamw(groups, 0.0, settings.betas, settings.eps)
-
-    def _collect_tables(self) -> Tensor:
-        assert self.tables is not None
-        # The loss is already divided by the micro-batches; the mean over the ranks with other tokens is still to be taken.
-        return self.tables.collect(1.0 / (self.grid.shape.data * self.grid.shape.context))
 
     def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
         """One optimizer step on this pipeline's tokens [A, b, s + 1] int64.
 
         Raises DivergedError, on every rank, where the gradient norm is not finite; nothing of this state is to be saved.
         """
-        assert tokens.shape[0] == self.micro_batches
+        assert tokens.shape[0] == self.num_micro_batches
+        # 1. Fetch the rows of all micro-batches: the only exchange of rows in this step.
         inputs, targets = tokens[..., :-1], tokens[..., 1:]  # [A, b, s]
-        slots = self._begin(inputs)
+        fetched = self._fetch_rows(inputs)
+        batches = self._micro_batches(inputs, targets, fetched)
+
+        # 2. Forward and backward of all micro-batches. 3. Reduce gradients and 4. clip and update the dense parameters:
+        # DeepSpeed does both behind the last backward pass, and row gradients are sent to their owners within it, when its
+        # norm asks for their share (deepspeed/joint_norm.py calls `reduce_rows`).
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        parts = self._parts(inputs, slots, targets)
-        if self.is_pipeline:
-            scored, routed = self._train_pipeline(inputs, parts)
-        else:
-            done = [self._micro_batch(*part) for part in parts]
-            scored = [cross_entropy for cross_entropy, _ in done]
-            routed = [figures for _, figures in done if figures is not None]
-        grad_norm, table_norm, factor = self.norm.finish()
-        if not torch.isfinite(torch.tensor(grad_norm)):
+        self.norm.begin_step(partial(self._reduce_rows, fetched))
+        results = self._train_pipeline(batches) if self.is_pipeline else self._train(batches)
+        norms = self.norm.finish_step()
+        if not math.isfinite(norms.joint):
             raise DivergedError(
-                f"gradient norm is {grad_norm} at optimizer step {self.engine.global_steps}: stopped before"
+                f"gradient norm is {norms.joint} at optimizer step {self.engine.global_steps}: stopped before"
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
-        counts = [0, 0, 0]
-        if self.tables is not None:
-            counts = self._table_counts(slots)
-            self.tables.apply(learning_rate * derived.table_rate_factor(self.config), factor)
-        return self._joined(scored, routed, counts, grad_norm, table_norm)
+
+        # 4. Update the rows, clipped by the same norm.
+        if self.tables is not None and norms.rows is not None:
+            rate = learning_rate * derived.table_rate_factor(self.config)
+            self.tables.update_rows(norms.rows, rate, norms.clip_factor)
+
+        # 5. Report: one small reduction over all ranks.
+        return self._reduce_metrics(results, self._table_counts(fetched), norms)
 
     def prefetch(self, tokens: Tensor) -> None:
         """Announce the tokens [A, b, s + 1] of a coming step, in the order of the steps, where rows are fetched ahead."""
         if self.tables is not None:
-            self.tables.prefetch(tokens[..., :-1] if self.grid.is_first_stage else None)
+            self.tables.announce(self._looked_up(tokens[..., :-1]))
 
     @property
     def is_pipeline(self) -> bool:
         return self.grid.shape.pipe > 1
 
-    def _begin(self, inputs: Tensor, *, training: bool = True) -> Tensor | None:
-        """Fetch the rows of all micro-batches, for which every rank is needed; slots on the first stage, else None."""
+    def _looked_up(self, inputs: Tensor) -> Tensor | None:
+        """Those tokens whose n-grams this rank looks up: all inputs [A, b, s] on the first stage, none elsewhere."""
+        return inputs if self.grid.is_first_stage else None
+
+    def _fetch_rows(self, inputs: Tensor, *, training: bool = True) -> FetchedRows | None:
+        """Fetch the rows of all micro-batches, for which every rank is needed; None without tables."""
         if self.tables is None:
             return None
-        first = self.grid.is_first_stage
-        slots = self.tables.begin(inputs if first else None, training=training)
-        return slots if first else None
+        return self.tables.fetch_rows(self._looked_up(inputs), training=training)
 
-    def _parts(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> list[MicroBatch]:
-        """By micro-batch, and of inputs and targets [A, b, s] what this context-parallel rank handles: [b, s / ranks]."""
+    def _reduce_rows(self, fetched: FetchedRows | None) -> RowGradients | None:
+        """Send row gradients to their owners: the mean over the ranks with other tokens, of a loss that is the mean over the
+        micro-batches already."""
+        if self.tables is None or fetched is None:
+            return None
+        return self.tables.reduce_gradients(fetched, 1.0 / (self.grid.shape.data * self.grid.shape.context))
+
+    def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
+        """By micro-batch what this rank handles of inputs and targets [A, b, s], which are those of all context ranks."""
         ranks, place = self.grid.shape.context, self.grid.place("context")
-        inputs, targets = inputs.chunk(ranks, dim=-1)[place], targets.chunk(ranks, dim=-1)[place]
-        return [(inputs[i], None if slots is None else slots[i], targets[i]) for i in range(inputs.shape[0])]
+        own = fetched if self.grid.is_first_stage else None
+        return [
+            MicroBatch(whole, whole.chunk(ranks, dim=-1)[place], None if own is None else own[i], target)
+            for i, (whole, target) in enumerate(zip(inputs, targets.chunk(ranks, dim=-1)[place], strict=True))
+        ]
 
-    def _micro_batch(self, inputs: Tensor, slots: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Forward and backward of one micro-batch, the optimizer's step after the last; its summed cross entropy, and
-        figures of its routers."""
-        objective, cross_entropy, figures = self.engine(inputs, slots, targets, self.config.training.z_loss)
-        self.engine.backward(objective / targets.numel())
-        self.engine.step()
-        return cross_entropy, figures
+    def _train(self, batches: list[MicroBatch]) -> StageResults:
+        """Forward and backward of all micro-batches; DeepSpeed reduces, clips and updates behind the last of them."""
+        results = StageResults([], [])
+        for batch in batches:
+            result = self.engine(batch.inputs, batch.fetched, batch.targets, self.config.training.z_loss)
+            self.engine.backward(result.objective / batch.targets.numel())
+            self.engine.step()
+            results.add(result.main_loss, result.router_stats)
+        return results
 
-    def _train_pipeline(self, whole: Tensor, parts: list[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
-        """All micro-batches through the stages and the optimizer's step; summed cross entropies, on the last stage, and
-        figures of this stage's routers.
-
-        whole [A, b, s]: the inputs of all context ranks.
-        """
+    def _train_pipeline(self, batches: list[MicroBatch]) -> StageResults:
+        """As `_train`, through all stages."""
         assert isinstance(self.model, PipelineStage)
-        self.engine.train_batch(self._fed(whole, parts))
-        return self.model.take_scored(), self.model.take_routed()
+        self.model.expect(batches)
+        self.engine.train_batch(iter([(batch.inputs, batch.targets) for batch in batches]))
+        return self.model.take_results()
 
-    def _evaluate_pipeline(self, whole: Tensor, parts: list[MicroBatch]) -> list[Tensor]:
+    def _evaluate_pipeline(self, batches: list[MicroBatch]) -> StageResults:
         assert isinstance(self.model, PipelineStage)
-        batches = self._fed(whole, parts)
-        self.engine.eval_batch(batches, num_micro_batches=len(parts), reduce_output=None, bcast_loss=False)
-        return self.model.take_scored()
+        self.engine.reset_activation_shape()  # its buffers remember the last batch's
+        self.model.expect(batches)
+        pairs = iter([(batch.inputs, batch.targets) for batch in batches])
+        self.engine.eval_batch(pairs, num_micro_batches=len(batches), reduce_output=None, bcast_loss=False)
+        return self.model.take_results()
 
-    def _fed(self, whole: Tensor, parts: list[MicroBatch]) -> Iterator[Any]:
-        """What the engine's ends ask for, a micro-batch each: ((tokens, slots), targets). The stage is told the rest here."""
-        assert isinstance(self.model, PipelineStage)
-        self.model.expect([(tokens, target) for tokens, (*_, target) in zip(whole, parts, strict=True)])
-        return iter([((tokens,) if slot is None else (tokens, slot), target) for tokens, slot, target in parts])
+    def _table_counts(self, fetched: FetchedRows | None) -> list[int]:
+        """This rank's distinct rows, look-ups, and bytes sent."""
+        if self.tables is None or fetched is None:
+            return [0, 0, 0]
+        return [fetched.rows.count, fetched.slots.numel(), self.tables.payload_bytes(fetched)]
 
-    def _table_counts(self, slots: Tensor | None) -> list[int]:
-        """This rank's unique rows, rows looked up, and bytes sent."""
-        assert self.tables is not None and self.tables.last_plan is not None
-        plan = self.tables.last_plan
-        return [plan.count, 0 if slots is None else slots.numel(), self.tables.payload_bytes(plan)]
-
-    def _joined(
-        self, scored: list[Tensor], routed: list[Tensor], counts: list[int], grad_norm: float, table_norm: float
-    ) -> StepResult:
-        """The step's figures over all ranks, and whether any of them was asked to stop: one small reduction."""
+    def _reduce_metrics(self, results: StageResults, counts: list[int], norms: StepNorms) -> StepResult:
+        """The step's metrics over all ranks, and whether any of them was asked to stop: one small reduction."""
         tokens = self.config.training.global_batch_size * self.config.data.seq_length
         stop = float(self.stop_asked)
-        own = torch.tensor([self._own_loss(scored), stop, *counts], dtype=torch.float64, device=self.device)
-        values = torch.cat([own, self.router.own(routed)])
+        own = torch.tensor([self._own_loss(results.losses), stop, *counts], dtype=torch.float64, device=self.device)
+        values = torch.cat([own, self.router.own(results.router_stats)])
         self._sum_over_ranks(values)
         values = values.cpu()
         total, stops, unique, looked_up, sent = values[: own.numel()].tolist()
-        router = self.router.of_step(values[own.numel() :])
         return StepResult(
-            total / tokens, grad_norm, table_norm, stops > 0, int(unique), int(looked_up), int(sent), router
+            loss=total / tokens,
+            grad_norm=norms.joint,
+            table_grad_norm=norms.tables,
+            stop=stops > 0,
+            unique_rows=int(unique),
+            looked_up_rows=int(looked_up),
+            exchange_bytes=int(sent),
+            router=self.router.of_step(values[own.numel() :]),
         )
 
-    def _own_loss(self, scored: list[Tensor]) -> float:
+    def _own_loss(self, losses: list[Tensor]) -> float:
         """Tensor-parallel ranks of the last stage hold the same sums: the first one's count."""
-        if not scored or self.grid.tensor_rank > 0:
+        if not losses or self.grid.tensor_rank > 0:
             return 0.0
-        return float(torch.stack(scored).double().sum())
+        return float(torch.stack(losses).double().sum())
 
     def _sum_over_ranks(self, values: Tensor) -> None:
         if self.grid.table_group is not None:  # the whole world
@@ -290,6 +286,14 @@ class TrainingEngine:
                 state[name] = parameter.detach().cpu().clone()
         return state
 
+    def ngram_norms(self, fetched: FetchedRows) -> dict[str, float]:
+        """Mean L2 norms of what each n-gram order adds to the embedding, by metric name, on a stage that has the embedding."""
+        assert self.tables is not None and self.model.embedding is not None
+        projection = self.model.embedding.over_encoding
+        assert projection is not None
+        norms = projection.order_norms(fetched, self.tables.ngram_hash.space.orders)
+        return {f"tables/norm_{order}gram": norm for order, norm in norms.items()}
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
         """Mean cross entropy and the number of scored tokens over batches of (inputs, targets) [b, s] int64.
@@ -299,18 +303,16 @@ class TrainingEngine:
         self.engine.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for group in _alike(batches, self.grid.shape.pipe):  # as many at once as keep every stage busy
-            if self.is_pipeline:
-                self.engine.reset_activation_shape()  # its buffers remember the last batch's
             inputs, targets = (torch.stack(tensors) for tensors in zip(*group, strict=True))
-            parts = self._parts(inputs, self._begin(inputs, training=False), targets)
-            scored = (
-                self._evaluate_pipeline(inputs, parts)
+            batches_here = self._micro_batches(inputs, targets, self._fetch_rows(inputs, training=False))
+            losses = (
+                self._evaluate_pipeline(batches_here).losses
                 if self.is_pipeline
-                else [self.engine(*part)[1] for part in parts]
+                else [self.engine(batch.inputs, batch.fetched, batch.targets).main_loss for batch in batches_here]
             )
-            if scored and self.grid.tensor_rank == 0:
-                count = torch.stack([(target >= 0).sum() for *_, target in parts]).sum()
-                sums += torch.stack([torch.stack(scored).double().sum(), count.double()])
+            if losses and self.grid.tensor_rank == 0:
+                count = torch.stack([(batch.targets >= 0).sum() for batch in batches_here]).sum()
+                sums += torch.stack([torch.stack(losses).double().sum(), count.double()])
         self.engine.train()
         if self.is_pipeline:
             self.engine.reset_activation_shape()

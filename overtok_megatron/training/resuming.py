@@ -15,13 +15,13 @@ from overtok_megatron.checkpoint.dense import read_parts
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, MOMENTS, ParameterState, read_dense_states
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import FOLDER as TABLES
-from overtok_megatron.checkpoint.tables import load_tables
+from overtok_megatron.checkpoint.tables import load_rows, load_tables
 from overtok_megatron.errors import CheckpointError, OvertokError
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import shard_of
+from overtok_megatron.training.deepspeed.checkpoint_files import READ_ERRORS, reason
 from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file, set_parameter_state
 from overtok_megatron.training.engine import TrainingEngine
-from overtok_megatron.training.deepspeed.checkpoint_files import READ_ERRORS, reason
 
 T = TypeVar("T")
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
@@ -79,7 +79,7 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
             state = ParameterState({"master": weight.float(), **dict.fromkeys(MOMENTS, zeros)}, 0)
             set_parameter_state(trainer.engine, parameters[name], state)
         if trainer.tables is not None:
-            load_tables(path, trainer.tables, weights_only=True)
+            load_rows(path, trainer.tables.store)
 
     agree(trainer.grid, read, path)
     return manifest

@@ -25,8 +25,8 @@ from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.splits import is_pipeline_replica, shard_of
-from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.deepspeed.checkpoint_files import WRITE_ERRORS, reason
+from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.resuming import layout_of
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint

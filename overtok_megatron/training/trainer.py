@@ -23,21 +23,21 @@ from overtok_megatron.config import counts, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.batches import TrainBatches, validation_batches
-from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.loss_metrics import validation_figures, validation_losses
+from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.run_folder import RunLock
 from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine
-from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.metrics import Reporter
 from overtok_megatron.training.peaks import peak_flops
+from overtok_megatron.training.processes import start_processes
+from overtok_megatron.training.resuming import agree, load_state, load_weights
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.resuming import agree, load_state, load_weights
 from overtok_megatron.training.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Trainer:
             self.data.train,
             config.data.seq_length,
             config.training.micro_batch_size,
-            self.trainer.micro_batches,
+            self.trainer.num_micro_batches,
             self.grid.data_rank,
             self.grid.shape.data,
             config.data.shuffle_seed,
@@ -299,11 +299,12 @@ class Trainer:
         touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, self.trainer.device)
         tokens = self._tokens(self.consumed)
         sample = tokens[:, :, :-1] if self.grid.is_first_stage else None
-        norms = tables.contribution_norms(None if sample is None else sample[:1])
+        fetched = tables.fetch_rows(None if sample is None else sample[:1])  # every rank, as rows are everywhere
         values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
         if sample is not None:
             values["tables/collision_share"] = tables.ngram_hash.collision_share(sample)
-        return values | {f"tables/norm_{order}gram": norm for order, norm in norms.items()}
+            values |= self.trainer.ngram_norms(fetched)
+        return values
 
     def _report(self, reporter: Reporter, done: int, values: dict[str, float]) -> None:
         losses = validation_losses(values)

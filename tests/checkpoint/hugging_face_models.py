@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.ngram.building import build_tables
+from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.building import build_tables
 
 CPU = torch.device("cpu")
 VOCAB = 310  # more than the tokenizer's, as in many a model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.checkpoint import growing
-from overtok_megatron.checkpoint.mapped import MappedShard
+from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import load_tables
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, write_weights
@@ -17,10 +17,10 @@ from overtok_megatron.cli import main
 from overtok_megatron.config.loading import parse_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.ngram.building import build_tables, row_space, tables_over
 from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.building import build_tables, row_space, tables_over
+from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
-from overtok_megatron.ngram.row_store import TableShard
 
 CPU = torch.device("cpu")
 EOD, VOCAB = 3, 59
@@ -48,9 +48,9 @@ def write_source(run: Path, config: RunConfig) -> Path:
     model, rows = build_transformer(config, device=CPU), []
     if config.over_encoding.enabled:
         tables = build_tables(config, model.embedding.over_encoding, EOD, device=CPU, training=False)
-        assert isinstance(tables.shard, TableShard)
-        columns = {name: column for name, column in tables.shard.columns().items() if name != "touched"}
-        halves = range(0, tables.shard.num_rows + 150, 150)
+        assert isinstance(tables.store, RowStore)
+        columns = {name: column for name, column in tables.store.columns().items() if name != "touched"}
+        halves = range(0, tables.store.num_rows + 150, 150)
         rows = [(a, {name: column[a:b] for name, column in columns.items()}) for a, b in pairwise(halves)]
     return write_weights(run, config, model.named_parameters(), rows, eod_id=EOD, tokenizer_fingerprint="own")
 
@@ -73,7 +73,7 @@ def read_model(run: Path) -> tuple[RunConfig, dict[str, Tensor], ShardedTables |
         logits = model.logits(tokens, slots)
         if config.over_encoding.enabled:  # the rows read in place give the same
             space = row_space(config.model, config.over_encoding)
-            on_disk = MappedShard(path, space.total_rows, space.width, RowKernels())
+            on_disk = MappedRows(path, space.total_rows, space.width, RowKernels())
             reader = tables_over(config, model.embedding.over_encoding, EOD, on_disk, device=CPU)
             assert torch.equal(model.logits(tokens, reader.begin(tokens, training=False)), logits)
     return config, weights, tables, logits
@@ -123,14 +123,14 @@ def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monk
 def _check_rows(before: RunConfig, after: RunConfig, old_tables: ShardedTables | None, tables: ShardedTables) -> None:
     """Row by row of each table, read at its places."""
     new = row_space(after.model, after.over_encoding)
-    assert isinstance(tables.shard, TableShard)
-    columns = tables.shard.columns()
+    assert isinstance(tables.store, RowStore)
+    columns = tables.store.columns()
     kept = 0
     if old_tables is not None:
         old = row_space(before.model, before.over_encoding)
-        assert isinstance(old_tables.shard, TableShard)
+        assert isinstance(old_tables.store, RowStore)
         kept = old.num_tables
-        for name, column in old_tables.shard.columns().items():
+        for name, column in old_tables.store.columns().items():
             for table in range(kept):
                 assert torch.equal(columns[name][new.places(table)], column[old.places(table)])
     for table in range(kept, new.num_tables):

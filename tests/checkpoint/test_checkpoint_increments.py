@@ -19,7 +19,7 @@ from overtok_megatron.ngram.snapshot import RowSnapshot
 def change(tables: ShardedTables, rows: list[int], seed: int) -> None:
     """One update of some rows, the way that a training step makes it."""
     where = torch.tensor(rows, dtype=torch.int64)
-    grad = torch.randn(len(rows), tables.shard.rows.weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    grad = torch.randn(len(rows), tables.store.rows.weight.shape[1], generator=torch.Generator().manual_seed(seed))
     tables._touched = (where, grad, 1.0)
     tables.apply(0.1, 1.0)
 
@@ -89,7 +89,7 @@ def test_increments_build_on_each_other_and_start_anew(tmp_path: Path, writers: 
     kinds, folders, expected = [], [], []
     for turn in range(6):
         for tables in parts:
-            rows = range(tables.shard.num_rows) if turn == 4 else range(turn % 4, tables.shard.num_rows, 4)
+            rows = range(tables.store.num_rows) if turn == 4 else range(turn % 4, tables.store.num_rows, 4)
             change(tables, list(rows), seed=turn)
         folder = tmp_path / f"step_{turn}"
         partial = tmp_path / f"step_{turn}.partial"

@@ -10,13 +10,13 @@ from one_line import fails
 from test_checkpoint_tables import WIDTH, make_tables, save_tables, trained_tables
 
 from overtok_megatron.checkpoint import tables as tables_module
-from overtok_megatron.checkpoint.mapped import MappedShard
+from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.kernels.rows import CHANGED, RowKernels
 
 
-def mapped(folder: Path, rows: int = 82, width: int = WIDTH) -> MappedShard:
-    return MappedShard(folder, rows, width, RowKernels())
+def mapped(folder: Path, rows: int = 82, width: int = WIDTH) -> MappedRows:
+    return MappedRows(folder, rows, width, RowKernels())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -30,7 +30,7 @@ def test_rows_on_disk_are_the_rows(
         save_tables(tmp_path, tables)
     shard = mapped(tmp_path)
     for wanted in (torch.float32, torch.bfloat16):
-        expected = torch.cat([tables.shard.read(torch.arange(tables.shard.num_rows), wanted) for tables in parts])
+        expected = torch.cat([tables.store.read(torch.arange(tables.store.num_rows), wanted) for tables in parts])
         for index in (torch.arange(82), torch.tensor([0, 1, 27, 28, 54, 55, 81]), torch.tensor([40]), torch.arange(0)):
             read = shard.read(index, wanted)
             assert read.dtype == wanted
@@ -45,7 +45,7 @@ def test_files_that_do_not_serve(tmp_path: Path) -> None:
     writer.begin(tmp_path / "full")()
     fails(lambda: mapped(tmp_path / "full", 84), "holds 82 of 84 rows")
     fails(lambda: mapped(tmp_path / "full", 82, 8), "of width 6", "of width 8")
-    tables.shard.flags[3] = CHANGED
+    tables.store.flags[3] = CHANGED
     (tmp_path / "changed").mkdir()
     writer.begin(tmp_path / "changed")()
     fails(lambda: mapped(tmp_path / "changed"), "incremental", "overtok checkpoint reshape")

@@ -13,13 +13,13 @@ from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.dense import dense_files, load_dense, save_dense
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables
 from overtok_megatron.kernels.rows import RowKernels, RowRule
-from overtok_megatron.ngram.projection import NgramProjection
-from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
+from overtok_megatron.ngram.projection import NgramProjection
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace, row_bounds
-from overtok_megatron.ngram.row_store import TableShard
+from overtok_megatron.ngram.row_store import RowStore
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 
 CPU = torch.device("cpu")
 WIDTH = 6
@@ -39,7 +39,7 @@ def make_tables(
     """One rank's tables without its processes: saving and loading talk to nobody."""
     space = RowSpace(2, 2, table_rows, width)
     bounds = row_bounds(space.total_rows, ranks)
-    shard = TableShard(bounds[rank], bounds[rank + 1], width, std=std, seed=1, device=CPU, dtype=dtype)
+    shard = RowStore(bounds[rank], bounds[rank + 1], width, std=std, seed=1, device=CPU, dtype=dtype)
     rows = RowOptimizer(optimizer, shard.rows, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, state_dtype=state_dtype)
     return ShardedTables(
         NgramProjection(2 * width, 2, combine="sum"),
@@ -64,8 +64,8 @@ def trained_tables(ranks: int, **settings: Any) -> list[ShardedTables]:
     result = [make_tables(rank=rank, ranks=ranks, std=1.0, **settings) for rank in range(ranks)]
     for _ in range(3):
         for tables in result:
-            (rows,) = torch.where(torch.rand(tables.shard.num_rows, generator=generator) < 0.3)
-            grad = torch.randn(len(rows), tables.shard.rows.weight.shape[1], generator=generator)
+            (rows,) = torch.where(torch.rand(tables.store.num_rows, generator=generator) < 0.3)
+            grad = torch.randn(len(rows), tables.store.rows.weight.shape[1], generator=generator)
             tables.optimizer.update(rows, grad, 0.1)
     return result
 
@@ -74,8 +74,8 @@ def columns(parts: list[ShardedTables]) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint of tables holds, over all ranks."""
     names = parts[0].optimizer.state.keys()
     state = {name: torch.cat([tables.optimizer.state[name] for tables in parts]) for name in names}
-    weight = torch.cat([tables.shard.rows.weight for tables in parts])
-    return state | {"weight": weight, "touched": torch.cat([tables.shard.flags for tables in parts]) > 0}
+    weight = torch.cat([tables.store.rows.weight for tables in parts])
+    return state | {"weight": weight, "touched": torch.cat([tables.store.flags for tables in parts]) > 0}
 
 
 @pytest.mark.parametrize("readers", [1, 2, 5])
@@ -103,7 +103,7 @@ def test_any_number_of_ranks_reads_what_three_wrote(
     for tables in read:
         load_tables(tmp_path, tables)
         assert tables.optimizer.steps == 3
-        assert tables.optimizer.rows is tables.shard.rows  # filled in place
+        assert tables.optimizer.rows is tables.store.rows  # filled in place
     expected = columns(written)
     assert expected["touched"].any()
     assert not expected["touched"].all()
@@ -142,7 +142,7 @@ def test_rows_without_their_optimizer(tmp_path: Path) -> None:
     read = make_tables()
     read.optimizer = None  # as in generation, which does not mind which it was
     load_tables(tmp_path, read)
-    assert torch.equal(read.shard.rows.weight, written.shard.rows.weight)
+    assert torch.equal(read.store.rows.weight, written.store.rows.weight)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])

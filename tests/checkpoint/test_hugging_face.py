@@ -13,8 +13,6 @@ from distributed_harness import run_ranks
 from hugging_face_models import CPU, VOCAB, random_models, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from overtok_megatron.interchange import exporting
-from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
 from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, read_manifest
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import load_config
@@ -22,12 +20,14 @@ from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.manifest import read_manifest as read_set
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.inference.loading import load_trained
+from overtok_megatron.interchange import exporting
+from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
+from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.resuming import load_weights
+from overtok_megatron.training.saving import Saver
 
 FAMILIES = ("olmo2", "llama", "olmo3", "olmoe")
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.ngram import row_store as table_module
-from overtok_megatron.ngram.row_store import TableShard
+from overtok_megatron.ngram.row_store import RowStore
 
 
 class Largest(TorchDispatchMode):
@@ -26,8 +26,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def shard_with(changed: torch.Tensor, rows: int) -> TableShard:
-    shard = TableShard(5, 5 + rows, 4, std=0.02, seed=1, device=torch.device("cpu"))
+def shard_with(changed: torch.Tensor, rows: int) -> RowStore:
+    shard = RowStore(5, 5 + rows, 4, std=0.02, seed=1, device=torch.device("cpu"))
     shard.flags[changed] = table_module.CHANGED
     return shard
 

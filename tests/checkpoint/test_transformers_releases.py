@@ -15,16 +15,16 @@ import transformers
 from hugging_face_models import CPU, over_encoded_run, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from overtok_megatron.interchange import exporting
-from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
-from overtok_megatron.interchange.passage import PASSAGE
-from overtok_megatron.interchange.rotary_form import release_4_values
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.cli import main
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.inference.loading import load_trained
+from overtok_megatron.interchange import exporting
+from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
+from overtok_megatron.interchange.logits_check import our_logits
+from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.rotary_form import release_4_values
 
 LINEAR = {"type": "linear", "factor": 2.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0}

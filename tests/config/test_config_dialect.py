@@ -12,10 +12,10 @@ from overtok_megatron.config.collisions import TOO_CLOSE, collision_problem
 from overtok_megatron.config.counts import bytes_per_rank
 from overtok_megatron.config.deepspeed_config import derive
 from overtok_megatron.config.loading import load_config, parse_resolved, save_resolved
-from overtok_megatron.planning.config_report import describe
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.errors import ConfigError
+from overtok_megatron.planning.config_report import describe
 
 RUN = """\
 model: {vocab_size: 1000, hidden_size: 48, intermediate_size: 96, num_layers: 2, num_attention_heads: 4}

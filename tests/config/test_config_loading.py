@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overtok_megatron.config.loading import load_config, parse_resolved, save_resolved
-from overtok_megatron.planning.config_report import describe
 from overtok_megatron.errors import ConfigError, OutputError
+from overtok_megatron.planning.config_report import describe
 
 MINIMAL = """
 model:

@@ -23,8 +23,8 @@ from overtok_megatron.config.derived import accumulation_steps, train_iters
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import OvertokError
 
 SEED = 20250711

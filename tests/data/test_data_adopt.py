@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from overtok_megatron.cli import main
+from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.preparing.adopt import adopt
 from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import DataError
 
 DOCUMENTS = [[[5, 6], [7]], [[8, 9, 10, 100]], [[11], [12], [13, 14]]]  # sequences of each

@@ -6,9 +6,9 @@ import pytest
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.data.indexed import IndexedWriter
+from overtok_megatron.data.run_data import open_run_data
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import DataError
 
 BASE = Path(__file__).parent.parent.parent / "configs" / "quickstart_baseline.yaml"

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overtok_megatron.data.preparing import compression
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.data.preparing.inputs import expand
 from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
 from overtok_megatron.data.preparing.sources import Position, ReadOptions, documents, read_chunks, read_documents
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import DataError
 
 TEXTS = [f'document {number} — naïve\n"quoted" {"x" * (number % 7)}' for number in range(1000)]

@@ -11,10 +11,10 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 
 from overtok_megatron.cli import main
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.sotu import sotu_files
-from overtok_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from overtok_megatron.data.tokenizers.loading import infer_kind, load_tokenizer
 from overtok_megatron.errors import DataError
 

@@ -11,11 +11,11 @@ import tokenizers
 
 from overtok_megatron.cli import main
 from overtok_megatron.data.preparing import encoding
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from overtok_megatron.data.preparing.inputs import expand, find_inputs
 from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
 from overtok_megatron.data.preparing.sources import ReadOptions
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
+from overtok_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from overtok_megatron.data.tokenizers.loading import infer_kind
 from overtok_megatron.errors import DataError
 

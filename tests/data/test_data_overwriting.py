@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from overtok_megatron.cli import main
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import OutputError
 
 BYTES = ["--tokenizer", "bytes", "--workers", "1"]

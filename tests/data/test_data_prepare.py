@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.preparing.inputs import expand
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import DataError
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.preparing.journal import Journal
 from overtok_megatron.data.preparing.prepare import SPLIT, Plan, prepare_sets
 from overtok_megatron.data.preparing.sources import ReadOptions
+from overtok_megatron.data.sotu import sotu_files
+from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import DataError
 
 READING = ReadOptions(separator="\n\n")

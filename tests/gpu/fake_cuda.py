@@ -14,8 +14,8 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.model.assembly import build_layers
-from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.model.transformer import Transformer
+from overtok_megatron.ngram.building import build_tables
 
 CUDA = torch.device("cuda", 0)
 TABLES = {

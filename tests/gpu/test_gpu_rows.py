@@ -8,13 +8,13 @@ from gpu_checks.row_checks import CHECKS
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.ngram.sharded_tables import ShardedTables
-from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.exchange import FlatExchange
+from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace
-from overtok_megatron.ngram.row_store import TableShard
+from overtok_megatron.ngram.row_store import RowStore
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda", 0)
@@ -31,7 +31,7 @@ def trained(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The rows [m, w] after some steps on made tokens."""
     space = RowSpace(3, 2, 5003, 32)
     kernels = choose_kernels("auto", device).rows
-    shard = TableShard(0, space.total_rows, 32, std=0.02, seed=1, device=device, dtype=dtype, kernels=kernels)
+    shard = RowStore(0, space.total_rows, 32, std=0.02, seed=1, device=device, dtype=dtype, kernels=kernels)
     optimizer = RowOptimizer(
         "rowwise_adagrad",
         shard.rows,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from overtok_megatron.interchange.tokenizer_files import from_sentencepiece
 from overtok_megatron.data.sotu import sotu_files
-from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
+from overtok_megatron.interchange.tokenizer_files import from_sentencepiece
 
 KINDS = ("sentencepiece", "hugging_face")
 FILES = {"sentencepiece": "tokenizer.model", "hugging_face": "tokenizer.json"}

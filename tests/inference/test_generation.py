@@ -12,8 +12,8 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import InputError
 from overtok_megatron.inference.generation import Decoder, Sampling, choose, generate, generate_tokens, pad_left
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.building import build_tables
 
 VOCAB = 61
 CPU = torch.device("cpu")

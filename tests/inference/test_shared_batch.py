@@ -7,10 +7,9 @@ import torch
 from test_generation import full_logits
 from test_generation import trained as trained  # a fixture, plain and over-encoded
 
-from overtok_megatron.inference import continuous_batch
+from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.generation import Decoder
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.inference.continuous_batch import ContinuousBatch
 
 VOCAB, CONTEXT = 61, 40
 

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, decoders, models
 from trained_runs import TrainedRuns
 
 from overtok_megatron.data.sotu import sotu_files
-from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference.stream import TextStream, continuation, token_text
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.row_store import TableShard
+from overtok_megatron.ngram.building import build_tables
+from overtok_megatron.ngram.row_store import RowStore
 
 CPU = torch.device("cpu")
 
@@ -80,10 +80,10 @@ def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, A
         assert counts.tables == needed.table_rows == needed.table_state == 0
         return
     tables = build_tables(config, built.embedding.over_encoding, 0, device=CPU)
-    assert counts.tables == tables.shard.rows.weight.numel() == counts.total - counts.dense
-    assert isinstance(tables.shard, TableShard)
+    assert counts.tables == tables.store.rows.weight.numel() == counts.total - counts.dense
+    assert isinstance(tables.store, RowStore)
     assert tables.optimizer is not None
-    assert needed.table_rows == sum(column.nbytes for column in tables.shard.columns().values())
+    assert needed.table_rows == sum(column.nbytes for column in tables.store.columns().values())
     assert needed.table_state == sum(state.nbytes for state in tables.optimizer.state.values())
 
 

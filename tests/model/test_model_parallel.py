@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from overtok_megatron.config.counts import bytes_per_rank
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.model.assembly import build_transformer
+from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.splits import named_generator, shard_of
 
@@ -86,7 +86,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
         "logits": logits,
         "objective": objective.item(),
         "cross_entropy": cross_entropy.item(),
-        "table_rows": None if tables is None else tables.shard.rows.weight,
+        "table_rows": None if tables is None else tables.store.rows.weight,
         "table_square": None if tables is None else tables.collect(1.0).item(),
         "printed": str(model),
     }

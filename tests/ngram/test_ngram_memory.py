@@ -5,13 +5,13 @@ import torch
 from distributed_harness import run_ranks
 
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.ngram.sharded_tables import ShardedTables
-from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.exchange import FlatExchange
+from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace
-from overtok_megatron.ngram.row_store import TableShard
+from overtok_megatron.ngram.row_store import RowStore
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.training.metrics import peak_memory
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def peak_of(power: int, most: int) -> tuple[int, int]:
     torch.set_num_threads(1)
     space = RowSpace(3, 2, 2**power, WIDTH)
     kernels = choose_kernels("auto", CPU).rows
-    shard = TableShard(0, space.total_rows, WIDTH, std=0.02, seed=0, device=CPU, dtype=torch.bfloat16, kernels=kernels)
+    shard = RowStore(0, space.total_rows, WIDTH, std=0.02, seed=0, device=CPU, dtype=torch.bfloat16, kernels=kernels)
     optimizer = RowOptimizer(
         "rowwise_adagrad", shard.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32,
         kernels=kernels,

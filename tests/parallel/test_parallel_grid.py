@@ -19,11 +19,11 @@ sizes = st.integers(1, 4)
 def test_model_is_innermost_and_pipe_outermost() -> None:
     shape = GridShape(pipe=2, data=3, tensor=4)
     assert shape.world_size == 24
-    assert shape.coordinates(0) == {"pipe": 0, "data": 0, "context": 0, "model": 0}
-    assert shape.coordinates(1) == {"pipe": 0, "data": 0, "context": 0, "model": 1}
-    assert shape.coordinates(4) == {"pipe": 0, "data": 1, "context": 0, "model": 0}
-    assert shape.coordinates(12) == {"pipe": 1, "data": 0, "context": 0, "model": 0}
-    assert shape.ranks_along(6, "model") == [4, 5, 6, 7]
+    assert shape.coordinates(0) == {"pipe": 0, "data": 0, "context": 0, "tensor": 0}
+    assert shape.coordinates(1) == {"pipe": 0, "data": 0, "context": 0, "tensor": 1}
+    assert shape.coordinates(4) == {"pipe": 0, "data": 1, "context": 0, "tensor": 0}
+    assert shape.coordinates(12) == {"pipe": 1, "data": 0, "context": 0, "tensor": 0}
+    assert shape.ranks_along(6, "tensor") == [4, 5, 6, 7]
     assert shape.ranks_along(6, "data") == [2, 6, 10]
     assert shape.ranks_along(6, "pipe") == [6, 18]
     assert shape.ranks_along(6, "pipe", "data") == [2, 6, 10, 14, 18, 22]
@@ -31,7 +31,7 @@ def test_model_is_innermost_and_pipe_outermost() -> None:
 
 def test_context_lies_between_data_and_model() -> None:
     shape = GridShape(data=2, context=3, tensor=2)
-    assert shape.coordinates(9) == {"pipe": 0, "data": 1, "context": 1, "model": 1}
+    assert shape.coordinates(9) == {"pipe": 0, "data": 1, "context": 1, "tensor": 1}
     assert shape.ranks_along(9, "context") == [7, 9, 11]
     assert shape.ranks_along(9, "data", "context") == [1, 3, 5, 7, 9, 11]
 
@@ -42,15 +42,15 @@ def test_the_ends_of_a_pipeline() -> None:
     assert GridShape(data=2).pipe_ends([0]) == [0]
 
 
-@given(pipe=sizes, data=sizes, context=sizes, model=sizes)
-def test_coordinates_are_inverted_by_rank_at(pipe: int, data: int, context: int, model: int) -> None:
-    shape = GridShape(pipe=pipe, data=data, context=context, tensor=model)
+@given(pipe=sizes, data=sizes, context=sizes, tensor=sizes)
+def test_coordinates_are_inverted_by_rank_at(pipe: int, data: int, context: int, tensor: int) -> None:
+    shape = GridShape(pipe=pipe, data=data, context=context, tensor=tensor)
     assert [shape.rank_at(shape.coordinates(rank)) for rank in range(shape.world_size)] == list(range(shape.world_size))
 
 
-@given(pipe=sizes, data=sizes, context=sizes, model=sizes, axes=st.sets(st.sampled_from(AXES), min_size=1))
-def test_groups_part_the_world(pipe: int, data: int, context: int, model: int, axes: Any) -> None:
-    shape = GridShape(pipe=pipe, data=data, context=context, tensor=model)
+@given(pipe=sizes, data=sizes, context=sizes, tensor=sizes, axes=st.sets(st.sampled_from(AXES), min_size=1))
+def test_groups_part_the_world(pipe: int, data: int, context: int, tensor: int, axes: Any) -> None:
+    shape = GridShape(pipe=pipe, data=data, context=context, tensor=tensor)
     groups = shape.all_groups(*axes)
     assert sorted(rank for group in groups for rank in group) == list(range(shape.world_size))
     assert {len(group) for group in groups} == {math.prod(shape.size(axis) for axis in axes)}
@@ -132,11 +132,11 @@ def test_groups_of_real_processes() -> None:
     ]
     for rank, facts in enumerate(run_ranks(4, _grid_facts, shapes)):
         for shape, found in zip(shapes, facts, strict=True):
-            model, data = shape.ranks_along(rank, "model"), shape.ranks_along(rank, "data", "context")
-            assert found["tensor"] == _wanted(shape, rank, "model"), (rank, shape)
+            model, data = shape.ranks_along(rank, "tensor"), shape.ranks_along(rank, "data", "context")
+            assert found["tensor"] == _wanted(shape, rank, "tensor"), (rank, shape)
             assert found["context"] == _wanted(shape, rank, "context"), (rank, shape)
             assert found["data"] == _wanted(shape, rank, "data", "context"), (rank, shape)
-            assert found["whole model"] == _wanted(shape, rank, "pipe", "model"), (rank, shape)
+            assert found["whole model"] == _wanted(shape, rank, "pipe", "tensor"), (rank, shape)
             assert found["table"] == [0, 1, 2, 3]
             assert found["mpu"] == (model.index(rank), len(model), model, data.index(rank), len(data), data)
             assert found["aliases"] == found["mpu"][:3]

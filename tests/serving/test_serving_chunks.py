@@ -13,9 +13,9 @@ from test_generation import trained as kind_of_model  # a fixture: windows, expe
 from test_serving_hostile import Endless
 from trained_runs import CONTEXT, TrainedRuns
 
+from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
-from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.serving import scheduler as engine_module
 from overtok_megatron.serving.scheduler import BatchScheduler, SequenceRequest, TokenDelta
 

@@ -16,11 +16,11 @@ from running import Running, running
 from trained_runs import TrainedRuns
 
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
+from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.generation import Sampling
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.serving import server as server_module
-from overtok_megatron.serving.scheduler import BusyError, BatchScheduler, SequenceRequest, TokenDelta
+from overtok_megatron.serving.scheduler import BatchScheduler, BusyError, SequenceRequest, TokenDelta
 
 JSON = {"content-type": "application/json"}
 GOOD = {"model": "tiny", "prompt": "The people", "max_tokens": 4}
@@ -288,7 +288,9 @@ def test_who_gave_up_waiting_holds_no_place(slow: TrainedModel) -> None:
 
     def job(name: str, seconds: float = 60.0) -> SequenceRequest:
         deadline = time.monotonic() + seconds
-        return SequenceRequest([5, 6], 30, Sampling(30), [], None, False, deadline, lambda piece: pieces.append((name, piece)))
+        return SequenceRequest(
+            [5, 6], 30, Sampling(30), [], None, False, deadline, lambda piece: pieces.append((name, piece))
+        )
 
     with BatchScheduler(slow, places=1, max_waiting=1, prefill_chunk=8) as engine:
         first, second = job("first"), job("second")

@@ -11,18 +11,18 @@ import yaml
 from hugging_face_models import over_encoded_run
 from prefixed_tokenizers import save_prefixed
 
-from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
 from overtok_megatron.cli import main
 from overtok_megatron.commands.runs import _where_it_lies
 from overtok_megatron.config.loading import load_config, save_resolved
 from overtok_megatron.config.run_places import run_of
+from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.data.tokenizers.kept import keep_tokenizer
-from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import load_trained
+from overtok_megatron.interchange.passage import PASSAGE
 
 TOKENIZER, SET = "data/tokenizer.model", "data/held"
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import Workspace, kill_session, losses, ranks_of, records, wait_for
 
 from overtok_megatron.cli import main
-from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 
 STEPS = 40  # enough to be stopped on the way

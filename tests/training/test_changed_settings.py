@@ -15,8 +15,8 @@ from overtok_megatron.checkpoint.weights_only import StartingPoint, starting_poi
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.saving import Saver
 
 CPU = torch.device("cpu")
 SAVED_AT = 2

@@ -61,7 +61,7 @@ def train_grown(folder: Path, config: RunConfig) -> tuple[list[float], list[floa
         if step + 1 < STEPS:
             trainer.prefetch(parts[step + 1])
         results.append(trainer.step(part, 3e-3))
-    space, shard = tables.ngram_hash.space, tables.shard
+    space, shard = tables.ngram_hash.space, tables.store
     trained = space.trained_at(torch.arange(shard.start, shard.stop))
     assert 0 < int(trained.sum()) < len(trained)
     for name, column in tables.columns().items():

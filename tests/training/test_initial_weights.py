@@ -30,9 +30,9 @@ from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.trainer import Trainer
-from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.resuming import load_weights
+from overtok_megatron.training.saving import Saver
+from overtok_megatron.training.trainer import Trainer
 
 ADAM = {"optimizer": "adam"}
 HALF = {"precision": "bf16"}
@@ -108,7 +108,7 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
                 same &= master is None or torch.equal(master, dense[name])
                 same &= torch.equal(state[name].float(), given)
         assert trainer.tables is not None
-        shard = trainer.tables.shard
+        shard = trainer.tables.store
         same &= torch.equal(shard.rows.weight, rows[shard.start : shard.stop]) and trainer.tables.num_touched() == 0
         batch = own_tokens(trainer, stream()[0])
         both = batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:]

@@ -16,8 +16,8 @@ from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
 from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.saving import Saver
 
 SAVED_AT, END = 3, 7
 ADAM = {"optimizer": "adam", "added": [{"orders": [4, 2], "table_rows": 31}]}  # whose state must come along

@@ -127,7 +127,7 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
                 [step.grad_norm for step in steps],
                 validation,
                 dense,
-                trainer.tables.shard.rows.weight.clone(),
+                trainer.tables.store.rows.weight.clone(),
             )
         )
     return results

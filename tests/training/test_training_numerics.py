@@ -75,7 +75,7 @@ def train_cases(cases: list[Case]) -> list[Result]:
             norms.append(result.grad_norm)
         assert trainer.tables is not None
         dense = {name: weight.clone() for name, weight in trainer.dense_state().items()}
-        results.append((losses, dense, trainer.tables.shard.rows.weight.clone(), norms))
+        results.append((losses, dense, trainer.tables.store.rows.weight.clone(), norms))
     return results
 
 

@@ -19,12 +19,12 @@ from trained_runs import configuration as tiny_run
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, file_digest
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError, DataError
-from overtok_megatron.training import trainer, saving, resuming
+from overtok_megatron.training import saving, trainer
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
+from overtok_megatron.training.resuming import load_state
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
-from overtok_megatron.training.resuming import load_state
 
 CPU = torch.device("cpu")
 
@@ -96,7 +96,7 @@ def resume_case(case: Case, folder: Path) -> Resumed:
     resumed = losses[:2] + run(fresh, range(2, STEPS))
     assert whole.tables is not None
     assert fresh.tables is not None
-    same = torch.equal(whole.tables.shard.rows.weight, fresh.tables.shard.rows.weight)
+    same = torch.equal(whole.tables.store.rows.weight, fresh.tables.store.rows.weight)
     dense = fresh.dense_state()
     same &= all(torch.equal(weight, dense[name]) for name, weight in whole.dense_state().items())
     return Resumed(losses, resumed, same, hashed)

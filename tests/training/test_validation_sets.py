@@ -10,14 +10,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from trained_runs import CONTEXT, TrainedRuns, configuration
 
-from overtok_megatron.interchange.model_card import reported_losses
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.loss_metrics import validation_losses
+from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.interchange.model_card import reported_losses
 from overtok_megatron.parallel.devices import CPU
 
 FIGURES = ("loss", "perplexity", "bits_per_byte")
@@ -50,9 +50,7 @@ def train(folder: Path, scratch: Path, cases: dict[str, dict[str, Any]], steps: 
 
     for name, parallel in cases.items():
         (scratch / name).mkdir(exist_ok=True)
-        assert Trainer(
-            config_of(folder, scratch / name, parallel, validation, steps), device=CPU, num_threads=1
-        ).run()
+        assert Trainer(config_of(folder, scratch / name, parallel, validation, steps), device=CPU, num_threads=1).run()
 
 
 def tiny_set(folder: Path, scratch: Path) -> IndexedDataset:

@@ -70,10 +70,10 @@ def _made(
 def _ours(head: OutputHead, hidden: Tensor, targets: Tensor) -> list[Tensor]:
     """Mean loss and its gradients by hidden states, norm and weight."""
     leaf = hidden.clone().requires_grad_()
-    objective, cross_entropy = head.loss(leaf, targets)
+    result = head.losses(leaf, targets)
     scored = (targets >= 0).sum()
-    gradients = torch.autograd.grad(objective / scored, [leaf, head.norm.weight, head.output.weight])
-    return [cross_entropy / scored, *gradients]
+    gradients = torch.autograd.grad(result.objective / scored, [leaf, head.norm.weight, head.output.weight])
+    return [result.main_loss / scored, *gradients]
 
 
 def _by_torch(head: OutputHead, hidden: Tensor, targets: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from overtok_megatron.data.preparing.account import LeftOut
 from overtok_megatron.data.indexed import check_length
+from overtok_megatron.data.preparing.account import LeftOut
 from overtok_megatron.data.preparing.sources import CHUNK_BYTES, Chunk, ReadOptions, lacks_separator, located_documents
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import DataError
@@ -146,7 +146,9 @@ def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         yield batch
 
 
-def encode_all(encoder: DocumentEncoder, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[list[Chunk], EncodedBatch]]:
+def encode_all(
+    encoder: DocumentEncoder, chunks: Iterable[Chunk], workers: int
+) -> Iterator[tuple[list[Chunk], EncodedBatch]]:
     """Every batch with what `encoder` makes of it, in order; with more than one worker by processes.
 
     Raises DataError as the encoder and the chunks do, and where a worker ends by itself.

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from overtok_megatron.data.manifest import dataset_paths, read_manifest
 from overtok_megatron.data.preparing.account import LeftOut
 from overtok_megatron.data.preparing.compression import SUFFIXES, blocks
-from overtok_megatron.data.manifest import dataset_paths, read_manifest
 from overtok_megatron.data.preparing.sources import KINDS, ReadOptions, kind_by_name
 from overtok_megatron.errors import DataError, OutputError
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
 from overtok_megatron.data.preparing.account import Account, LeftOut
 from overtok_megatron.data.preparing.encoding import DocumentEncoder, encode_all
 from overtok_megatron.data.preparing.journal import Journal
-from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
 from overtok_megatron.data.preparing.ownership import abandoned_paths, journal_path, refuse_outputs
 from overtok_megatron.data.preparing.partial import Counts, PartialSet
 from overtok_megatron.data.preparing.sources import Chunk, Position, ReadOptions, read_chunks
@@ -65,7 +65,9 @@ def prepare(
     separator: str | None = None,
 ) -> DatasetManifest:
     """Tokenize `files` into the one dataset `prefix`, in this process: `prepare_sets` with nothing to choose."""
-    return prepare_sets(files, prefix, tokenizer, Plan(ReadOptions(separator=separator)), advance).manifests[str(prefix)]
+    return prepare_sets(files, prefix, tokenizer, Plan(ReadOptions(separator=separator)), advance).manifests[
+        str(prefix)
+    ]
 
 
 def prepare_sets(

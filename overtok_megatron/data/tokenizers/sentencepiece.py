@@ -1,9 +1,5 @@
-"""Tokenizers behind one small protocol; sentencepiece models, and training them. No text yields the end-of-document token.
+"""sentencepiece models as tokenizers, and their training. No text yields the end-of-document token."""
 
-The other kinds: hugging_face_tokenizer.py and byte_tokenizer.py.
-"""
-
-import codecs
 import hashlib
 import io
 import random
@@ -11,12 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import sentencepiece
 
-from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
-from overtok_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from overtok_megatron.data.preparing.sources import ReadOptions, read_documents
 from overtok_megatron.errors import DataError, OutputError
 from overtok_megatron.files import refuse_foreign, refuse_inputs, write_atomically
@@ -26,24 +19,6 @@ _MAX_LINE_CHARACTERS = _MAX_SENTENCE_BYTES // 4  # so longer lines are cut: a ch
 _SENTENCES = 100_000  # sampled for training a tokenizer: more changes a vocabulary of this size little, and costs time
 _DENORMALIZER = 5  # field of a sentencepiece model
 _SPACE_MARK = "\u2581"  # sentencepiece's own sign for a space: as text it would come back as one
-
-
-class Tokenizer(Protocol):
-    """vocab_size V; eod_id ends a document; encode never yields it; fingerprint is the SHA-256 of the model file.
-
-    threads: of encode_batch, -1 = one a core, where the library lets it be chosen.
-    undecided: whether what the tokens up to this one spell may change with those that follow, beyond bytes that become a
-    character. Where it may not, tokens behind a text that has begun spell the same whatever that text is.
-    """
-
-    vocab_size: int
-    eod_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]: ...
-    def decode(self, tokens: list[int]) -> str: ...
-    def undecided(self, token: int) -> bool: ...
-    def fingerprint(self) -> str: ...
 
 
 class SentencePieceTokenizer:
@@ -131,32 +106,6 @@ def _varint(content: bytes, place: int) -> tuple[int, int]:
         value |= (content[place] & 127) << shift
         place, shift = place + 1, shift + 7
     return value | content[place] << shift, place + 1
-
-
-def load_tokenizer(kind: str, path: str | Path | None, eod_token: str | None = None) -> Tokenizer:
-    """The tokenizer of a `tokenizer` section; path None for kind bytes, which has no file.
-
-    Raises DataError where the file is missing or of another kind, or has no such end-of-document token.
-    """
-    if kind == "bytes":
-        return ByteTokenizer()
-    assert path is not None
-    if kind == "hugging_face":
-        return HuggingFaceTokenizer(Path(path), eod_token)
-    return SentencePieceTokenizer(Path(path), eod_token)
-
-
-def infer_kind(path: Path) -> str:
-    """The kind of a tokenizer file by its look: JSON, or a folder with tokenizer.json, is Hugging Face's."""
-    if path.is_dir():
-        return "hugging_face"
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError:
-        return "sentencepiece"  # loading it says what is wrong
-    marked = head.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return "hugging_face" if marked or head.lstrip().startswith(b"{") else "sentencepiece"
 
 
 def train_sentencepiece(

@@ -15,32 +15,39 @@ Every hook runs once a step on every rank after the last backward, so the gradie
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overtok_megatron.ngram.sharded_tables import RowGradients
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import is_pipeline_replica, shard_of
 
 
+@dataclass(frozen=True)
+class StepNorms:
+    """Gradient norms of a step before clipping, over dense parameters and tables together and of the tables alone; the factor
+    that clips; and the reduced row gradients, which are not clipped yet (None without tables)."""
+
+    joint: float
+    tables: float
+    clip_factor: float
+    rows: RowGradients | None
+
+
 class JointNorm:
-    """Joins the tables' squared norm to DeepSpeed's dense norm.
+    """Joins the tables' squared norm to DeepSpeed's dense norm. max_norm: 0 = measure but do not clip."""
 
-    table_square: collective, returns the tables' sum of squared gradients as a float64 scalar; called once a step.
-    max_norm: 0 = measure but do not clip.
-    """
-
-    def __init__(
-        self, engine: Any, grid: ProcessGrid, max_norm: float, table_square: Callable[[], Tensor] | None
-    ) -> None:
+    def __init__(self, engine: Any, grid: ProcessGrid, max_norm: float) -> None:
         self.engine = engine
         self.grid = grid
         self.max_norm = max_norm
-        self._table_square = table_square
-        self._square: Tensor | None = None
+        self._reduce_rows: Callable[[], RowGradients | None] | None = None
+        self._rows: RowGradients | None = None
         self._own_norm: float | None = None
         self._install()
 
@@ -54,22 +61,29 @@ class JointNorm:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
-    def finish(self) -> tuple[float, float, float]:
-        """After the engine's step: (joint norm, tables' norm, clip factor for the tables)."""
+    def begin_step(self, reduce_rows: Callable[[], RowGradients | None]) -> None:
+        """Before the forward passes of a step. reduce_rows: sends row gradients to their owners, all ranks together; it is
+        called once, after the last backward pass, when DeepSpeed computes its norm. None = there are no tables."""
+        self._reduce_rows, self._rows, self._own_norm = reduce_rows, None, None
+
+    def finish_step(self) -> StepNorms:
+        """After DeepSpeed's step."""
         square = float(self._tables())
         norm = self._own_norm if self._clips_itself else self.engine.get_global_grad_norm()
         assert norm is not None
-        self._square = self._own_norm = None
-        return float(norm), math.sqrt(square), self._factor(float(norm))
+        rows, self._rows = self._rows, None
+        return StepNorms(float(norm), math.sqrt(square), self._factor(float(norm)), rows)
 
     def _factor(self, norm: float) -> float:
         return self.max_norm / (norm + 1e-6) if 0 < self.max_norm < norm + 1e-6 else 1.0
 
     def _tables(self) -> Tensor:
-        if self._square is None:
-            zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-            self._square = zero if self._table_square is None else self._table_square()
-        return self._square
+        """The tables' sum of squared gradients, float64 scalar. The first call of a step sends the row gradients out."""
+        if self._reduce_rows is not None:
+            self._rows, self._reduce_rows = self._reduce_rows(), None
+        return (
+            torch.zeros((), dtype=torch.float64, device=self.engine.device) if self._rows is None else self._rows.square
+        )
 
     def _install(self) -> None:
         optimizer = self.engine.optimizer

@@ -7,7 +7,7 @@ import contextlib
 import io
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -17,8 +17,33 @@ from torch import Tensor, nn
 from overtok_megatron.model.block import run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.transformer import Layers
+from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import mark_pipeline_replica
+
+
+class MicroBatch(NamedTuple):
+    """What a rank handles of one micro-batch: of the input tokens `whole` int64 [b, s] its context-parallel slice `inputs`
+    and their targets int64 [b, s / ranks], and the rows that it fetched for them (None where it looks nothing up)."""
+
+    whole: Tensor
+    inputs: Tensor
+    fetched: FetchedRows | None
+    targets: Tensor
+
+
+class StageResults(NamedTuple):
+    """What a rank's stage found, one entry per micro-batch: summed cross entropies, on the last stage only, and router
+    statistics [blocks of this stage, F], with experts only."""
+
+    losses: list[Tensor]
+    router_stats: list[Tensor]
+
+    def add(self, loss: Tensor | None, stats: Tensor | None) -> None:
+        if loss is not None:
+            self.losses.append(loss)
+        if stats is not None:
+            self.router_stats.append(stats)
 
 
 class _Attached(torch.autograd.Function):
@@ -37,7 +62,7 @@ class _Attached(torch.autograd.Function):
 
 
 class PipelineStage(PipelineModule):
-    """This rank's stage. Input of the first: (tokens [b, s], slots [b, s, T]) int64; between stages hidden [b, s, d].
+    """This rank's stage. Input of the first: tokens int64 [b, s]; between stages hidden [b, s, d].
 
     Parameters are called as in `Transformer`, whatever the stage, so that nothing that goes by names (checkpoints, the
     optimizer's groups) knows of pipelines. The last stage's output is the mean objective of a micro-batch. Losses of
@@ -55,7 +80,7 @@ class PipelineStage(PipelineModule):
         *,
         tied: bool,
         z_loss: float,
-        micro_batches: int,
+        num_micro_batches: int,
         sequence_parallel: bool,
         eod_id: int | None = None,
     ) -> None:
@@ -67,10 +92,11 @@ class PipelineStage(PipelineModule):
         self._place = grid
         self._tied = tied
         self._z_loss = z_loss
-        self._micro_batches = micro_batches
+        self._num_micro_batches = num_micro_batches
         self._sequence_parallel = sequence_parallel
-        self._document_end = eod_id
-        self._expected: deque[tuple[Tensor, Tensor]] = deque()
+        self._eod_id = eod_id
+        self._expected: deque[MicroBatch] = deque()
+        self._results = StageResults([], [])
         shape = grid.shape
         topology = PipeModelDataParallelTopology(
             num_pp=shape.pipe, num_mp=shape.tensor, num_dp=shape.data * shape.context
@@ -109,14 +135,10 @@ class PipelineStage(PipelineModule):
         """What the engine sums over the ends; not registered a second time, which would change its name."""
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
-    def expect(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """(tokens of whole sequences [b, s], this rank's targets [b, s / ranks]) int64 of the micro-batches to come.
-
-        Every stage runs them in order.
-        """
-        self._expected = deque(micro_batches)
-        self._scored: list[Tensor] = []
-        self._routed: list[Tensor] = []
+    def expect(self, batches: Sequence[MicroBatch]) -> None:
+        """Name the micro-batches to come; every stage runs them in order."""
+        self._expected = deque(batches)
+        self._results = StageResults([], [])
 
     def forward(self, x: Any) -> Tensor:
         """This stage's layers on what the engine hands over; the loss on the last.
@@ -124,34 +146,27 @@ class PipelineStage(PipelineModule):
         The loss is a part of the forward pass, not DeepSpeed's `loss_fn` behind it: with bf16 the engine clears gradients
         when backward reaches the module's output, and what ran behind it would lose its own.
         """
-        whole, targets = self._expected.popleft()
-        documents = None if self._document_end is None else document_ids(whole, self._document_end)
+        batch = self._expected.popleft()
+        documents = None if self._eod_id is None else document_ids(batch.whole, self._eod_id)
         if self._place.is_first_stage:
             assert self.embedding is not None
-            x = self.embedding(*x)
+            x = self.embedding(x, batch.fetched)
         tokens = x.shape[0] * x.shape[1]
         hidden, routing = run_blocks(self.blocks.values(), x, documents=documents)
-        router_loss, figures = (None, None) if routing is None else routing
-        if figures is not None:
-            self._routed.append(figures)
         if self.head is None:
-            if router_loss is None:
+            self._results.add(None, None if routing is None else routing.stats)
+            if routing is None:
                 return hidden
             slices = self._place.shape.tensor if self._sequence_parallel else 1
-            attached: Tensor = _Attached.apply(hidden, router_loss, 1.0 / (tokens * slices * self._micro_batches))
+            attached: Tensor = _Attached.apply(hidden, routing.loss, 1.0 / (tokens * slices * self._num_micro_batches))
             return attached
         z_loss = self._z_loss if self.training else 0.0
-        objective, cross_entropy = self.head.loss(hidden, targets, z_loss, router_loss)
-        self._scored.append(cross_entropy)
-        return objective / targets.numel()
+        result = self.head.losses(hidden, batch.targets, z_loss, routing)
+        self._results.add(result.main_loss, result.router_stats)
+        return result.objective / batch.targets.numel()
 
-    def take_scored(self) -> list[Tensor]:
-        """The summed cross entropies since expect(); empty on all stages but the last."""
+    def take_results(self) -> StageResults:
+        """What the micro-batches since expect() gave."""
         assert not self._expected, "micro-batches that never arrived"
-        scored, self._scored = self._scored, []
-        return scored
-
-    def take_routed(self) -> list[Tensor]:
-        """The figures [blocks of this stage, F] of each micro-batch's routers since expect(); empty without experts."""
-        routed, self._routed = self._routed, []
-        return routed
+        results, self._results = self._results, StageResults([], [])
+        return results

@@ -42,4 +42,4 @@ class DeepSpeedTopology:
         return self._grid.shape.ranks_along(self._grid.rank, "data", "context")
 
     def get_tensor_model_parallel_src_rank(self) -> int:
-        return self._grid.shape.ranks_along(self._grid.rank, "model")[0]
+        return self._grid.shape.ranks_along(self._grid.rank, "tensor")[0]
