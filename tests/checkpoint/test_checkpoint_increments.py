@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint_tables import columns, make_tables
 from torch import Tensor
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables, merged_rows, write_rows
 from overtok_megatron.ngram.embedding import OverTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
+from support.over_tables import columns, make_tables
 
 
 def change(tables: OverTables, rows: list[int], seed: int) -> None:

@@ -15,9 +15,6 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from prefixed_tokenizers import save_prefixed
-from reference import hugging_face_model, hugging_face_names
-from trained_runs import CONTEXT, TrainedRuns
 from transformers import PreTrainedTokenizer
 
 from overtok_megatron.cli import main
@@ -26,6 +23,9 @@ from overtok_megatron.errors import InputError
 from overtok_megatron.evaluation import adapter
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import TrainedModel
+from support.prefixed_tokenizers import save_prefixed
+from support.reference import hugging_face_model, hugging_face_names
+from support.trained_runs import CONTEXT, TrainedRuns
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_datasets import write
-from trained_runs import CONTEXT, TrainedRuns
 
 from overtok_megatron.cli import main
 from overtok_megatron.data.indexed import IndexedDataset
@@ -16,6 +14,8 @@ from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from overtok_megatron.evaluation import harness
 from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table, windows_at_once
+from support.dataset_factory import write_dataset
+from support.trained_runs import CONTEXT, TrainedRuns
 
 
 def last_record(run: Path) -> dict[str, float]:
@@ -61,7 +61,7 @@ def test_a_small_set_costs_its_own_tokens(
     """No window is empty, and a set shorter than a window is not padded to one; the loss is that of the plain formula."""
     trained = trained_runs.trained()
     stream = IndexedDataset(trained_runs.folder / "other").tokens(0, tokens)
-    write(tmp_path / "set", [stream.tolist()], trained.tokenizer.vocab_size, trained.tokenizer.fingerprint())
+    write_dataset(tmp_path / "set", [stream.tolist()], trained.tokenizer.vocab_size, trained.tokenizer.fingerprint())
     seen, forward = [], trained.model.forward
 
     def counted(inputs: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 from torch import Tensor, nn
 
 from overtok_megatron.config.counts import bytes_per_rank
@@ -13,6 +12,7 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.model.assembly import build_tables, build_transformer
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.sharding import named_generator, shard_of
+from support.distributed_harness import run_ranks
 
 CPU = torch.device("cpu")
 VOCAB, SEQ, EOD = 101, 10, 3

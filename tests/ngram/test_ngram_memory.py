@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from distributed_harness import run_ranks
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.ngram.embedding import OverTables, gather_rows
@@ -12,6 +11,7 @@ from overtok_megatron.ngram.optimizer import RowOptimizer
 from overtok_megatron.ngram.sizing import RowSpace
 from overtok_megatron.ngram.table import TableShard
 from overtok_megatron.training.metrics import peak_memory
+from support.distributed_harness import run_ranks
 
 CPU = torch.device("cpu")
 WIDTH = 64

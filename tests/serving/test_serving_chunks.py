@@ -7,19 +7,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from running import running
-from test_generation import full_logits
-from test_generation import trained as kind_of_model  # a fixture: windows, experts, documents, tables
-from test_serving_hostile import Endless
-from trained_runs import CONTEXT, TrainedRuns
 
 from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
 from overtok_megatron.inference.shared_batch import SharedBatch
 from overtok_megatron.serving import engine as engine_module
 from overtok_megatron.serving.engine import Engine, Job, Piece
+from support.live_server import live_server
+from support.small_models import Endless, full_logits
+from support.trained_runs import CONTEXT, TrainedRuns
 
-__all__ = ["kind_of_model"]
 CPU = torch.device("cpu")
 
 
@@ -78,17 +75,17 @@ def prompt_of(size: int, seed: int, vocabulary: int) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 1000])
-def test_any_chunk_gives_generates_tokens(kind_of_model: TrainedModel, chunk: int) -> None:
+def test_any_chunk_gives_generates_tokens(small_model: TrainedModel, chunk: int) -> None:
     """Ends of documents in the prompts, greedy and sampled, prompts' scores too; more sequences than places."""
     samplings = [Sampling(8), Sampling(8, 1.0, seed=3), Sampling(5, 0.7, top_p=0.9, seed=4)]
     asked = [
         Asked([*prompt_of(size, size, 61)], samplings[size % 3], scores=True) for size in (30, 1, 2, 25, 7, 31, 3, 16)
     ]
-    with Engine(kind_of_model, places=3, max_waiting=20, prefill_chunk=chunk) as engine:
+    with Engine(small_model, places=3, max_waiting=20, prefill_chunk=chunk) as engine:
         ended([one.submit(engine, [0]) for one in asked])
     for one in asked:
-        assert one.text() == one.expected(kind_of_model)
-        check_scores(kind_of_model, one)
+        assert one.text() == one.expected(small_model)
+        check_scores(small_model, one)
 
 
 def check_scores(trained: TrainedModel, one: Asked) -> None:
@@ -218,7 +215,7 @@ def test_tables_wherever_they_are(trained_runs: TrainedRuns, trained: TrainedMod
 
 def test_a_prompt_of_the_whole_context(trained: TrainedModel) -> None:
     """Its scores alone are wanted: no token follows."""
-    with running(trained, prefill_chunk=9) as server:
+    with live_server(trained, prefill_chunk=9) as server:
         prompt = prompt_of(CONTEXT, 5, 512)
         (choice,) = server.post(prompt=prompt, max_tokens=0, echo=True, logprobs=0).json()["choices"]
     shares = full_logits(trained, torch.tensor([prompt]))[0].log_softmax(-1)

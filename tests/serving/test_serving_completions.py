@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from running import Running, running
-from trained_runs import TrainedRuns
 
 from overtok_megatron.inference.generation import Sampling, generate, generate_texts
 from overtok_megatron.inference.loading import TrainedModel
+from support.live_server import LiveServer, live_server
+from support.trained_runs import TrainedRuns
 
 PROMPTS = ["The people", "of the United States", "Fellow-Citizens of the Senate and House", "é", "In the", "We"]
 
@@ -22,13 +22,13 @@ def trained(trained_runs: TrainedRuns) -> TrainedModel:
 
 
 @pytest.fixture(scope="module")
-def server(trained: TrainedModel) -> Iterator[Running]:
-    with running(trained) as server:
+def server(trained: TrainedModel) -> Iterator[LiveServer]:
+    with live_server(trained) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
+def client(server: LiveServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from reference import Reference
-from test_layout_matrix import BATCH, CPU, EOD, SEQ, VOCAB, Layout, configuration, own_tokens
 from torch import Tensor
 
 from overtok_megatron.checkpoint.growing import grow
@@ -19,6 +16,9 @@ from overtok_megatron.model.assembly import build_transformer, row_space
 from overtok_megatron.ngram.table import initial_rows
 from overtok_megatron.training.engine import TrainingEngine, start_processes
 from overtok_megatron.training.state import load_weights
+from support.distributed_harness import run_ranks
+from support.layouts import BATCH, CPU, EOD, SEQ, VOCAB, Layout, layout_config, own_tokens
+from support.reference import Reference
 
 STEPS = 6
 NEW = [parse_tables("orders=2-4,slices=2,rows=151"), parse_tables("order=2,rows=7")]
@@ -83,7 +83,7 @@ def test_only_new_rows_learn_and_losses_are_the_formulas(
     ranks: int, over: dict[str, Any], parallel: dict[str, Any], tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
-    config = configuration(Layout(parallel, over=DECAY | over))
+    config = layout_config(Layout(parallel, over=DECAY | over))
     grown = write_grown(tmp_path, config)
     reference = Reference(grown, EOD)
     old = row_space(config.model, config.over_encoding)

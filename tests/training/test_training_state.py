@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
-from trained_runs import TrainedRuns
-from trained_runs import configuration as tiny_run
 
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, file_digest
 from overtok_megatron.config.schema import RunConfig
@@ -24,6 +20,9 @@ from overtok_megatron.training.engine import TrainingEngine, start_processes
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.state import load_state
+from support.distributed_harness import run_ranks
+from support.formula_cases import EOD, SEQ, STEPS, Case, case_config, stream
+from support.trained_runs import TrainedRuns, tiny_run_config
 
 CPU = torch.device("cpu")
 
@@ -73,7 +72,7 @@ class Resumed:
 
 
 def resume_case(case: Case, folder: Path) -> Resumed:
-    config = configuration(case)
+    config = case_config(case)
     hashed: list[str] = []
 
     def digest(path: Path) -> Digest:
@@ -139,7 +138,7 @@ def noted_ranks(folder: Path) -> tuple[list[int], list[str]]:
     """One rank's work: whose notes were left in a save by the function that the test above looks at, and failing loads."""
     noted, leave = [], saving.leave_note
     saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
-    config = configuration(CASES[1])
+    config = case_config(CASES[1])
     trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(1, 0)
@@ -210,7 +209,7 @@ def failing_run(config: RunConfig, alone: bool) -> tuple[str, str]:
 
 
 def slow_saves(trained_runs: TrainedRuns, output: Path) -> RunConfig:
-    values = tiny_run(trained_runs.folder, "fp32").model_dump()
+    values = tiny_run_config(trained_runs.folder, "fp32").model_dump()
     values["training"] |= {"output_directory": str(output), "global_batch_size": 16, "train_iters": 5}
     values["checkpoint"] |= {"interval": 2}
     return RunConfig.model_validate(values)

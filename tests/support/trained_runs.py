@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_harness import run_ranks
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.corpus import sotu_files
@@ -13,6 +12,7 @@ from overtok_megatron.data.prepare import prepare
 from overtok_megatron.data.tokenizer import load_tokenizer, train_sentencepiece
 from overtok_megatron.inference.loading import TrainedModel, load_trained
 from overtok_megatron.model.assembly import build_transformer
+from support.distributed_harness import run_ranks
 
 VOCAB, CONTEXT = 512, 64
 PRECISIONS = ("fp32", "bf16")
@@ -29,7 +29,7 @@ class TrainedRuns:
         return load_trained(self.run(precision), torch.device("cpu"))
 
 
-def configuration(folder: Path, precision: str, *, over: bool = True) -> RunConfig:
+def tiny_run_config(folder: Path, precision: str, *, over: bool = True) -> RunConfig:
     tables = {"enabled": True, "table_rows": 40_756, "combine": "sum", "storage": "device"}
     return RunConfig.model_validate(
         {
@@ -61,7 +61,7 @@ def train(folder: Path) -> None:
     from overtok_megatron.training.loop import TrainingRun
 
     for precision in PRECISIONS:
-        config = configuration(folder, precision)
+        config = tiny_run_config(folder, precision)
         Path(config.training.output_directory).mkdir()
         assert TrainingRun(config, device=torch.device("cpu"), num_threads=1).run()
 
@@ -82,7 +82,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> TrainedRuns:
 @pytest.fixture(scope="session")
 def plain_model(trained_runs: TrainedRuns) -> TrainedModel:
     """Without tables, with random weights that are sure of what they say."""
-    config = configuration(trained_runs.folder, "fp32", over=False)
+    config = tiny_run_config(trained_runs.folder, "fp32", over=False)
     model = build_transformer(config, device=torch.device("cpu")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
