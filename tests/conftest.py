@@ -9,10 +9,11 @@ from overtok_megatron.environment import set_library_defaults
 
 set_library_defaults(os.environ)  # before torch is imported below
 
-from marker_expressions import asks_for_gpu  # noqa: E402
-from trained_runs import plain_model, trained_runs  # noqa: E402
+from support.marker_expressions import asks_for_gpu  # noqa: E402
+from support.small_models import small_model  # noqa: E402
+from support.trained_runs import plain_model, trained_runs  # noqa: E402
 
-__all__ = ["plain_model", "trained_runs"]
+__all__ = ["plain_model", "small_model", "trained_runs"]
 
 settings.register_profile("shared", deadline=None)  # a busy machine is no failure; pytest-timeout ends what hangs
 settings.load_profile("shared")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from marker_expressions import asks_for_gpu
 
 from overtok_megatron.environment import (
     ALLOCATOR,
@@ -20,6 +19,7 @@ from overtok_megatron.environment import (
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.launching.local import launcher_command
 from overtok_megatron.training.entry import prepare_environment
+from support.marker_expressions import asks_for_gpu
 
 PROBE = """
 import json, os, sys

@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "overtok_megatron"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "overtok_megatron"
 ROOMS = {
     "config": set(),
     "kernels": set(),
@@ -75,3 +76,12 @@ def test_library_reads_no_environment() -> None:
 def test_files_fit_in_a_head() -> None:
     long = {path.name: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share lies in tests/support; what a conftest.py has comes as a fixture."""
+    files = [*TESTS.rglob("*.py"), *(TESTS.parent / "tools").rglob("*.py")]
+    tests = {path.stem for path in files if path.name.startswith("test_")} | {"conftest"}
+    wrong = [f"{path.relative_to(TESTS.parent)} imports {name}" for path in files for name in imported(path)
+             if tests & set(name.split("."))]  # fmt: skip
+    assert not wrong, wrong

@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
-from one_line import fails
 
 from overtok_megatron.run_folder import COMMAND, LOCK_FILES, RANKS, RunLock, hold, reach
+from support.expect_error import expect_error
 
 # A process that does one thing to a folder, says so, and waits until it is told to end.
 HOLDER = """
@@ -58,7 +58,7 @@ def kill(pid: int) -> None:
 def refused(run: Path, process: int, work: str) -> None:
     for take in (RunLock.take, RunLock.take_for_ranks):
         words = f"{run}: in use by process {process} on {os.uname().nodename} ({work}); wait for it"
-        fails(lambda take=take: take(RunLock(run, "test")), words)  # type: ignore[misc]
+        expect_error(lambda take=take: take(RunLock(run, "test")), words)  # type: ignore[misc]
     assert not any(path.suffix == ".partial" for path in run.iterdir())
 
 
@@ -122,7 +122,7 @@ def test_a_namesake_of_a_process_above_lets_nobody_in(tmp_path: Path) -> None:
     holder = start("reshape", tmp_path)
     record = json.loads((tmp_path / COMMAND).read_text())
     (tmp_path / COMMAND).write_text(json.dumps(record | {"process": os.getppid(), "started": 60.0}))
-    fails(lambda: RunLock(tmp_path, "train").take_for_ranks(), "in use by process")
+    expect_error(lambda: RunLock(tmp_path, "train").take_for_ranks(), "in use by process")
     holder.communicate("\n")
 
 
@@ -146,7 +146,7 @@ def test_what_fails_leaves_no_folder_behind(tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.iterdir()} == LOCK_FILES | {"new"}
     assert not {path.name for path in tmp_path.iterdir()} & LOCK_FILES
     (tmp_path / "file").touch()
-    fails(lambda: RunLock(tmp_path / "file" / "run", "train").take(), "cannot be written")
+    expect_error(lambda: RunLock(tmp_path / "file" / "run", "train").take(), "cannot be written")
 
 
 def test_a_file_system_without_locks_is_said(

@@ -12,6 +12,7 @@ from overtok_megatron.errors import DataError
 from overtok_megatron.files import shown
 
 if TYPE_CHECKING:
+    from overtok_megatron.data.preparing.sources import ReadOptions
     from overtok_megatron.data.tokenizers.protocol import Tokenizer
 
 

@@ -20,6 +20,7 @@ from overtok_megatron.kernels.cpu_rows import CpuRowKernels
 from overtok_megatron.kernels.rows import RowKernels
 
 Groups = list[dict[str, Any]]
+AdamW = Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer]  # groups, rate, betas, eps
 
 
 def torch_adamw(groups: Groups, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
@@ -37,8 +38,12 @@ class Kernels:
     causal_attention: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = reference.causal_attention
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
-    adamw: Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer] = torch_adamw
+    adamw: AdamW = torch_adamw
     rows: RowKernels = RowKernels()  # noqa: RUF009  # without state
+
+    def choose_adamw(self, *, offloaded: bool) -> AdamW:
+        """AdamW of these kernels, or torch's where the optimizer's state is offloaded to the CPU: apex's knows CUDA only."""
+        return torch_adamw if offloaded else self.adamw
 
 
 def apex_parts() -> tuple[Callable[..., Tensor], Callable[..., torch.optim.Optimizer]] | None:
@@ -86,16 +91,6 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
         rms_norm=lambda x, weight, eps: norm(x, weight, (x.shape[-1],), eps),
         adamw=lambda groups, lr, betas, eps: fused_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True),
     )
-
-
-def choose_adamw(
-    choice: str, device: torch.device, *, offloaded: bool
-) -> Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer]:
-    """AdamW of the kernels of `choose_kernels`, or torch's where the optimizer's state is offloaded to the CPU.
-
-    apex's knows CUDA tensors only.
-    """
-    return torch_adamw if offloaded else choose_kernels(choice, device).adamw
 
 
 def _cuda_row_kernels() -> RowKernels:

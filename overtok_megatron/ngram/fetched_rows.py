@@ -21,8 +21,8 @@ class DistinctRows:
     """The distinct rows of a step, each once, with the buffer in which their gradients are summed.
 
     The row of slot i is row `index[i]` of `stored`, or row i without an index. plan: which rank owns which of them.
-    sorted_lookups int64 [N]: all look-ups of the step, brought together by slot (kernels.rows.Distinct); None where no gradients are wanted. dtype: of
-    what is gathered, which is the model's.
+    sorted_lookups int64 [N]: all look-ups of the step, brought together by slot (kernels.rows.Distinct); None where no
+    gradients are wanted. dtype: of what is gathered, which is the model's.
     """
 
     stored: TableRows

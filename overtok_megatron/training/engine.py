@@ -20,7 +20,7 @@ from torch import Tensor
 from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import DivergedError
-from overtok_megatron.kernels.choice import choose_kernels, torch_adamw
+from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.assembly import build_run_layers, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.building import build_tables
@@ -141,8 +141,7 @@ class TrainingEngine:
         ]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.optimizer_order = [names[id(parameter)] for parameter in [*decayed, *free]]
-        # apex's AdamW knows CUDA tensors only, and the state of an offloaded optimizer lies on the CPU
-        adamw = torch_adamw if self.config.parallel.offload_optimizer == "cpu" else self.kernels.adamw
+        adamw = self.kernels.choose_adamw(offloaded=self.config.parallel.offload_optimizer == "cpu")
         # step() sets the rate; until then it is 0, so that nothing DeepSpeed does at start moves a weight
         return adamw(groups, 0.0, settings.betas, settings.eps)
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from overtok_megatron.checkpoint import growing
 from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest, verify_checkpoint
-from overtok_megatron.checkpoint.tables import load_tables
+from overtok_megatron.checkpoint.tables import load_rows
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, write_weights
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import parse_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import build_tables, row_space, tables_over
+from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_store import RowStore
-from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.sharded_tables import TableReader
+from support.assembling import cpu_model, cpu_reader
 
 CPU = torch.device("cpu")
 EOD, VOCAB = 3, 59
@@ -45,37 +45,38 @@ def configuration(over: dict[str, Any], model: dict[str, Any], precision: str) -
 
 def write_source(run: Path, config: RunConfig) -> Path:
     """A checkpoint of a model with its initial values, none of which is zero."""
-    model, rows = build_transformer(config, device=CPU), []
+    model, rows = cpu_model(config), []
     if config.over_encoding.enabled:
-        tables = build_tables(config, model.embedding.over_encoding, EOD, device=CPU, training=False)
-        assert isinstance(tables.store, RowStore)
+        tables = cpu_reader(config, EOD)
+        assert isinstance(tables.store, RowStore)  # not a store on disk
         columns = {name: column for name, column in tables.store.columns().items() if name != "touched"}
         halves = range(0, tables.store.num_rows + 150, 150)
         rows = [(a, {name: column[a:b] for name, column in columns.items()}) for a, b in pairwise(halves)]
     return write_weights(run, config, model.named_parameters(), rows, eod_id=EOD, tokenizer_fingerprint="own")
 
 
-def read_model(run: Path) -> tuple[RunConfig, dict[str, Tensor], ShardedTables | None, Tensor]:
+def read_model(run: Path) -> tuple[RunConfig, dict[str, Tensor], TableReader | None, Tensor]:
     """Configuration, weights, tables, and logits of some lines [3, 12, V]."""
     path = find_checkpoint(run)
     manifest = verify_checkpoint(path)
     config = RunConfig.model_validate(manifest.config)
-    model = build_transformer(config, device=CPU)
+    model = cpu_model(config)
     weights = dict(read_dense_weights(path, manifest))
     model.load_state_dict(weights, strict=not config.model.tie_word_embeddings)
-    tables = slots = None
+    tables = fetched = None
     tokens = torch.randint(0, 8, (3, 12), generator=torch.Generator().manual_seed(1))
     if config.over_encoding.enabled:
-        tables = build_tables(config, model.embedding.over_encoding, EOD, device=CPU, training=False)
-        load_tables(path, tables, weights_only=True)
-        slots = tables.begin(tokens, training=False)
+        tables = cpu_reader(config, EOD)
+        assert isinstance(tables.store, RowStore)
+        load_rows(path, tables.store)
+        fetched = tables.fetch_rows(tokens)
     with torch.no_grad():
-        logits = model.logits(tokens, slots)
+        logits = model.logits(tokens, fetched)
         if config.over_encoding.enabled:  # the rows read in place give the same
             space = row_space(config.model, config.over_encoding)
             on_disk = MappedRows(path, space.total_rows, space.width, RowKernels())
-            reader = tables_over(config, model.embedding.over_encoding, EOD, on_disk, device=CPU)
-            assert torch.equal(model.logits(tokens, reader.begin(tokens, training=False)), logits)
+            reader = cpu_reader(config, EOD, on_disk)
+            assert torch.equal(model.logits(tokens, reader.fetch_rows(tokens)), logits)
     return config, weights, tables, logits
 
 
@@ -120,7 +121,7 @@ def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monk
     assert len(list((find_checkpoint(output) / "tables").iterdir())) > 3
 
 
-def _check_rows(before: RunConfig, after: RunConfig, old_tables: ShardedTables | None, tables: ShardedTables) -> None:
+def _check_rows(before: RunConfig, after: RunConfig, old_tables: TableReader | None, tables: TableReader) -> None:
     """Row by row of each table, read at its places."""
     new = row_space(after.model, after.over_encoding)
     assert isinstance(tables.store, RowStore)

@@ -7,21 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint_tables import columns, make_tables
 from torch import Tensor
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables, merged_rows, write_rows
-from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.ngram.sharded_tables import RowGradients, ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
+from support.over_tables import columns, make_tables
 
 
 def change(tables: ShardedTables, rows: list[int], seed: int) -> None:
     """One update of some rows, the way that a training step makes it."""
     where = torch.tensor(rows, dtype=torch.int64)
     grad = torch.randn(len(rows), tables.store.rows.weight.shape[1], generator=torch.Generator().manual_seed(seed))
-    tables._touched = (where, grad, 1.0)
-    tables.apply(0.1, 1.0)
+    tables.update_rows(RowGradients(where, grad, 1.0, grad.double().square().sum()), 0.1, 1.0)
 
 
 def copies(parts: list[ShardedTables]) -> dict[str, Tensor]:

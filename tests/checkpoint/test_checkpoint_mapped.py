@@ -5,14 +5,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from distributed_harness import run_ranks
-from one_line import fails
-from test_checkpoint_tables import WIDTH, make_tables, save_tables, trained_tables
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.kernels.rows import CHANGED, RowKernels
+from support.distributed_harness import run_ranks
+from support.expect_error import expect_error
+from support.over_tables import WIDTH, make_tables, save_tables, trained_tables
 
 
 def mapped(folder: Path, rows: int = 82, width: int = WIDTH) -> MappedRows:
@@ -38,20 +38,20 @@ def test_rows_on_disk_are_the_rows(
 
 
 def test_files_that_do_not_serve(tmp_path: Path) -> None:
-    fails(lambda: mapped(tmp_path), "holds 0 of 82 rows")
+    expect_error(lambda: mapped(tmp_path), "holds 0 of 82 rows")
     (tables,) = trained_tables(1)
     writer = TableWriter(tables, 2)
     (tmp_path / "full").mkdir()
     writer.begin(tmp_path / "full")()
-    fails(lambda: mapped(tmp_path / "full", 84), "holds 82 of 84 rows")
-    fails(lambda: mapped(tmp_path / "full", 82, 8), "of width 6", "of width 8")
+    expect_error(lambda: mapped(tmp_path / "full", 84), "holds 82 of 84 rows")
+    expect_error(lambda: mapped(tmp_path / "full", 82, 8), "of width 6", "of width 8")
     tables.store.flags[3] = CHANGED
     (tmp_path / "changed").mkdir()
     writer.begin(tmp_path / "changed")()
-    fails(lambda: mapped(tmp_path / "changed"), "incremental", "overtok checkpoint reshape")
+    expect_error(lambda: mapped(tmp_path / "changed"), "incremental", "overtok checkpoint reshape")
     (path,) = (tmp_path / "full" / "tables").iterdir()
     path.write_bytes(path.read_bytes()[:20])
-    fails(lambda: mapped(tmp_path / "full"), "unreadable")
+    expect_error(lambda: mapped(tmp_path / "full"), "unreadable")
 
 
 def grown(folder: Path) -> int:

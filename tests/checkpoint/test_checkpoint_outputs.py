@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hugging_face_models import random_models, save_tokenizer
-from trained_runs import TrainedRuns
 
 from overtok_megatron.checkpoint.store import find_checkpoint
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import load_config
+from support.expect_error import command_refusal
+from support.hugging_face_models import random_models, save_tokenizer
+from support.trained_runs import TrainedRuns
 
 TABLES = ["--tables", "orders=2,rows=1009", "over_encoding.collision_check=warn"]
 
@@ -22,21 +23,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_models()["llama"].save_pretrained(folder, max_shard_size="60KB")
     save_tokenizer(folder / "tokenizer.json")
     return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The line that a command is refused with; nothing below `folder` changes by it."""
-    before = content(folder)
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith("error: ") for line in lines] == [True]
-    assert content(folder) == before
-    return lines[0]
 
 
 @pytest.fixture
@@ -74,11 +60,11 @@ def test_outputs_that_are_somebody_elses(
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "config.yaml").write_text("model: {}  # a user's own")
     for verb in (["import", llama], ["export", run], ["grow", run, *TABLES]):
-        assert "file: is there already and is not a folder" in refused(
+        assert "file: is there already and is not a folder" in command_refusal(
             tmp_path, capsys, *verb, "--output", tmp_path / "file"
         )
-        assert "configs: is not empty" in refused(tmp_path, capsys, *verb, "--output", tmp_path / "configs")
-    line = refused(tmp_path, capsys, "export", run, "--output", tmp_path / "model")
+        assert "configs: is not empty" in command_refusal(tmp_path, capsys, *verb, "--output", tmp_path / "configs")
+    line = command_refusal(tmp_path, capsys, "export", run, "--output", tmp_path / "model")
     assert "model.partial: is there already and is not what a killed call left" in line
 
 
@@ -88,7 +74,7 @@ def test_reshape_does_not_replace_another_runs_checkpoint(
     other = tmp_path / "other"
     shutil.copytree(trained_runs.run("bf16"), other)
     step = find_checkpoint(other).name
-    line = refused(tmp_path, capsys, "checkpoint", "reshape", trained_runs.run("fp32"), "--output", other)
+    line = command_refusal(tmp_path, capsys, "checkpoint", "reshape", trained_runs.run("fp32"), "--output", other)
     assert f"{step}: is there already; remove it, or name another --output" in line
     shutil.copytree(trained_runs.run("fp32"), tmp_path / "own")
     assert main(["checkpoint", "reshape", str(tmp_path / "own")]) == 0  # in place
@@ -101,7 +87,9 @@ def test_foreign_files_with_marks(llama: Path, tmp_path: Path, capsys: pytest.Ca
     shutil.copytree(llama, source)
     plain = (source / name).read_bytes()
     (source / name).write_text(plain.decode(), encoding="utf-16")
-    assert "UTF-16 by its byte-order mark" in refused(source, capsys, "import", source, "--output", tmp_path / "run")
+    assert "UTF-16 by its byte-order mark" in command_refusal(
+        source, capsys, "import", source, "--output", tmp_path / "run"
+    )
     (source / name).write_bytes(b"\xef\xbb\xbf" + plain)
     check = ["--no-check"] if name == "model.safetensors.index.json" else []  # transformers does not read it
     assert main(["import", str(source), "--output", str(tmp_path / "marked"), *check]) == 0

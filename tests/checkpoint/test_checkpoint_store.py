@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from one_line import fails
 
 from overtok_megatron.checkpoint import store as store_module
 from overtok_megatron.checkpoint.store import (
@@ -21,6 +20,7 @@ from overtok_megatron.checkpoint.store import (
     write_atomically,
 )
 from overtok_megatron.inference.loading import load_trained
+from support.expect_error import expect_error
 
 CONTENT = bytes(range(64))
 
@@ -74,8 +74,8 @@ def test_partial_folders_are_invisible_and_cleaned(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text("{}")
     assert store.latest() is None
     assert store.complete() == []
-    fails(lambda: find_checkpoint(tmp_path), str(tmp_path), "no checkpoint here; name")
-    fails(lambda: find_checkpoint(tmp_path / "x"), "no checkpoint here (the folder does not exist)")
+    expect_error(lambda: find_checkpoint(tmp_path), str(tmp_path), "no checkpoint here; name")
+    expect_error(lambda: find_checkpoint(tmp_path / "x"), "no checkpoint here (the folder does not exist)")
     path = publish(store, 2)
     (store.root / "latest.partial").write_text("step_00000003")
     assert store.complete() == [path]
@@ -219,8 +219,8 @@ def test_a_dangling_pointer_is_named(tmp_path: Path, text: str) -> None:
     store = CheckpointStore(tmp_path)
     publish(store, 1)
     (store.root / "latest").write_bytes(text.encode("utf-8", "surrogateescape"))
-    fails(store.latest, str(store.root / "latest"), "not there")
-    fails(lambda: find_checkpoint(tmp_path), str(store.root / "latest"))
+    expect_error(store.latest, str(store.root / "latest"), "not there")
+    expect_error(lambda: find_checkpoint(tmp_path), str(store.root / "latest"))
     (store.root / "latest").write_text("step_00000001\n")  # by hand, with an editor
     assert store.latest() == store.root / "step_00000001"
 
@@ -250,7 +250,7 @@ def test_a_foreign_manifest_is_refused(tmp_path: Path, content: bytes | None, re
     (path / "manifest.json").unlink()
     if content is not None:
         (path / "manifest.json").write_bytes(content)
-    fails(lambda: read_manifest(path), str(path / "manifest.json"), reason)
+    expect_error(lambda: read_manifest(path), str(path / "manifest.json"), reason)
 
 
 def test_another_format_is_named_whatever_else_changed(tmp_path: Path) -> None:
@@ -258,12 +258,12 @@ def test_another_format_is_named_whatever_else_changed(tmp_path: Path) -> None:
     raw = json.loads((path / "manifest.json").read_text())
     for extra in ({"format": 9}, {"format": 9, "parts": []}):
         (path / "manifest.json").write_text(json.dumps(raw | extra))
-        fails(lambda: read_manifest(path), "manifest.json: format 9, this version reads 3")
+        expect_error(lambda: read_manifest(path), "manifest.json: format 9, this version reads 3")
     (path / "manifest.json").write_text(json.dumps(raw | {"parts": []}))
-    fails(lambda: read_manifest(path), "manifest.json: unreadable", "parts")
+    expect_error(lambda: read_manifest(path), "manifest.json: unreadable", "parts")
     cut = json.dumps(raw)[:-20]
     (path / "manifest.json").write_text(cut)
-    fails(lambda: read_manifest(path), "manifest.json: unreadable")
+    expect_error(lambda: read_manifest(path), "manifest.json: unreadable")
 
 
 def test_missing_and_cut_files_are_named(tmp_path: Path) -> None:
@@ -271,12 +271,12 @@ def test_missing_and_cut_files_are_named(tmp_path: Path) -> None:
     file = path / "tables" / "rows"
     for content in (CONTENT[:-1], b"", CONTENT + b"x"):
         file.write_bytes(content)
-        fails(lambda: read_manifest(path), str(file), f"{len(content)} bytes, 64 were written")
-        fails(lambda: load_trained(tmp_path, torch.device("cpu")), str(file))
+        expect_error(lambda: read_manifest(path), str(file), f"{len(content)} bytes, 64 were written")
+        expect_error(lambda: load_trained(tmp_path, torch.device("cpu")), str(file))
     file.unlink()
-    fails(lambda: read_manifest(path), f"{file}: missing")
+    expect_error(lambda: read_manifest(path), f"{file}: missing")
     file.mkdir()
-    fails(lambda: read_manifest(path), f"{file}: missing")
+    expect_error(lambda: read_manifest(path), f"{file}: missing")
 
 
 def test_a_flipped_bit_is_found_anywhere(tmp_path: Path) -> None:
@@ -288,6 +288,6 @@ def test_a_flipped_bit_is_found_anywhere(tmp_path: Path) -> None:
             damaged = bytearray(content)
             damaged[place] ^= 1 << place % 8
             file.write_bytes(bytes(damaged))
-            fails(lambda: verify_checkpoint(path), str(path))
+            expect_error(lambda: verify_checkpoint(path), str(path))
         file.write_bytes(content)
     verify_checkpoint(path)

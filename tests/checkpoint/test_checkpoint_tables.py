@@ -1,81 +1,19 @@
 """Rows and weights written by some ranks come back bit for bit on any other number; what does not fit is named."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from one_line import fails
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.dense import dense_files, load_dense, save_dense
-from overtok_megatron.checkpoint.tables import TableWriter, load_tables
-from overtok_megatron.kernels.rows import RowKernels, RowRule
-from overtok_megatron.ngram.exchange import FlatExchange
-from overtok_megatron.ngram.ids import NgramHash
-from overtok_megatron.ngram.projection import NgramProjection
-from overtok_megatron.ngram.row_optimizer import RowOptimizer
-from overtok_megatron.ngram.row_space import RowSpace, row_bounds
-from overtok_megatron.ngram.row_store import RowStore
-from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.checkpoint.tables import load_tables
+from support.expect_error import expect_error
+from support.over_tables import WIDTH, columns, make_tables, save_tables, trained_tables
 
 CPU = torch.device("cpu")
-WIDTH = 6
-
-
-def make_tables(
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    table_rows: int = 40,
-    optimizer: RowRule = "adam",
-    width: int = WIDTH,
-    std: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    state_dtype: torch.dtype = torch.float32,
-) -> ShardedTables:
-    """One rank's tables without its processes: saving and loading talk to nobody."""
-    space = RowSpace(2, 2, table_rows, width)
-    bounds = row_bounds(space.total_rows, ranks)
-    shard = RowStore(bounds[rank], bounds[rank + 1], width, std=std, seed=1, device=CPU, dtype=dtype)
-    rows = RowOptimizer(optimizer, shard.rows, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, state_dtype=state_dtype)
-    return ShardedTables(
-        NgramProjection(2 * width, 2, combine="sum"),
-        NgramHash(space, 50, 0, "reset", 0),
-        shard,
-        rows,
-        FlatExchange((0, space.total_rows), None),
-        dtype=torch.float32,
-        device=CPU,
-        kernels=RowKernels(),
-    )
-
-
-def save_tables(folder: Path, tables: ShardedTables) -> list[str]:
-    """A full save at once; the names of its files."""
-    return list(TableWriter(tables, 0).begin(folder)())
-
-
-def trained_tables(ranks: int, **settings: Any) -> list[ShardedTables]:
-    """All ranks' tables after three updates of about half of the rows."""
-    generator = torch.Generator().manual_seed(0)
-    result = [make_tables(rank=rank, ranks=ranks, std=1.0, **settings) for rank in range(ranks)]
-    for _ in range(3):
-        for tables in result:
-            (rows,) = torch.where(torch.rand(tables.store.num_rows, generator=generator) < 0.3)
-            grad = torch.randn(len(rows), tables.store.rows.weight.shape[1], generator=generator)
-            tables.optimizer.update(rows, grad, 0.1)
-    return result
-
-
-def columns(parts: list[ShardedTables]) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint of tables holds, over all ranks."""
-    names = parts[0].optimizer.state.keys()
-    state = {name: torch.cat([tables.optimizer.state[name] for tables in parts]) for name in names}
-    weight = torch.cat([tables.store.rows.weight for tables in parts])
-    return state | {"weight": weight, "touched": torch.cat([tables.store.flags for tables in parts]) > 0}
 
 
 @pytest.mark.parametrize("readers", [1, 2, 5])
@@ -151,20 +89,20 @@ def test_missing_rows_are_found(tmp_path: Path, lost: int) -> None:
     (tmp_path / names[lost]).unlink()
     held = 82 - [28, 27, 27][lost]
     whole = f"holds {held} of the rows 0 to 82"
-    fails(lambda: load_tables(tmp_path, make_tables()), str(tmp_path / "tables"), whole)
+    expect_error(lambda: load_tables(tmp_path, make_tables()), str(tmp_path / "tables"), whole)
     for rank in range(3):
         own = make_tables(rank=rank, ranks=3)
         if rank == lost:
-            fails(lambda: load_tables(tmp_path, own), "holds 0 of the rows")  # noqa: B023  # at once
+            expect_error(lambda: load_tables(tmp_path, own), "holds 0 of the rows")  # noqa: B023  # at once
         else:
             load_tables(tmp_path, own)
 
 
 def test_no_files_and_larger_tables(tmp_path: Path) -> None:
-    fails(lambda: load_tables(tmp_path, make_tables()), "holds 0 of the rows 0 to 82")
+    expect_error(lambda: load_tables(tmp_path, make_tables()), "holds 0 of the rows 0 to 82")
     save_tables(tmp_path, make_tables())
     larger = make_tables(table_rows=50)
-    fails(lambda: load_tables(tmp_path, larger), "holds 82 of the rows 0 to 102", "other tables")
+    expect_error(lambda: load_tables(tmp_path, larger), "holds 82 of the rows 0 to 102", "other tables")
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -172,7 +110,7 @@ def test_another_width_is_named(tmp_path: Path, width: int) -> None:
     names = save_tables(tmp_path, make_tables())
     other = make_tables(width=width)
     message = f"rows of shape [6], this model needs [{width}]"
-    fails(lambda: load_tables(tmp_path, other), names[0], "weight", message)
+    expect_error(lambda: load_tables(tmp_path, other), names[0], "weight", message)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +121,7 @@ def test_another_optimizer_is_named(tmp_path: Path, written: str, wanted: str, s
     names = save_tables(tmp_path, make_tables(optimizer=written))
     other = make_tables(optimizer=wanted)
     message = f"holds no {state}; over_encoding.optimizer differs"
-    fails(lambda: load_tables(tmp_path, other), names[0], message)
+    expect_error(lambda: load_tables(tmp_path, other), names[0], message)
 
 
 def damage(path: Path, kind: str) -> None:
@@ -202,10 +140,10 @@ def damage(path: Path, kind: str) -> None:
 def test_damaged_files_are_named(tmp_path: Path, kind: str) -> None:
     (name,) = save_tables(tmp_path, make_tables())
     damage(tmp_path / name, kind)
-    fails(lambda: load_tables(tmp_path, make_tables()), str(tmp_path / name), "unreadable")
+    expect_error(lambda: load_tables(tmp_path, make_tables()), str(tmp_path / name), "unreadable")
     name = save_dense(tmp_path, {"weight": torch.ones(82, WIDTH)}, {}, 0, 1)
     damage(tmp_path / name, kind)
-    fails(lambda: load_dense(tmp_path, 1), str(tmp_path / name), "unreadable")
+    expect_error(lambda: load_dense(tmp_path, 1), str(tmp_path / name), "unreadable")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -235,4 +173,4 @@ def test_a_lost_shard_of_the_weights_is_named(tmp_path: Path) -> None:
     for rank in range(2):
         save_dense(tmp_path, {"rows": torch.ones(2, 2)}, {"rows": 0}, rank, 2)
     (tmp_path / dense_files(2)[1]).unlink()
-    fails(lambda: load_dense(tmp_path, 2), dense_files(2)[1])
+    expect_error(lambda: load_dense(tmp_path, 2), dense_files(2)[1])

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from hugging_face_models import CPU, VOCAB, random_models, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, read_manifest
@@ -28,6 +26,9 @@ from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_weights
 from overtok_megatron.training.saving import Saver
+from support.distributed_harness import run_ranks
+from support.expect_error import command_error
+from support.hugging_face_models import CPU, VOCAB, random_models, save_tokenizer
 
 FAMILIES = ("olmo2", "llama", "olmo3", "olmoe")
 
@@ -107,8 +108,8 @@ def test_a_run_is_named_as_the_tokenizer_of_its_data(
     manifest, checkpoint = read_set(tmp_path / "set.json"), read_manifest(find_checkpoint(run))
     assert manifest.eod_id == checkpoint.eod_id
     assert manifest.tokenizer_fingerprint == checkpoint.tokenizer_fingerprint
-    assert "--eod-token: x" in refused(capsys, *words, str(run), "--eod-token", "x")
-    assert "<|endoftext|>" in refused(capsys, *words, str(run / "tokenizer.json"))
+    assert "--eod-token: x" in command_error(capsys, *words, str(run), "--eod-token", "x", alone=False)
+    assert "<|endoftext|>" in command_error(capsys, *words, str(run / "tokenizer.json"), alone=False)
 
 
 def save_as_loaded(runs: list[Path], parallel: dict[str, int], output: Path) -> list[float]:
@@ -181,15 +182,6 @@ def test_what_no_class_computes_is_refused() -> None:
         exporting.family_of(model)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The single line of a command that fails."""
-    capsys.readouterr()
-    assert main(words) == 2
-    lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -212,7 +204,7 @@ def test_what_is_not_supported_is_named(
     shutil.copytree(workspace / "olmo2", source)
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(values | change))
-    line = refused(capsys, "import", str(source), "--output", str(tmp_path / "run"))
+    line = command_error(capsys, "import", str(source), "--output", str(tmp_path / "run"), alone=False)
     for part in [str(source), *parts]:
         assert part in line
     assert not (tmp_path / "run").exists()
@@ -230,7 +222,7 @@ def test_damaged_folders_are_named(
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
-    line = refused(capsys, "import", str(source), "--output", str(tmp_path / "run"))
+    line = command_error(capsys, "import", str(source), "--output", str(tmp_path / "run"), alone=False)
     assert str(source) in line and path.name in line
     assert not (tmp_path / "run").exists()
 
@@ -239,8 +231,8 @@ def test_nothing_is_overwritten_and_a_wrong_conversion_leaves_nothing(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, output = str(workspace / "olmo2-run"), tmp_path / "out"
-    assert "not empty" in refused(capsys, "import", str(workspace / "olmo2"), "--output", run)
-    assert "not empty" in refused(capsys, "export", run, "--output", str(workspace / "olmo2"))
+    assert "not empty" in command_error(capsys, "import", str(workspace / "olmo2"), "--output", run, alone=False)
+    assert "not empty" in command_error(capsys, "export", run, "--output", str(workspace / "olmo2"), alone=False)
     convert = exporting.to_theirs
 
     def wrong(*given: Any, **more: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -248,7 +240,7 @@ def test_nothing_is_overwritten_and_a_wrong_conversion_leaves_nothing(
             yield name, weight * 1.001 if name.endswith("q_proj.weight") else weight
 
     monkeypatch.setattr(exporting, "to_theirs", wrong)
-    line = refused(capsys, "export", run, "--output", str(output))
+    line = command_error(capsys, "export", run, "--output", str(output), alone=False)
     assert "does not compute what the source does" in line
     assert not list(tmp_path.iterdir())
     assert main(["export", run, "--output", str(output), "--no-check"]) == 0
@@ -276,7 +268,7 @@ def test_values_of_a_wrong_type(
     if key == "rope_scaling":
         del values["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(values | {key: value}))
-    said = refused(capsys, "import", str(folder), "--output", str(tmp_path / "run"))
+    said = command_error(capsys, "import", str(folder), "--output", str(tmp_path / "run"), alone=False)
     assert "config.json: " in said
     assert key.replace("rope_scaling", "rope_parameters") in said
     assert len(said) <= 300 + len("error: ")

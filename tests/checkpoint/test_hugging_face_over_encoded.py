@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hugging_face_models import CPU, over_encoded_run, save_tokenizer
-from test_hugging_face import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
@@ -21,6 +19,8 @@ from overtok_megatron.inference.loading import TrainedModel, load_trained
 from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.interchange.tokenizer_files import from_bytes
+from support.expect_error import command_error
+from support.hugging_face_models import CPU, over_encoded_run, save_tokenizer
 
 STORAGES = ("device", "cpu", "mapped")
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -187,7 +187,7 @@ def test_code_of_strangers_is_not_executed(workspace: Path, tmp_path: Path, caps
     shutil.copytree(workspace / "llama", folder)
     with (folder / "modeling_overtok.py").open("a") as file:
         file.write(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
-    line = refused(capsys, "import", str(folder), "--output", str(tmp_path / "run"))
+    line = command_error(capsys, "import", str(folder), "--output", str(tmp_path / "run"), alone=False)
     assert "modeling_overtok.py" in line and "--no-check" in line
     assert not (tmp_path / "run").exists() and not (tmp_path / "executed").exists()
     assert main(["import", str(folder), "--output", str(tmp_path / "run"), "--no-check"]) == 0

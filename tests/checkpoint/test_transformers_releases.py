@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hugging_face_models import CPU, over_encoded_run, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from overtok_megatron.checkpoint.store import Manifest
@@ -25,6 +24,7 @@ from overtok_megatron.interchange.hugging_face import hugging_face_values, model
 from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.interchange.rotary_form import release_4_values
+from support.hugging_face_models import CPU, over_encoded_run, save_tokenizer
 
 LINEAR = {"type": "linear", "factor": 2.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0}

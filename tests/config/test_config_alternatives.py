@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_config_dialect import RUN, refusal
 
 from overtok_megatron.config.loading import change_config, load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.planning.config_report import describe
+from support.config_text import RUN, refusal
 
 YARN = "{type: yarn, factor: 4.0, original_max_position_embeddings: 64, beta_fast: 16.0}"
 BASES = {  # what the less specific place adds to RUN

@@ -14,39 +14,8 @@ from overtok_megatron.config.deepspeed_config import derive
 from overtok_megatron.config.loading import load_config, parse_resolved, save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
-from overtok_megatron.errors import ConfigError
 from overtok_megatron.planning.config_report import describe
-
-RUN = """\
-model: {vocab_size: 1000, hidden_size: 48, intermediate_size: 96, num_layers: 2, num_attention_heads: 4}
-tokenizer: {path: t}
-data: {train: d, seq_length: 32}
-optimizer: {learning_rate: 1e-3}
-training: {output_directory: o, micro_batch_size: 1, global_batch_size: 8, train_iters: 10}
-"""
-TABLES = ["over_encoding.enabled=true"]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN, encoding="utf-8")
-    return path
-
-
-def load_and_validate(path: Path, overrides: list[str], world_size: int) -> None:
-    loaded = load_config(path, overrides)
-    validate(loaded.config, world_size, loaded.locate)
-
-
-def refusal(path: Path, overrides: list[str], world_size: int = 1) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_and_validate(path, overrides, world_size)
-    message = str(caught.value)
-    assert message.isprintable()
-    assert len(message) < 300
-    return message
-
+from support.config_text import RUN, TABLES, refusal
 
 LIKE_NUMBERS = [
     "1e-4",

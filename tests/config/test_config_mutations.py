@@ -14,8 +14,6 @@ from types import FrameType
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from mutations import RAW, SMALL, Case, Mutator, written
 
 from overtok_megatron import cli
 from overtok_megatron.config.counts import bytes_per_rank
@@ -26,6 +24,8 @@ from overtok_megatron.config.validation import validate
 from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import OvertokError
+from support.config_mutations import RAW, SMALL, Case, Mutator, written
+from support.distributed_harness import run_ranks
 
 SEED = 20250711
 GUARD = 20  # seconds for one configuration

@@ -5,22 +5,15 @@ import time
 from pathlib import Path
 
 import pytest
-from test_config_dialect import RUN, TABLES, refusal
 
 from overtok_megatron.config.derived import blocks_per_stage
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple
 from overtok_megatron.config.validation import validate_host
 from overtok_megatron.errors import ConfigError
+from support.config_text import TABLES, refusal
 
 AT_ONCE = 5.0  # seconds; a search that tries one number after the other takes minutes and more
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN, encoding="utf-8")
-    return path
 
 
 @pytest.mark.timeout(30)

@@ -3,17 +3,10 @@
 from pathlib import Path
 
 import pytest
-from test_config_dialect import RUN, refusal
 
 from overtok_megatron.config.derived import validation_sets
 from overtok_megatron.config.loading import load_config, parse_resolved, save_resolved
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN, encoding="utf-8")
-    return path
+from support.config_text import RUN, refusal
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_datasets import write
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.data import sampler
@@ -15,6 +14,7 @@ from overtok_megatron.data.batches import TrainBatches
 from overtok_megatron.data.blending import BlendOrder, Interleaving, WeightedDataset, unique_names
 from overtok_megatron.data.sampler import SampleOrder, permuted
 from overtok_megatron.errors import ConfigError
+from support.dataset_factory import write_dataset
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=6)
 
@@ -46,7 +46,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[WeightedDataset]:
     """Three sets whose tokens tell which set and place they come from."""
     folder = tmp_path_factory.mktemp("sets")
     lengths = (101, 301, 51)
-    made = [write(folder / f"s{i}", [list(range(1000 * i, 1000 * i + size))], 5000) for i, size in enumerate(lengths)]
+    made = [
+        write_dataset(folder / f"s{i}", [list(range(1000 * i, 1000 * i + size))], 5000)
+        for i, size in enumerate(lengths)
+    ]
     return [WeightedDataset(dataset, weight) for dataset, weight in zip(made, (3, 1, 0.5), strict=True)]
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_datasets import write
 
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import DataError
+from support.dataset_factory import write_dataset
 
 
 @settings(max_examples=60, deadline=None)
@@ -27,7 +27,7 @@ def test_any_documents_come_back(
 ) -> None:
     documents = [[token % vocab_size for token in document] for document in documents]
     prefix = tmp_path_factory.mktemp("set") / "set"
-    dataset = write(prefix, documents, vocab_size)
+    dataset = write_dataset(prefix, documents, vocab_size)
     stream = [token for document in documents for token in document]
     assert dataset.num_tokens == len(stream)
     assert dataset.document_lengths.tolist() == [len(document) for document in documents]
@@ -43,7 +43,7 @@ def test_megatron_reads_it(tmp_path: Path) -> None:
     module = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     documents = [[5, 6, 0], [7, 0], [999, 1, 2, 0]]
     for vocab_size in (1000, 100_278):
-        write(tmp_path / f"set{vocab_size}", documents, vocab_size)
+        write_dataset(tmp_path / f"set{vocab_size}", documents, vocab_size)
         theirs = module.IndexedDataset(str(tmp_path / f"set{vocab_size}"))
         assert [theirs[index].tolist() for index in range(len(theirs))] == documents
         assert theirs.document_indices.tolist() == [0, 1, 2, 3]
@@ -53,7 +53,7 @@ def test_what_megatron_builds_is_byte_for_byte_the_same(tmp_path: Path) -> None:
     module = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     torch = pytest.importorskip("torch")
     documents = [[5, 6, 0], [7, 0], [999, 1, 2, 0]]
-    write(tmp_path / "ours", documents)
+    write_dataset(tmp_path / "ours", documents)
     builder = module.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for document in documents:
         builder.add_document(torch.tensor(document), [len(document)])
@@ -77,17 +77,17 @@ def test_an_interrupted_rename_leaves_nothing(
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "set", [[1, 0]])
+        write_dataset(tmp_path / "set", [[1, 0]])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_write_keeps_the_old_dataset(tmp_path: Path) -> None:
-    write(tmp_path / "set", [[1, 0]])
+    write_dataset(tmp_path / "set", [[1, 0]])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # stands for a full disk
         with pytest.raises(OSError, match="too large"):
-            write(tmp_path / "set", [list(range(900))] * 20)
+            write_dataset(tmp_path / "set", [list(range(900))] * 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert IndexedDataset(tmp_path / "set").tokens(0, 2).tolist() == [1, 0]
@@ -136,7 +136,7 @@ def one_document(prefix: Path) -> Path:
     ],
 )
 def test_contradictions_are_named(tmp_path: Path, damage: Callable[[Path], Path], said: str) -> None:
-    write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    write_dataset(tmp_path / "set", [[5, 6, 0], [7, 0]])
     path = damage(tmp_path / "set")
     with pytest.raises(DataError) as caught:
         IndexedDataset(tmp_path / "set")
@@ -148,14 +148,14 @@ def test_contradictions_are_named(tmp_path: Path, damage: Callable[[Path], Path]
 
 
 def test_a_truncated_file_tells_both_sizes(tmp_path: Path) -> None:
-    write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    write_dataset(tmp_path / "set", [[5, 6, 0], [7, 0]])
     (tmp_path / "set.bin").write_bytes(b"\0" * 7)
     with pytest.raises(DataError, match=r"set\.bin: 7 bytes, its index speaks of 10; prepare it again"):
         IndexedDataset(tmp_path / "set")
 
 
 def test_a_changed_index_fails_verification(tmp_path: Path) -> None:
-    dataset = write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    dataset = write_dataset(tmp_path / "set", [[5, 6, 0], [7, 0]])
     index_with(42, "<q", 2)(tmp_path / "set")  # an offset, which the reader itself does not need
     with pytest.raises(DataError, match=r"set\.idx: SHA-256 differs"):
         dataset.verify()

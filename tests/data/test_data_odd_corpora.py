@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from odd_corpora import HIDDEN, OWN, Corpus, Maker, shown
 
 from overtok_megatron.cli import main
+from support.odd_corpora import HIDDEN, OWN, Corpus, Maker, shown
 
 CORPORA = 300
 PARTS = 6

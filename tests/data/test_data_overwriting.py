@@ -12,22 +12,9 @@ from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import OutputError
+from support.expect_error import command_refusal
 
 BYTES = ["--tokenizer", "bytes", "--workers", "1"]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The line that a command is refused with; nothing below `folder` changes by it."""
-    before = content(folder)
-    assert main([str(word) for word in words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 300 + len(str(folder)) * 2
-    assert content(folder) == before
-    return error
 
 
 @pytest.fixture
@@ -42,9 +29,9 @@ def test_prepare_and_its_own_corpus(tmp_path: Path, capsys: pytest.CaptureFixtur
     path.write_text('{"text":"only copy"}\n')
     (tmp_path / "set.json").symlink_to(path)
     for given in (path, tmp_path / ".." / tmp_path.name / "corpus.json"):
-        error = refused(tmp_path, capsys, "prepare", given, *BYTES, "--output", tmp_path / "corpus")
+        error = command_refusal(tmp_path, capsys, "prepare", given, *BYTES, "--output", tmp_path / "corpus")
         assert "is an input" in error
-    assert "is an input" in refused(tmp_path, capsys, "prepare", path, *BYTES, "--output", tmp_path / "set")
+    assert "is an input" in command_refusal(tmp_path, capsys, "prepare", path, *BYTES, "--output", tmp_path / "set")
     with pytest.raises(OutputError, match="is an input"):
         prepare_sets([path], tmp_path / "corpus", ByteTokenizer(), Plan())
 
@@ -60,13 +47,15 @@ def test_prepare_and_what_others_wrote(
     path = corpus.with_name(name + suffix)
     path.write_text('{"version": "somebody else\'s"}')
     words = ["--split", "0.5", "0.5", "0"] if split else []
-    error = refused(corpus.parent, capsys, "prepare", corpus, *BYTES, "--output", corpus.with_name("set"), *words)
+    error = command_refusal(
+        corpus.parent, capsys, "prepare", corpus, *BYTES, "--output", corpus.with_name("set"), *words
+    )
     assert f"{path}: is there already and is not " in error
 
 
 def test_prepare_and_a_tokenizer(corpus: Path, ab: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["prepare", corpus, "--tokenizer", ab, "--output", ab.with_suffix("")]
-    assert f"{ab}: is there already" in refused(corpus.parent, capsys, *words)
+    assert f"{ab}: is there already" in command_refusal(corpus.parent, capsys, *words)
 
 
 @pytest.fixture
@@ -84,11 +73,13 @@ def test_prepare_and_a_set_of_megatron(corpus: Path, capsys: pytest.CaptureFixtu
     assert main(["prepare", str(corpus), *BYTES, "--output", str(prefix)]) == 0
     prefix.with_suffix(".json").unlink()
     words = ["prepare", corpus, *BYTES, "--output", prefix]
-    assert "set.bin: is there already" in refused(corpus.parent, capsys, *words)
+    assert "set.bin: is there already" in command_refusal(corpus.parent, capsys, *words)
     assert main(["adopt", str(prefix), "--tokenizer", "bytes"]) == 0
     capsys.readouterr()
-    assert "set.json: is there already" in refused(corpus.parent, capsys, *words)
-    assert "set.json: is there already" in refused(corpus.parent, capsys, "adopt", prefix, "--tokenizer", "bytes")
+    assert "set.json: is there already" in command_refusal(corpus.parent, capsys, *words)
+    assert "set.json: is there already" in command_refusal(
+        corpus.parent, capsys, "adopt", prefix, "--tokenizer", "bytes"
+    )
 
 
 def test_prepare_replaces_its_own_sets(corpus: Path) -> None:
@@ -108,14 +99,14 @@ def test_prepare_replaces_its_own_sets(corpus: Path) -> None:
 @pytest.mark.parametrize("name", ["", "folder/"])
 def test_a_prefix_without_a_name(corpus: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     output = f"{corpus.parent}/{name}" if name else ""
-    assert "names no file" in refused(corpus.parent, capsys, "prepare", corpus, *BYTES, "--output", output)
+    assert "names no file" in command_refusal(corpus.parent, capsys, "prepare", corpus, *BYTES, "--output", output)
 
 
 def test_a_stale_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["prepare", *sotu_files()[:3], "--separator", "\\n", *BYTES, "--output", tmp_path / "set", "--split"]
     assert main([str(word) for word in [*words, 0.5, 0.25, 0.25]]) == 0
     capsys.readouterr()
-    error = refused(tmp_path, capsys, *words, 0.75, 0.25, 0)
+    error = command_refusal(tmp_path, capsys, *words, 0.75, 0.25, 0)
     assert "set-test: is there from an earlier --split" in error
     assert "remove set-test.bin, .idx and .json" in error
     for suffix in (".bin", ".idx", ".json"):
@@ -135,11 +126,11 @@ def test_train_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     source = tmp_path / "corpus.txt"
     shutil.copy(sotu_files()[0], source)
     words = ["train-tokenizer", source, "--vocab-size", 400, "--output"]
-    assert "is an input" in refused(tmp_path, capsys, *words, source)
+    assert "is an input" in command_refusal(tmp_path, capsys, *words, source)
     (tmp_path / "notes").write_text("a user's own")
-    assert "is not a sentencepiece model" in refused(tmp_path, capsys, *words, tmp_path / "notes")
+    assert "is not a sentencepiece model" in command_refusal(tmp_path, capsys, *words, tmp_path / "notes")
     (tmp_path / "folder").mkdir()
-    assert "is not a sentencepiece model" in refused(tmp_path, capsys, *words, tmp_path / "folder")
+    assert "is not a sentencepiece model" in command_refusal(tmp_path, capsys, *words, tmp_path / "folder")
     model = tmp_path / "t.model"
     assert main([str(word) for word in [*words, model]]) == 0
     before = model.read_bytes()
@@ -147,7 +138,7 @@ def test_train_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert model.read_bytes() == before
     words[3] = 410
     capsys.readouterr()
-    assert "another tokenizer is there already" in refused(tmp_path, capsys, *words, model)
+    assert "another tokenizer is there already" in command_refusal(tmp_path, capsys, *words, model)
 
 
 def test_prepare_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,5 +158,5 @@ def test_prepare_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         kept = (moved / name).read_bytes()
         (moved / name).write_bytes(kept + b"a user's own")
         capsys.readouterr()
-        assert f"{moved / name}: is there already" in refused(tmp_path, capsys, *words)
+        assert f"{moved / name}: is there already" in command_refusal(tmp_path, capsys, *words)
         (moved / name).write_bytes(kept)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_datasets import write
 
 from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.data.batches import TrainBatches, validation_batches
@@ -23,6 +22,7 @@ from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.errors import DataError
+from support.dataset_factory import write_dataset
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +57,12 @@ def test_training_a_tokenizer_is_repeatable(tokenizer: Tokenizer, tmp_path: Path
 
 
 def test_the_format_byte_by_byte(tmp_path: Path) -> None:
-    write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    write_dataset(tmp_path / "set", [[5, 6, 0], [7, 0]])
     assert (tmp_path / "set.bin").read_bytes() == np.array([5, 6, 0, 7, 0], dtype="<u2").tobytes()
     expected = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3)
     expected += struct.pack("<2i", 3, 2) + struct.pack("<2q", 0, 6) + struct.pack("<3q", 0, 1, 2)
     assert (tmp_path / "set.idx").read_bytes() == expected
-    large = write(tmp_path / "large", [[100_000, 0]], vocab_size=100_278)
+    large = write_dataset(tmp_path / "large", [[100_000, 0]], vocab_size=100_278)
     assert (tmp_path / "large.bin").read_bytes() == np.array([100_000, 0], dtype="<i4").tobytes()
     assert large.tokens(0, 2).tolist() == [100_000, 0]
 
@@ -81,7 +81,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["bin", "idx", "json"])
 @pytest.mark.parametrize("damage", ["missing", "short", "long", "foreign"])
 def test_damage_is_named(tmp_path: Path, part: str, damage: str) -> None:
-    write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    write_dataset(tmp_path / "set", [[5, 6, 0], [7, 0]])
     path = tmp_path / f"set.{part}"
     content = path.read_bytes()
     if damage == "missing":
@@ -97,7 +97,7 @@ def test_damage_is_named(tmp_path: Path, part: str, damage: str) -> None:
 
 @pytest.mark.parametrize("part", ["bin", "idx", "json"])
 def test_what_may_not_be_read_is_named(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    write_dataset(tmp_path / "set", [[5, 6, 0], [7, 0]])
     path = tmp_path / f"set.{part}"
 
     def guarded(*given: object, **more: object) -> object:  # a superuser reads everything
@@ -113,7 +113,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, part: str, monkeypatch: p
 
 
 def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
-    dataset = write(tmp_path / "set", [[5, 6, 0], [7, 0]])
+    dataset = write_dataset(tmp_path / "set", [[5, 6, 0], [7, 0]])
     dataset.verify()
     path = tmp_path / "set.bin"
     content = bytearray(path.read_bytes())
@@ -150,7 +150,7 @@ def test_every_epoch_has_every_sample_once() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_step_is_the_same_set_for_every_number_of_ranks(tmp_path: Path, ranks: int) -> None:
-    dataset = write(tmp_path / "set", [[*range(1, 500), 0]])
+    dataset = write_dataset(tmp_path / "set", [[*range(1, 500), 0]])
     accumulation, micro = 6 // ranks, 2
     whole = TrainBatches(dataset, 7, 12, 1, 0, 1, seed=5)
     parts = [TrainBatches(dataset, 7, micro, accumulation, rank, ranks, seed=5) for rank in range(ranks)]
@@ -164,7 +164,7 @@ def test_a_step_is_the_same_set_for_every_number_of_ranks(tmp_path: Path, ranks:
 def test_validation_scores_every_token_once(
     tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, batch: int, ranks: int
 ) -> None:
-    dataset = write(tmp_path_factory.mktemp("v") / "set", [list(range(1, tokens + 1))])
+    dataset = write_dataset(tmp_path_factory.mktemp("v") / "set", [list(range(1, tokens + 1))])
     batches = [list(validation_batches(dataset, length, batch, rank, ranks)) for rank in range(ranks)]
     assert len({len(rank) for rank in batches}) == 1
     scored = []
@@ -186,7 +186,7 @@ def test_validation_has_no_empty_windows(
     tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, batch: int, ranks: int, multiple: int
 ) -> None:
     """Only ranks without a window in the last round, which all must run, get an empty one; short sets are not padded."""
-    dataset = write(tmp_path_factory.mktemp("v") / "set", [list(range(1, tokens + 1))])
+    dataset = write_dataset(tmp_path_factory.mktemp("v") / "set", [list(range(1, tokens + 1))])
     batches = [
         list(validation_batches(dataset, length, batch, rank, ranks, multiple=multiple, read=rank != 1))
         for rank in range(ranks)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trained_runs import TrainedRuns
 
 from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, read_manifest
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.evaluation.following import BOARD, RECORDS, follow
+from support.trained_runs import TrainedRuns
 
 
 class Growing:

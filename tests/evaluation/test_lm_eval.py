@@ -15,9 +15,6 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from prefixed_tokenizers import save_prefixed
-from reference import hugging_face_model, hugging_face_names
-from trained_runs import CONTEXT, TrainedRuns
 from transformers import PreTrainedTokenizer
 
 from overtok_megatron.cli import main
@@ -26,6 +23,9 @@ from overtok_megatron.errors import InputError
 from overtok_megatron.evaluation import adapter
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import TrainedModel
+from support.prefixed_tokenizers import save_prefixed
+from support.reference import hugging_face_model, hugging_face_names
+from support.trained_runs import CONTEXT, TrainedRuns
 
 ROOT = Path(__file__).parents[2]
 
@@ -263,7 +263,7 @@ def test_over_encoded_scores_are_the_models(trained_runs: TrainedRuns) -> None:
     for (context, continuation), (value, _) in zip(pairs, results, strict=True):
         own = lm._encode_pair(context, continuation)
         tokens = torch.tensor([own[0] + own[1]])[:, -CONTEXT - 1 :]
-        logits = trained.model.logits(tokens[:, :-1], trained.tables.begin(tokens[:, :-1], training=False))[0]
+        logits = trained.model.logits(tokens[:, :-1], trained.fetch_rows(tokens[:, :-1]))[0]
         scores = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[-len(own[1]) :]
         assert value == pytest.approx(scores.sum().item(), abs=1e-4)
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_datasets import write
-from trained_runs import CONTEXT, TrainedRuns
 
 from overtok_megatron.cli import main
 from overtok_megatron.data.indexed import IndexedDataset
@@ -17,6 +15,8 @@ from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.evaluation import harness
 from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table, windows_at_once
+from support.dataset_factory import write_dataset
+from support.trained_runs import CONTEXT, TrainedRuns
 
 
 def last_record(run: Path) -> dict[str, float]:
@@ -45,8 +45,8 @@ def test_every_token_is_scored_once(trained_runs: TrainedRuns) -> None:
     total = 0.0
     for begin in range(0, len(stream) - 1, CONTEXT):
         window = stream[begin : begin + CONTEXT + 1].unsqueeze(0)
-        slots = trained.tables.begin(window[:, :-1], training=False)
-        logits = trained.model.logits(window[:, :-1], slots)[0]
+        fetched = trained.fetch_rows(window[:, :-1])
+        logits = trained.model.logits(window[:, :-1], fetched)[0]
         total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
     score = score_set(trained, str(trained_runs.folder / "other"), 5)
     assert score.tokens == len(stream) - 1
@@ -62,7 +62,7 @@ def test_a_small_set_costs_its_own_tokens(
     """No window is empty, and a set shorter than a window is not padded to one; the loss is that of the plain formula."""
     trained = trained_runs.trained()
     stream = IndexedDataset(trained_runs.folder / "other").tokens(0, tokens)
-    write(tmp_path / "set", [stream.tolist()], trained.tokenizer.vocab_size, trained.tokenizer.fingerprint())
+    write_dataset(tmp_path / "set", [stream.tolist()], trained.tokenizer.vocab_size, trained.tokenizer.fingerprint())
     seen, forward = [], trained.model.forward
 
     def counted(inputs: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

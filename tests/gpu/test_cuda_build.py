@@ -7,10 +7,11 @@ import venv
 from pathlib import Path
 
 import pytest
-from fake_cuda import CASES
+
+from support.fake_cuda import CASES
 
 pytestmark = [pytest.mark.ci, pytest.mark.timeout(1800)]
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def test_every_operator_of_a_forward_pass_is_on_one_device(tmp_path: Path) -> None:
@@ -20,11 +21,14 @@ def test_every_operator_of_a_forward_pass_is_on_one_device(tmp_path: Path) -> No
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
     subprocess.run([*pip, "torch>=2.11"], check=True, timeout=1200)
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    others = [*(path for path in sys.path if path.endswith("site-packages")), str(HERE.parent.parent)]
+    others = [*(path for path in sys.path if path.endswith("site-packages")), str(TESTS.parent)]
     (packages / "others.pth").write_text("\n".join(others), encoding="utf-8")  # searched after its own
     done = subprocess.run(
-        [python, HERE / "fake_cuda.py"], env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
+        [python, TESTS / "support" / "fake_cuda.py"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == list(CASES)

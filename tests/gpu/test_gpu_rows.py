@@ -9,7 +9,6 @@ from gpu_checks.row_checks import CHECKS
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.ngram.exchange import FlatExchange
-from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace
@@ -31,10 +30,10 @@ def trained(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The rows [m, w] after some steps on made tokens."""
     space = RowSpace(3, 2, 5003, 32)
     kernels = choose_kernels("auto", device).rows
-    shard = RowStore(0, space.total_rows, 32, std=0.02, seed=1, device=device, dtype=dtype, kernels=kernels)
+    store = RowStore(0, space.total_rows, 32, std=0.02, seed=1, device=device, dtype=dtype, kernels=kernels)
     optimizer = RowOptimizer(
         "rowwise_adagrad",
-        shard.rows,
+        store.rows,
         weight_decay=0.01,
         betas=(0.9, 0.95),
         eps=1e-8,
@@ -42,17 +41,15 @@ def trained(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         kernels=kernels,
     )
     tables = ShardedTables(
-        None, NgramHash(space, 97, 0, "reset", 3, kernels), shard, optimizer,
-        FlatExchange((0, space.total_rows), None, kernels), dtype=torch.float32, device=device, kernels=kernels,
+        NgramHash(space, 97, 0, "reset", 3, kernels), store, FlatExchange((0, space.total_rows), None, kernels),
+        optimizer=optimizer, dtype=torch.float32, device=device, kernels=kernels,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
-        slots = tables.begin(torch.randint(0, 97, (1, 4, 128), generator=generator).to(device))
-        assert tables.step is not None
-        gather_rows(tables.step, slots).sin().sum().backward()
-        tables.collect(1.0)
-        tables.apply(0.01, 1.0)
-    return shard.rows.weight.cpu()
+        fetched = tables.fetch_rows(torch.randint(0, 97, (1, 4, 128), generator=generator).to(device), training=True)
+        fetched.gather().sin().sum().backward()
+        tables.update_rows(tables.reduce_gradients(fetched, 1.0), 0.01, 1.0)
+    return store.rows.weight.cpu()
 
 
 def test_steps_of_tables_equal_those_on_cpu() -> None:

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hugging_face_models import over_encoded_run
-from prefixed_tokenizers import FILES, KINDS, save_prefixed
-from running import Running, running
 
 from overtok_megatron.cli import main
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference import generation
 from overtok_megatron.inference.generation import Sampling, generate, generate_texts, generate_tokens, stream_texts
 from overtok_megatron.inference.loading import TrainedModel, load_trained
+from support.hugging_face_models import over_encoded_run
+from support.live_server import LiveServer, live_server
+from support.prefixed_tokenizers import FILES, KINDS, save_prefixed
 
 PROMPTS = ["the state of", "and", "é of"]
 SAMPLING = Sampling(16, temperature=1.0, seed=3)
@@ -36,8 +36,8 @@ def trained(runs: Path, request: pytest.FixtureRequest) -> TrainedModel:
 
 
 @pytest.fixture(scope="module")
-def server(trained: TrainedModel) -> Iterator[Running]:
-    with running(trained) as server:
+def server(trained: TrainedModel) -> Iterator[LiveServer]:
+    with live_server(trained) as server:
         yield server
 
 
@@ -89,27 +89,27 @@ def test_the_verb_prints_the_space(runs: Path, capsys: pytest.CaptureFixture[str
         assert capsys.readouterr().out == trained.tokenizer.decode([*prompt, *tokens]) + "\n"
 
 
-def asked(server: Running, prompt: Any, **settings: Any) -> dict[str, Any]:
+def asked(server: LiveServer, prompt: Any, **settings: Any) -> dict[str, Any]:
     answer = server.post(prompt=prompt, max_tokens=16, temperature=1.0, seed=3, **settings)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]
 
 
-def streamed(server: Running, prompt: Any, **settings: Any) -> str:
+def streamed(server: LiveServer, prompt: Any, **settings: Any) -> str:
     answer = server.post(prompt=prompt, max_tokens=16, temperature=1.0, seed=3, stream=True, **settings)
     events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     assert events.pop() == "[DONE]"
     return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
 
-def test_serving(trained: TrainedModel, server: Running) -> None:
+def test_serving(trained: TrainedModel, server: LiveServer) -> None:
     for words in PROMPTS:
         (text,) = generate(trained, [words], SAMPLING)
         assert asked(server, words)["text"] == streamed(server, words) == text
         assert asked(server, words, echo=True)["text"] == streamed(server, words, echo=True) == words + text
 
 
-def test_scores_name_tokens_with_their_space(trained: TrainedModel, server: Running) -> None:
+def test_scores_name_tokens_with_their_space(trained: TrainedModel, server: LiveServer) -> None:
     """As they stand in the text: tokens of whole characters, joined, are the answer."""
     spaced = 0
     for words in PROMPTS[:2]:
@@ -127,7 +127,7 @@ def test_scores_name_tokens_with_their_space(trained: TrainedModel, server: Runn
 
 
 @pytest.mark.parametrize("letter", ["é", "中", "🙂"])
-def test_a_prompt_that_ends_within_a_character(trained: TrainedModel, server: Running, letter: str) -> None:
+def test_a_prompt_that_ends_within_a_character(trained: TrainedModel, server: LiveServer, letter: str) -> None:
     """What is echoed and what is generated are the text of all tokens; with Llama's decoder, whose wrong bytes take whole ones
     before them along, behind what was said."""
     tokenizer = trained.tokenizer

@@ -3,104 +3,16 @@
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import InputError
 from overtok_megatron.inference.generation import Decoder, Sampling, choose, generate, generate_tokens, pad_left
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import build_tables
+from support.small_models import VOCAB, Letters, full_logits
 
-VOCAB = 61
 CPU = torch.device("cpu")
-
-
-class Letters:
-    """A tokenizer of characters."""
-
-    vocab_size = VOCAB
-    eod_id = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [1 + ord(letter) % (VOCAB - 1) for letter in text]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join(chr(64 + token) for token in tokens)
-
-    def undecided(self, token: int) -> bool:
-        return False
-
-    def fingerprint(self) -> str:
-        return "letters"
-
-
-LLAMA = {"norm_placement": "pre", "qk_norm": "none", "head_size": 16, "init_std": 0.3,
-         "rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 8}}  # fmt: skip
-OLMO3 = {"sliding_window": 3, "full_attention_interval": 2,
-         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}}  # fmt: skip
-OLMOE = {"norm_placement": "pre", "num_experts": 6, "num_experts_per_token": 2, "intermediate_size": 16}
-WITHIN = "Olmoe, within documents"
-KINDS: dict[str, tuple[dict[str, Any], bool]] = {
-    "plain": ({}, False),
-    "over-encoded": ({}, True),
-    "Llama": (LLAMA, False),
-    "Olmo3, over-encoded": (OLMO3, True),
-    WITHIN: (OLMOE, False),
-}
-
-
-@pytest.fixture(params=KINDS)
-def trained(request: pytest.FixtureRequest) -> TrainedModel:
-    model_keys, over_encoded = KINDS[request.param]
-    over = {"enabled": True, "ngram_order": 3, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
-    over |= {"row_width": 16, "added": [{"orders": [5, 2], "table_rows": 700}]}
-    config = RunConfig.model_validate(
-        {
-            "model": {
-                "vocab_size": VOCAB,
-                "hidden_size": 48,
-                "intermediate_size": 64,
-                "num_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "init_std": 0.3,
-            }
-            | model_keys,
-            "over_encoding": over if over_encoded else {},
-            "tokenizer": {"path": "none"},
-            "data": {
-                "train": "none",
-                "seq_length": 40,
-                "document_attention": "within" if request.param == WITHIN else "across",
-            },
-            "optimizer": {"learning_rate": 1e-3},
-            "training": {
-                "output_directory": "none",
-                "micro_batch_size": 1,
-                "global_batch_size": 1,
-                "train_iters": 1,
-                "precision": "fp32",
-            },
-        }
-    )
-    model = build_transformer(config, device=CPU, eod_id=Letters.eod_id).eval()
-    tables = (
-        build_tables(config, model.embedding.over_encoding, 0, device=CPU) if config.over_encoding.enabled else None
-    )
-    return TrainedModel(config, model, tables, Letters(), 0)
-
-
-@torch.no_grad()
-def full_logits(trained: TrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    slots = None if trained.tables is None else trained.tables.begin(tokens, training=False)
-    return trained.model.logits(tokens, slots)
 
 
 def text_of(size: int, seed: int) -> torch.Tensor:
@@ -108,61 +20,63 @@ def text_of(size: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cuts", [[1] * 12, [12], [5, 1, 1, 4, 1], [3, 9]])
-def test_pieces_give_the_full_logits(trained: TrainedModel, cuts: list[int]) -> None:
+def test_pieces_give_the_full_logits(small_model: TrainedModel, cuts: list[int]) -> None:
     tokens = text_of(12, 1)
-    decoder = Decoder(trained, batch=2, room=12)
+    decoder = Decoder(small_model, batch=2, room=12)
     pieces = [decoder.feed(piece) for piece in tokens.split(cuts, dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), full_logits(trained, tokens), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full_logits(small_model, tokens), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_pieces_of_any_size_in_a_padded_batch(trained: TrainedModel, seed: int) -> None:
+def test_pieces_of_any_size_in_a_padded_batch(small_model: TrainedModel, seed: int) -> None:
     """Random sizes, ends of documents in the text and in the padding's place, single tokens among long pieces."""
     draw = random.Random(seed)
     sequences = [[draw.choice([0, *range(VOCAB)]) for _ in range(draw.randint(1, 24))] for _ in range(4)]
     tokens = pad_left(sequences, CPU)
-    decoder, begin, pieces = Decoder(trained, 4, tokens.shape[1]), 0, []
+    decoder, begin, pieces = Decoder(small_model, 4, tokens.shape[1]), 0, []
     while begin < tokens.shape[1]:
         end = begin + draw.choice([1, 1, 2, 3, 7])
         pieces.append(decoder.feed(tokens[:, begin:end]))
         begin = end
     logits = torch.cat(pieces, dim=1)
     for index, sequence in enumerate(sequences):
-        own = full_logits(trained, torch.tensor([sequence]))[0]
+        own = full_logits(small_model, torch.tensor([sequence]))[0]
         torch.testing.assert_close(logits[index, -len(sequence) :], own, rtol=1e-5, atol=1e-5 * own.abs().max().item())
 
 
-def test_a_document_that_has_ended_counts_only_across(trained: TrainedModel) -> None:
+def test_a_document_that_has_ended_counts_only_across(small_model: TrainedModel) -> None:
     """N-grams forget it in any case."""
     text = torch.tensor([[5, 9, 0, 7, 8]])
-    behind, alone = Decoder(trained, 1, 5).feed(text)[:, 3:], full_logits(trained, text[:, 3:])
-    assert torch.allclose(behind, alone, rtol=1e-5, atol=1e-4) == (trained.config.data.document_attention == "within")
+    behind, alone = Decoder(small_model, 1, 5).feed(text)[:, 3:], full_logits(small_model, text[:, 3:])
+    assert torch.allclose(behind, alone, rtol=1e-5, atol=1e-4) == (
+        small_model.config.data.document_attention == "within"
+    )
 
 
-def test_greedy_is_the_argmax_of_the_full_forward(trained: TrainedModel) -> None:
-    prompt = trained.tokenizer.encode("the people")
-    chosen = generate_tokens(trained, [prompt], Sampling(max_new_tokens=12))[0]
+def test_greedy_is_the_argmax_of_the_full_forward(small_model: TrainedModel) -> None:
+    prompt = small_model.tokenizer.encode("the people")
+    chosen = generate_tokens(small_model, [prompt], Sampling(max_new_tokens=12))[0]
     tokens = list(prompt)
     for token in chosen:
-        assert full_logits(trained, torch.tensor([tokens]))[0, -1].argmax() == token
+        assert full_logits(small_model, torch.tensor([tokens]))[0, -1].argmax() == token
         tokens.append(token)
-    assert len(chosen) == 12 or full_logits(trained, torch.tensor([tokens]))[0, -1].argmax() == 0
+    assert len(chosen) == 12 or full_logits(small_model, torch.tensor([tokens]))[0, -1].argmax() == 0
 
 
-def test_an_uneven_batch_gives_each_prompt_its_own_text(trained: TrainedModel) -> None:
-    prompts = [trained.tokenizer.encode(text) for text in ("a", "of the united states", "people", "we")]
+def test_an_uneven_batch_gives_each_prompt_its_own_text(small_model: TrainedModel) -> None:
+    prompts = [small_model.tokenizer.encode(text) for text in ("a", "of the united states", "people", "we")]
     sampling = Sampling(max_new_tokens=10)
-    together = generate_tokens(trained, prompts, sampling)
-    assert together == [generate_tokens(trained, [prompt], sampling)[0] for prompt in prompts]
-    padded = Decoder(trained, 4, 20).feed(pad_left(prompts, CPU))
+    together = generate_tokens(small_model, prompts, sampling)
+    assert together == [generate_tokens(small_model, [prompt], sampling)[0] for prompt in prompts]
+    padded = Decoder(small_model, 4, 20).feed(pad_left(prompts, CPU))
     for index, prompt in enumerate(prompts):
-        own = full_logits(trained, torch.tensor([prompt]))[0]
+        own = full_logits(small_model, torch.tensor([prompt]))[0]
         torch.testing.assert_close(padded[index, -len(prompt) :], own, rtol=1e-5, atol=1e-4)
 
 
-def test_sampling(trained: TrainedModel) -> None:
+def test_sampling(small_model: TrainedModel) -> None:
     def sample(**settings: float) -> list[str]:
-        return generate(trained, ["the union"], Sampling(max_new_tokens=20, **settings))  # type: ignore[arg-type]
+        return generate(small_model, ["the union"], Sampling(max_new_tokens=20, **settings))  # type: ignore[arg-type]
 
     greedy = sample()
     assert sample(temperature=1.0, seed=1) == sample(temperature=1.0, seed=1)
@@ -171,13 +85,13 @@ def test_sampling(trained: TrainedModel) -> None:
     assert sample(temperature=1.0, top_p=1e-9) == greedy
 
 
-def test_a_text_stops_at_its_end_of_document(trained: TrainedModel) -> None:
+def test_a_text_stops_at_its_end_of_document(small_model: TrainedModel) -> None:
     """One prompt of a batch ends early, and does not change the others."""
-    prompts = [trained.tokenizer.encode(text) for text in ("the union", "a", "people of")]
-    prompts.append([*trained.tokenizer.encode("the "), 0, *trained.tokenizer.encode("we")])
+    prompts = [small_model.tokenizer.encode(text) for text in ("the union", "a", "people of")]
+    prompts.append([*small_model.tokenizer.encode("the "), 0, *small_model.tokenizer.encode("we")])
     tokenizer = Letters()
     tokenizer.eod_id = -5  # no token: nothing stops
-    endless = replace(trained, tokenizer=tokenizer)
+    endless = replace(small_model, tokenizer=tokenizer)
     sampling = Sampling(max_new_tokens=12)
     whole = generate_tokens(endless, prompts, sampling)
     assert [len(tokens) for tokens in whole] == [12] * 4
@@ -217,11 +131,14 @@ def test_choices_keep_to_their_candidates() -> None:
         near(frequencies(temperature=temperature), [1])
 
 
-def test_what_just_fits_the_context_is_served(trained: TrainedModel) -> None:
+def test_what_just_fits_the_context_is_served(small_model: TrainedModel) -> None:
     tokenizer = Letters()
     tokenizer.eod_id = -5
-    assert len(generate_tokens(replace(trained, tokenizer=tokenizer), [[5] * 30], Sampling(max_new_tokens=10))[0]) == 10
-    assert generate_tokens(trained, [], Sampling()) == []
+    assert (
+        len(generate_tokens(replace(small_model, tokenizer=tokenizer), [[5] * 30], Sampling(max_new_tokens=10))[0])
+        == 10
+    )
+    assert generate_tokens(small_model, [], Sampling()) == []
 
 
 @pytest.mark.parametrize(
@@ -240,10 +157,10 @@ def test_what_just_fits_the_context_is_served(trained: TrainedModel) -> None:
     ],
 )
 def test_requests_that_cannot_be_served(
-    trained: TrainedModel, prompt: str, settings: dict[str, float], part: str
+    small_model: TrainedModel, prompt: str, settings: dict[str, float], part: str
 ) -> None:
     with pytest.raises(InputError) as caught:
-        generate(trained, [prompt], Sampling(**settings))  # type: ignore[arg-type]
+        generate(small_model, [prompt], Sampling(**settings))  # type: ignore[arg-type]
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -12,12 +12,12 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
-from trained_runs import TrainedRuns
 
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference.stream import TextStream, continuation, token_text
+from support.trained_runs import TrainedRuns
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["a", "b", "\u2581", "\u2581a", "\u2581\u2581", "\u2581the", "##b", "b</w>", "</w>", "the</w>", " ", " .", "n't",

@@ -177,9 +177,10 @@ def test_an_offloaded_optimizer_is_torchs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(choice, "apex_parts", lambda: (None, lambda groups, **settings: made.append("apex")))
     device = torch.device("cuda", 0)
     weights = [{"params": [torch.nn.Parameter(torch.ones(3))]}]
-    choice.choose_adamw("auto", device, offloaded=False)(weights, 1e-3, (0.9, 0.95), 1e-8)
+    kernels = choose_kernels("auto", device)
+    kernels.choose_adamw(offloaded=False)(weights, 1e-3, (0.9, 0.95), 1e-8)
     assert made == ["apex"]
-    assert choice.choose_adamw("auto", device, offloaded=True) is choice.torch_adamw
+    assert kernels.choose_adamw(offloaded=True) is choice.torch_adamw
 
 
 @pytest.mark.skipif(apex_parts() is None or not torch.cuda.is_available(), reason="NVIDIA apex and CUDA are needed")

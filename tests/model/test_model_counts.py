@@ -9,9 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import build_tables
-from overtok_megatron.ngram.row_store import RowStore
+from support.assembling import cpu_model, cpu_tables
 
 CPU = torch.device("cpu")
 
@@ -63,7 +61,7 @@ OVER = {"enabled": True, "table_rows": 53}
 def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, Any]) -> None:
     config = configuration(model, over)
     counts = parameter_counts(config)
-    built = build_transformer(config, device=CPU)
+    built = cpu_model(config)
     encoder = built.embedding.over_encoding
     assert counts.blocks == size_of(built.blocks) + size_of(built.head.norm)
     assert counts.embedding == built.embedding.word.weight.numel()
@@ -79,10 +77,8 @@ def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, A
     if encoder is None:
         assert counts.tables == needed.table_rows == needed.table_state == 0
         return
-    tables = build_tables(config, built.embedding.over_encoding, 0, device=CPU)
+    tables = cpu_tables(config, 0)
     assert counts.tables == tables.store.rows.weight.numel() == counts.total - counts.dense
-    assert isinstance(tables.store, RowStore)
-    assert tables.optimizer is not None
     assert needed.table_rows == sum(column.nbytes for column in tables.store.columns().values())
     assert needed.table_state == sum(state.nbytes for state in tables.optimizer.state.values())
 
@@ -101,15 +97,14 @@ def test_tables_cost_little_more_than_two_bytes_a_parameter_by_default(width: in
 def test_flops_of_products_are_those_that_torch_counts(model: dict[str, Any], over: dict[str, Any]) -> None:
     """torch's counter sees every matrix product of a real step, the head's among them; attention has a test of its own."""
     config = configuration(model, over)
-    built = build_transformer(config, device=CPU)
+    built = cpu_model(config)
     tokens = torch.randint(0, 101, (2, 9))
-    slots = None
+    fetched = None
     if config.over_encoding.enabled:
-        tables = build_tables(config, built.embedding.over_encoding, 0, device=CPU)
-        slots = tables.begin(tokens[:, :-1])
+        tables = cpu_tables(config, 0)
+        fetched = tables.fetch_rows(tokens[:, :-1], training=True)
     with FlopCounterMode(display=False) as counter:
-        objective, *_ = built(tokens[:, :-1], slots, tokens[:, 1:])
-        objective.backward()
+        built(tokens[:, :-1], fetched, tokens[:, 1:]).objective.backward()
     products = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
     by_operator = counter.get_flop_counts()["Global"]
     counted = sum(flops for name, flops in by_operator.items() if str(name).split(".")[-1] in products)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from reference import hugging_face_model, hugging_face_names
 
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig
 from overtok_megatron.kernels.choice import choose_kernels
@@ -11,6 +10,7 @@ from overtok_megatron.model.assembly import build_layers
 from overtok_megatron.model.block import Recompute
 from overtok_megatron.model.documents import document_ids, document_mask
 from overtok_megatron.model.transformer import Transformer
+from support.reference import hugging_face_model, hugging_face_names
 
 CPU, VOCAB, END = torch.device("cpu"), 101, 7
 

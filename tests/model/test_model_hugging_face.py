@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import hugging_face_model, hugging_face_names
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.assembly import build_layers
 from overtok_megatron.model.transformer import Transformer
+from support.reference import hugging_face_model, hugging_face_names
 
 LLAMA = {"norm_placement": "pre", "qk_norm": "none", "norm_epsilon": 1e-5}
 LLAMA3 = {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 24}

@@ -5,15 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 from torch import Tensor, nn
 
 from overtok_megatron.config.counts import bytes_per_rank
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.splits import named_generator, shard_of
+from support.assembling import cpu_model, cpu_tables
+from support.distributed_harness import run_ranks
 
 CPU = torch.device("cpu")
 VOCAB, SEQ, EOD = 101, 10, 3
@@ -57,37 +56,31 @@ def randomise_norms(model: nn.Module) -> None:
 def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str, Any]:
     """One rank's weights, results and gradients of a case."""
     config = configuration(name, sequence_parallel, grid.shape.tensor)
-    model = build_transformer(config, device=CPU, group=grid.tensor_group)
+    model = cpu_model(config, group=grid.tensor_group)
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     randomise_norms(model)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, VOCAB, (2, SEQ), generator=generator)
     targets = torch.randint(0, VOCAB, (2, SEQ), generator=generator)
     targets[1, 2:4] = -100
-    tables, slots = None, None
+    tables, fetched = None, None
     if config.over_encoding.enabled:
-        tables = build_tables(
-            config,
-            model.embedding.over_encoding,
-            EOD,
-            device=CPU,
-            group=grid.table_group,
-            sequence_slice=(grid.tensor_rank, grid.shape.tensor),
-        )
-        slots = tables.begin(tokens)
+        own_slice = grid.tensor_rank, grid.shape.tensor
+        tables = cpu_tables(config, EOD, group=grid.table_group, sequence_slice=own_slice)
+        fetched = tables.fetch_rows(tokens, training=True)
     with torch.no_grad():
-        logits = model.logits(tokens, slots)
-    objective, cross_entropy, _ = model(tokens, slots, targets, 1e-2)
-    objective.backward()
+        logits = model.logits(tokens, fetched)
+    result = model(tokens, fetched, targets, 1e-2)
+    result.objective.backward()
     return {
         "initial": initial,
         "gradients": {name: weight.grad for name, weight in model.named_parameters()},
         "shards": {name: shard_of(weight) for name, weight in model.named_parameters()},
         "logits": logits,
-        "objective": objective.item(),
-        "cross_entropy": cross_entropy.item(),
+        "objective": result.objective.item(),
+        "cross_entropy": result.main_loss.item(),
         "table_rows": None if tables is None else tables.store.rows.weight,
-        "table_square": None if tables is None else tables.collect(1.0).item(),
+        "table_square": None if tables is None else tables.reduce_gradients(fetched, 1.0).square.item(),
         "printed": str(model),
     }
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 from torch import Tensor
 
 from overtok_megatron.data.sotu import sotu_files
@@ -19,6 +18,7 @@ from overtok_megatron.ngram.placement import make_exchange, owned_range
 from overtok_megatron.ngram.row_space import RowSpace, row_bounds
 from overtok_megatron.ngram.row_store import initial_rows
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
+from support.distributed_harness import run_ranks
 
 WIDTH = 3
 ASKED = {  # per case, what each rank asks for, modulo the number of rows

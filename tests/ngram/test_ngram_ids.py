@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import python_ngram_row, python_place
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.ngram.ids import MISSING, NgramHash
 from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup
+from support.reference import python_ngram_row, python_place
 
 EOD = 2
 SIZES = st.sampled_from([1, 7, 1009, 12_800_000, 2**31 - 64])

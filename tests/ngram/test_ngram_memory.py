@@ -2,17 +2,16 @@
 
 import pytest
 import torch
-from distributed_harness import run_ranks
 
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.ngram.exchange import FlatExchange
-from overtok_megatron.ngram.fetched_rows import gather_rows
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.training.metrics import peak_memory
+from support.distributed_harness import run_ranks
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -23,16 +22,16 @@ def peak_of(power: int, most: int) -> tuple[int, int]:
     torch.set_num_threads(1)
     space = RowSpace(3, 2, 2**power, WIDTH)
     kernels = choose_kernels("auto", CPU).rows
-    shard = RowStore(0, space.total_rows, WIDTH, std=0.02, seed=0, device=CPU, dtype=torch.bfloat16, kernels=kernels)
+    store = RowStore(0, space.total_rows, WIDTH, std=0.02, seed=0, device=CPU, dtype=torch.bfloat16, kernels=kernels)
     optimizer = RowOptimizer(
-        "rowwise_adagrad", shard.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32,
+        "rowwise_adagrad", store.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32,
         kernels=kernels,
     )  # fmt: skip
     optimizer.state["square_sum"].fill_(1e-3)  # so that its pages are there, and those of the flags
-    shard.flags.fill_(1)
+    store.flags.fill_(1)
     tables = ShardedTables(
-        None, NgramHash(space, 2, 0, "ignore", 0), shard, optimizer, FlatExchange((0, space.total_rows), None, kernels),
-        dtype=torch.float32, device=CPU, kernels=kernels,
+        NgramHash(space, 2, 0, "ignore", 0), store, FlatExchange((0, space.total_rows), None, kernels),
+        optimizer=optimizer, dtype=torch.float32, device=CPU, kernels=kernels,
     )  # fmt: skip
     held = sum(column.nbytes for column in tables.columns().values())
     before = 0
@@ -40,11 +39,9 @@ def peak_of(power: int, most: int) -> tuple[int, int]:
         generator = torch.Generator().manual_seed(turn)
         start = int(torch.randint(0, space.total_rows - 40 * distinct, (), generator=generator))
         ids = torch.arange(start, start + 40 * distinct, 40).repeat(2)  # spread; each looked up twice
-        slots = tables.begin_rows(ids)
-        assert tables.step is not None
-        gather_rows(tables.step, slots).square().sum().backward()
-        tables.collect(1.0)
-        tables.apply(0.01, 1.0)
+        fetched = tables.fetch_row_ids(ids, training=True)
+        fetched.gather().square().sum().backward()
+        tables.update_rows(tables.reduce_gradients(fetched, 1.0), 0.01, 1.0)
         before = before or peak_memory(CPU)  # after a small step: what comes with the first use of anything is there
     return held, peak_memory(CPU) - before
 

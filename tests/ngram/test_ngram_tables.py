@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import python_place
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowRule, TableRows, place, table_rows_at
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup, row_bounds
 from overtok_megatron.ngram.row_store import initial_rows
+from support.reference import python_place
 
 
 def test_the_row_space() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 from torch import Tensor
 
 from overtok_megatron.parallel.collectives import (
@@ -19,6 +18,7 @@ from overtok_megatron.parallel.collectives import (
     reduce_scatter_sequence,
     scatter_to_group,
 )
+from support.distributed_harness import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 WHOLE = (2, 6, 3)  # dim 1 goes over 2 and 3 ranks

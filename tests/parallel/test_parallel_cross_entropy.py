@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_harness import run_ranks
 from torch import Tensor
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.parallel import cross_entropy as module
 from overtok_megatron.parallel.collectives import copy_to_group, group_rank, group_size
 from overtok_megatron.parallel.splits import split_range
+from support.distributed_harness import run_ranks
 
 WIDTH = 16
 linear_cross_entropy = functools.partial(module.linear_cross_entropy, kernels=Kernels())

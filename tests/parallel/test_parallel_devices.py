@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.parallel.devices import (
@@ -22,6 +21,7 @@ from overtok_megatron.parallel.devices import (
 )
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.training.saving import in_background
+from support.distributed_harness import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
 from overtok_megatron.parallel.grid import AXES, GridShape, ProcessGrid
 from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
+from support.distributed_harness import run_ranks
 
 sizes = st.integers(1, 4)
 

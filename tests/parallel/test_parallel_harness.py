@@ -4,7 +4,8 @@ import os
 import time
 
 import pytest
-from distributed_harness import run_ranks
+
+from support.distributed_harness import run_ranks
 
 
 def _identity(value: int) -> tuple[int, int]:

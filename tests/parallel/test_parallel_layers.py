@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from overtok_megatron.parallel.collectives import group_rank, group_size
 from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 from overtok_megatron.parallel.splits import ParameterSplit, initialise, largest_part, shard_of, split_range
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from support.distributed_harness import run_ranks
 
 BATCH, SEQ, WIDTH = 2, 6, 5  # SEQ goes over 2 and 3 ranks
 OUTPUTS = {"q": 7, "k": 4, "v": 10}  # neither 2 nor 3 divides all of them

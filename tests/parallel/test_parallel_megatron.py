@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
 from torch import Tensor, nn
 
 from overtok_megatron.kernels.choice import choose_kernels
@@ -19,6 +18,7 @@ from overtok_megatron.parallel.collectives import all_gather_sequence, copy_to_g
 from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 from overtok_megatron.parallel.splits import shard_of, split_range
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from support.distributed_harness import run_ranks
 
 core = pytest.importorskip("megatron.core", reason="the layers to compare with, in the test extra")
 

@@ -7,19 +7,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from running import running
-from test_generation import full_logits
-from test_generation import trained as kind_of_model  # a fixture: windows, experts, documents, tables
-from test_serving_hostile import Endless
-from trained_runs import CONTEXT, TrainedRuns
 
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
-from overtok_megatron.serving import scheduler as engine_module
+from overtok_megatron.serving import scheduler as scheduler_module
 from overtok_megatron.serving.scheduler import BatchScheduler, SequenceRequest, TokenDelta
+from support.live_server import live_server
+from support.small_models import Endless, full_logits
+from support.trained_runs import CONTEXT, TrainedRuns
 
-__all__ = ["kind_of_model"]
 CPU = torch.device("cpu")
 
 
@@ -49,7 +46,7 @@ class Asked:
         top = 2 if self.scores else None
         size = self.sampling.max_new_tokens
         self.job = SequenceRequest(self.prompt, size, self.sampling, [], top, self.scores, deadline, deliver)
-        scheduler.submit([self.job])
+        engine.submit([self.job])
         return self
 
     def text(self) -> str:
@@ -78,17 +75,17 @@ def prompt_of(size: int, seed: int, vocabulary: int) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 1000])
-def test_any_chunk_gives_generates_tokens(kind_of_model: TrainedModel, chunk: int) -> None:
+def test_any_chunk_gives_generates_tokens(small_model: TrainedModel, chunk: int) -> None:
     """Ends of documents in the prompts, greedy and sampled, prompts' scores too; more sequences than places."""
     samplings = [Sampling(8), Sampling(8, 1.0, seed=3), Sampling(5, 0.7, top_p=0.9, seed=4)]
     asked = [
         Asked([*prompt_of(size, size, 61)], samplings[size % 3], scores=True) for size in (30, 1, 2, 25, 7, 31, 3, 16)
     ]
-    with BatchScheduler(kind_of_model, places=3, max_waiting=20, prefill_chunk=chunk) as engine:
+    with BatchScheduler(small_model, places=3, max_waiting=20, prefill_chunk=chunk) as engine:
         ended([one.submit(engine, [0]) for one in asked])
     for one in asked:
-        assert one.text() == one.expected(kind_of_model)
-        check_scores(kind_of_model, one)
+        assert one.text() == one.expected(small_model)
+        check_scores(small_model, one)
 
 
 def check_scores(trained: TrainedModel, one: Asked) -> None:
@@ -173,8 +170,8 @@ def test_who_leaves_during_the_prompt_frees_the_place(
         long.submit(engine, clock)
         while slow_chunks[0] < 4:
             time.sleep(0.01)
-        assert scheduler.load == (1 + company, 0)
-        scheduler.cancel([long.job])
+        assert engine.load == (1 + company, 0)
+        engine.cancel([long.job])
         late.submit(engine, clock, seconds=0.3)  # out of time during its prompt
         next_one.submit(engine, clock)
         ended([next_one])
@@ -183,7 +180,7 @@ def test_who_leaves_during_the_prompt_frees_the_place(
         ended([other] * company)
     for one in [next_one, *[other] * company]:
         assert one.text() == one.expected(trained)
-    assert scheduler.load == (0, 0)
+    assert engine.load == (0, 0)
 
 
 def test_what_fails_or_ends_during_a_prompt_is_told(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +215,7 @@ def test_tables_wherever_they_are(trained_runs: TrainedRuns, trained: TrainedMod
 
 def test_a_prompt_of_the_whole_context(trained: TrainedModel) -> None:
     """Its scores alone are wanted: no token follows."""
-    with running(trained, prefill_chunk=9) as server:
+    with live_server(trained, prefill_chunk=9) as server:
         prompt = prompt_of(CONTEXT, 5, 512)
         (choice,) = server.post(prompt=prompt, max_tokens=0, echo=True, logprobs=0).json()["choices"]
     shares = full_logits(trained, torch.tensor([prompt]))[0].log_softmax(-1)
@@ -245,7 +242,7 @@ class Guarded(list[Any]):
 
 def test_running_sequences_are_listed_under_the_lock(trained_runs: TrainedRuns) -> None:
     engine, seen, clock = BatchScheduler(trained_runs.trained(), places=2, max_waiting=9, prefill_chunk=7), [], [0]
-    scheduler._running = Guarded(scheduler._changed, seen)
+    engine._running = Guarded(engine._changed, seen)
     with engine:
         asked = [Asked([5, 6, 7], Sampling(size, 1.0, seed=size)).submit(engine, clock) for size in (3, 9, 4, 6)]
         for one in asked:
@@ -259,7 +256,7 @@ def test_the_decoding_thread_works_on_the_models_device(
     """Every thread starts on device 0, where kernels for a model on another device cannot be launched."""
     made: list[tuple[str, torch.device]] = []
     monkeypatch.setattr(
-        engine_module, "make_current", lambda device: made.append((threading.current_thread().name, device))
+        scheduler_module, "make_current", lambda device: made.append((threading.current_thread().name, device))
     )
     with BatchScheduler(plain_model, places=1, max_waiting=1, prefill_chunk=8):
         pass

@@ -5,33 +5,25 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from trained_runs import TrainedRuns
 
 from overtok_megatron.cli import main
 from overtok_megatron.inference import generation
 from overtok_megatron.inference.generation import Sampling, generate
 from overtok_megatron.serving.server import is_loopback, open_socket
+from support.overtok_process import start_overtok
+from support.trained_runs import TrainedRuns
 
 
 def test_sigterm_lets_an_answer_end(trained_runs: TrainedRuns) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "overtok_megatron.cli",
-        "serve",
-        str(trained_runs.run("bf16")),
-        "--storage",
-        "mapped",
-    ]
-    process = subprocess.Popen(
-        [*command, "--host", "0.0.0.0", "--port", "0", "--model-name", "mine", "--prefill-chunk", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_overtok(
+        *("serve", trained_runs.run("bf16"), "--storage", "mapped", "--host", "0.0.0.0", "--port", "0"),
+        *("--model-name", "mine", "--prefill-chunk", "2"),
+        stderr=subprocess.PIPE,
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

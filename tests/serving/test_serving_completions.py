@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from running import Running, running
-from trained_runs import TrainedRuns
 
 from overtok_megatron.inference.generation import Sampling, generate, generate_texts
 from overtok_megatron.inference.loading import TrainedModel
+from support.live_server import LiveServer, live_server
+from support.trained_runs import TrainedRuns
 
 PROMPTS = ["The people", "of the United States", "Fellow-Citizens of the Senate and House", "é", "In the", "We"]
 
@@ -22,13 +22,13 @@ def trained(trained_runs: TrainedRuns) -> TrainedModel:
 
 
 @pytest.fixture(scope="module")
-def server(trained: TrainedModel) -> Iterator[Running]:
-    with running(trained) as server:
+def server(trained: TrainedModel) -> Iterator[LiveServer]:
+    with live_server(trained) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
+def client(server: LiveServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
@@ -123,8 +123,8 @@ def test_scores_are_the_models(client: openai.OpenAI, trained: TrainedModel) -> 
     for chosen in _tokens(trained, prompt, Sampling(9, 0.8, seed=1)):
         generated.append(chosen)
     tokens = torch.tensor([[*trained.tokenizer.encode(prompt), *generated]])
-    slots = trained.tables.begin(tokens, training=False)
-    logits = trained.model.logits(tokens, slots)[0].log_softmax(-1)
+    fetched = trained.fetch_rows(tokens)
+    logits = trained.model.logits(tokens, fetched)[0].log_softmax(-1)
     expected = logits[:-1].gather(1, tokens[0, 1:, None])[:, 0].tolist()
     assert scores.token_logprobs[0] is None
     assert scores.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)

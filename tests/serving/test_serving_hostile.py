@@ -12,15 +12,15 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import Running, running
-from trained_runs import TrainedRuns
 
-from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.generation import Sampling
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.serving import server as server_module
 from overtok_megatron.serving.scheduler import BatchScheduler, BusyError, SequenceRequest, TokenDelta
+from support.live_server import LiveServer, live_server
+from support.small_models import Endless
+from support.trained_runs import TrainedRuns
 
 JSON = {"content-type": "application/json"}
 GOOD = {"model": "tiny", "prompt": "The people", "max_tokens": 4}
@@ -32,8 +32,8 @@ def trained(trained_runs: TrainedRuns) -> TrainedModel:
 
 
 @pytest.fixture(scope="module")
-def server(trained: TrainedModel) -> Iterator[Running]:
-    with running(trained) as server:
+def server(trained: TrainedModel) -> Iterator[LiveServer]:
+    with live_server(trained) as server:
         before = server.post(prompt="The people", temperature=0).json()["choices"]
         yield server
         server.wait_idle()
@@ -89,7 +89,7 @@ BODIES = [
 ]  # fmt: skip
 
 
-def test_malformed_bodies(server: Running) -> None:
+def test_malformed_bodies(server: LiveServer) -> None:
     """Each gets a refusal as the API words them, and none is a failure of the server."""
     assert len(BODIES) >= 200
     with httpx.Client(base_url=server.url, headers=JSON, timeout=30) as client:
@@ -129,14 +129,14 @@ KEYS = [
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(values=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), anything, max_size=4))
-def test_whatever_json_there_is(server: Running, values: dict[str, Any]) -> None:
+def test_whatever_json_there_is(server: LiveServer, values: dict[str, Any]) -> None:
     response = httpx.post(
         f"{server.url}/v1/completions", content=json.dumps({**GOOD, **values}), headers=JSON, timeout=30
     )
     assert response.status_code in (200, 400, 404), response.text
 
 
-def exchange(server: Running, parts: list[bytes], pause: float = 0.0) -> bytes:
+def exchange(server: LiveServer, parts: list[bytes], pause: float = 0.0) -> bytes:
     """What the server says to raw bytes, until it closes the connection."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         try:
@@ -180,12 +180,12 @@ def head(length: str, path: str = "/v1/completions") -> bytes:
         ([head("Content-Length: 2\r\nConnection: close").replace(b"application/json", b"text/plain"), b"{}"], b"415"),
     ],
 )  # fmt: skip
-def test_raw_bytes(server: Running, parts: list[bytes], status: bytes) -> None:
+def test_raw_bytes(server: LiveServer, parts: list[bytes], status: bytes) -> None:
     answer = exchange(server, parts)
     assert answer.startswith(b"HTTP/1.1 " + status), answer[:300]
 
 
-def test_headers_that_never_end(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_that_never_end(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_HEADER_SECONDS", 0.3)
     for parts in ([], [b"POST /v1/comp"], [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"]):
         begin = time.monotonic()
@@ -206,22 +206,12 @@ def slow(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> TrainedModel
     return replace(trained, tokenizer=Endless(trained.tokenizer))  # no text ends by itself
 
 
-class Endless:
-    eod_id = -5
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-
 LONG = {"prompt": "The people", "max_tokens": 40}
 
 
 def test_clients_that_leave(slow: TrainedModel) -> None:
     """Their places are free at once for others, whether they were read to or waited."""
-    with running(slow, places=2) as server:
+    with live_server(slow, places=2) as server:
         for stream in (True, False):
             body = json.dumps({"model": "tiny", **LONG, "n": 2, "stream": stream}).encode()
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -238,7 +228,7 @@ def test_clients_that_leave(slow: TrainedModel) -> None:
 
 
 def test_a_full_queue_and_a_request_that_takes_too_long(slow: TrainedModel) -> None:
-    with running(slow, places=2, max_waiting=2, seconds=0.8) as server:
+    with live_server(slow, places=2, max_waiting=2, seconds=0.8) as server:
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post(**LONG, n=4)))
         thread.start()
@@ -262,7 +252,7 @@ def test_a_full_queue_and_a_request_that_takes_too_long(slow: TrainedModel) -> N
 
 def test_a_model_that_fails(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request fails, and says no more than that; the next is served."""
-    with running(trained) as server:
+    with live_server(trained) as server:
         step = ContinuousBatch.step
         monkeypatch.setattr(ContinuousBatch, "step", lambda *_: 1 / 0)
         failed = server.post(prompt="The people")
@@ -274,7 +264,7 @@ def test_a_model_that_fails(trained: TrainedModel, monkeypatch: pytest.MonkeyPat
 
 
 def test_more_connections_than_allowed(trained: TrainedModel) -> None:
-    with running(trained, connections=4) as server:
+    with live_server(trained, connections=4) as server:
         held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(6)]
         assert httpx.get(f"{server.url}/health").status_code == 503
         for connection in held:

@@ -1,15 +1,11 @@
 """Runs that were moved, renamed, or are used from another folder: verbs find what they need, or say in one line what it is."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hugging_face_models import over_encoded_run
-from prefixed_tokenizers import save_prefixed
 
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
 from overtok_megatron.cli import main
@@ -23,6 +19,10 @@ from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.interchange.passage import PASSAGE
+from support.expect_error import command_error
+from support.hugging_face_models import over_encoded_run
+from support.overtok_process import run_overtok
+from support.prefixed_tokenizers import save_prefixed
 
 TOKENIZER, SET = "data/tokenizer.model", "data/held"
 
@@ -64,15 +64,6 @@ def moved(folder: Path) -> Path:
     return (folder / "runs" / "a").rename(place / "old")
 
 
-def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What a verb says that fails."""
-    capsys.readouterr()
-    assert main(words) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
-
-
 def use(run: Path, *tokenizer: str) -> None:
     """Everything that needs the tokenizer, and no data."""
     assert main(["generate", str(run), "--prompt", "the state", "--max-new-tokens", "4", *tokenizer]) == 0
@@ -108,7 +99,7 @@ def test_a_run_alone_has_its_tokenizer(folder: Path, capsys: pytest.CaptureFixtu
     assert (
         main(["prepare", str(run / "config.yaml"), "--format", "text", "--tokenizer", str(run), "--output", "b"]) == 0
     )
-    assert SET in one_line(capsys, "evaluate", str(run))
+    assert SET in command_error(capsys, "evaluate", str(run))
     assert main(["evaluate", str(run), "--data", "b"]) == 0
 
 
@@ -120,7 +111,7 @@ def test_what_is_not_found_is_named(folder: Path, capsys: pytest.CaptureFixture[
         ["evaluate", str(run)],
         ["export", str(run), "--output", "x"],
     ):
-        line = one_line(capsys, *verb)
+        line = command_error(capsys, *verb)
         assert TOKENIZER in line and str(run / "tokenizer.model") in line and "--tokenizer" in line
         assert len(line) < 300 + 2 * len(str(run))
     assert (
@@ -129,9 +120,9 @@ def test_what_is_not_found_is_named(folder: Path, capsys: pytest.CaptureFixture[
     other = Path("other.model")
     other.write_bytes((folder / TOKENIZER).read_bytes() + b"\0")
     for verb in (["generate", str(run), "--prompt", "x"], ["serve", str(run)], ["evaluate", str(run)]):
-        assert "not the tokenizer" in one_line(capsys, *verb, "--tokenizer", "other.model")
+        assert "not the tokenizer" in command_error(capsys, *verb, "--tokenizer", "other.model")
     shutil.copyfile(other, run / "tokenizer.model")
-    assert "not the tokenizer" in one_line(capsys, "generate", str(run), "--prompt", "x")
+    assert "not the tokenizer" in command_error(capsys, "generate", str(run), "--prompt", "x")
     assert (
         main(["generate", str(run), "--prompt", "x", "--max-new-tokens", "2", "--tokenizer", str(folder / TOKENIZER)])
         == 0
@@ -188,15 +179,13 @@ def test_a_moved_run_goes_on(folder: Path) -> None:
     values["training"] |= {"output_directory": "runs/t", "train_iters": 2, "validation_interval": 2, "num_threads": 1}
     values["logging"] = {"tensorboard": False}
     (folder / "t.yaml").write_text(yaml.safe_dump(values))
-    overtok = [sys.executable, "-m", "overtok_megatron.cli", "train"]
-    first = subprocess.run([*overtok, "t.yaml", "--processes", "1"], cwd=folder, capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout + first.stderr
+    code, output = run_overtok("train", "t.yaml", "--processes", "1", cwd=folder)
+    assert code == 0, output
     assert (folder / "runs/t/tokenizer.model").read_bytes() == (folder / TOKENIZER).read_bytes()
     run = (folder / "runs" / "t").rename(folder / "runs" / "u")
     (folder / TOKENIZER).unlink()
-    words = [str(run / "config.yaml"), "training.train_iters=4", "--processes", "1"]
-    second = subprocess.run([*overtok, *words], capture_output=True, text=True)
-    assert second.returncode == 0, second.stdout + second.stderr
+    code, output = run_overtok("train", run / "config.yaml", "training.train_iters=4", "--processes", "1")
+    assert code == 0, output
     assert "resumed from" in (run / "train.log").read_text()
     assert (run / "checkpoints" / "latest").read_text() == "step_00000004"
     assert not (folder / "runs" / "t").exists() and not Path("runs").exists()

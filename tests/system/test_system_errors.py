@@ -6,21 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Workspace
 
 from overtok_megatron.cli import main
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
-
-
-def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The single error line of a failing command."""
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
+from support.expect_error import command_error
+from support.overtok_process import run_overtok
+from support.workspace import Workspace
 
 
 @pytest.mark.parametrize(
@@ -51,7 +43,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_configuration(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], override: str, expected: list[str]
 ) -> None:
-    line = one_line(capsys, "train", str(workspace.config("run")), override, "--processes", "1")
+    line = command_error(capsys, "train", str(workspace.config("run")), override, "--processes", "1")
     for part in expected:
         assert part in line
     assert not (workspace.scratch / "run" / "checkpoints").exists()
@@ -63,7 +55,7 @@ def test_truncated_dataset(workspace: Workspace, capsys: pytest.CaptureFixture[s
         shutil.copy(path, workspace.scratch)
     damaged = workspace.scratch / f"train{part}"
     damaged.write_bytes(damaged.read_bytes()[:-6])
-    line = one_line(
+    line = command_error(
         capsys, "train", str(workspace.config("run")), f"data.train={workspace.scratch}/train", "--processes", "1"
     )
     assert str(damaged) in line
@@ -76,18 +68,18 @@ def test_corpus(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> Non
     empty = workspace.scratch / "empty"
     empty.mkdir()
     prepare = ("prepare", str(empty), "--tokenizer", tokenizer, "--output", str(target))
-    assert "empty" in one_line(capsys, *prepare)
+    assert "empty" in command_error(capsys, *prepare)
     latin = empty / "latin.txt"
     latin.write_bytes(b"caf\xe9")
-    line = one_line(capsys, *prepare)
+    line = command_error(capsys, *prepare)
     assert str(latin) in line
     assert "UTF-8 at byte 3" in line
     assert not list(workspace.scratch.glob("set*"))
     text = empty / "latin.txt"
     text.write_text("a few words", encoding="utf-8")
-    line = one_line(capsys, "train-tokenizer", str(empty), "--vocab-size", "8192", "--output", str(target))
+    line = command_error(capsys, "train-tokenizer", str(empty), "--vocab-size", "8192", "--output", str(target))
     assert "8192" in line
-    assert "missing" in one_line(capsys, "prepare", "missing", "--tokenizer", tokenizer, "--output", str(target))
+    assert "missing" in command_error(capsys, "prepare", "missing", "--tokenizer", tokenizer, "--output", str(target))
 
 
 def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,22 +87,22 @@ def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str])
     config = str(workspace.config("run", optimizer="rowwise_adagrad"))
     run = workspace.scratch / "run"
     train = ("train", config, "--processes", "1")
-    code, output = workspace.run(*train, "training.train_iters=4")
+    code, output = run_overtok(*train, "training.train_iters=4")
     assert code == 0, output
 
     generate = ("generate", str(run), "--prompt")
     assert main((*generate, "The people", "--max-new-tokens", "4")) == 0
     assert capsys.readouterr().out.startswith("The people")
-    line = one_line(capsys, *generate, "The people of the United States " * 9)
+    line = command_error(capsys, *generate, "The people of the United States " * 9)
     assert "context of 16 tokens" in line
-    assert "temperature" in one_line(capsys, *generate, "x", "--temperature", "-1")
-    assert "no checkpoint" in one_line(capsys, "generate", str(workspace.scratch), "--prompt", "x")
+    assert "temperature" in command_error(capsys, *generate, "x", "--temperature", "-1")
+    assert "no checkpoint" in command_error(capsys, "generate", str(workspace.scratch), "--prompt", "x")
 
     for override, words in (
         ("model.num_layers=3", ["model.num_layers is 2 there and 3 in this run"]),
         ("over_encoding.optimizer=adam", ["over_encoding.optimizer"]),
     ):
-        code, output = workspace.run(*train, override)
+        code, output = run_overtok(*train, override)
         errors = [line for line in output.splitlines() if line.startswith("error")]
         assert code != 0
         assert len(errors) == 1, output
@@ -124,15 +116,15 @@ def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str])
     original = manifest.read_text()
     changed = original.replace(str(workspace.data / "tokenizer.model"), str(other))
     manifest.write_text(changed)
-    assert "manifest.sha256: does not fit manifest.json" in one_line(capsys, *generate, "x")
+    assert "manifest.sha256: does not fit manifest.json" in command_error(capsys, *generate, "x")
     digest = manifest.with_name("manifest.sha256")
     kept = digest.read_text()
     digest.write_text(f"{hashlib.sha256(changed.encode()).hexdigest()}  manifest.json\n")
     assert main((*generate, "x", "--max-new-tokens", "4")) == 0  # the run's folder holds the right one
-    assert "not the tokenizer" in one_line(capsys, *generate, "x", "--tokenizer", str(other))
+    assert "not the tokenizer" in command_error(capsys, *generate, "x", "--tokenizer", str(other))
     copy = (run / "tokenizer.model").read_bytes()
     (run / "tokenizer.model").write_bytes(other.read_bytes())
-    assert "not the tokenizer" in one_line(capsys, *generate, "x")
+    assert "not the tokenizer" in command_error(capsys, *generate, "x")
     (run / "tokenizer.model").write_bytes(copy)
     manifest.write_text(original)
     digest.write_text(kept)
@@ -140,8 +132,8 @@ def test_a_trained_run(workspace: Workspace, capsys: pytest.CaptureFixture[str])
     weights = next((run / "checkpoints" / "step_00000004" / "tables").glob("*.safetensors"))
     content = weights.read_bytes()
     weights.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    assert f"{weights}: SHA-256 differs" in one_line(capsys, *generate, "x")
-    assert f"{weights}: SHA-256 differs" in one_line(capsys, "checkpoint", "verify", str(run))
+    assert f"{weights}: SHA-256 differs" in command_error(capsys, *generate, "x")
+    assert f"{weights}: SHA-256 differs" in command_error(capsys, "checkpoint", "verify", str(run))
     weights.write_bytes(content)
     assert main(("checkpoint", "verify", str(run))) == 0
     assert "step_00000004: as it was written" in capsys.readouterr().out
@@ -153,7 +145,7 @@ def full_disk(workspace: Workspace, train: tuple[str, ...], run: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))  # less than one table file
 
-    code, output = workspace.run(*train, preexec=limit)
+    code, output = run_overtok(*train, preexec_fn=limit)
     errors = [line for line in output.splitlines() if line.startswith("error")]
     assert code != 0
     assert len(errors) == 1, output
@@ -161,6 +153,6 @@ def full_disk(workspace: Workspace, train: tuple[str, ...], run: Path) -> None:
     assert "previous checkpoint is intact" in errors[0]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000004"
     assert [path.name for path in (run / "checkpoints").glob("step*")] == ["step_00000004"]
-    code, output = workspace.run(*train)
+    code, output = run_overtok(*train)
     assert code == 0, output
     assert (run / "checkpoints" / "latest").read_text() == "step_00000012"

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, kill_session, losses, ranks_of, records
 
 from overtok_megatron.checkpoint.store import CheckpointStore, verify_checkpoint
+from support.overtok_process import kill_session, ranks_of, run_overtok, start_overtok
+from support.workspace import Workspace, losses, records
 
 OVERRIDES = ("training.train_iters=30", "checkpoint.interval=2", "checkpoint.incremental=3", "checkpoint.keep_last=2")
 
@@ -38,7 +39,7 @@ def kill_and_resume(workspace: Workspace, kills: int, seed: int) -> None:
     def command(name: str) -> tuple[str, ...]:
         return ("train", str(workspace.config(name)), "--processes", "2", *OVERRIDES)
 
-    code, output = workspace.run(*command("whole"))
+    code, output = run_overtok(*command("whole"))
     assert code == 0, output
     expected = losses(workspace.scratch / "whole")
     done, number = 0, 0
@@ -46,7 +47,7 @@ def kill_and_resume(workspace: Workspace, kills: int, seed: int) -> None:
         number += 1
         run = workspace.scratch / f"killed-{number}"
         while done < kills:
-            process = workspace.start(*command(run.name))
+            process = start_overtok(*command(run.name))
             kind = dice.choice(["one rank", "all ranks", "in a save"])
             if not wait_until_mid(kind, run, dice):
                 process.communicate(timeout=60)
@@ -60,7 +61,7 @@ def kill_and_resume(workspace: Workspace, kills: int, seed: int) -> None:
             latest = CheckpointStore(run).latest()
             if latest is not None:
                 verify_checkpoint(latest)
-        code, output = workspace.run(*command(run.name))
+        code, output = run_overtok(*command(run.name))
         assert code == 0, output
         assert losses(run) == expected, f"seed {seed}, run {number}"
         assert not list((run / "checkpoints").glob("*.partial*"))

@@ -6,12 +6,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, kill_session, losses, ranks_of, records, wait_for
 
 from overtok_megatron.cli import main
 from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from support.overtok_process import kill_session, ranks_of, run_overtok, start_overtok, wait_for
+from support.workspace import Workspace, losses, records
 
 STEPS = 40  # enough to be stopped on the way
 FP32 = (
@@ -26,7 +27,7 @@ FP32 = (
 
 def train(workspace: Workspace, name: str, ranks: int, *overrides: str) -> str:
     config = str(workspace.config(name))
-    code, output = workspace.run("train", config, "--processes", str(ranks), *FP32, *overrides)
+    code, output = run_overtok("train", config, "--processes", str(ranks), *FP32, *overrides)
     assert code == 0, output
     return output
 
@@ -94,7 +95,7 @@ def test_every_stage_of_a_pipeline_tells_documents_apart(workspace: Workspace) -
 def run_until(workspace: Workspace, run: Path, ranks: int, stop: int, *overrides: str) -> None:
     """Train until at least step `stop` is reported, then ask to stop; to the end where that is the last step."""
     command = ("train", str(workspace.config(run.name)), "--processes", str(ranks), *FP32, *overrides)
-    process = workspace.start(*command)
+    process = start_overtok(*command)
     if stop < STEPS:
         wait_for(lambda: len(records(run)) >= stop, process)
         process.send_signal(signal.SIGTERM)
@@ -115,14 +116,14 @@ def test_sigterm_of_one_rank_saves_what_was_done(workspace: Workspace) -> None:
     train(workspace, "whole", 2)
     run = workspace.scratch / "stopped"
     command = ("train", str(workspace.config("stopped")), "--processes", "2", *FP32, "checkpoint.interval=100")
-    process = workspace.start(*command)
+    process = start_overtok(*command)
     wait_for(lambda: len(records(run)) >= 3, process)
     os.kill(ranks_of(process)[-1], signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     kill_session(process)
     assert "asked to stop" in output
-    code, output = workspace.run(*command)
+    code, output = run_overtok(*command)
     assert code == 0, output
     assert "resumed from" in output
     assert losses(run) == losses(workspace.scratch / "whole")

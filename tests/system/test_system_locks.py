@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, kill_session, ranks_of, records, wait_for
 
 from overtok_megatron.checkpoint.store import CheckpointStore
 from overtok_megatron.cli import main
+from support.overtok_process import kill_session, ranks_of, start_overtok, wait_for
+from support.workspace import Workspace, records
 
 
 def digests(run: Path) -> dict[str, str]:
@@ -24,7 +25,7 @@ def test_other_writers_are_refused_while_a_training_lives(
 ) -> None:
     """As long as its command lives, and when that is killed as long as a rank does; then its run can be gone on with."""
     config, run = workspace.config("run"), workspace.scratch / "run"
-    process = workspace.start(
+    process = start_overtok(
         "train", str(config), "--processes", "2", "training.train_iters=1000000", "checkpoint.keep_last=1000000"
     )
     try:

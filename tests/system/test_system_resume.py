@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, kill_session, losses, records, wait_for
+
+from support.overtok_process import kill_session, run_overtok, start_overtok, wait_for
+from support.workspace import Workspace, losses, records
 
 
 @pytest.mark.ci
@@ -12,21 +14,21 @@ def test_a_run_killed_while_it_saves_resumes_bit_for_bit(workspace: Workspace) -
         f"{{path: {workspace.data}/{name}, weight: {weight}}}" for name, weight in (("train", 3), ("validation", 1))
     )
     how = (f"data.train=[{sets}]", "--processes", "2")
-    code, output = workspace.run("train", str(workspace.config("whole")), *how)
+    code, output = run_overtok("train", str(workspace.config("whole")), *how)
     assert code == 0, output
     expected = losses(workspace.scratch / "whole")
     assert [step for step, *_ in expected] == list(range(1, 13))
 
     save_run = workspace.scratch / "save"
     command = ("train", str(workspace.config("save")), *how)
-    process = workspace.start(*command)
+    process = start_overtok(*command)
     checkpoints = save_run / "checkpoints"
     second = checkpoints / "step_00000008.partial"
     wait_for(lambda: any(second.glob("tables/*")), process)
     kill_session(process)  # all ranks, while they write
     assert second.exists()
     assert (checkpoints / "latest").read_text() == "step_00000004"
-    code, output = workspace.run(*command)
+    code, output = run_overtok(*command)
     assert code == 0, output
     assert "resumed from" in output
     assert "which an interrupted save left behind" in output

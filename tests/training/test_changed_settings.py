@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from one_line import fails
-from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
 
 from overtok_megatron.checkpoint.changes import check_continuable
 from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
@@ -17,6 +14,9 @@ from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_state
 from overtok_megatron.training.saving import Saver
+from support.distributed_harness import run_ranks
+from support.expect_error import expect_error
+from support.formula_cases import EOD, SEQ, STEPS, Case, case_config, stream
 
 CPU = torch.device("cpu")
 SAVED_AT = 2
@@ -96,7 +96,7 @@ def go_on(trainer: TrainingEngine, path: Path, change: Change | None = None) -> 
 def losses(trainer: TrainingEngine, steps: range) -> list[float]:
     tokens, grid = stream(trainer.config.model.vocab_size), trainer.grid
     parts = [
-        tokens[step].view(trainer.micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank] for step in steps
+        tokens[step].view(trainer.num_micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank] for step in steps
     ]
     results = [trainer.step(part, 3e-3) for part in parts]
     return [value for result in results for value in (result.loss, result.grad_norm)]
@@ -117,7 +117,7 @@ def save(trainer: TrainingEngine, folder: Path) -> tuple[Path, list[float]]:
 
 
 def change_case(case: Case, changes: list[Change], folder: Path) -> list[Found]:
-    config = configuration(case)
+    config = case_config(case)
     grid = start_processes(config, CPU)
     old = TrainingEngine(config, grid, CPU, EOD)
     path, unchanged = save(old, folder)
@@ -154,7 +154,7 @@ def other_files(folder: Path) -> list[tuple[str, list[float], list[float]]]:
     """One rank's work: losses that go on with changed files, and without a change."""
     found = []
     for case, change in OTHER_FILES:
-        before = configuration(case)
+        before = case_config(case)
         path, unchanged = save(TrainingEngine(before, start_processes(before, CPU), CPU, EOD), folder / case.name)
         config = changed(before, change)
         found.append(
@@ -214,14 +214,14 @@ def all_keys() -> set[str]:
     judged_whole = {key for key in ALLOWED | ELSEWHERE if "." not in key}
     keys = set(judged_whole)
     for section in RunConfig.model_fields.keys() - judged_whole:
-        keys |= {f"{section}.{name}" for name in getattr(configuration(CASES[0]), section).__class__.model_fields}
+        keys |= {f"{section}.{name}" for name in getattr(case_config(CASES[0]), section).__class__.model_fields}
     return keys
 
 
 def with_checkpoint(folder: Path, **training: Any) -> tuple[RunConfig, Manifest]:
     """A configuration whose run has a checkpoint of step 2, and its manifest."""
     case = Case("", training={"output_directory": str(folder), **training})
-    config, store = configuration(case), CheckpointStore(folder)
+    config, store = case_config(case), CheckpointStore(folder)
     store.begin(2)
     manifest = Manifest(2, 16, config.model_dump(mode="json"), {"zero_stage": 0}, EOD, "none", {})
     store.publish(manifest)
@@ -236,7 +236,7 @@ def test_every_key_is_allowed_or_refused_by_name(tmp_path: Path) -> None:
     for key in sorted(REFUSED):
         section, name = key.split(".")
         other = values | {section: values[section] | {name: "other" if name != "added" else [{"orders": [9]}]}}
-        fails(lambda other=other: check_continuable(other, manifest, tmp_path), f"{key} is ", "in this run")  # type: ignore[misc]
+        expect_error(lambda other=other: check_continuable(other, manifest, tmp_path), f"{key} is ", "in this run")  # type: ignore[misc]
     for key in sorted(ALLOWED):
         section, _, name = key.partition(".")
         other = values | {section: values[section] | {name: "other"} if name else {"other": 1}}
@@ -260,7 +260,7 @@ def test_what_cannot_change_is_refused_before_ranks_start(tmp_path: Path) -> Non
             ["training.global_batch_size is 8 there and 16", "write training.train_iters"],
         ),
     ):
-        fails(lambda change=change: starting_point(changed(config, change)), *words)  # type: ignore[misc]
+        expect_error(lambda change=change: starting_point(changed(config, change)), *words)  # type: ignore[misc]
     starting_point(changed(config, {"training.global_batch_size": 16}))
     started, _ = with_checkpoint(tmp_path / "started", initial_checkpoint="elsewhere")
     starting_point(started)

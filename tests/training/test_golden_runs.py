@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from test_layout_matrix import CPU, EOD, layout, own_tokens, stream
-from test_layout_matrix import configuration as small_configuration
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
+from support.distributed_harness import run_ranks
+from support.layouts import CPU, EOD, layout, layout_config, own_tokens, stream
 
 KEPT = Path(__file__).parent / "golden_runs.json"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,7 +46,7 @@ def quickstart_losses() -> list[float]:
 
 def small_losses(short: str) -> list[float]:
     """Twenty steps of the matrix's model on a layout."""
-    config = small_configuration(layout(short, micro=3, over=ADAGRAD))
+    config = layout_config(layout(short, micro=3, over=ADAGRAD))
     trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     return [trainer.step(own_tokens(trainer, batch), 3e-3).loss for batch in stream()]
 

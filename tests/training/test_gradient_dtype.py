@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_harness import run_ranks
-from test_layout_matrix import CPU, EOD, Layout, configuration, own_tokens, stream
 
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
+from support.distributed_harness import run_ranks
+from support.layouts import CPU, EOD, Layout, layout_config, own_tokens, stream
 
 CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = [{"zero_stage": stage, "gradient_dtype": choice} for stage in range(4) for choice in CHOICES]
@@ -41,7 +41,7 @@ def travelling_dtypes(layouts: list[dict[str, Any]]) -> list[set[torch.dtype]]:
             training={"precision": "bf16", "micro_batch_size": 6},
             over={"enabled": False},
         )
-        config = configuration(case)
+        config = layout_config(case)
         trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         seen.clear()
         trainer.step(own_tokens(trainer, stream()[0]), 1e-3)

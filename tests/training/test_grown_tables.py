@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from reference import Reference
-from test_layout_matrix import BATCH, CPU, EOD, SEQ, VOCAB, Layout, configuration, own_tokens
 from torch import Tensor
 
 from overtok_megatron.checkpoint.growing import grow
@@ -15,12 +12,15 @@ from overtok_megatron.checkpoint.store import find_checkpoint
 from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.growth import grow_config, parse_tables
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_store import initial_rows
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_weights
+from support.assembling import cpu_model
+from support.distributed_harness import run_ranks
+from support.layouts import BATCH, CPU, EOD, SEQ, VOCAB, Layout, layout_config, own_tokens
+from support.reference import Reference
 
 STEPS = 6
 NEW = [parse_tables("orders=2-4,slices=2,rows=151"), parse_tables("order=2,rows=7")]
@@ -39,7 +39,7 @@ def initial(config: RunConfig) -> Tensor:
 
 def write_grown(folder: Path, config: RunConfig) -> RunConfig:
     """A checkpoint of the initial model below folder/old and the grown one below folder/new; the configuration of that."""
-    dense = build_transformer(config, device=CPU).named_parameters()
+    dense = cpu_model(config).named_parameters()
     rows = [(0, {"weight": initial(config)})]
     write_weights(folder / "old", config, dense, rows, eod_id=EOD, tokenizer_fingerprint="own")
     grown = grow_config(config, NEW, freeze=True)
@@ -85,7 +85,7 @@ def test_only_new_rows_learn_and_losses_are_the_formulas(
     ranks: int, over: dict[str, Any], parallel: dict[str, Any], tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
-    config = configuration(Layout(parallel, over=DECAY | over))
+    config = layout_config(Layout(parallel, over=DECAY | over))
     grown = write_grown(tmp_path, config)
     reference = Reference(grown, EOD)
     old = row_space(config.model, config.over_encoding)

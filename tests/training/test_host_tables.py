@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from test_layout_matrix import BATCH, CPU, EOD, SEQ, VOCAB, Layout, configuration, own_tokens
 from torch import Tensor
 
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
+from support.distributed_harness import run_ranks
+from support.layouts import BATCH, CPU, EOD, SEQ, VOCAB, Layout, layout_config, own_tokens
 
 STORED = {"optimizer": "rowwise_adagrad", "row_dtype": "bfloat16", "state_dtype": "bfloat16", "combine": "scaled"}
 GROWN = {"added": [{"orders": [4, 2], "table_rows": 61}, {"orders": [2], "table_rows": 43, "frozen": True}]}
@@ -25,7 +25,7 @@ def train(
     over: dict[str, Any], parallel: dict[str, Any], steps: int, rate: float
 ) -> tuple[list[float], list[float], Tensor, Tensor]:
     """One rank's work: losses, validation losses on the way, and its rows and their state in the end."""
-    config = configuration(Layout({"zero_stage": 1, **parallel}, over=STORED | GROWN | over))
+    config = layout_config(Layout({"zero_stage": 1, **parallel}, over=STORED | GROWN | over))
     trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     parts = [own_tokens(trainer, batch) for batch in batches(steps)]
     losses, validations = [], []

@@ -7,11 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from distributed_harness import run_ranks
-from made_datasets import write
-from one_line import fails
-from reference import Reference, hugging_face_names
-from test_layout_matrix import CPU, EOD, Layout, configuration, layout, own_tokens, stream
 
 from overtok_megatron.checkpoint.changes import check_same_model
 from overtok_megatron.checkpoint.report import describe
@@ -27,12 +22,17 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.loading import load_trained
-from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_weights
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.trainer import Trainer
+from support.assembling import cpu_model
+from support.dataset_factory import write_dataset
+from support.distributed_harness import run_ranks
+from support.expect_error import expect_error
+from support.layouts import CPU, EOD, Layout, layout, layout_config, own_tokens, stream
+from support.reference import Reference, hugging_face_names
 
 ADAM = {"optimizer": "adam"}
 HALF = {"precision": "bf16"}
@@ -53,14 +53,14 @@ STEPS = 3
 
 def trained_reference() -> Reference:
     """A model that has been trained for a while, by other code than this project's."""
-    reference = Reference(configuration(SINGLE), EOD)
+    reference = Reference(layout_config(SINGLE), EOD)
     for batch in stream()[-4:]:
         reference.step(batch)
     return reference
 
 
 def our_weights(reference: Reference) -> dict[str, torch.Tensor]:
-    model = build_transformer(reference.config, device=CPU)
+    model = cpu_model(reference.config)
     theirs = dict(reference.model.named_parameters())
     ours = {id(weight): name for name, weight in model.named_parameters()}
     found = {ours[id(weight)]: theirs[name].detach() for name, weight in hugging_face_names(model).items()}
@@ -95,7 +95,7 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
         path = find_checkpoint(run)
         dense = dict(read_dense_weights(path, read_manifest(path)))
         rows = torch.cat([values["weight"] for _, values in read_rows(path)])
-        config = configuration(case)
+        config = layout_config(case)
         trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         load_weights(trainer, path)
         same = True
@@ -172,26 +172,26 @@ def test_what_does_not_fit_leaves_nothing(source: tuple[Path, Reference], tmp_pa
         chunks = pieces(values, 100)
         write_weights(folder, reference.config, weights.items(), chunks, eod_id=EOD, tokenizer_fingerprint="none")
 
-    fails(lambda: written({key: value for key, value in dense.items() if key != name}), name, "missing")
-    fails(lambda: written(dense | {name: torch.ones(5)}), name, "[5]", "[48]")
-    fails(lambda: written(dense | {"other": torch.ones(5)}), "other", "no weight of this model")
-    fails(lambda: written(dense, rows[:-1]), f"{len(rows) - 1} of {len(rows)} rows")
-    fails(lambda: written(dense, rows[:, :4]), "of width 4")
-    fails(lambda: written(dense, folder=run), "holds checkpoints already")
+    expect_error(lambda: written({key: value for key, value in dense.items() if key != name}), name, "missing")
+    expect_error(lambda: written(dense | {name: torch.ones(5)}), name, "[5]", "[48]")
+    expect_error(lambda: written(dense | {"other": torch.ones(5)}), "other", "no weight of this model")
+    expect_error(lambda: written(dense, rows[:-1]), f"{len(rows) - 1} of {len(rows)} rows")
+    expect_error(lambda: written(dense, rows[:, :4]), "of width 4")
+    expect_error(lambda: written(dense, folder=run), "holds checkpoints already")
     assert not CheckpointStore(tmp_path).complete() and not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_another_model_is_named(source: tuple[Path, Reference], tmp_path: Path) -> None:
     path = find_checkpoint(source[0])
-    other = configuration(replace(SINGLE, over={**SINGLE.over, "table_rows": 107})).model_dump(mode="json")
+    other = layout_config(replace(SINGLE, over={**SINGLE.over, "table_rows": 107})).model_dump(mode="json")
     message = "over_encoding.table_rows is 97 there and 107 in this run; set it to 97, or start elsewhere"
-    fails(lambda: check_same_model(other, read_manifest(path), path, "start elsewhere"), str(path), message)
+    expect_error(lambda: check_same_model(other, read_manifest(path), path, "start elsewhere"), str(path), message)
     nowhere = run_config(tmp_path, "run", 1, initial_checkpoint=str(tmp_path / "nowhere"))
-    fails(lambda: starting_point(nowhere), "training.initial_checkpoint", "nowhere", "no checkpoint here")
+    expect_error(lambda: starting_point(nowhere), "training.initial_checkpoint", "nowhere", "no checkpoint here")
 
 
 def run_config(folder: Path, name: str, steps: int, **training: str) -> RunConfig:
-    plain = configuration(SINGLE)
+    plain = layout_config(SINGLE)
     values = plain.model_dump(mode="json")
     values["tokenizer"]["path"] = str(folder / "tokenizer.model")
     values["data"] |= {"train": str(folder / "set"), "validation": str(folder / "set")}
@@ -232,7 +232,7 @@ def test_a_run_starts_from_another_and_goes_on_from_itself(tmp_path: Path) -> No
     train_sentencepiece([text], 300, tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer("sentencepiece", tmp_path / "tokenizer.model")
     documents = [[*tokenizer.encode(line), 0] for line in text.read_text().splitlines()]
-    write(tmp_path / "set", documents, 300, tokenizer.fingerprint())
+    write_dataset(tmp_path / "set", documents, 300, tokenizer.fingerprint())
     (first, second, longer) = run_ranks(1, whole_runs, tmp_path)[0]
     assert [first[0], second[0], longer[0]] == [0, 0, 1]
     assert second[1] == first[2]  # bit for bit the model that the first run ended with

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from overtok_megatron.ngram.sharded_tables import RowGradients
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.deepspeed.joint_norm import JointNorm
 
@@ -28,7 +29,8 @@ def installed(dense: torch.device, tables: torch.device) -> Any:
     optimizer = DeepSpeedZeroOptimizer_Stage3(dense)
     engine = SimpleNamespace(optimizer=optimizer, device=tables)
     square = torch.tensor(144.0, dtype=torch.float64, device=tables)
-    JointNorm(engine, ProcessGrid.single(), 1.0, lambda: square)
+    gradients = RowGradients(torch.empty(0), torch.empty(0), 1.0, square)
+    JointNorm(engine, ProcessGrid.single(), 1.0).begin_step(lambda: gradients)
     return optimizer
 
 

@@ -4,25 +4,12 @@ As in test_layout_matrix.py, which has the layouts themselves.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_layout_changes import check_pairs, check_universal
-from test_layout_matrix import TIED, Layout, layout, run_matrix
 
-LLAMA = {"norm_placement": "pre", "qk_norm": "none", "head_size": 8, "init_std": 0.3,
-         "rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 8}}  # fmt: skip
-OLMO3 = {"sliding_window": 5, "full_attention_interval": 2,
-         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}}  # fmt: skip
-OLMOE = {"norm_placement": "pre", "init_std": 0.3, "num_experts": 6, "num_experts_per_token": 2, "intermediate_size": 16,
-         "router_aux_loss_weight": 0.1, "router_z_loss_weight": 0.01}  # fmt: skip
-MANY = OLMOE | {"num_experts": 40, "num_experts_per_token": 1, "num_layers": 2}  # some are without a token in each step
-
-
-def experts(short: str, *, model: dict[str, Any] = OLMOE, **others: Any) -> Layout:
-    """A layout of a mixture. Adam's epsilon keeps it from turning rounding noise into steps, which would change choices."""
-    return layout(short, model=model, optimizer={"eps": 1e-3}, **others)
-
+from support.layout_changes import check_pairs, check_universal
+from support.layout_matrix import run_matrix
+from support.layouts import LLAMA, MANY, OLMO3, OLMOE, TIED, experts, layout
 
 CORE = {
     2: {

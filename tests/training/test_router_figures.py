@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from reference import Reference
-from test_layout_families import MANY, OLMOE, experts
-from test_layout_matrix import CPU, EOD, Layout, configuration, own_tokens, stream
 from torch import Tensor
-from trained_runs import TrainedRuns
-from trained_runs import configuration as run_configuration
 
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
+from support.distributed_harness import run_ranks
+from support.layouts import CPU, EOD, MANY, OLMOE, Layout, experts, layout_config, own_tokens, stream
+from support.reference import Reference
+from support.trained_runs import TrainedRuns, tiny_run_config
 
 STEPS = 5
 NO_Z = {"router_z_loss_weight": 0.0}
@@ -51,7 +49,7 @@ def train_rank(cases: dict[str, Layout]) -> dict[str, list[dict[str, float]]]:
     """One rank's work: the routers' figures of each step of each case."""
     results = {}
     for name, case in cases.items():
-        config = configuration(case)
+        config = layout_config(case)
         trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         results[name] = []
         for batch in stream()[:STEPS]:
@@ -103,7 +101,7 @@ def expected() -> dict[tuple[bool, int], list[dict[str, float]]]:
     torch.set_num_threads(1)
     results = {}
     for many, case in ((False, experts("")), (True, experts("", micro=12, model=MANY | NO_Z))):
-        config = configuration(case)
+        config = layout_config(case)
         reference = Recorder(config)
         for batch in stream()[:STEPS]:
             reference.step(batch)
@@ -120,7 +118,7 @@ def test_figures_are_the_formulas_on_every_layout(
 ) -> None:
     ranks = run_ranks(world, train_rank, LAYOUTS[world], timeout=200)
     for name, case in LAYOUTS[world].items():
-        config = configuration(case)
+        config = layout_config(case)
         wanted = expected[config.model.num_experts == 40, config.training.micro_batch_size]
         for rank in ranks:
             assert rank[name] == ranks[0][name], name
@@ -133,7 +131,7 @@ def train_run(folder: Path, output: Path, model: dict[str, Any]) -> None:
     """One rank's work: a run with a mixture, on two stages."""
     from overtok_megatron.training.trainer import Trainer
 
-    values = run_configuration(folder, "bf16").model_dump(mode="json")
+    values = tiny_run_config(folder, "bf16").model_dump(mode="json")
     values["model"] |= model
     values["parallel"]["pipeline_parallel_size"] = 2
     values["training"] |= {"output_directory": str(output), "train_iters": 2, "micro_batch_size": 4}

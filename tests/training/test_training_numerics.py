@@ -1,59 +1,14 @@
 """Every step's loss against the reference from the formula, on 1, 2 and 4 ranks: float32, 1e-5 relative."""
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 import torch
-from distributed_harness import run_ranks
-from reference import Reference, hugging_face_names
 
-from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-
-EOD = 3
-STEPS = 4
-SEQ = 12
-BATCH = 8
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    over: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    parallel: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-
-
-def configuration(case: Case) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": {"vocab_size": 59, "hidden_size": 48, "intermediate_size": 64, "num_layers": 2,
-                      "num_attention_heads": 4, "num_key_value_heads": 2, "init_std": 0.05} | case.model,
-            "over_encoding": {"enabled": True, "ngram_order": 3, "num_slices": 2, "table_rows": 97, "pad_id": 1,
-                              "collision_check": "warn", "learning_rate_factor": 2.5, "optimizer": "adam",
-                              "row_dtype": "float32", "state_dtype": "float32"} | case.over,
-            "tokenizer": {"path": "none"},
-            "data": {"train": "none", "seq_length": SEQ},
-            "parallel": {"zero_stage": 0} | case.parallel,
-            "optimizer": {"learning_rate": 3e-3, "gradient_clipping": 0.5} | case.optimizer,
-            "training": {"output_directory": "none", "micro_batch_size": 2, "global_batch_size": BATCH, "train_iters": STEPS,
-                         "precision": "fp32"} | case.training,
-        }
-    )  # fmt: skip
-
-
-def stream(vocab_size: int) -> torch.Tensor:
-    """[steps, batch, s + 1]: repeated n-grams and ends of documents in it."""
-    generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, vocab_size, (STEPS, BATCH, SEQ + 1), generator=generator)
-    common = torch.randint(0, 6, tokens.shape, generator=generator)
-    return torch.where(torch.rand(tokens.shape, generator=generator) < 0.6, common, tokens)
-
+from support.assembling import cpu_model
+from support.distributed_harness import run_ranks
+from support.formula_cases import EOD, SEQ, STEPS, Case, case_config, stream
+from support.reference import Reference, hugging_face_names
 
 Result = tuple[list[float], dict[str, torch.Tensor], torch.Tensor, list[float]]
 
@@ -62,14 +17,14 @@ def train_cases(cases: list[Case]) -> list[Result]:
     """One rank's work for each case: losses, its dense weights by name, its table rows, and norms before clipping."""
     results = []
     for case in cases:
-        config = configuration(case)
+        config = case_config(case)
         grid = start_processes(config, torch.device("cpu"))
         trainer = TrainingEngine(config, grid, torch.device("cpu"), EOD)
         ranks = grid.shape.data
         tokens = stream(config.model.vocab_size)
         losses, norms = [], []
         for step in range(STEPS):
-            own = tokens[step].view(trainer.micro_batches, ranks, -1, SEQ + 1)[:, grid.data_rank]
+            own = tokens[step].view(trainer.num_micro_batches, ranks, -1, SEQ + 1)[:, grid.data_rank]
             result = trainer.step(own, config.optimizer.learning_rate)
             losses.append(result.loss)
             norms.append(result.grad_norm)
@@ -127,7 +82,7 @@ def test_losses_and_weights_equal_the_formula(world: int) -> None:
     cases = LAYOUTS[world]
     ranks = run_ranks(world, train_cases, cases, timeout=200)
     for index, case in enumerate(cases):
-        reference = Reference(configuration(case), EOD)
+        reference = Reference(case_config(case), EOD)
         expected = [reference.step(batch) for batch in stream(reference.config.model.vocab_size)]
         for rank in range(world):
             assert ranks[rank][index][0] == pytest.approx(expected, rel=1e-5), (case.name, rank)
@@ -144,7 +99,7 @@ def test_losses_and_weights_equal_the_formula(world: int) -> None:
 
 
 def check_dense(case: Case, dense: dict[str, torch.Tensor], reference: Reference) -> None:
-    model = build_transformer(configuration(case), device=torch.device("cpu"))
+    model = cpu_model(case_config(case))
     model.load_state_dict(dense, strict=False)
     theirs = dict(reference.model.named_parameters())
     for name, weight in hugging_face_names(model).items():
@@ -170,7 +125,7 @@ def test_bfloat16_follows_the_formula_at_every_stage() -> None:
     """Losses to 0.3%, joint norms to 3%: what rounding to bfloat16 allows. Stage 0 once began Adam a step ahead: 1.4%."""
     ranks = run_ranks(2, train_cases, BF16, timeout=200)
     for index, case in enumerate(BF16):
-        reference = Reference(configuration(case), EOD)
+        reference = Reference(case_config(case), EOD)
         expected = [reference.step(batch) for batch in stream(59)]
         assert ranks[0][index][0] == pytest.approx(expected, rel=3e-3), case.name
         assert ranks[0][index][3] == pytest.approx(reference.norms, rel=3e-2), case.name

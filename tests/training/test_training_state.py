@@ -11,20 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import run_ranks
-from test_training_numerics import EOD, SEQ, STEPS, Case, configuration, stream
-from trained_runs import TrainedRuns
-from trained_runs import configuration as tiny_run
 
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, file_digest
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError, DataError
-from overtok_megatron.training import saving, trainer
+from overtok_megatron.training import resuming, saving, trainer
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_state
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
+from support.distributed_harness import run_ranks
+from support.formula_cases import EOD, SEQ, STEPS, Case, case_config, stream
+from support.trained_runs import TrainedRuns, tiny_run_config
 
 CPU = torch.device("cpu")
 
@@ -58,7 +57,7 @@ def run(trainer: TrainingEngine, steps: range) -> list[float]:
     """Losses of some steps of the stream, on this rank's part of it."""
     tokens = stream(trainer.config.model.vocab_size)
     ranks, rank = trainer.grid.shape.data, trainer.grid.data_rank
-    parts = [tokens[step].view(trainer.micro_batches, ranks, -1, SEQ + 1)[:, rank] for step in steps]
+    parts = [tokens[step].view(trainer.num_micro_batches, ranks, -1, SEQ + 1)[:, rank] for step in steps]
     return [trainer.step(part, 3e-3).loss for part in parts]
 
 
@@ -74,7 +73,7 @@ class Resumed:
 
 
 def resume_case(case: Case, folder: Path) -> Resumed:
-    config = configuration(case)
+    config = case_config(case)
     hashed: list[str] = []
 
     def digest(path: Path) -> Digest:
@@ -140,7 +139,7 @@ def noted_ranks(folder: Path) -> tuple[list[int], list[str]]:
     """One rank's work: whose notes were left in a save by the function that the test above looks at, and failing loads."""
     noted, leave = [], saving.leave_note
     saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
-    config = configuration(CASES[1])
+    config = case_config(CASES[1])
     trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(1, 0)
@@ -155,18 +154,18 @@ def one_rank_fails(trainer: TrainingEngine, folder: Path) -> list[str]:
     said = []
     for name in ("load_tables", "read_manifest"):
         for error in (CheckpointError("rows are missing"), OSError(5, "Input/output error")):
-            real = getattr(state, name)
+            real = getattr(resuming, name)
 
             def fail(*_: object, real: Any = real, error: Exception = error) -> Any:
                 if trainer.grid.rank == 1:
                     raise error
                 return real(*_)
 
-            setattr(state, name, fail)
+            setattr(resuming, name, fail)
             with pytest.raises(CheckpointError) as caught:
                 load_state(trainer, path)
             said.append(str(caught.value))
-            setattr(state, name, real)
+            setattr(resuming, name, real)
     load_state(trainer, path)
     return said
 
@@ -211,7 +210,7 @@ def failing_run(config: RunConfig, alone: bool) -> tuple[str, str]:
 
 
 def slow_saves(trained_runs: TrainedRuns, output: Path) -> RunConfig:
-    values = tiny_run(trained_runs.folder, "fp32").model_dump()
+    values = tiny_run_config(trained_runs.folder, "fp32").model_dump()
     values["training"] |= {"output_directory": str(output), "global_batch_size": 16, "train_iters": 5}
     values["checkpoint"] |= {"interval": 2}
     return RunConfig.model_validate(values)

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_harness import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from trained_runs import CONTEXT, TrainedRuns, configuration
 
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
@@ -19,6 +17,8 @@ from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.interchange.model_card import reported_losses
 from overtok_megatron.parallel.devices import CPU
+from support.distributed_harness import run_ranks
+from support.trained_runs import CONTEXT, TrainedRuns, tiny_run_config
 
 FIGURES = ("loss", "perplexity", "bits_per_byte")
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def config_of(folder: Path, output: Path, parallel: dict[str, Any], validation: Any, steps: int) -> RunConfig:
-    values = configuration(folder, "fp32").model_dump(mode="json")
+    values = tiny_run_config(folder, "fp32").model_dump(mode="json")
     # state_dtype: sums of squares rounded to bfloat16 would make another path of each layout's last bits
     values["over_encoding"] |= {"row_dtype": "float32", "state_dtype": "float32"}
     values["data"]["validation"] = validation

@@ -19,7 +19,7 @@ SETTINGS = ServerSettings("tiny", max_body=5000, seconds=60.0, body_seconds=1.0,
 
 
 @dataclass(frozen=True)
-class Running:
+class LiveServer:
     port: int
 
     @property
@@ -40,7 +40,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(
+def live_server(
     trained: TrainedModel,
     *,
     places: int = 4,
@@ -48,7 +48,7 @@ def running(
     prefill_chunk: int = 7,
     connections: int = 100,
     **settings: Any,
-) -> Iterator[Running]:
+) -> Iterator[LiveServer]:
     limits = Limits(trained.config.data.seq_length, 40, 8)
     bounds = {"places": places, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
     app = build_app(trained, replace(SETTINGS, **settings), limits, **bounds)
@@ -57,7 +57,7 @@ def running(
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield Running(listening.getsockname()[1])
+            yield LiveServer(listening.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join(timeout=30)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_harness import run_ranks
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.preparing.prepare import prepare
@@ -13,7 +12,8 @@ from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.loading import TrainedModel, load_trained
-from overtok_megatron.model.assembly import build_transformer
+from support.assembling import cpu_model
+from support.distributed_harness import run_ranks
 
 VOCAB, CONTEXT = 512, 64
 PRECISIONS = ("fp32", "bf16")
@@ -30,7 +30,7 @@ class TrainedRuns:
         return load_trained(self.run(precision), torch.device("cpu"))
 
 
-def configuration(folder: Path, precision: str, *, over: bool = True) -> RunConfig:
+def tiny_run_config(folder: Path, precision: str, *, over: bool = True) -> RunConfig:
     tables = {"enabled": True, "table_rows": 40_756, "combine": "sum", "storage": "device"}
     return RunConfig.model_validate(
         {
@@ -62,7 +62,7 @@ def train(folder: Path) -> None:
     from overtok_megatron.training.trainer import Trainer
 
     for precision in PRECISIONS:
-        config = configuration(folder, precision)
+        config = tiny_run_config(folder, precision)
         Path(config.training.output_directory).mkdir()
         assert Trainer(config, device=torch.device("cpu"), num_threads=1).run()
 
@@ -83,8 +83,8 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> TrainedRuns:
 @pytest.fixture(scope="session")
 def plain_model(trained_runs: TrainedRuns) -> TrainedModel:
     """Without tables, with random weights that are sure of what they say."""
-    config = configuration(trained_runs.folder, "fp32", over=False)
-    model = build_transformer(config, device=torch.device("cpu")).eval()
+    config = tiny_run_config(trained_runs.folder, "fp32", over=False)
+    model = cpu_model(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 2.0

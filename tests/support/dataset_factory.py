@@ -5,7 +5,7 @@ from pathlib import Path
 from overtok_megatron.data.indexed import IndexedDataset, IndexedWriter
 
 
-def write(
+def write_dataset(
     prefix: Path, documents: list[list[int]], vocab_size: int = 1000, fingerprint: str = "fingerprint"
 ) -> IndexedDataset:
     with IndexedWriter(prefix, vocab_size, 0, fingerprint) as writer:

@@ -22,8 +22,7 @@ from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.interchange.passage import PASSAGE
-from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import build_tables
+from support.assembling import cpu_model, cpu_tables
 
 CPU = torch.device("cpu")
 VOCAB = 310  # more than the tokenizer's, as in many a model
@@ -92,13 +91,13 @@ def over_encoded_run(
                          "precision": "fp32"},
         }
     )  # fmt: skip
-    built = build_transformer(config, device=CPU)
+    built = cpu_model(config)
     dense = ((name, weight.detach()) for name, weight in built.named_parameters())
     identity = {"eod_id": loaded.eod_id, "tokenizer_fingerprint": loaded.fingerprint()}
     if not config.over_encoding.enabled:
         write_weights(run, config, dense, (), **identity)
         return config
-    tables = build_tables(config, built.embedding.over_encoding, loaded.eod_id, device=CPU)
+    tables = cpu_tables(config, loaded.eod_id)
     rows = {name: column for name, column in tables.columns().items() if name in ("weight", "scale")}
     half = rows["weight"].shape[0] // 2
     pieces = [(begin, {name: column[begin:end].clone() for name, column in rows.items()})

@@ -4,27 +4,27 @@ import random
 
 import pytest
 import torch
-from test_generation import full_logits
-from test_generation import trained as trained  # a fixture, plain and over-encoded
 
+from overtok_megatron.inference import continuous_batch
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
 from overtok_megatron.inference.generation import Decoder
 from overtok_megatron.inference.loading import TrainedModel
-
-VOCAB, CONTEXT = 61, 40
+from support.small_models import CONTEXT, VOCAB, full_logits
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_order_of_joining_and_leaving(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setattr(shared_batch, "_SLACK", 3)  # so that the cache is moved often
+def test_any_order_of_joining_and_leaving(
+    small_model: TrainedModel, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(continuous_batch, "_SLACK", 3)  # so that the cache is moved often
     draw = random.Random(seed)
-    batch, sequences = ContinuousBatch(trained, 4), list[list[int]]()
+    batch, sequences = ContinuousBatch(small_model, 4), list[list[int]]()
     joined, moves = 0, set[bool]()
     move = batch._move
     monkeypatch.setattr(batch, "_move", lambda columns: (moves.add(columns > 0), move(columns)))
 
     def check(sequence: list[int], logits: torch.Tensor) -> None:
-        own = full_logits(trained, torch.tensor([sequence]))[0, -1]
+        own = full_logits(small_model, torch.tensor([sequence]))[0, -1]
         torch.testing.assert_close(logits, own, rtol=1e-5, atol=1e-5 * own.abs().max().item())
 
     for _ in range(150):
@@ -37,7 +37,7 @@ def test_any_order_of_joining_and_leaving(trained: TrainedModel, monkeypatch: py
             prompt = [draw.randrange(VOCAB) for _ in range(draw.choice([1, 2, 9, 30, CONTEXT - 1]))]
             sequences.append(prompt)
             joined += 1
-            own, place = Decoder(trained, 1, len(prompt) + draw.choice([0, 5])), 0
+            own, place = Decoder(small_model, 1, len(prompt) + draw.choice([0, 5])), 0
             while place < len(prompt):
                 count = draw.choice([1, 4, CONTEXT])
                 logits = own.feed(torch.tensor([prompt[place : place + count]]), last=True)

@@ -24,11 +24,11 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from overtok_megatron.config.derived import attention_windows, table_rate_factor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
-from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.model.moe import MixtureOfExperts
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_store import initial_rows
+from support.assembling import cpu_model
 
 
 def hugging_face_names(
@@ -160,7 +160,7 @@ class Reference:
     def __init__(self, config: RunConfig, eod_id: int) -> None:
         self.config = config
         self.eod_id = eod_id
-        ours = build_transformer(config, device=torch.device("cpu"), eod_id=eod_id).float()
+        ours = cpu_model(config, eod_id=eod_id).float()
         self.model = hugging_face_model(config.model)
         self.model.load_state_dict({name: weight.detach().clone() for name, weight in hugging_face_names(ours).items()})
         self.space = row_space(config.model, config.over_encoding)

@@ -58,26 +58,26 @@ def configuration(changes: dict[str, dict[str, Any]]) -> RunConfig:
 def forward(config: RunConfig) -> None:
     dtype = DTYPES[config.training.precision]
     torch.set_default_dtype(dtype)
+    kernels = choose_kernels(config.training.kernels, CUDA)
     layers = build_layers(
         config.model,
         config.over_encoding,
-        kernels=choose_kernels(config.training.kernels, CUDA),
+        kernels=kernels,
         recompute=config.training.recompute,
     )
     torch.set_default_dtype(torch.float32)
     within = config.data.document_attention == "within"
     model = Transformer(layers, eod_id=0 if within else None)
     tokens = torch.zeros(2, 9, dtype=torch.int64)
-    slots = None
+    fetched = None
     if config.over_encoding.enabled:
-        tables = build_tables(config, model.embedding.over_encoding, 0, device=CUDA)
-        slots = tables.begin(tokens[:, :-1])
-        assert tables.step is not None
-        assert tables.step.index is not None, "one process took the branch of several"
-        assert slots.device == tables.step.rows.weight.device == CUDA
-    objective, cross_entropy, _ = model(tokens[:, :-1], slots, tokens[:, 1:])
-    assert objective.device == cross_entropy.device == CUDA
-    assert model.logits(tokens[:, :-1], slots).shape == (2, 8, 101)
+        tables = build_tables(config, 0, device=CUDA, kernels=kernels)
+        fetched = tables.fetch_rows(tokens[:, :-1], training=True)
+        assert fetched.rows.index is not None, "one process took the branch of several"
+        assert fetched.slots.device == fetched.rows.stored.weight.device == CUDA
+    result = model(tokens[:, :-1], fetched, tokens[:, 1:])
+    assert result.objective.device == result.main_loss.device == CUDA
+    assert model.logits(tokens[:, :-1], fetched).shape == (2, 8, 101)
 
 
 def main() -> None:

@@ -1,0 +1,94 @@
+"""The whole comparison of layouts with one process: losses, norms, validation loss and final parameters."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from overtok_megatron.config.validation import validate
+from overtok_megatron.parallel.splits import shard_of
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
+from support.assembling import cpu_model
+from support.distributed_harness import run_ranks
+from support.layouts import BATCH, CPU, EOD, SEQ, Layout, layout_config, own_tokens, reference_run, stream
+from support.reference import hugging_face_names
+
+
+@dataclass(frozen=True)
+class RankResult:
+    losses: list[float]
+    norms: list[float]
+    validation: float
+    dense: dict[str, tuple[int | None, Tensor]]  # the split dimension and this rank's part
+    rows: Tensor
+
+
+def train_rank(cases: list[Layout]) -> list[RankResult]:
+    """One rank's work."""
+    results = []
+    for case in cases:
+        config = layout_config(case)
+        grid = start_processes(config, CPU)
+        validate(config, grid.shape.world_size, lambda key: "test")
+        trainer = TrainingEngine(config, grid, CPU, EOD)
+        steps = [trainer.step(own_tokens(trainer, batch), 3e-3) for batch in stream()]
+        held_out = own_tokens(trainer, stream()[0].flip(0))
+        both = held_out.flatten(0, 1)[:, :-1], held_out.flatten(0, 1)[:, 1:]
+        turned = both[0].flip(0), both[1].flip(0)  # the same mean, and another micro-batch for stages to tell apart
+        validation, scored = trainer.evaluate([both, turned])
+        assert scored == 2 * BATCH * SEQ
+        splits = {name: shard_of(weight) for name, weight in trainer.model.named_parameters()}
+        state = trainer.dense_state()
+        dense = {}
+        for name, weight in state.items():
+            split = splits[name]
+            dense[name] = (None if split is None else split.dim, weight.clone())
+        assert trainer.tables is not None
+        results.append(
+            RankResult(
+                [step.loss for step in steps],
+                [step.grad_norm for step in steps],
+                validation,
+                dense,
+                trainer.tables.store.rows.weight.clone(),
+            )
+        )
+    return results
+
+
+def whole_weights(ranks: list[RankResult], tensor_ranks: int) -> dict[str, Tensor]:
+    """The model's weights from all ranks: tensor-parallel neighbours' parts joined, one of every replica."""
+    weights: dict[str, Tensor] = {}
+    for first in range(0, len(ranks), tensor_ranks):
+        for name, (dim, part) in ranks[first].dense.items():
+            parts = [rank.dense[name][1] for rank in ranks[first : first + tensor_ranks]]
+            weights[name] = part if dim is None else torch.cat(parts, dim=dim)
+    return weights
+
+
+def check(name: str, case: Layout, ranks: list[RankResult]) -> None:
+    losses, reference = reference_run(case)
+    for rank, result in enumerate(ranks):
+        assert result.losses == pytest.approx(losses, rel=1e-5), (name, rank)
+        assert result.norms == pytest.approx(reference.norms, rel=1e-4), (name, rank)
+        assert result.validation == pytest.approx(ranks[0].validation, rel=1e-12), (name, rank)
+    assert ranks[0].validation == pytest.approx(reference.loss(stream()[0].flip(0)), rel=1e-5), name
+    rows = torch.cat([result.rows for result in ranks])
+    assert (rows - reference.rows()).norm() <= 1e-5 * rows.norm(), name
+    model = cpu_model(layout_config(case), eod_id=EOD)
+    model.load_state_dict(whole_weights(ranks, case.parallel.get("tensor_parallel_size", 1)), strict=False)
+    theirs = dict(reference.model.named_parameters())
+    for parameter, weight in hugging_face_names(model).items():
+        if parameter in theirs:
+            distance = (weight - theirs[parameter]).norm() / theirs[parameter].norm()
+            # Adam's first steps divide rounding noise by rounding noise where a gradient is nearly zero
+            assert distance < 1e-4, (name, parameter, distance)
+
+
+def run_matrix(world: int, cases: dict[str, Layout], timeout: float) -> None:
+    torch.set_num_threads(1)
+    by_rank = run_ranks(world, train_rank, list(cases.values()), timeout=timeout)
+    for index, (name, case) in enumerate(cases.items()):
+        check(name, case, [rank[index] for rank in by_rank])

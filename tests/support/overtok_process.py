@@ -1,0 +1,64 @@
+"""The console command in a process of its own, and what a test does to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def start_overtok(*arguments: object, stderr: int = subprocess.STDOUT, **settings: Any) -> subprocess.Popen[str]:
+    """`overtok` with these arguments, in a session of its own; `settings` are those of Popen."""
+    command = [sys.executable, "-m", "overtok_megatron.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, **settings
+    )
+
+
+def run_overtok(*arguments: object, **settings: Any) -> tuple[int, str]:
+    """(exit code, output); a command that hangs is killed and fails the test."""
+    process = start_overtok(*arguments, **settings)
+    try:
+        output, _ = process.communicate(timeout=150)
+    finally:
+        kill_session(process)
+    return process.returncode, output
+
+
+def kill_session(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the command and everything that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the training ranks of a started command."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            group = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[3])  # the session
+        except (OSError, IndexError):
+            continue
+        if (
+            group == process.pid
+            and b"overtok_megatron.training.entry" in words
+            and any(w.startswith(b"--local_rank") for w in words)
+        ):
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    """Until `condition` holds; fails where the command ends or time runs out first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended early:\n{process.stdout.read() if process.stdout else ''}"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.002)
