@@ -17,6 +17,7 @@ from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.splits import ParameterSplit
 
+Splits = tuple[ParameterSplit, ...]
 FOLDER = "dense"
 
 
@@ -69,12 +70,12 @@ def load_dense(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
 
 
 def read_parts(
-    folder: Path, ranks: int, wanted: Mapping[str, ParameterSplit | None] | None = None
+    folder: Path, ranks: int, wanted: Mapping[str, Splits] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that `ranks` model-parallel ranks of any layout wrote, one after the other, each read just in part.
 
-    wanted: the names, each with the part that is read (None = all of it); None = all weights whole. Raises CheckpointError
-    where one is missing.
+    wanted: the names, each with the splits whose part is read (none = all of it); None = all weights whole.
+    Raises CheckpointError where one is missing.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensors(folder / name)) for name in dense_files(ranks)]
@@ -84,23 +85,23 @@ def read_parts(
             splits |= json.loads(file.metadata()["splits"])
             for key in file.keys():  # noqa: SIM118  # no mapping
                 holders.setdefault(key, []).append(file)
-        for name, shard in (dict.fromkeys(holders) if wanted is None else wanted).items():
+        for name, own in (dict.fromkeys(holders, ()) if wanted is None else wanted).items():
             if name not in holders:
                 raise CheckpointError(f"{folder}: holds no {name}; written by another version?")
             slices = [file.get_slice(name) for file in holders[name]]
-            yield name, _part(slices if name in splits else slices[:1], splits.get(name, 0), shard)
+            yield name, _part(slices if name in splits else slices[:1], splits.get(name, 0), own)
 
 
-def _part(slices: list[Any], dim: int, shard: ParameterSplit | None) -> torch.Tensor:
-    """A weight cut into `slices` along `dim`: of it what `shard` says."""
+def _part(slices: list[Any], dim: int, splits: Splits) -> torch.Tensor:
+    """A weight cut into `slices` along `dim`: of it the part of `splits`."""
     found, begin = [], 0
     for part in slices:
         ranges = [(0, size) for size in part.get_shape()]
         end = begin + ranges[dim][1]
         ranges[dim] = (begin, end)
-        if shard is not None:
-            low, high = ranges[shard.dim]
-            ranges[shard.dim] = (max(low, shard.start), min(high, shard.stop))
+        for split in splits:
+            low, high = ranges[split.dim]
+            ranges[split.dim] = (max(low, split.start), min(high, split.stop))
         low, high = ranges[dim]
         ranges[dim] = (low - begin, high - begin)
         if low < high:

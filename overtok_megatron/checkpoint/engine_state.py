@@ -7,7 +7,7 @@ Tensor-parallel shards are joined by the caller, who knows along which dimension
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overtok_megatron.checkpoint.dense import dense_files, open_tensors, read_weights
+from overtok_megatron.checkpoint.dense import Splits, dense_files, open_tensors, read_weights
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.parallel.splits import ParameterSplit
+from overtok_megatron.parallel.splits import own_part
 
 ORDER = "optimizer_parameters"  # names in the optimizer's order, beside the state of an engine without ZeRO
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -131,9 +131,9 @@ def _read_plain(content: dict[str, Any], weights: dict[str, Tensor]) -> Iterator
 
 
 def read_dense_states(
-    folder: Path, layout: dict[str, int], wanted: dict[str, ParameterSplit | None], load: Load
+    folder: Path, layout: dict[str, int], wanted: Mapping[str, Splits], load: Load
 ) -> Iterator[tuple[str, ParameterState]]:
-    """The state of the `wanted` parameters from a checkpoint of any layout, each as the part that its shard says (None = all).
+    """The state of the `wanted` parameters from a checkpoint of any layout, each as the part of its splits (none = all).
 
     Raises CheckpointError where one is missing. Memory: what one pipeline stage's ranks held, at a time.
     """
@@ -156,7 +156,7 @@ def stage_names(folder: Path, stage: int, layout: dict[str, int]) -> list[str]:
 
 
 def _read_stage(
-    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, ParameterSplit | None], load: Load
+    folder: Path, stage: int, layout: dict[str, int], wanted: Mapping[str, Splits], load: Load
 ) -> Iterator[tuple[str, ParameterState]]:
     tensor_ranks = layout["tensor_parallel_size"]
     names = dense_files(tensor_ranks * layout["pipeline_parallel_size"])
@@ -202,25 +202,25 @@ def write_whole(folder: Path, stage: int, states: dict[str, ParameterState]) -> 
 
 
 def _read_whole(
-    folder: Path, stage: int, layout: dict[str, int], wanted: dict[str, ParameterSplit | None], load: Load
+    folder: Path, stage: int, layout: dict[str, int], wanted: Mapping[str, Splits], load: Load
 ) -> Iterator[tuple[str, ParameterState]]:
     with open_tensors(folder / whole_file(stage)) as file:
         for name, steps in json.loads(file.metadata()["steps"]).items():
             if name not in wanted:
                 continue
-            shard, values = wanted[name], {}
+            values = {}
             for key in ("master", *MOMENTS):
                 part = file.get_slice(f"{name}/{key}")
-                if shard is None:
-                    values[key] = part[:]
-                else:
-                    values[key] = part[(slice(None),) * shard.dim + (slice(shard.start, shard.stop),)]
+                ranges = [slice(None)] * len(part.get_shape())
+                for split in wanted[name]:
+                    ranges[split.dim] = slice(split.start, split.stop)
+                values[key] = part[tuple(ranges)]
             yield name, ParameterState(values, steps)
 
 
-def _join(parts: list[ParameterState], dim: int | None, shard: ParameterSplit | None) -> ParameterState:
+def _join(parts: list[ParameterState], dim: int | None, splits: Splits) -> ParameterState:
     values = {}
     for key, first in parts[0].values.items():
         whole = first if dim is None else torch.cat([part.values[key] for part in parts], dim=dim)
-        values[key] = whole if shard is None else whole.narrow(shard.dim, shard.start, shard.stop - shard.start)
+        values[key] = own_part(whole, splits)
     return ParameterState(values, parts[0].steps)

@@ -169,7 +169,7 @@ def encoder_settings(config: RunConfig, eod_id: int) -> dict[str, Any]:
 def _dense(source: Path, manifest: Manifest, config: RunConfig, options: ExportOptions) -> Iterator[tuple[str, Tensor]]:
     """Our weights in the model's order and the wanted dtype; those of the over-encoder by the modelling file's names."""
     ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
-    for name, weight in read_parts(source, ranks, dict.fromkeys(weight_shapes(config))):
+    for name, weight in read_parts(source, ranks, dict.fromkeys(weight_shapes(config), ())):
         own = weight if options.dtype is None else weight.to(DTYPES[options.dtype])
         yield (name.removeprefix(_ENCODER) if name.startswith(f"{_ENCODER}over_encoding.") else name), own
 

@@ -1,9 +1,10 @@
 """How a parameter is split: metadata set in one place, and initial weights that do not depend on the split.
 
-Checkpoints, clipping and conversion read `shard_of`; nobody matches names to decide how a weight is split.
+Checkpoints, clipping and conversion read `splits_of`; nobody matches names to decide how a weight is split.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,10 @@ from overtok_megatron.parallel.collectives import group_rank, group_size
 
 @dataclass(frozen=True)
 class ParameterSplit:
-    """This rank holds [start, stop) of dimension `dim` of a parameter of `full_shape`."""
+    """Of `size` entries along dimension `dim` of a parameter this rank holds [start, stop)."""
 
     dim: int
-    full_shape: tuple[int, ...]
+    size: int
     start: int
     stop: int
 
@@ -41,21 +42,39 @@ def largest_part(start: int, stop: int, index: int) -> int:
 def mark_split(
     parameter: nn.Parameter, *, dim: int, full_shape: tuple[int, ...], group: dist.ProcessGroup | None
 ) -> None:
-    """Record that `parameter` is this rank's part along `dim`; nothing to record for group None.
+    """Record that `parameter` is this rank's part along `dim` over `group`; nothing to record for group None.
 
-    Sets `tensor_model_parallel` as well, without which DeepSpeed's norm leaves out shards of later ranks.
+    A parameter may be split more than once, along several dimensions. Sets `tensor_model_parallel` as well, without which
+    DeepSpeed's norm leaves out the parts of later ranks.
     """
     if group is None:
         return
     start, stop = split_range(full_shape[dim], group_size(group), group_rank(group))
     assert parameter.shape[dim] == stop - start, (tuple(parameter.shape), full_shape)
-    parameter.shard = ParameterSplit(dim, full_shape, start, stop)  # type: ignore[attr-defined]  # metadata on the parameter
+    splits = (*splits_of(parameter), ParameterSplit(dim, full_shape[dim], start, stop))
+    parameter.splits = splits  # type: ignore[attr-defined]  # metadata on the parameter
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # the name that DeepSpeed looks for
 
 
-def shard_of(parameter: nn.Parameter) -> ParameterSplit | None:
-    """How a parameter is split; None = every rank of the tensor-parallel group holds all of it."""
-    return getattr(parameter, "shard", None)
+def splits_of(parameter: nn.Parameter) -> tuple[ParameterSplit, ...]:
+    """How a parameter is split; empty = every rank of the groups that it might be split over holds all of it."""
+    splits: tuple[ParameterSplit, ...] = getattr(parameter, "splits", ())
+    return splits
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter of which this rank holds a part."""
+    shape = list(parameter.shape)
+    for split in splits_of(parameter):
+        shape[split.dim] = split.size
+    return tuple(shape)
+
+
+def own_part(full: Tensor, splits: Sequence[ParameterSplit]) -> Tensor:
+    """The part, a view, of a full tensor that belongs to the rank whose splits these are."""
+    for split in splits:
+        full = full.narrow(split.dim, split.start, split.stop - split.start)
+    return full
 
 
 def mark_pipeline_replica(parameter: nn.Parameter) -> None:
@@ -76,7 +95,5 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def initialise(parameter: nn.Parameter, std: float, seed: int, name: str) -> None:
     """Fill with this rank's part of the full weight, drawn from normal(0, std): the same for every split."""
-    shard = shard_of(parameter)
-    shape = tuple(parameter.shape) if shard is None else shard.full_shape
-    full: Tensor = torch.empty(shape).normal_(0.0, std, generator=named_generator(seed, name))
-    parameter.copy_(full if shard is None else full.narrow(shard.dim, shard.start, shard.stop - shard.start))
+    full: Tensor = torch.empty(full_shape(parameter)).normal_(0.0, std, generator=named_generator(seed, name))
+    parameter.copy_(own_part(full, splits_of(parameter)))

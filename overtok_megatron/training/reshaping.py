@@ -41,7 +41,7 @@ def _write(source: Path, manifest: Manifest, store: CheckpointStore) -> Path:
     dtype = DTYPES[manifest.config["training"]["precision"]]
     names: list[str] = []
     for stage in range(stages):
-        wanted = dict.fromkeys(stage_names(source, stage, manifest.layout))
+        wanted = dict.fromkeys(stage_names(source, stage, manifest.layout), ())
         states = dict(read_dense_states(source, manifest.layout, wanted, load_engine_file))
         weights = {name: state.values["master"].to(dtype) for name, state in states.items()}
         names += [save_dense(folder, weights, {}, stage, stages), write_whole(folder, stage, states)]

@@ -18,7 +18,7 @@ from overtok_megatron.checkpoint.tables import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_rows, load_tables
 from overtok_megatron.errors import CheckpointError, OvertokError
 from overtok_megatron.parallel.grid import ProcessGrid
-from overtok_megatron.parallel.splits import shard_of
+from overtok_megatron.parallel.splits import splits_of
 from overtok_megatron.training.deepspeed.checkpoint_files import READ_ERRORS, reason
 from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file, set_parameter_state
 from overtok_megatron.training.engine import TrainingEngine
@@ -70,11 +70,11 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
     names = [name for name in manifest.files if name.startswith((DENSE, TABLES))]
     agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, names), path)
     parameters = dict(trainer.model.named_parameters())
-    shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
+    splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
     ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
 
     def read() -> None:
-        for name, weight in read_parts(path, ranks, shards):
+        for name, weight in read_parts(path, ranks, splits):
             zeros = torch.zeros(weight.shape)
             state = ParameterState({"master": weight.float(), **dict.fromkeys(MOMENTS, zeros)}, 0)
             set_parameter_state(trainer.engine, parameters[name], state)
@@ -138,10 +138,10 @@ def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str])
 def _load_other_layout(trainer: TrainingEngine, path: Path, manifest: Manifest) -> None:
     """Dense weights and optimizer state from files that other ranks wrote, parameter by parameter."""
     parameters = dict(trainer.model.named_parameters())
-    shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
+    splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
 
     def read() -> None:
-        for name, state in read_dense_states(path, manifest.layout, shards, load_engine_file):
+        for name, state in read_dense_states(path, manifest.layout, splits, load_engine_file):
             set_parameter_state(trainer.engine, parameters[name], state)
 
     agree(trainer.grid, read, path)

@@ -24,7 +24,7 @@ from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest,
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.devices import make_current
-from overtok_megatron.parallel.splits import is_pipeline_replica, shard_of
+from overtok_megatron.parallel.splits import full_shape, is_pipeline_replica, splits_of
 from overtok_megatron.training.deepspeed.checkpoint_files import WRITE_ERRORS, reason
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.resuming import layout_of
@@ -184,9 +184,12 @@ class Saver:
         return save_dense(folder, dense, self._splits(), rank, grid.shape.pipe * grid.shape.tensor)
 
     def _splits(self) -> dict[str, int]:
-        """Along which dimension each split parameter of this rank is a shard."""
-        shards = ((name, shard_of(parameter)) for name, parameter in self.trainer.model.named_parameters())
-        return {name: shard.dim for name, shard in shards if shard is not None}
+        """Along which dimension each split parameter of this rank is split. The files know one dimension per parameter."""
+        found = {}
+        for name, parameter in self.trainer.model.named_parameters():
+            for (split,) in filter(None, [splits_of(parameter)]):
+                found[name] = split.dim
+        return found
 
     def _engine_extras(self) -> dict[str, Any]:
         """What goes into DeepSpeed's files for readers of them: `ds_to_universal`, and a resume on another layout."""
@@ -206,10 +209,11 @@ class Saver:
         """Parameters of all stages that are split along a dimension beyond the second, as DeepSpeed's SubparamShape."""
         own = {}
         for name, parameter in self.trainer.model.named_parameters():
-            shard = shard_of(parameter)
-            if shard is not None and shard.dim > 1:
-                shape = [*shard.full_shape[: shard.dim], 1, *shard.full_shape[shard.dim + 1 :]]
-                own[name] = {"patterns": [f"^{re.escape(name)}$"], "shape": shape, "partition_dim": shard.dim}
+            for split in splits_of(parameter):
+                if split.dim > 1:
+                    shape = list(full_shape(parameter))
+                    shape[split.dim] = 1
+                    own[name] = {"patterns": [f"^{re.escape(name)}$"], "shape": shape, "partition_dim": split.dim}
         everyone: dict[str, dict[str, Any]] = {}
         for found in self.trainer.grid.gather_objects(own):
             everyone |= found

@@ -71,7 +71,7 @@ def test_logits_and_gradients(kernels: str, name: str) -> None:
     logits = theirs(tokens).logits
     torch.testing.assert_close(model.logits(tokens), logits, rtol=1e-5, atol=1e-5)
 
-    objective, cross_entropy, _ = model(tokens, None, targets)
+    objective, cross_entropy, *_ = model(tokens, None, targets)
     objective.backward()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     expected.backward()
@@ -91,7 +91,7 @@ def test_the_routers_loss() -> None:
     theirs = hugging_face_model(config)
     theirs.load_state_dict(hugging_face_names(model))
     tokens = torch.randint(0, 101, (2, 9), generator=torch.Generator().manual_seed(0))
-    objective, cross_entropy, _ = model(tokens, None, tokens)
+    objective, cross_entropy, *_ = model(tokens, None, tokens)
     objective.backward()
     result = theirs(tokens, output_router_logits=True)
     ours = torch.nn.functional.cross_entropy(result.logits.flatten(0, 1), tokens.flatten())

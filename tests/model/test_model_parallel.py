@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from overtok_megatron.config.counts import bytes_per_rank
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
-from overtok_megatron.parallel.splits import named_generator, shard_of
+from overtok_megatron.parallel.splits import full_shape, named_generator, own_part, splits_of
 from support.assembling import cpu_model, cpu_tables
 from support.distributed_harness import run_ranks
 
@@ -47,10 +47,8 @@ def randomise_norms(model: nn.Module) -> None:
     """Norm weights other than ones, each the slice of one full vector."""
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
-            shard = shard_of(weight)
-            full = torch.empty(weight.shape if shard is None else shard.full_shape)
-            full.normal_(1.0, 0.2, generator=named_generator(0, name))
-            weight.data.copy_(full if shard is None else full[shard.start : shard.stop])
+            full = torch.empty(full_shape(weight)).normal_(1.0, 0.2, generator=named_generator(0, name))
+            weight.data.copy_(own_part(full, splits_of(weight)))
 
 
 def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str, Any]:
@@ -75,7 +73,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
     return {
         "initial": initial,
         "gradients": {name: weight.grad for name, weight in model.named_parameters()},
-        "shards": {name: shard_of(weight) for name, weight in model.named_parameters()},
+        "splits": {name: splits_of(weight) for name, weight in model.named_parameters()},
         "logits": logits,
         "objective": result.objective.item(),
         "cross_entropy": result.main_loss.item(),
@@ -116,8 +114,7 @@ def test_two_ranks_equal_one(ranks: list[list[dict[str, Any]]], name: str, seque
             assert result["table_square"] == pytest.approx(whole["table_square"], rel=1e-5)
 
         def own(full: Tensor, parameter: str, result: dict[str, Any] = result) -> Tensor:
-            shard = result["shards"][parameter]
-            return full if shard is None else full.narrow(shard.dim, shard.start, shard.stop - shard.start)
+            return own_part(full, result["splits"][parameter])
 
         for parameter, weight in result["initial"].items():
             assert torch.equal(weight, own(whole["initial"][parameter], parameter)), parameter
@@ -133,14 +130,15 @@ def test_two_ranks_equal_one(ranks: list[list[dict[str, Any]]], name: str, seque
 def test_matrices_are_split_and_cover_the_whole(ranks: list[list[dict[str, Any]]], name: str) -> None:
     config = configuration(name, False, 2)
     first, second = (ranks[rank][2 * list(CASES).index(name)] for rank in range(2))
-    for parameter, shard in first["shards"].items():
-        other = second["shards"][parameter]
-        if shard is None:
-            assert other is None
+    for parameter, splits in first["splits"].items():
+        others = second["splits"][parameter]
+        if not splits:
+            assert not others
             assert parameter.endswith(("attention_norm.weight", "mlp_norm.weight", "head.norm.weight", "projection"))
             continue
-        assert (shard.dim, shard.full_shape) == (other.dim, other.full_shape)
-        assert (shard.start, shard.stop, other.stop) == (0, other.start, shard.full_shape[shard.dim]), parameter
+        (split,), (other,) = splits, others
+        assert (split.dim, split.size) == (other.dim, other.size)
+        assert (split.start, split.stop, other.stop) == (0, other.start, split.size), parameter
     size = sum(weight.numel() for weight in first["initial"].values())
     assert bytes_per_rank(config, 2).weights == 4 * size  # the first rank is the fullest
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from overtok_megatron.parallel.collectives import group_rank, group_size
 from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
-from overtok_megatron.parallel.splits import ParameterSplit, initialise, largest_part, shard_of, split_range
+from overtok_megatron.parallel.splits import (
+    ParameterSplit,
+    full_shape,
+    initialise,
+    largest_part,
+    own_part,
+    split_range,
+    splits_of,
+)
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from support.distributed_harness import run_ranks
 
@@ -49,17 +57,15 @@ def _weights_agree(split: nn.Module, whole: nn.Module, group: dist.ProcessGroup,
     """Initial weights bit for bit, and gradients, are the slices that the metadata names."""
     reference = dict(whole.named_parameters())
     for name, weight in split.named_parameters():
-        shard, full = shard_of(weight), reference[name]
-        assert shard is not None, f"{what} {name}"
-        assert shard.full_shape == tuple(full.shape)
+        splits, full = splits_of(weight), reference[name]
+        assert splits, f"{what} {name}"
+        assert full_shape(weight) == tuple(full.shape)
         assert weight.tensor_model_parallel  # type: ignore[attr-defined]  # the mark that DeepSpeed looks for
-        assert shard_of(full) is None
+        assert splits_of(full) == ()
         assert not hasattr(full, "tensor_model_parallel")
-        assert torch.equal(weight, full.narrow(shard.dim, shard.start, shard.stop - shard.start)), f"{what} {name}"
+        assert torch.equal(weight, own_part(full, splits)), f"{what} {name}"
         assert full.grad is not None
-        _close(
-            weight.grad, full.grad.narrow(shard.dim, shard.start, shard.stop - shard.start), f"{what} grad of {name}"
-        )
+        _close(weight.grad, own_part(full.grad, splits), f"{what} grad of {name}")
 
 
 def _check_column(group: dist.ProcessGroup, sequence_parallel: bool) -> None:
@@ -190,9 +196,17 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 def test_a_slice_is_cut_from_the_full_draw() -> None:
     whole, part = _weight(10, 4), _weight(10, 1)
     initialise(whole, 0.02, 9, "w")
-    part.shard = ParameterSplit(1, (10, 4), 2, 3)  # type: ignore[attr-defined]  # what mark_split records
+    part.splits = (ParameterSplit(1, 4, 2, 3),)  # type: ignore[attr-defined]  # what mark_split records
     initialise(part, 0.02, 9, "w")
     assert torch.equal(part, whole[:, 2:3])
+
+
+def test_a_slice_along_two_dimensions() -> None:
+    whole, part = _weight(10, 4), _weight(3, 1)
+    initialise(whole, 0.02, 9, "w")
+    part.splits = (ParameterSplit(0, 10, 4, 7), ParameterSplit(1, 4, 2, 3))  # type: ignore[attr-defined]
+    initialise(part, 0.02, 9, "w")
+    assert torch.equal(part, whole[4:7, 2:3])
 
 
 def test_a_weight_in_bfloat16_is_the_rounded_float32_draw() -> None:

@@ -16,7 +16,7 @@ from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.parallel import cross_entropy as module
 from overtok_megatron.parallel.collectives import all_gather_sequence, copy_to_group
 from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
-from overtok_megatron.parallel.splits import shard_of, split_range
+from overtok_megatron.parallel.splits import own_part, split_range, splits_of
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from support.distributed_harness import run_ranks
 
@@ -70,9 +70,8 @@ def _compare(ours: Tensor | None, theirs: Tensor | None, what: str, tolerance: f
 
 def _load(weight: nn.Parameter, full: Tensor) -> None:
     """Our part of `full`, by the metadata that checkpoints are cut by."""
-    shard = shard_of(weight)
-    assert shard is not None
-    weight.data.copy_(full.narrow(shard.dim, shard.start, shard.stop - shard.start))
+    assert splits_of(weight)
+    weight.data.copy_(own_part(full, splits_of(weight)))
 
 
 def _settings(full: Tensor, group: dist.ProcessGroup, sequence_parallel: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.config.validation import validate
-from overtok_megatron.parallel.splits import shard_of
+from overtok_megatron.parallel.splits import splits_of
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from support.assembling import cpu_model
@@ -39,12 +39,11 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
         turned = both[0].flip(0), both[1].flip(0)  # the same mean, and another micro-batch for stages to tell apart
         validation, scored = trainer.evaluate([both, turned])
         assert scored == 2 * BATCH * SEQ
-        splits = {name: shard_of(weight) for name, weight in trainer.model.named_parameters()}
+        splits = {name: splits_of(weight) for name, weight in trainer.model.named_parameters()}
         state = trainer.dense_state()
         dense = {}
         for name, weight in state.items():
-            split = splits[name]
-            dense[name] = (None if split is None else split.dim, weight.clone())
+            dense[name] = (splits[name][0].dim if splits[name] else None, weight.clone())
         assert trainer.tables is not None
         results.append(
             RankResult(

@@ -25,7 +25,7 @@ from torch import Tensor
 from overtok_megatron.ngram.sharded_tables import RowGradients
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.parallel.grid import ProcessGrid
-from overtok_megatron.parallel.splits import is_pipeline_replica, shard_of
+from overtok_megatron.parallel.splits import is_pipeline_replica, splits_of
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class JointNorm:
         """
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for parameter in self._parameters():
-            counts = self.grid.tensor_rank == 0 or shard_of(parameter) is not None
+            counts = self.grid.tensor_rank == 0 or bool(splits_of(parameter))
             if parameter.grad is not None and counts and not is_pipeline_replica(parameter):
                 total += parameter.grad.double().square().sum()
         if self.grid.replica_group is not None:
