@@ -9,9 +9,9 @@ import torch
 from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.data.batches import validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.loss_metrics import bits_per_byte, figures, perplexity
 from overtok_megatron.errors import DataError
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.loss_metrics import bits_per_byte, figures, perplexity
 
 BATCH_TOKENS = 1 << 14  # of a batch, where nobody says how many sequences it has
 _MOST_WINDOWS = 16

@@ -7,8 +7,8 @@ from typing import Any
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.counts import parameter_counts, table_shape
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.loss_metrics import validation_losses
 from overtok_megatron.interchange.hugging_face import releases_of
+from overtok_megatron.loss_metrics import validation_losses
 
 _PLAIN = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overtok_megatron.config.counts import ParameterCounts
-from overtok_megatron.data.loss_metrics import perplexity, validation_losses
 from overtok_megatron.errors import DataError
+from overtok_megatron.loss_metrics import perplexity, validation_losses
 
 _WARM_STEPS = 5  # left out of medians: the first steps fill caches and buffers
 _MARKS = "os^Dvp"

@@ -24,10 +24,10 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.loss_metrics import validation_figures, validation_losses
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
 from overtok_megatron.kernels.dtypes import DTYPES
+from overtok_megatron.loss_metrics import validation_figures, validation_losses
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.run_folder import RunLock
 from overtok_megatron.training import metrics

@@ -12,10 +12,10 @@ from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.loss_metrics import validation_losses
 from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.interchange.model_card import reported_losses
+from overtok_megatron.loss_metrics import validation_losses
 from overtok_megatron.parallel.devices import CPU
 from support.distributed_harness import run_ranks
 from support.trained_runs import CONTEXT, TrainedRuns, tiny_run_config
