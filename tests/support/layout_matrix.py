@@ -26,7 +26,7 @@ class RankResult:
 
 
 def train_rank(cases: list[Layout]) -> list[RankResult]:
-    """One rank's work."""
+    """One rank's work: every layout's steps, its validation loss, and this rank's part of the parameters."""
     results = []
     for case in cases:
         config = layout_config(case)
@@ -67,7 +67,8 @@ def whole_weights(ranks: list[RankResult], tensor_ranks: int) -> dict[str, Tenso
     return weights
 
 
-def check(name: str, case: Layout, ranks: list[RankResult]) -> None:
+def check_layout(name: str, case: Layout, ranks: list[RankResult]) -> None:
+    """All ranks' results of one layout against the reference in one process."""
     losses, reference = reference_run(case)
     for rank, result in enumerate(ranks):
         assert result.losses == pytest.approx(losses, rel=1e-5), (name, rank)
@@ -87,7 +88,8 @@ def check(name: str, case: Layout, ranks: list[RankResult]) -> None:
 
 
 def run_matrix(world: int, cases: dict[str, Layout], timeout: float) -> None:
+    """Every layout on `world` ranks, in one start of their processes."""
     torch.set_num_threads(1)
     by_rank = run_ranks(world, train_rank, list(cases.values()), timeout=timeout)
     for index, (name, case) in enumerate(cases.items()):
-        check(name, case, [rank[index] for rank in by_rank])
+        check_layout(name, case, [rank[index] for rank in by_rank])

@@ -44,7 +44,7 @@ KEYS = {
 
 
 def layout(short: str, *, micro: int = 2, **others: dict[str, Any]) -> Layout:
-    """`tp2 pp2 z1 sp offload` in the schema's words; `micro` sequences a micro-batch."""
+    """`tp2 pp2 z1 sp offload` in the schema's words; `micro` sequences per micro-batch."""
     parallel: dict[str, Any] = {}
     for word in short.split():
         name = word.rstrip("0123456789")
