@@ -78,13 +78,15 @@ class TrainingEngine:
             )
         self.router = RouterFigures(config, grid, device)
         self.optimizer = self._build_optimizer(model)
-        self.engine = self._start_deepspeed(model)
-        if type(self.engine.optimizer).__name__.startswith("FP16_"):
+        self.deepspeed_engine = self._start_deepspeed(model)
+        if type(self.deepspeed_engine.optimizer).__name__.startswith("FP16_"):
             # These two step once on zero gradients to make Adam's state, which would put its bias correction a step ahead.
             self.optimizer.state.clear()
-        self.model: Transformer | PipelineStage = self.engine.module
-        self.engine.checkpoint_engine = self.engine_files = EngineFiles(self.engine.checkpoint_engine, load_engine_file)
-        self.norm = JointNorm(self.engine, grid, config.optimizer.gradient_clipping)
+        self.model: Transformer | PipelineStage = self.deepspeed_engine.module
+        self.deepspeed_engine.checkpoint_engine = self.deepspeed_files = EngineFiles(
+            self.deepspeed_engine.checkpoint_engine, load_engine_file
+        )
+        self.norm = JointNorm(self.deepspeed_engine, grid, config.optimizer.gradient_clipping)
 
     def _start_deepspeed(self, model: Transformer | PipelineStage) -> Any:
         """DeepSpeed's engine. Raises ConfigError where it cannot read what the user's `deepspeed` section adds."""
@@ -166,7 +168,7 @@ class TrainingEngine:
         norms = self.norm.finish_step()
         if not math.isfinite(norms.joint):
             raise DivergedError(
-                f"gradient norm is {norms.joint} at optimizer step {self.engine.global_steps}: stopped before"
+                f"gradient norm is {norms.joint} at optimizer step {self.deepspeed_engine.global_steps}: stopped before"
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
 
@@ -217,9 +219,9 @@ class TrainingEngine:
         """Forward and backward of all micro-batches; DeepSpeed reduces, clips and updates behind the last of them."""
         results = StageResults([], [])
         for batch in batches:
-            result = self.engine(batch.inputs, batch.fetched, batch.targets, self.config.training.z_loss)
-            self.engine.backward(result.objective / batch.targets.numel())
-            self.engine.step()
+            result = self.deepspeed_engine(batch.inputs, batch.fetched, batch.targets, self.config.training.z_loss)
+            self.deepspeed_engine.backward(result.objective / batch.targets.numel())
+            self.deepspeed_engine.step()
             results.add(result.main_loss, result.router_stats)
         return results
 
@@ -227,15 +229,15 @@ class TrainingEngine:
         """As `_train`, through all stages."""
         assert isinstance(self.model, PipelineStage)
         self.model.expect(batches)
-        self.engine.train_batch(iter([(batch.inputs, batch.targets) for batch in batches]))
+        self.deepspeed_engine.train_batch(iter([(batch.inputs, batch.targets) for batch in batches]))
         return self.model.take_results()
 
     def _evaluate_pipeline(self, batches: list[MicroBatch]) -> StageResults:
         assert isinstance(self.model, PipelineStage)
-        self.engine.reset_activation_shape()  # its buffers remember the last batch's
+        self.deepspeed_engine.reset_activation_shape()  # its buffers remember the last batch's
         self.model.expect(batches)
         pairs = iter([(batch.inputs, batch.targets) for batch in batches])
-        self.engine.eval_batch(pairs, num_micro_batches=len(batches), reduce_output=None, bcast_loss=False)
+        self.deepspeed_engine.eval_batch(pairs, num_micro_batches=len(batches), reduce_output=None, bcast_loss=False)
         return self.model.take_results()
 
     def _table_counts(self, fetched: FetchedRows | None) -> list[int]:
@@ -299,7 +301,7 @@ class TrainingEngine:
 
         Every rank must bring batches of the same shapes; a target of -100 is not scored.
         """
-        self.engine.eval()
+        self.deepspeed_engine.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for group in _alike(batches, self.grid.shape.pipe):  # as many at once as keep every stage busy
             inputs, targets = (torch.stack(tensors) for tensors in zip(*group, strict=True))
@@ -307,14 +309,17 @@ class TrainingEngine:
             losses = (
                 self._evaluate_pipeline(batches_here).losses
                 if self.is_pipeline
-                else [self.engine(batch.inputs, batch.fetched, batch.targets).main_loss for batch in batches_here]
+                else [
+                    self.deepspeed_engine(batch.inputs, batch.fetched, batch.targets).main_loss
+                    for batch in batches_here
+                ]
             )
             if losses and self.grid.tensor_rank == 0:
                 count = torch.stack([(batch.targets >= 0).sum() for batch in batches_here]).sum()
                 sums += torch.stack([torch.stack(losses).double().sum(), count.double()])
-        self.engine.train()
+        self.deepspeed_engine.train()
         if self.is_pipeline:
-            self.engine.reset_activation_shape()
+            self.deepspeed_engine.reset_activation_shape()
         self._sum_over_ranks(sums)
         total, count = sums.tolist()
         return total / count, int(count)

@@ -27,49 +27,49 @@ T = TypeVar("T")
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
 
 
-def layout_of(trainer: TrainingEngine) -> dict[str, int]:
+def layout_of(engine: TrainingEngine) -> dict[str, int]:
     """Who wrote the engine's files: on the same layout DeepSpeed reads them back, on another they are taken apart."""
-    shape = trainer.grid.shape
+    shape = engine.grid.shape
     return {
         "pipeline_parallel_size": shape.pipe,
         "data_parallel_size": shape.data,
         "context_parallel_size": shape.context,
         "tensor_parallel_size": shape.tensor,
-        "zero_stage": trainer.config.parallel.zero_stage,
+        "zero_stage": engine.config.parallel.zero_stage,
     }
 
 
-def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
+def load_state(engine: TrainingEngine, path: Path) -> Manifest:
     """Bring everything back from a complete checkpoint of the same model, whatever layout wrote it.
 
     On the same layout the next step has the same bits, on another the same numbers to rounding. Raises CheckpointError naming
     the first difference of the model, or the first damaged file.
     """
-    config = trainer.config.model_dump(mode="json")
-    manifest = _manifest(trainer.grid, path, lambda found: check_continuable(config, found, path))
-    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, list(manifest.files)), path)
-    if same_engine_files(config, layout_of(trainer), manifest):
-        _load_engine_files(trainer, path)
+    config = engine.config.model_dump(mode="json")
+    manifest = _manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
+    agree(engine.grid, lambda: _verify(engine.grid, path, manifest, list(manifest.files)), path)
+    if same_engine_files(config, layout_of(engine), manifest):
+        _load_engine_files(engine, path)
     else:
-        _load_other_layout(trainer, path, manifest)
-    tables = trainer.tables
+        _load_other_layout(engine, path, manifest)
+    tables = engine.tables
     if tables is not None:
-        agree(trainer.grid, lambda: load_tables(path, tables), path)
+        agree(engine.grid, lambda: load_tables(path, tables), path)
     return manifest
 
 
-def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
+def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
     """Start from the dense weights and rows of a complete checkpoint of any layout, with or without optimizer state.
 
     Master weights begin at the weights as they were written, moments and row state at zero; each rank reads its own part.
     Raises CheckpointError naming the first difference of the model, or the first damaged file.
     """
-    config = trainer.config.model_dump(mode="json")
+    config = engine.config.model_dump(mode="json")
     other_way = "start from another training.initial_checkpoint"
-    manifest = _manifest(trainer.grid, path, lambda found: check_same_model(config, found, path, other_way))
+    manifest = _manifest(engine.grid, path, lambda found: check_same_model(config, found, path, other_way))
     names = [name for name in manifest.files if name.startswith((DENSE, TABLES))]
-    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, names), path)
-    parameters = dict(trainer.model.named_parameters())
+    agree(engine.grid, lambda: _verify(engine.grid, path, manifest, names), path)
+    parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
     ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
 
@@ -77,11 +77,11 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
         for name, weight in read_parts(path, ranks, splits):
             zeros = torch.zeros(weight.shape)
             state = ParameterState({"master": weight.float(), **dict.fromkeys(MOMENTS, zeros)}, 0)
-            set_parameter_state(trainer.engine, parameters[name], state)
-        if trainer.tables is not None:
-            load_rows(path, trainer.tables.store)
+            set_parameter_state(engine.deepspeed_engine, parameters[name], state)
+        if engine.tables is not None:
+            load_rows(path, engine.tables.store)
 
-    agree(trainer.grid, read, path)
+    agree(engine.grid, read, path)
     return manifest
 
 
@@ -115,18 +115,18 @@ def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) 
     return agree(grid, read, path)
 
 
-def _load_engine_files(trainer: TrainingEngine, path: Path) -> None:
+def _load_engine_files(engine: TrainingEngine, path: Path) -> None:
     """Load DeepSpeed's own files, on the layout that wrote them. They hold settings too, of which this run's own are kept."""
-    groups = trainer.optimizer.param_groups
+    groups = engine.optimizer.param_groups
     asked = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
-    loaded, _ = trainer.engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
+    loaded, _ = engine.deepspeed_engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
     if loaded is None:
         raise CheckpointError(f"{path / ENGINE_FOLDER}: DeepSpeed found no state to load")
-    for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+    for group, settings in zip(engine.optimizer.param_groups, asked, strict=True):
         group |= settings
-    optimizer = trainer.engine.optimizer
+    optimizer = engine.deepspeed_engine.optimizer
     if hasattr(optimizer, "clip_grad"):  # ZeRO's and bf16's classes clip by themselves
-        optimizer.clip_grad = trainer.config.optimizer.gradient_clipping
+        optimizer.clip_grad = engine.config.optimizer.gradient_clipping
 
 
 def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
@@ -135,15 +135,15 @@ def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str])
         verify_file(path, name, manifest)
 
 
-def _load_other_layout(trainer: TrainingEngine, path: Path, manifest: Manifest) -> None:
+def _load_other_layout(engine: TrainingEngine, path: Path, manifest: Manifest) -> None:
     """Dense weights and optimizer state from files that other ranks wrote, parameter by parameter."""
-    parameters = dict(trainer.model.named_parameters())
+    parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
 
     def read() -> None:
         for name, state in read_dense_states(path, manifest.layout, splits, load_engine_file):
-            set_parameter_state(trainer.engine, parameters[name], state)
+            set_parameter_state(engine.deepspeed_engine, parameters[name], state)
 
-    agree(trainer.grid, read, path)
-    trainer.engine.global_steps = manifest.step
-    trainer.engine.global_samples = manifest.consumed_samples
+    agree(engine.grid, read, path)
+    engine.deepspeed_engine.global_steps = manifest.step
+    engine.deepspeed_engine.global_samples = manifest.consumed_samples

@@ -65,21 +65,21 @@ class Saver:
 
     def __init__(
         self,
-        trainer: TrainingEngine,
+        engine: TrainingEngine,
         store: CheckpointStore,
         *,
         eod_id: int,
         tokenizer_fingerprint: str,
         published: Callable[[Path, float], None] | None = None,
     ) -> None:
-        self.trainer = trainer
+        self.engine = engine
         self.store = store
         self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint}
         self._published = published
-        self._rank = trainer.grid.rank
+        self._rank = engine.grid.rank
         self._writer: TableWriter | None = None
-        if trainer.tables is not None:
-            self._writer = TableWriter(trainer.tables, trainer.config.checkpoint.incremental)
+        if engine.tables is not None:
+            self._writer = TableWriter(engine.tables, engine.config.checkpoint.incremental)
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
         self._step = 0
@@ -104,11 +104,11 @@ class Saver:
                 self._complete(folder, files, write_tables, manifest, begin)
             except Exception as error:  # whatever it is, it must not end with the thread
                 self._failure = reason(error)
-                self.trainer.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
+                self.engine.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
 
         self._abandoned.clear()
-        self._thread = in_background(complete, self.trainer.device)
-        if not self.trainer.config.checkpoint.asynchronous:
+        self._thread = in_background(complete, self.engine.device)
+        if not self.engine.config.checkpoint.asynchronous:
             self.finish()
 
     def finish(self) -> None:
@@ -117,7 +117,7 @@ class Saver:
             return
         if self._rank > 0:
             self._thread.join()
-        if any(self.trainer.grid.gather_objects(self._failure if self._rank > 0 else None)):
+        if any(self.engine.grid.gather_objects(self._failure if self._rank > 0 else None)):
             self._abandoned.set()  # the first rank waits for a note that does not come
         self._thread.join()
         self._thread = None
@@ -145,7 +145,7 @@ class Saver:
         return None
 
     def _agree(self, failure: str | None) -> None:
-        failures = [(rank, text) for rank, text in enumerate(self.trainer.grid.gather_objects(failure)) if text]
+        failures = [(rank, text) for rank, text in enumerate(self.engine.grid.gather_objects(failure)) if text]
         if not failures:
             return
         if self._writer is not None:
@@ -153,7 +153,7 @@ class Saver:
         if self._rank == 0:
             with suppress(OSError):
                 self.store.discard(self._step)
-        self.trainer.grid.wait_for_all()
+        self.engine.grid.wait_for_all()
         rank, text = failures[0]
         raise CheckpointError(
             f"could not save step {self._step} on rank {rank}: {text}; the previous checkpoint is intact, "
@@ -162,40 +162,42 @@ class Saver:
 
     def _write_dense_state(self, folder: Path) -> list[str]:
         """Our weights and DeepSpeed's files; the names of those that this rank wrote and has to hash."""
-        trainer, written = self.trainer, []
-        dense = trainer.dense_state()
+        engine, written = self.engine, []
+        dense = engine.dense_state()
         extras = self._engine_extras()
-        writes = trainer.grid.place("data") == trainer.grid.place("context") == 0
+        writes = engine.grid.place("data") == engine.grid.place("context") == 0
         self._agree(self._guarded(lambda: written.append(self._write_dense(folder, dense))) if writes else None)
-        files = trainer.engine_files
+        files = engine.deepspeed_files
         files.failure, files.written = None, []
         try:
-            trainer.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, client_state=extras, save_latest=False)
+            engine.deepspeed_engine.save_checkpoint(
+                str(folder), tag=ENGINE_FOLDER, client_state=extras, save_latest=False
+            )
         except WRITE_ERRORS as error:  # what DeepSpeed writes beside its checkpoint engine
             files.failure = files.failure or reason(error)
         self._agree(files.failure)
         return [*written, *(path.relative_to(folder).as_posix() for path in files.written)]
 
     def _write_dense(self, folder: Path, dense: dict[str, torch.Tensor]) -> str:
-        parameters = dict(self.trainer.model.named_parameters())
+        parameters = dict(self.engine.model.named_parameters())
         dense = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
-        grid = self.trainer.grid
+        grid = self.engine.grid
         rank = grid.place("pipe") * grid.shape.tensor + grid.tensor_rank
         return save_dense(folder, dense, self._splits(), rank, grid.shape.pipe * grid.shape.tensor)
 
     def _splits(self) -> dict[str, int]:
         """Along which dimension each split parameter of this rank is split. The files know one dimension per parameter."""
         found = {}
-        for name, parameter in self.trainer.model.named_parameters():
+        for name, parameter in self.engine.model.named_parameters():
             for (split,) in filter(None, [splits_of(parameter)]):
                 found[name] = split.dim
         return found
 
     def _engine_extras(self) -> dict[str, Any]:
         """What goes into DeepSpeed's files for readers of them: `ds_to_universal`, and a resume on another layout."""
-        own: dict[str, int | None] = {name: None for name, _ in self.trainer.model.named_parameters()}
+        own: dict[str, int | None] = {name: None for name, _ in self.engine.model.named_parameters()}
         everyone: dict[str, int | None] = {}
-        for names in self.trainer.grid.gather_objects(own | self._splits()):
+        for names in self.engine.grid.gather_objects(own | self._splits()):
             everyone |= names
         # the names for dimension 1 and for whole copies; any other is told as one part of a shape, cut evenly along it
         kinds = {"parameter_with_row_parallelism_patterns": 1, "tp_replicated_parameter_patterns": None}
@@ -203,19 +205,19 @@ class Saver:
         for key, dim in kinds.items():
             info[key] = [f"^{re.escape(name)}$" for name, split in everyone.items() if split == dim]
         info["parameter_with_sub_params"] = self._deeper_splits()
-        return {"step": self._step, "universal_checkpoint_info": info, ORDER: self.trainer.optimizer_order}
+        return {"step": self._step, "universal_checkpoint_info": info, ORDER: self.engine.optimizer_order}
 
     def _deeper_splits(self) -> list[dict[str, Any]]:
         """Parameters of all stages that are split along a dimension beyond the second, as DeepSpeed's SubparamShape."""
         own = {}
-        for name, parameter in self.trainer.model.named_parameters():
+        for name, parameter in self.engine.model.named_parameters():
             for split in splits_of(parameter):
                 if split.dim > 1:
                     shape = list(full_shape(parameter))
                     shape[split.dim] = 1
                     own[name] = {"patterns": [f"^{re.escape(name)}$"], "shape": shape, "partition_dim": split.dim}
         everyone: dict[str, dict[str, Any]] = {}
-        for found in self.trainer.grid.gather_objects(own):
+        for found in self.engine.grid.gather_objects(own):
             everyone |= found
         return list(everyone.values())
 
@@ -238,7 +240,7 @@ class Saver:
     def _publish(self, folder: Path, manifest: dict[str, Any], begin: float) -> None:
         """Wait for all notes, then make the checkpoint visible."""
         files: dict[str, Digest] = {}
-        for rank in range(self.trainer.grid.shape.world_size):
+        for rank in range(self.engine.grid.shape.world_size):
             note = folder / _NOTES / f"{rank}.json"
             while not note.is_file():  # a rank that dies ends the run, and this thread with it
                 if self._abandoned.wait(0.02):
@@ -250,7 +252,7 @@ class Saver:
             name = path.relative_to(folder).as_posix()
             if name not in files:  # small ones that DeepSpeed writes by itself
                 files[name] = file_digest(path)
-        layout, config = layout_of(self.trainer), self.trainer.config.model_dump(mode="json")
+        layout, config = layout_of(self.engine), self.engine.config.model_dump(mode="json")
         path = self.store.publish(Manifest(config=config, layout=layout, files=files, **manifest))
         if self._published is not None:
             self._published(path, time.perf_counter() - begin)

@@ -59,10 +59,10 @@ class Trainer:
         world = self.grid.shape.world_size
         validate(config, world, lambda key: "resolved")
         self.data = open_run_data(config)
-        self.trainer = TrainingEngine(config, self.grid, device, self.data.eod_id)
+        self.engine = TrainingEngine(config, self.grid, device, self.data.eod_id)
         self.store = CheckpointStore(Path(config.training.output_directory))
         self.saver = Saver(
-            self.trainer,
+            self.engine,
             self.store,
             eod_id=self.data.eod_id,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
@@ -85,7 +85,7 @@ class Trainer:
             self.data.train,
             config.data.seq_length,
             config.training.micro_batch_size,
-            self.trainer.num_micro_batches,
+            self.engine.num_micro_batches,
             self.grid.data_rank,
             self.grid.shape.data,
             config.data.shuffle_seed,
@@ -180,7 +180,7 @@ class Trainer:
         if start is None:
             return 0
         path, fresh = start.path, start.fresh
-        manifest = load_weights(self.trainer, path) if fresh else load_state(self.trainer, path)
+        manifest = load_weights(self.engine, path) if fresh else load_state(self.engine, path)
         if manifest.tokenizer_fingerprint != self.data.tokenizer_fingerprint:
             self.data.refuse_tokenizer(path)
         if not fresh and manifest.eod_id != self.data.eod_id:
@@ -212,7 +212,7 @@ class Trainer:
         begin = time.perf_counter()
         tokens = self._next_tokens(step)  # [A, b, s + 1]
         learning_rate = self.schedule.at(step)
-        result = self.trainer.step(tokens, learning_rate)
+        result = self.engine.step(tokens, learning_rate)
         seconds = time.perf_counter() - begin
         return self._figures(result, learning_rate, seconds), result.stop
 
@@ -223,7 +223,7 @@ class Trainer:
         ahead += [] if last else [self.consumed + self.config.training.global_batch_size]
         for place in ahead:
             tokens = self._tokens(place)
-            self.trainer.prefetch(tokens)
+            self.engine.prefetch(tokens)
             self._announced.append(tokens)
         return self._announced.popleft()
 
@@ -238,7 +238,7 @@ class Trainer:
 
     def _shared(self, own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """What one rank of a pipeline has read, int64 of `shape`, on all of its ranks: a collective of the batch group."""
-        grid, device = self.grid, self.trainer.device
+        grid, device = self.grid, self.engine.device
         tokens = torch.empty(shape, dtype=torch.int64, device=device) if own is None else own.to(device)
         if grid.batch_group is None:
             return tokens
@@ -256,9 +256,9 @@ class Trainer:
             "speed/step_seconds": seconds,
             "speed/tflops_per_rank": speed * self.flops_per_token / self.grid.shape.world_size / 1e12,
             "speed/model_flops_utilisation": speed * self.flops_per_token / self.peak_flops,
-            "memory/peak_bytes": float(metrics.peak_memory(self.trainer.device)),
+            "memory/peak_bytes": float(metrics.peak_memory(self.engine.device)),
         }
-        if self.trainer.tables is not None:
+        if self.engine.tables is not None:
             values |= {
                 "train/table_learning_rate": learning_rate * derived.table_rate_factor(self.config),
                 "train/table_grad_norm": result.table_grad_norm,
@@ -272,7 +272,7 @@ class Trainer:
         """The figures of every set, one after the other: a collective, in the configuration's order on all ranks."""
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
-            loss, tokens = self.trainer.evaluate(self._validation_batches(dataset))
+            loss, tokens = self.engine.evaluate(self._validation_batches(dataset))
             values |= validation_figures(name, loss, tokens, dataset.manifest.source_bytes)
         return values
 
@@ -293,17 +293,17 @@ class Trainer:
 
     def _table_figures(self) -> dict[str, float]:
         """Figures that sweep the tables or look at n-grams twice: taken where validation is, not every step."""
-        tables = self.trainer.tables
+        tables = self.engine.tables
         if tables is None:
             return {}
-        touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, self.trainer.device)
+        touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, self.engine.device)
         tokens = self._tokens(self.consumed)
         sample = tokens[:, :, :-1] if self.grid.is_first_stage else None
         fetched = tables.fetch_rows(None if sample is None else sample[:1])  # every rank, as rows are everywhere
         values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
         if sample is not None:
             values["tables/collision_share"] = tables.ngram_hash.collision_share(sample)
-            values |= self.trainer.ngram_norms(fetched)
+            values |= self.engine.ngram_norms(fetched)
         return values
 
     def _report(self, reporter: Reporter, done: int, values: dict[str, float]) -> None:
@@ -330,7 +330,7 @@ class Trainer:
 
     def _stop_after_step(self, number: int, _: object) -> None:
         """SIGTERM, or Ctrl-C once: finish the step, save, and leave."""
-        self.trainer.stop_asked = True
+        self.engine.stop_asked = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -50,13 +50,13 @@ def train_rank(cases: dict[str, Layout]) -> dict[str, list[dict[str, float]]]:
     results = {}
     for name, case in cases.items():
         config = layout_config(case)
-        trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         results[name] = []
         for batch in stream()[:STEPS]:
-            results[name].append(trainer.step(own_tokens(trainer, batch), 3e-3).router)
-            tokens = own_tokens(trainer, batch)
+            results[name].append(engine.step(own_tokens(engine, batch), 3e-3).router)
+            tokens = own_tokens(engine, batch)
             pair = None if tokens is None else (tokens.flatten(0, 1)[:, :-1], tokens.flatten(0, 1)[:, 1:])
-            trainer.evaluate([pair])  # is in no step's figures
+            engine.evaluate([pair])  # is in no step's figures
     return results
 
 

@@ -53,12 +53,12 @@ CASES = [
 ]
 
 
-def run(trainer: TrainingEngine, steps: range) -> list[float]:
+def run(engine: TrainingEngine, steps: range) -> list[float]:
     """Losses of some steps of the stream, on this rank's part of it."""
-    tokens = stream(trainer.config.model.vocab_size)
-    ranks, rank = trainer.grid.shape.data, trainer.grid.data_rank
-    parts = [tokens[step].view(trainer.num_micro_batches, ranks, -1, SEQ + 1)[:, rank] for step in steps]
-    return [trainer.step(part, 3e-3).loss for part in parts]
+    tokens = stream(engine.config.model.vocab_size)
+    ranks, rank = engine.grid.shape.data, engine.grid.data_rank
+    parts = [tokens[step].view(engine.num_micro_batches, ranks, -1, SEQ + 1)[:, rank] for step in steps]
+    return [engine.step(part, 3e-3).loss for part in parts]
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ def noted_ranks(folder: Path) -> tuple[list[int], list[str]]:
     noted, leave = [], saving.leave_note
     saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
     config = case_config(CASES[1])
-    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-    saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    saver = Saver(engine, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(1, 0)
     saver.finish()
-    return noted, one_rank_fails(trainer, folder)
+    return noted, one_rank_fails(engine, folder)
 
 
-def one_rank_fails(trainer: TrainingEngine, folder: Path) -> list[str]:
+def one_rank_fails(engine: TrainingEngine, folder: Path) -> list[str]:
     """What each rank says where the second alone cannot read its rows, or the checkpoint at all."""
     path = CheckpointStore(folder).latest()
     assert path is not None
@@ -157,16 +157,16 @@ def one_rank_fails(trainer: TrainingEngine, folder: Path) -> list[str]:
             real = getattr(resuming, name)
 
             def fail(*_: object, real: Any = real, error: Exception = error) -> Any:
-                if trainer.grid.rank == 1:
+                if engine.grid.rank == 1:
                     raise error
                 return real(*_)
 
             setattr(resuming, name, fail)
             with pytest.raises(CheckpointError) as caught:
-                load_state(trainer, path)
+                load_state(engine, path)
             said.append(str(caught.value))
             setattr(resuming, name, real)
-    load_state(trainer, path)
+    load_state(engine, path)
     return said
 
 
@@ -197,7 +197,7 @@ def failing_run(config: RunConfig, alone: bool) -> tuple[str, str]:
         if step == 2 and alone and training.grid.rank == 1:
             raise DataError("the set went away")
         if step == 2 and not alone:
-            next(iter(training.trainer.engine.module.parameters())).data.fill_(float("nan"))
+            next(iter(training.engine.model.parameters())).data.fill_(float("nan"))
         return one_step(step)
 
     saving.file_digest = slow_digest
