@@ -1,29 +1,27 @@
 """Resuming a run from a checkpoint of any layout, after checking that it is of the same model and undamaged.
 
-All functions are collectives: every rank calls them, and every rank learns of a failure on any other.
+All ranks must call these functions, and every rank learns of a failure on any other.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_engine_files
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
 from overtok_megatron.checkpoint.dense import read_parts
-from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, MOMENTS, ParameterState, read_dense_states
+from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState, read_dense_states
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_rows, load_tables
-from overtok_megatron.errors import CheckpointError, OvertokError
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import splits_of
-from overtok_megatron.training.deepspeed.checkpoint_files import READ_ERRORS, reason
-from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file, set_parameter_state
+from overtok_megatron.training.agreement import agree
+from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
+from overtok_megatron.training.deepspeed.engine_object import set_progress
 from overtok_megatron.training.engine import TrainingEngine
 
-T = TypeVar("T")
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
 
 
@@ -77,31 +75,12 @@ def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
         for name, weight in read_parts(path, ranks, splits):
             zeros = torch.zeros(weight.shape)
             state = ParameterState({"master": weight.float(), **dict.fromkeys(MOMENTS, zeros)}, 0)
-            set_parameter_state(engine.deepspeed_engine, parameters[name], state)
+            engine.adapter.set_state(parameters[name], state)
         if engine.tables is not None:
             load_rows(path, engine.tables.store)
 
     agree(engine.grid, read, path)
     return manifest
-
-
-def agree(grid: ProcessGrid, work: Callable[[], T], place: Path) -> T:
-    """Return what `work` returns, which must not wait for other ranks; an error on any is raised as CheckpointError on all.
-
-    A rank that left alone would leave the others waiting for it in the next collective. place: for the message.
-    """
-    failure: str | None = None
-    found: list[T] = []
-    try:
-        found.append(work())
-    except OvertokError as error:
-        failure = str(error)
-    except READ_ERRORS as error:  # a file that went away, a disk that fails
-        failure = f"{place}: rank {grid.rank} failed ({reason(error)}); the checkpoints are as they were"
-    for text in grid.gather_objects(failure):
-        if text:
-            raise CheckpointError(text)
-    return found[0]
 
 
 def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) -> Manifest:
@@ -116,17 +95,13 @@ def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) 
 
 
 def _load_engine_files(engine: TrainingEngine, path: Path) -> None:
-    """Load DeepSpeed's own files, on the layout that wrote them. They hold settings too, of which this run's own are kept."""
+    """Load DeepSpeed's own files, on the layout that wrote them. They hold settings too; this run keeps its own settings."""
     groups = engine.optimizer.param_groups
-    asked = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
-    loaded, _ = engine.deepspeed_engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
-    if loaded is None:
-        raise CheckpointError(f"{path / ENGINE_FOLDER}: DeepSpeed found no state to load")
-    for group, settings in zip(engine.optimizer.param_groups, asked, strict=True):
+    own = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
+    engine.engine_files.load(path)
+    for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
         group |= settings
-    optimizer = engine.deepspeed_engine.optimizer
-    if hasattr(optimizer, "clip_grad"):  # ZeRO's and bf16's classes clip by themselves
-        optimizer.clip_grad = engine.config.optimizer.gradient_clipping
+    engine.adapter.set_max_norm(engine.config.optimizer.gradient_clipping)
 
 
 def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
@@ -142,8 +117,7 @@ def _load_other_layout(engine: TrainingEngine, path: Path, manifest: Manifest) -
 
     def read() -> None:
         for name, state in read_dense_states(path, manifest.layout, splits, load_engine_file):
-            set_parameter_state(engine.deepspeed_engine, parameters[name], state)
+            engine.adapter.set_state(parameters[name], state)
 
     agree(engine.grid, read, path)
-    engine.deepspeed_engine.global_steps = manifest.step
-    engine.deepspeed_engine.global_samples = manifest.consumed_samples
+    set_progress(engine.deepspeed_engine, steps=manifest.step, samples=manifest.consumed_samples)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
+from overtok_megatron.checkpoint.engine_state import ORDER
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.splits import full_shape, is_pipeline_replica, splits_of
-from overtok_megatron.training.deepspeed.checkpoint_files import WRITE_ERRORS, reason
+from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.resuming import layout_of
 
@@ -167,16 +167,9 @@ class Saver:
         extras = self._engine_extras()
         writes = engine.grid.place("data") == engine.grid.place("context") == 0
         self._agree(self._guarded(lambda: written.append(self._write_dense(folder, dense))) if writes else None)
-        files = engine.deepspeed_files
-        files.failure, files.written = None, []
-        try:
-            engine.deepspeed_engine.save_checkpoint(
-                str(folder), tag=ENGINE_FOLDER, client_state=extras, save_latest=False
-            )
-        except WRITE_ERRORS as error:  # what DeepSpeed writes beside its checkpoint engine
-            files.failure = files.failure or reason(error)
-        self._agree(files.failure)
-        return [*written, *(path.relative_to(folder).as_posix() for path in files.written)]
+        engine_files, failure = engine.engine_files.save(folder, extras)
+        self._agree(failure)
+        return [*written, *(path.relative_to(folder).as_posix() for path in engine_files)]
 
     def _write_dense(self, folder: Path, dense: dict[str, torch.Tensor]) -> str:
         parameters = dict(self.engine.model.named_parameters())

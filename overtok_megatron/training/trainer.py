@@ -31,11 +31,12 @@ from overtok_megatron.loss_metrics import validation_figures, validation_losses
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.run_folder import RunLock
 from overtok_megatron.training import metrics
+from overtok_megatron.training.agreement import agree
 from overtok_megatron.training.engine import StepResult, TrainingEngine
 from overtok_megatron.training.metrics import Reporter
 from overtok_megatron.training.peaks import peak_flops
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import agree, load_state, load_weights
+from overtok_megatron.training.resuming import load_state, load_weights
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.tracing import Tracer
@@ -266,7 +267,7 @@ class Trainer:
                 "tables/duplicate_share": 1.0 - result.unique_rows / result.looked_up_rows,
                 "tables/exchange_bytes": float(result.exchange_bytes),
             }
-        return values | {f"router/{name}": value for name, value in result.router.items()}
+        return values | {f"router/{name}": value for name, value in result.router_metrics.items()}
 
     def _validate(self) -> dict[str, float]:
         """The figures of every set, one after the other: a collective, in the configuration's order on all ranks."""

@@ -10,7 +10,7 @@ from deepspeed.checkpoint import SubparamShape
 
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, read_dense_states, stage_names
 from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
-from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_state

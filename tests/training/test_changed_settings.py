@@ -77,9 +77,7 @@ def alter(engine: TrainingEngine, change: Change) -> None:
         elif section == "over_encoding":
             setattr(engine.tables.optimizer, name, value)
         elif key == "optimizer.gradient_clipping":
-            engine.norm.max_norm = value
-            if hasattr(engine.deepspeed_engine.optimizer, "clip_grad"):
-                engine.deepspeed_engine.optimizer.clip_grad = value
+            engine.adapter.set_max_norm(value)
         else:
             for group in engine.optimizer.param_groups:
                 if name != "weight_decay" or group[name] > 0:  # norms and the embedding have none
