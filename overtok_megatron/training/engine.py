@@ -70,10 +70,15 @@ class TrainingEngine:
         """k, how many tokens of the stream beyond the inputs the heads need: the target of the last position."""
         return 1
 
+    def inputs_and_targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of tokens [.., s + k], and of each the token that follows it, both [.., s]."""
+        length = tokens.shape[-1] - self.extra_tokens
+        return tokens[..., :length], tokens[..., 1 : length + 1]
+
     def prefetch(self, tokens: Tensor) -> None:
         """Announce the tokens [A, b, s + k] of a coming step, in the order of the steps, where rows are fetched ahead."""
         if self.tables is not None:
-            inputs, _ = self._inputs_and_targets(tokens)
+            inputs, _ = self.inputs_and_targets(tokens)
             self.tables.announce(self._looked_up(inputs))
 
     def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
@@ -82,7 +87,7 @@ class TrainingEngine:
         Raises DivergedError, on every rank, where the gradient norm is not finite; nothing of this state is to be saved.
         """
         assert tokens.shape[0] == self.num_micro_batches
-        inputs, targets = self._inputs_and_targets(tokens)
+        inputs, targets = self.inputs_and_targets(tokens)
 
         # Phase 1: fetch rows. One exchange serves all micro-batches; their forward passes gather without communication.
         fetched = self._fetch_rows(inputs, training=True)
@@ -136,19 +141,6 @@ class TrainingEngine:
     def dense_state(self) -> dict[str, Tensor]:
         """This tensor-parallel rank's dense weights by name, whole also under ZeRO 3; the tied head appears once."""
         return dense_weights(self.deepspeed_engine)
-
-    def ngram_norms(self, fetched: FetchedRows) -> dict[str, float]:
-        """Mean L2 norms of what each n-gram order adds to the embedding, by metric name, on a stage that has the embedding."""
-        assert self.tables is not None and self.model.embedding is not None
-        projection = self.model.embedding.over_encoding
-        assert projection is not None
-        norms = projection.order_norms(fetched, self.tables.ngram_hash.space.orders)
-        return {f"tables/norm_{order}gram": norm for order, norm in norms.items()}
-
-    def _inputs_and_targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs of tokens [.., s + k], and of each the token that follows it, both [.., s]."""
-        length = tokens.shape[-1] - self.extra_tokens
-        return tokens[..., :length], tokens[..., 1 : length + 1]
 
     def _looked_up(self, inputs: Tensor) -> Tensor | None:
         """The tokens whose n-grams this rank looks up: all inputs [A, b, s] on the first stage, none on other stages."""

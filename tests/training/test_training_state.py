@@ -193,12 +193,12 @@ def failing_run(config: RunConfig, alone: bool) -> tuple[str, str]:
         time.sleep(1.0)
         return digest(path)
 
-    def failing_step(step: int) -> Any:
+    def failing_step(step: int, *others: Any) -> Any:
         if step == 2 and alone and training.grid.rank == 1:
             raise DataError("the set went away")
         if step == 2 and not alone:
             next(iter(training.engine.model.parameters())).data.fill_(float("nan"))
-        return one_step(step)
+        return one_step(step, *others)
 
     saving.file_digest = slow_digest
     training._one_step = failing_step  # type: ignore[method-assign]
@@ -234,7 +234,7 @@ def test_a_rank_that_fails_alone_leaves_when_the_checkpoint_is_complete(
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 def test_schedules(kind: str) -> None:
-    schedule = Schedule(kind, peak=2.0, minimum=0.5, warmup_iters=4, total_iters=20, decay_iters=6)  # type: ignore[arg-type]
+    schedule = Schedule(kind=kind, peak=2.0, minimum=0.5, warmup_iters=4, total_iters=20, decay_iters=6)  # type: ignore[arg-type]
     rates = [schedule.at(step) for step in range(20)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[-1] == pytest.approx(0.5)
