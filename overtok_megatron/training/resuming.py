@@ -37,19 +37,19 @@ def layout_of(engine: TrainingEngine) -> dict[str, int]:
     }
 
 
-def load_state(engine: TrainingEngine, path: Path) -> Manifest:
+def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
     """Bring everything back from a complete checkpoint of the same model, whatever layout wrote it.
 
     On the same layout the next step has the same bits, on another the same numbers to rounding. Raises CheckpointError naming
     the first difference of the model, or the first damaged file.
     """
     config = engine.config.model_dump(mode="json")
-    manifest = _manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
-    agree(engine.grid, lambda: _verify(engine.grid, path, manifest, list(manifest.files)), path)
+    manifest = _checked_manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
+    agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, list(manifest.files)), path)
     if same_engine_files(config, layout_of(engine), manifest):
         _load_engine_files(engine, path)
     else:
-        _load_other_layout(engine, path, manifest)
+        _load_by_parameter(engine, path, manifest)
     tables = engine.tables
     if tables is not None:
         agree(engine.grid, lambda: load_tables(path, tables), path)
@@ -64,9 +64,9 @@ def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
     """
     config = engine.config.model_dump(mode="json")
     other_way = "start from another training.initial_checkpoint"
-    manifest = _manifest(engine.grid, path, lambda found: check_same_model(config, found, path, other_way))
+    manifest = _checked_manifest(engine.grid, path, lambda found: check_same_model(config, found, path, other_way))
     names = [name for name in manifest.files if name.startswith((DENSE, TABLES))]
-    agree(engine.grid, lambda: _verify(engine.grid, path, manifest, names), path)
+    agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, names), path)
     parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
     ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
@@ -83,7 +83,7 @@ def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
     return manifest
 
 
-def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) -> Manifest:
+def _checked_manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) -> Manifest:
     """The checkpoint's manifest, where every rank can read it and `check` raises no CheckpointError."""
 
     def read() -> Manifest:
@@ -104,13 +104,13 @@ def _load_engine_files(engine: TrainingEngine, path: Path) -> None:
     engine.adapter.set_max_norm(engine.config.optimizer.gradient_clipping)
 
 
-def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
+def _verify_share(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
     """Hash this rank's share of some files: every file once, over all ranks."""
     for name in sorted(names)[grid.rank :: grid.shape.world_size]:
         verify_file(path, name, manifest)
 
 
-def _load_other_layout(engine: TrainingEngine, path: Path, manifest: Manifest) -> None:
+def _load_by_parameter(engine: TrainingEngine, path: Path, manifest: Manifest) -> None:
     """Dense weights and optimizer state from files that other ranks wrote, parameter by parameter."""
     parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}

@@ -24,7 +24,7 @@ from overtok_megatron.training.agreement import agree
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.reporting import RunReport
-from overtok_megatron.training.resuming import load_state, load_weights
+from overtok_megatron.training.resuming import load_checkpoint, load_weights
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.step_metrics import StepMetrics
@@ -135,7 +135,7 @@ class Trainer:
         if start is None:
             return 0
         path, fresh = start.path, start.fresh
-        manifest = load_weights(self.engine, path) if fresh else load_state(self.engine, path)
+        manifest = load_weights(self.engine, path) if fresh else load_checkpoint(self.engine, path)
         self._check_tokenizer(manifest, path, fresh)
         if self.first:
             log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
@@ -170,10 +170,10 @@ class Trainer:
         """Train one step, and validate where that is due: what to report, and whether to stop after it."""
         done, learning_rate = step + 1, self.schedule.at(step)
         with self.tracer.step(done, self.grid.rank):
-            begin = time.perf_counter()
+            started = time.perf_counter()
             tokens = next(tokens_of_steps)  # [A, b, s + k]
             result = self.engine.step(tokens, learning_rate)
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - started
         values = self.step_metrics.of_step(result, learning_rate, seconds)
         if self._due(done, self.config.training.validation_interval) and self.data.validation:
             values |= self._validate()
@@ -191,10 +191,10 @@ class Trainer:
         return values
 
     def _save(self, done: int) -> None:
-        begin = time.perf_counter()
+        started = time.perf_counter()
         self.saver.save(done, self.consumed)
         if self.first:
-            log.info("saving step %d: training waited %.2f s", done, time.perf_counter() - begin)
+            log.info("saving step %d: training waited %.2f s", done, time.perf_counter() - started)
 
     def _saved(self, path: Path, seconds: float) -> None:
         """On the thread that completed a checkpoint."""

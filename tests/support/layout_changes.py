@@ -13,7 +13,7 @@ from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
 from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.resuming import load_checkpoint
 from overtok_megatron.training.saving import Saver
 from support.distributed_harness import run_ranks
 from support.layouts import CPU, EOD, Layout, layout_config, own_tokens, reference_run, stream
@@ -48,7 +48,7 @@ def resume_layout(case: Layout, folders: list[Path]) -> list[list[float]]:
         engine = start(case)
         path = CheckpointStore(folder).latest()
         assert path is not None
-        assert load_state(engine, path).step == SAVED_AT
+        assert load_checkpoint(engine, path).step == SAVED_AT
         results.append(train(engine, SAVED_AT, END))
     return results
 

@@ -12,7 +12,7 @@ from overtok_megatron.checkpoint.weights_only import StartingPoint, starting_poi
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.resuming import load_checkpoint
 from overtok_megatron.training.saving import Saver
 from support.distributed_harness import run_ranks
 from support.expect_error import expect_error
@@ -86,7 +86,7 @@ def alter(engine: TrainingEngine, change: Change) -> None:
 
 def go_on(engine: TrainingEngine, path: Path, change: Change | None = None) -> list[float]:
     """Losses and norms of the last steps from a checkpoint."""
-    assert load_state(engine, path).step == SAVED_AT
+    assert load_checkpoint(engine, path).step == SAVED_AT
     alter(engine, change or {})
     return losses(engine, range(SAVED_AT, STEPS))
 

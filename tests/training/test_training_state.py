@@ -18,7 +18,7 @@ from overtok_megatron.errors import CheckpointError, DataError
 from overtok_megatron.training import resuming, saving, trainer
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.resuming import load_checkpoint
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
 from support.distributed_harness import run_ranks
@@ -91,7 +91,7 @@ def resume_case(case: Case, folder: Path) -> Resumed:
     fresh = TrainingEngine(config, grid, CPU, EOD)
     path = store.latest()
     assert path is not None
-    assert load_state(fresh, path).step == 2
+    assert load_checkpoint(fresh, path).step == 2
     resumed = losses[:2] + run(fresh, range(2, STEPS))
     assert whole.tables is not None
     assert fresh.tables is not None
@@ -138,7 +138,7 @@ def test_notes_may_be_taken_away_the_moment_they_are_there(tmp_path: Path, monke
 def noted_ranks(folder: Path) -> tuple[list[int], list[str]]:
     """One rank's work: whose notes were left in a save by the function that the test above looks at, and failing loads."""
     noted, leave = [], saving.leave_note
-    saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
+    saving.leave_note = lambda folder, rank, digests: (noted.append(rank), leave(folder, rank, digests))[1]  # type: ignore[func-returns-value]
     config = case_config(CASES[1])
     engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     saver = Saver(engine, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
@@ -163,10 +163,10 @@ def one_rank_fails(engine: TrainingEngine, folder: Path) -> list[str]:
 
             setattr(resuming, name, fail)
             with pytest.raises(CheckpointError) as caught:
-                load_state(engine, path)
+                load_checkpoint(engine, path)
             said.append(str(caught.value))
             setattr(resuming, name, real)
-    load_state(engine, path)
+    load_checkpoint(engine, path)
     return said
 
 
