@@ -32,26 +32,26 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
         config = layout_config(case)
         grid = start_processes(config, CPU)
         validate(config, grid.shape.world_size, lambda key: "test")
-        trainer = TrainingEngine(config, grid, CPU, EOD)
-        steps = [trainer.step(own_tokens(trainer, batch), 3e-3) for batch in stream()]
-        held_out = own_tokens(trainer, stream()[0].flip(0))
+        engine = TrainingEngine(config, grid, CPU, EOD)
+        steps = [engine.step(own_tokens(engine, batch), 3e-3) for batch in stream()]
+        held_out = own_tokens(engine, stream()[0].flip(0))
         both = held_out.flatten(0, 1)[:, :-1], held_out.flatten(0, 1)[:, 1:]
         turned = both[0].flip(0), both[1].flip(0)  # the same mean, and another micro-batch for stages to tell apart
-        validation, scored = trainer.evaluate([both, turned])
+        validation, scored = engine.evaluate([both, turned])
         assert scored == 2 * BATCH * SEQ
-        splits = {name: splits_of(weight) for name, weight in trainer.model.named_parameters()}
-        state = trainer.dense_state()
+        splits = {name: splits_of(weight) for name, weight in engine.model.named_parameters()}
+        state = engine.dense_state()
         dense = {}
         for name, weight in state.items():
             dense[name] = (splits[name][0].dim if splits[name] else None, weight.clone())
-        assert trainer.tables is not None
+        assert engine.tables is not None
         results.append(
             RankResult(
                 [step.loss for step in steps],
                 [step.grad_norm for step in steps],
                 validation,
                 dense,
-                trainer.tables.store.rows.weight.clone(),
+                engine.tables.store.rows.weight.clone(),
             )
         )
     return results

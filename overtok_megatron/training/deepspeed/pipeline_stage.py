@@ -18,6 +18,7 @@ from overtok_megatron.model.block import run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.transformer import Layers
 from overtok_megatron.ngram.fetched_rows import FetchedRows
+from overtok_megatron.parallel.collectives import reduce_from_group
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import mark_pipeline_replica
 
@@ -33,17 +34,20 @@ class MicroBatch(NamedTuple):
 
 
 class StageResults(NamedTuple):
-    """What a rank's stage found, one entry per micro-batch: summed cross entropies, on the last stage only, and router
-    statistics [blocks of this stage, F], with experts only."""
+    """What a rank's stage found, one entry per micro-batch: summed cross entropies, on the last stage only; router statistics
+    [blocks of this stage, F], with experts only; and sums of this stage's auxiliary losses by name, the same on all of its
+    tensor-parallel ranks."""
 
     losses: list[Tensor]
     router_stats: list[Tensor]
+    auxiliary_losses: list[dict[str, Tensor]]
 
-    def add(self, loss: Tensor | None, stats: Tensor | None) -> None:
+    def add(self, loss: Tensor | None, stats: Tensor | None, auxiliary_losses: dict[str, Tensor]) -> None:
         if loss is not None:
             self.losses.append(loss)
         if stats is not None:
             self.router_stats.append(stats)
+        self.auxiliary_losses.append(auxiliary_losses)
 
 
 class _Attached(torch.autograd.Function):
@@ -96,7 +100,7 @@ class PipelineStage(PipelineModule):
         self._sequence_parallel = sequence_parallel
         self._eod_id = eod_id
         self._expected: deque[MicroBatch] = deque()
-        self._results = StageResults([], [])
+        self._results = StageResults([], [], [])
         shape = grid.shape
         topology = PipeModelDataParallelTopology(
             num_pp=shape.pipe, num_mp=shape.tensor, num_dp=shape.data * shape.context
@@ -138,7 +142,7 @@ class PipelineStage(PipelineModule):
     def expect(self, batches: Sequence[MicroBatch]) -> None:
         """Name the micro-batches to come; every stage runs them in order."""
         self._expected = deque(batches)
-        self._results = StageResults([], [])
+        self._results = StageResults([], [], [])
 
     def forward(self, x: Any) -> Tensor:
         """This stage's layers on what the engine hands over; the loss on the last.
@@ -154,19 +158,21 @@ class PipelineStage(PipelineModule):
         tokens = x.shape[0] * x.shape[1]
         hidden, routing = run_blocks(self.blocks.values(), x, documents=documents)
         if self.head is None:
-            self._results.add(None, None if routing is None else routing.stats)
             if routing is None:
                 return hidden
+            tensor_group = self._place.tensor_group if self._sequence_parallel else None
+            router_loss = reduce_from_group(routing.loss.detach(), tensor_group)  # as the head does of its own stage's
+            self._results.add(None, routing.stats, {"router": router_loss})
             slices = self._place.shape.tensor if self._sequence_parallel else 1
             attached: Tensor = _Attached.apply(hidden, routing.loss, 1.0 / (tokens * slices * self._num_micro_batches))
             return attached
         z_loss = self._z_loss if self.training else 0.0
         result = self.head.losses(hidden, batch.targets, z_loss, routing)
-        self._results.add(result.main_loss, result.router_stats)
+        self._results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
         return result.objective / batch.targets.numel()
 
     def take_results(self) -> StageResults:
         """What the micro-batches since expect() gave."""
         assert not self._expected, "micro-batches that never arrived"
-        results, self._results = self._results, StageResults([], [])
+        results, self._results = self._results, StageResults([], [], [])
         return results
