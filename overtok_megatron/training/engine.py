@@ -21,7 +21,7 @@ from overtok_megatron.config import deepspeed_config, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import DivergedError
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.model.assembly import build_run_layers, build_transformer
+from overtok_megatron.model.assembly import attention_boundary, build_run_layers, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.ngram.fetched_rows import FetchedRows
@@ -67,7 +67,7 @@ class TrainingEngine:
         self.tables: ShardedTables | None = None
         if config.over_encoding.enabled:
             shape = grid.shape  # the ranks that see a sequence divide it among them: context slices, then tensor slices
-            own_slice = grid.place("context") * shape.tensor + grid.tensor_rank, shape.context * shape.tensor
+            own_slice = grid.coordinate("context") * shape.tensor + grid.tensor_rank, shape.context * shape.tensor
             self.tables = build_tables(
                 config,
                 eod_id,
@@ -107,28 +107,27 @@ class TrainingEngine:
         config, grid = self.config, self.grid
         groups: dict[str, Any] = {
             "kernels": self.kernels,
-            "group": grid.tensor_group,
+            "tensor_group": grid.tensor_group,
             "context_group": grid.context_group,
         }
         if grid.shape.pipe == 1:
             return build_transformer(config, device=self.device, eod_id=eod_id, **groups)
         counts = derived.blocks_per_stage(config)
-        layers = build_run_layers(config, device=self.device, stage=Stage.of(grid.place("pipe"), counts), **groups)
+        layers = build_run_layers(config, device=self.device, stage=Stage.of(grid.coordinate("pipe"), counts), **groups)
         return PipelineStage(
             layers,
             counts,
             grid,
-            tied=config.model.tie_word_embeddings,
             z_loss=config.training.z_loss,
             num_micro_batches=self.num_micro_batches,
             sequence_parallel=config.parallel.sequence_parallel,
-            eod_id=eod_id if config.data.document_attention == "within" else None,
+            eod_id=attention_boundary(config, eod_id),
         )
 
     def _build_optimizer(self, model: Transformer | PipelineStage) -> torch.optim.Optimizer:
         """Weight decay on matrices; not on norms, nor on the word embedding unless it is the head as well (OLMo2)."""
         settings = self.config.optimizer
-        word = None if model.embedding is None else model.embedding.word.weight
+        word = None if model.embedding is None or model.embedding.word is None else model.embedding.word.weight
         free = [
             p for p in model.parameters() if p.ndim < 2 or (p is word and not self.config.model.tie_word_embeddings)
         ]
@@ -206,7 +205,7 @@ class TrainingEngine:
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
         """By micro-batch what this rank handles of inputs and targets [A, b, s], which are those of all context ranks."""
-        ranks, place = self.grid.shape.context, self.grid.place("context")
+        ranks, place = self.grid.shape.context, self.grid.coordinate("context")
         own = fetched if self.grid.is_first_stage else None
         return [
             MicroBatch(whole, whole.chunk(ranks, dim=-1)[place], None if own is None else own[i], target)

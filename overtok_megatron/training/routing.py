@@ -25,7 +25,7 @@ class RouterFigures:
         self._z_loss = model.router_z_loss_weight > 0.0
         self._layers = model.num_layers
         self._width = self._experts + 1 + self._z_loss if self._experts else 0
-        self._first_layer = Stage.of(grid.place("pipe"), derived.blocks_per_stage(config)).start
+        self._first_layer = Stage.of(grid.coordinate("pipe"), derived.blocks_per_stage(config)).start
         self._tokens = derived.tokens_per_step(config)
         self._device = device
         # Tensor-parallel ranks know the choices of all their positions, but under sequence parallelism have losses of

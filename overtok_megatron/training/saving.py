@@ -165,7 +165,7 @@ class Saver:
         trainer, written = self.trainer, []
         dense = trainer.dense_state()
         extras = self._engine_extras()
-        writes = trainer.grid.place("data") == trainer.grid.place("context") == 0
+        writes = trainer.grid.coordinate("data") == trainer.grid.coordinate("context") == 0
         self._agree(self._guarded(lambda: written.append(self._write_dense(folder, dense))) if writes else None)
         files = trainer.engine_files
         files.failure, files.written = None, []
@@ -180,7 +180,7 @@ class Saver:
         parameters = dict(self.trainer.model.named_parameters())
         dense = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
         grid = self.trainer.grid
-        rank = grid.place("pipe") * grid.shape.tensor + grid.tensor_rank
+        rank = grid.coordinate("pipe") * grid.shape.tensor + grid.tensor_rank
         return save_dense(folder, dense, self._splits(), rank, grid.shape.pipe * grid.shape.tensor)
 
     def _splits(self) -> dict[str, int]:
