@@ -7,7 +7,7 @@ import torch
 from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import Kernels
-from overtok_megatron.model.assembly import build_run_layers, build_transformer
+from overtok_megatron.model.assembly import attention_boundary, build_run_layers, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.building import build_tables
 from overtok_megatron.ngram.sharded_tables import ShardedTables
@@ -23,22 +23,21 @@ def build_model(
     """This rank's part of the model with its initial weights: all layers, or those of its pipeline stage."""
     groups: dict[str, Any] = {
         "kernels": kernels,
-        "group": grid.tensor_group,
+        "tensor_group": grid.tensor_group,
         "context_group": grid.context_group,
     }
     if grid.shape.pipe == 1:
         return build_transformer(config, device=device, eod_id=eod_id, **groups)
     counts = derived.blocks_per_stage(config)
-    layers = build_run_layers(config, device=device, stage=Stage.of(grid.place("pipe"), counts), **groups)
+    layers = build_run_layers(config, device=device, stage=Stage.of(grid.coordinate("pipe"), counts), **groups)
     return PipelineStage(
         layers,
         counts,
         grid,
-        tied=config.model.tie_word_embeddings,
         z_loss=config.training.z_loss,
         num_micro_batches=derived.accumulation_steps(config, grid.shape.world_size),
         sequence_parallel=config.parallel.sequence_parallel,
-        eod_id=eod_id if config.data.document_attention == "within" else None,
+        eod_id=attention_boundary(config, eod_id),
     )
 
 
@@ -52,7 +51,7 @@ def build_own_tables(
     if not config.over_encoding.enabled:
         return None
     shape = grid.shape
-    slice_index, num_slices = grid.place("context") * shape.tensor + grid.tensor_rank, shape.context * shape.tensor
+    slice_index, num_slices = grid.coordinate("context") * shape.tensor + grid.tensor_rank, shape.context * shape.tensor
     return build_tables(
         config,
         eod_id,
@@ -69,10 +68,8 @@ def build_optimizer(model: TrainedModule, config: RunConfig, kernels: Kernels) -
     Matrices decay; norms do not, nor does the word embedding unless it is the head as well (as in OLMo 2).
     """
     settings = config.optimizer
-    word_embedding = (
-        None if model.embedding is None or config.model.tie_word_embeddings else model.embedding.word.weight
-    )
-    others = [p for p in model.parameters() if p.ndim < 2 or p is word_embedding]
+    word = None if model.embedding is None or config.model.tie_word_embeddings else model.embedding.word
+    others = [p for p in model.parameters() if p.ndim < 2 or (word is not None and p is word.weight)]
     without_decay = {id(parameter) for parameter in others}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in without_decay]
     groups = [

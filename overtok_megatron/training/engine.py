@@ -154,7 +154,7 @@ class TrainingEngine:
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
         """This rank's part of each micro-batch of inputs and targets [A, b, s], which hold whole sequences."""
-        num_slices, index = self.grid.shape.context, self.grid.place("context")
+        num_slices, index = self.grid.shape.context, self.grid.coordinate("context")
         here = fetched if self.grid.is_first_stage else None
         return [
             MicroBatch(whole, whole.chunk(num_slices, dim=-1)[index], None if here is None else here[i], target)

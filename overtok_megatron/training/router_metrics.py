@@ -25,7 +25,7 @@ class RouterMetrics:
         self._z_loss = model.router_z_loss_weight > 0.0
         self._num_layers = model.num_layers
         self._width = self._num_experts + 1 + self._z_loss if self._num_experts else 0
-        self._first_layer = Stage.of(grid.place("pipe"), derived.blocks_per_stage(config)).start
+        self._first_layer = Stage.of(grid.coordinate("pipe"), derived.blocks_per_stage(config)).start
         self._num_tokens = derived.tokens_per_step(config)
         self._device = device
         # Every tensor-parallel rank knows the choices of all positions. Under sequence parallelism a rank has the losses of

@@ -188,10 +188,10 @@ class Saver:
 
         def write_weights() -> None:
             own = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
-            rank = grid.place("pipe") * grid.shape.tensor + grid.tensor_rank
+            rank = grid.coordinate("pipe") * grid.shape.tensor + grid.tensor_rank
             written.append(save_dense(folder, own, split_dims, rank, grid.shape.pipe * grid.shape.tensor))
 
-        first_replica = grid.place("data") == grid.place("context") == 0
+        first_replica = grid.coordinate("data") == grid.coordinate("context") == 0
         self._raise_on_all(self._failure_of(write_weights) if first_replica else None)
         engine_files, failure = engine.engine_files.save(folder, client_state)
         self._raise_on_all(failure)
