@@ -7,6 +7,7 @@ the checkpoint depends on it, or where it was read only when the weights were ma
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.errors import CheckpointError
 
@@ -105,7 +106,7 @@ def _shape_of(key: str, value: Any) -> Any:
 _FILE_KEYS = ("parallel.offload_optimizer", "parallel.pipeline_partition", "training.kernels")
 
 
-def same_engine_files(config: dict[str, Any], layout: dict[str, int], manifest: Manifest) -> bool:
+def same_engine_files(config: dict[str, Any], layout: CheckpointLayout, manifest: Manifest) -> bool:
     """Whether DeepSpeed's own files fit a run of `config` and `layout`; else they are read parameter by parameter."""
     pairs = [(config["deepspeed"], manifest.config.get("deepspeed", {})), (layout, manifest.layout)]
     for key in _FILE_KEYS:

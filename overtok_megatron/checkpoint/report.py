@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY, WHOLE
+from overtok_megatron.checkpoint.layout import CheckpointLayout, LayoutKind
 from overtok_megatron.checkpoint.store import read_manifest
+from overtok_megatron.checkpoint.table_file import TableFile
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.schema import RunConfig
 
@@ -11,21 +12,13 @@ from overtok_megatron.config.schema import RunConfig
 def describe(path: Path) -> str:
     """Step, layout, parameters and files of a checkpoint folder as text. Raises CheckpointError where one is missing."""
     manifest = read_manifest(path)
-    config, layout = RunConfig.model_validate(manifest.config), manifest.layout
+    config = RunConfig.model_validate(manifest.config)
     count = parameter_counts(config)
-    if layout["zero_stage"] == WHOLE:
-        written_by = "none: written anew, whole parameters"
-    elif layout["zero_stage"] == WEIGHTS_ONLY:
-        written_by = "none: weights only, whole parameters"
-    else:
-        axes = ("pipeline", "data", "context", "tensor")
-        sizes = " x ".join(f"{layout[f'{axis}_parallel_size']} {axis}" for axis in axes)
-        written_by = f"{sizes}, ZeRO {layout['zero_stage']}"
-    increments = {name.split("-")[1] for name in manifest.files if name.startswith("tables/changed-")}
+    increments = {file.increment for name in manifest.files if (file := TableFile.parse(name)) and not file.is_full}
     rows = [
         ("checkpoint", str(path)),
         ("step", f"{manifest.step:,} ({manifest.consumed_samples:,} samples)"),
-        ("layout", written_by),
+        ("layout", _describe_layout(manifest.layout)),
         ("precision", config.training.precision),
         ("parameters, dense", f"{count.dense:,}"),
         ("parameters, n-gram tables", f"{count.tables:,}"),
@@ -37,3 +30,13 @@ def describe(path: Path) -> str:
         rows.append((folder, f"{len(sizes_of)} files, {sum(sizes_of):,} bytes"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _describe_layout(layout: CheckpointLayout) -> str:
+    if layout.kind is LayoutKind.WHOLE:
+        return "none: written anew, whole parameters"
+    if layout.kind is LayoutKind.WEIGHTS_ONLY:
+        return "none: weights only, whole parameters"
+    axes = ("pipeline", "data", "context", "tensor")
+    sizes = " x ".join(f"{getattr(layout, axis)} {axis}" for axis in axes)
+    return f"{sizes}, ZeRO {layout.zero_stage}"

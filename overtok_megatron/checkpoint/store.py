@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import PARTIAL, sync, write_atomically
 
@@ -26,18 +27,27 @@ _FORMAT = 3
 Digest = tuple[int, str]  # size in bytes, SHA-256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is: `config` as a nested dict, `layout` axis sizes and ZeRO stage, `files` name -> [bytes, sha256]."""
+    """What a checkpoint is. config: the run's, as a nested dict. files: the digest of each file by its name in the folder."""
 
     step: int
     consumed_samples: int
     config: dict[str, Any]
-    layout: dict[str, int]
+    layout: CheckpointLayout
     eod_id: int
     tokenizer_fingerprint: str
     files: dict[str, Digest]
     format: int = _FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "layout": self.layout.to_numbers()}, indent=1)
+
+    @classmethod
+    def from_json(cls, raw: Any) -> "Manifest":
+        """raw: parsed JSON. Raises ValueError, TypeError, LookupError or AttributeError where it is not a manifest."""
+        files = {name: (entry[0], entry[1]) for name, entry in raw["files"].items()}
+        return cls(**{**raw, "layout": CheckpointLayout.from_numbers(raw["layout"]), "files": files})
 
 
 def file_digest(path: Path) -> Digest:
@@ -69,8 +79,8 @@ class CheckpointStore:
         """The folder of a complete checkpoint of `step`."""
         return self.root / f"step_{step:08d}"
 
-    def begin(self, step: int) -> Path:
-        """Make an empty partial folder."""
+    def start_save(self, step: int) -> Path:
+        """Make the partial folder of a checkpoint, empty; returns it."""
         folder = self.partial(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -83,7 +93,7 @@ class CheckpointStore:
     def publish(self, manifest: Manifest) -> Path:
         """Make the partial folder of `manifest.step` a complete checkpoint and the latest one."""
         partial = self.partial(manifest.step)
-        text = json.dumps(asdict(manifest), indent=1)
+        text = manifest.to_json()
         write_atomically(partial / MANIFEST, text)
         write_atomically(partial / MANIFEST_DIGEST, _digest_line(text))
         for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
@@ -176,7 +186,7 @@ def read_manifest(path: Path) -> Manifest:
         raw = json.loads(text)
         if raw["format"] != _FORMAT:  # first: another format may have other keys
             raise CheckpointError(f"{path / MANIFEST}: format {raw['format']}, this version reads {_FORMAT}")
-        manifest = Manifest(**{**raw, "files": {name: (entry[0], entry[1]) for name, entry in raw["files"].items()}})
+        manifest = Manifest.from_json(raw)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}); is this a checkpoint folder?") from None
     digest = path / MANIFEST_DIGEST

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from overtok_megatron.checkpoint.changes import check_continuable, check_same_model
 from overtok_megatron.checkpoint.dense import dense_files, read_parts, save_dense
-from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY
+from overtok_megatron.checkpoint.layout import CheckpointLayout, LayoutKind
 from overtok_megatron.checkpoint.store import (
     CheckpointStore,
     Digest,
@@ -24,7 +24,8 @@ from overtok_megatron.checkpoint.store import (
     find_checkpoint,
     read_manifest,
 )
-from overtok_megatron.checkpoint.tables import FOLDER, merged_rows, write_rows
+from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
+from overtok_megatron.checkpoint.tables import merged_rows, write_rows
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.choice import Kernels
@@ -37,7 +38,7 @@ _FILE_BYTES = 1 << 28  # dense weights are gathered into files of about this siz
 
 def is_weights_only(manifest: Manifest) -> bool:
     """Whether a checkpoint holds no optimizer state: a run starts from it, and cannot resume."""
-    return manifest.layout["zero_stage"] == WEIGHTS_ONLY
+    return manifest.layout.kind is LayoutKind.WEIGHTS_ONLY
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ def weight_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 def read_dense_weights(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """The whole dense weights of a checkpoint of any layout, one after the other, in the dtype in which they were written."""
-    layout = manifest.layout
-    return read_parts(folder, layout["pipeline_parallel_size"] * layout["tensor_parallel_size"])
+    return read_parts(folder, manifest.layout.model_parallel_ranks)
 
 
 def read_rows(folder: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -89,8 +89,8 @@ def read_rows(folder: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
 
     Increments are merged. Memory: a file of rows.
     """
-    for _, values, metadata in merged_rows(folder):
-        yield int(metadata["start"]), {name: values[name] for name in ("weight", "scale") if name in values}
+    for file, values, _ in merged_rows(folder):
+        yield file.start, {name: values[name] for name in ("weight", "scale") if name in values}
 
 
 def write_weights(
@@ -113,15 +113,22 @@ def write_weights(
     if store.complete():
         raise CheckpointError(f"{run}: holds checkpoints already; name another output folder, or remove them")
     store.clean()
-    folder = store.begin(0)
+    folder = store.start_save(0)
     try:
         files = _write_dense(folder, dense, weight_shapes(config))
-        stages = len(files)
+        layout = CheckpointLayout(pipeline=len(files), kind=LayoutKind.WEIGHTS_ONLY)
         files |= _write_rows(folder, rows, config)
-        layout = dict.fromkeys((f"{axis}_parallel_size" for axis in ("data", "context", "tensor")), 1)
-        layout |= {"pipeline_parallel_size": stages, "zero_stage": WEIGHTS_ONLY}
-        values = config.model_dump(mode="json")
-        return store.publish(Manifest(0, 0, values, layout, eod_id, tokenizer_fingerprint, files))
+        return store.publish(
+            Manifest(
+                step=0,
+                consumed_samples=0,
+                config=config.model_dump(mode="json"),
+                layout=layout,
+                eod_id=eod_id,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                files=files,
+            )
+        )
     except (OSError, SafetensorError) as error:
         store.discard(0)
         raise CheckpointError(f"{folder}: cannot be written ({' '.join(str(error).split())})") from None
@@ -180,8 +187,7 @@ def _write_rows(folder: Path, rows: Iterable[tuple[int, dict[str, Tensor]]], con
             )
         end += weight.shape[0]
         own = {**values, "touched": torch.zeros(weight.shape[0], dtype=torch.uint8)}
-        metadata = {"start": str(start), "stop": str(end), "steps": "0"}
-        digests |= write_rows(folder, f"rows-{start:012d}-{end:012d}", own, metadata)
+        digests |= write_rows(folder, TableFile.full(start, end), own, steps=0)
     if end != total:
         raise CheckpointError(f"{folder / FOLDER}: {end} of {total} rows")
     return digests

@@ -66,7 +66,7 @@ def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> lis
     config = RunConfig.model_validate(manifest.config)
     section = find_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint, options.tokenizer)
     config = config.model_copy(update={"tokenizer": section})
-    values = config_values(config, manifest)
+    values = config_values(config, manifest.eod_id)
     refuse_used_folder(output)
     try:
         with whole_folder(output) as aside:
@@ -109,13 +109,13 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+def config_values(config: RunConfig, eod_id: int) -> dict[str, Any]:
     """The content of config.json but for the dtype. Raises CheckpointError where no family computes the model."""
     transformers = require_transformers()
     family = family_of(config.model)
     name = FAMILIES[family]
     # no pad_token_id: a torch embedding takes no gradient for it; generation_config.json has one
-    own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": None}
+    own = {"bos_token_id": None, "eos_token_id": eod_id, "pad_token_id": None}
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(config.model, config.data.seq_length), **own)
     values: dict[str, Any] = made.to_dict() | release_4_values(config.model, family)
@@ -132,7 +132,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
         },
         "transformers_releases": releases_of(config.model, fused=True),  # what the modelling file refuses others by
         "table_storage": "device",
-        "over_encoding": encoder_settings(config, manifest.eod_id),
+        "over_encoding": encoder_settings(config, eod_id),
         "overtok": {  # what `overtok import` reads
             "model": config.model.model_dump(mode="json"),
             "over_encoding": config.over_encoding.model_dump(mode="json"),
@@ -168,8 +168,9 @@ def encoder_settings(config: RunConfig, eod_id: int) -> dict[str, Any]:
 
 def _dense(source: Path, manifest: Manifest, config: RunConfig, options: ExportOptions) -> Iterator[tuple[str, Tensor]]:
     """Our weights in the model's order and the wanted dtype; those of the over-encoder by the modelling file's names."""
-    ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
-    for name, weight in read_parts(source, ranks, dict.fromkeys(weight_shapes(config), ())):
+    for name, weight in read_parts(
+        source, manifest.layout.model_parallel_ranks, dict.fromkeys(weight_shapes(config), ())
+    ):
         own = weight if options.dtype is None else weight.to(DTYPES[options.dtype])
         yield (name.removeprefix(_ENCODER) if name.startswith(f"{_ENCODER}over_encoding.") else name), own
 

@@ -94,9 +94,9 @@ class Saver:
         begin = time.perf_counter()
         self._step, self._failure = step, None
         folder = self.store.partial(step)
-        self._agree(self._guarded(lambda: self.store.begin(step)) if self._rank == 0 else None)
+        self._agree(self._guarded(lambda: self.store.start_save(step)) if self._rank == 0 else None)
         files = self._write_dense_state(folder)
-        write_tables = None if self._writer is None else self._writer.begin(folder)
+        write_tables = None if self._writer is None else self._writer.start_save(folder)
         manifest = {"step": step, "consumed_samples": consumed_samples, **self._identity}
 
         def complete() -> None:
@@ -179,9 +179,9 @@ class Saver:
     def _write_dense(self, folder: Path, dense: dict[str, torch.Tensor]) -> str:
         parameters = dict(self.trainer.model.named_parameters())
         dense = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
-        grid = self.trainer.grid
-        rank = grid.place("pipe") * grid.shape.tensor + grid.tensor_rank
-        return save_dense(folder, dense, self._splits(), rank, grid.shape.pipe * grid.shape.tensor)
+        layout, grid = layout_of(self.trainer), self.trainer.grid
+        number = layout.file_number(grid.place("pipe"), grid.tensor_rank)
+        return save_dense(folder, dense, self._splits(), number, layout.model_parallel_ranks)
 
     def _splits(self) -> dict[str, int]:
         """Along which dimension each split parameter of this rank is split. The files know one dimension per parameter."""

@@ -14,7 +14,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.cli import main
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.errors import CheckpointError
@@ -49,7 +48,7 @@ def test_config_json_has_both_forms(family: str, scaling: dict[str, Any] | None)
     """And release 5, which takes the older form where it finds it, computes the same from the file as from its own form."""
     model = section(family, scaling)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(model, 512)).to_dict()
-    written = json.loads(json.dumps(exporting.config_values(run_config(model), Manifest(0, 0, {}, {}, 7, "", {}))))
+    written = json.loads(json.dumps(exporting.config_values(run_config(model), eod_id=7)))
     assert written["rope_theta"] == FAMILIES[family]["rope_theta"]
     expected = None if scaling is None else version_4(LLAMA3_FULL if scaling is LLAMA3 else scaling)
     full = written["rope_parameters"]["full_attention"] if family == "olmo3" else written["rope_parameters"]
