@@ -1,7 +1,8 @@
 """Files that are written whole or not at all, follow the umask, and never replace a file that is not ours.
 
-Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Not here:
-checkpoints (checkpoint/store.py) and datasets of several parts (data/partial.py), which outlive a kill in their own ways.
+Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Checkpoints
+(checkpoint/store.py) and datasets of several parts (data/preparing/partial.py) survive a kill by protocols of their own, made
+of the functions for syncing and renaming here.
 """
 
 import codecs
@@ -22,7 +23,7 @@ _MARKS = (  # UTF-32's first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-_LOCK = ".lock"  # what names of a run's locks begin with; whoever is killed leaves them
+LOCK = ".lock"  # what names of a run's locks begin with; whoever is killed leaves them
 _FOLDER_MARK = "overtok.partial"  # in a folder that is being written
 _HEAD = 1024  # bytes that are looked at for an encoding without a mark
 
@@ -40,30 +41,54 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_file(file: BinaryIO) -> None:
+    """Force to disk what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folders(root: Path) -> None:
+    """Force the names in a folder and in all folders below it to disk."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        sync(folder)
+
+
+def rename_synced(aside: Path, path: Path) -> None:
+    """Give the file or folder `aside` the name `path`, on disk; a file of that name is replaced."""
+    os.replace(aside, path)
+    sync(path.parent)
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write that gets the name `path`, synced, when the block ends; an error leaves `path` as it was.
 
-    It is written beside `path` under a name that nobody else has, so that nothing of others is written over meanwhile.
-    Raises OSError as the disk does.
+    The file is written beside `path` under a name that nobody else has, so that nothing of others is written over meanwhile.
+    durable: False = nothing is synced, for a file that need not outlive a crash of the host; after the rename its folder is
+    not touched any more. Raises OSError as the disk does.
     """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with aside.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+            if durable:
+                sync_file(file)
+        if durable:
+            rename_synced(aside, path)
+        else:
+            os.replace(aside, path)
     except BaseException:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a small file: readers see the old or the new content, never a part. A text is written as UTF-8."""
-    with whole_file(path) as file:
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replace a small file: readers see the old or the new content, never a part. A text is written as UTF-8.
+
+    durable: as `whole_file`'s.
+    """
+    with whole_file(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -91,22 +116,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync(aside)
         if path.exists():
             path.rmdir()
-        aside.rename(path)
+        rename_synced(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    sync(path.parent)
 
 
-def refuse_used_folder(path: Path, flag: str = "--output", but: Collection[str] = ()) -> None:
-    """Raise OutputError where `path` is a file, or a folder that holds something. but: names that may be in it."""
+def refuse_used_folder(path: Path, flag: str = "--output", allowed: Collection[str] = ()) -> None:
+    """Raise OutputError where `path` is a file, or a folder that holds something. allowed: names that may be in it."""
     if os.path.lexists(path) and not path.is_dir():
         raise OutputError(f"{path}: is there already and is not a folder; name another {flag}")
     try:
         names = sorted(os.listdir(path)) if path.is_dir() else []
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror}); name another {flag}") from None
-    found = [name for name in names if name not in but and not name.startswith(_LOCK)]
+    found = [name for name in names if name not in allowed and not name.startswith(LOCK)]
     if found:
         raise OutputError(f"{path}: is not empty (it holds {found[0]}); name another output folder ({flag})")
 
@@ -155,19 +179,19 @@ def shown(text: object) -> str:
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
 
 
-def decode_text(content: bytes, place: int = 0) -> str:
-    """A text in UTF-8, without the byte-order mark that may begin its file. place: of the first byte within the file.
+def decode_text(content: bytes, offset: int = 0) -> str:
+    """Decode UTF-8, without the byte-order mark with which a file may begin. offset: of the first byte within its file.
 
     Raises EncodingError on anything else; UTF-16 and UTF-32 are called by their names.
     """
-    if place == 0:
+    if offset == 0:
         _refuse_wide(content)
         if content.startswith(codecs.BOM_UTF8):
-            content, place = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+            content, offset = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise EncodingError(f"not UTF-8 at byte {place + error.start}; convert it, for example with iconv") from None
+        raise EncodingError(f"not UTF-8 at byte {offset + error.start}; convert it, for example with iconv") from None
 
 
 def read_text(path: Path) -> str:

@@ -107,7 +107,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     refuse_used_folder(path)
     (path / "a").touch()
     (path / ".lock.ranks").touch()
-    refuse_used_folder(path, but=["a"])
+    refuse_used_folder(path, allowed=["a"])
     with pytest.raises(OutputError, match="is not empty"):
         refuse_used_folder(path)
     with pytest.raises(OutputError, match="is not a folder"):

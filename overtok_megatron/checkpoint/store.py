@@ -16,7 +16,8 @@ from typing import Any
 
 from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.files import PARTIAL, sync, write_atomically
+from overtok_megatron.files import PARTIAL, rename_synced, sync_folders, write_atomically
+from overtok_megatron.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
@@ -69,7 +70,7 @@ class CheckpointStore:
     """The checkpoints of one run. Only the first rank calls the methods that change anything."""
 
     def __init__(self, run_directory: Path) -> None:
-        self.root = run_directory / "checkpoints"
+        self.root = RunFolder(run_directory).checkpoints
 
     def partial(self, step: int) -> Path:
         """The folder in which the checkpoint of `step` is being written."""
@@ -96,14 +97,12 @@ class CheckpointStore:
         text = manifest.to_json()
         write_atomically(partial / MANIFEST, text)
         write_atomically(partial / MANIFEST_DIGEST, _digest_line(text))
-        for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-            sync(folder)
+        sync_folders(partial)
         final = self.final(manifest.step)
         old = final.with_name(final.name + _REPLACED)
         if final.exists():  # a resumed run comes by again; clean() puts it back if we are killed before the next line
             os.replace(final, old)
-        os.replace(partial, final)
-        sync(self.root)
+        rename_synced(partial, final)
         write_atomically(self.root / LATEST, final.name)
         if old.exists():
             self._remove(old)

@@ -8,6 +8,7 @@ from shlex import quote
 from typing import Any
 
 from overtok_megatron.commands.models import add_tokenizer, tokenizer_of
+from overtok_megatron.run_folder import RunFolder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -22,7 +23,7 @@ def _import(options: argparse.Namespace) -> int:
         _compare(run, source, run, options.text, rounded=False)
     print(f"{path}: the weights of {source}")
     print(f"to go on: overtok prepare TEXTS --tokenizer {quote(str(run))} --output SET, then")
-    print(f"overtok train {quote(str(run / 'config.yaml'))} data.train=SET")
+    print(f"overtok train {quote(str(RunFolder(run).config))} data.train=SET")
     return 0
 
 

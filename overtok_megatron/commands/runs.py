@@ -37,7 +37,7 @@ def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
     """The configuration; where it is a run's own and the run was moved, or is not seen from here, as the run lies now."""
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import COMMAND_LINE
-    from overtok_megatron.config.run_places import moved_here, own_run
+    from overtok_megatron.config.moved_runs import moved_here, own_run
     from overtok_megatron.data.tokenizers.kept import find_tokenizer
 
     run = own_run(loaded, path)

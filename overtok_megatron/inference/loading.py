@@ -11,7 +11,7 @@ from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
 from overtok_megatron.checkpoint.table_file import FOLDER
 from overtok_megatron.checkpoint.tables import load_rows
-from overtok_megatron.config.run_places import located, run_of
+from overtok_megatron.config.moved_runs import located, run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer

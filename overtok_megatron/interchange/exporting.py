@@ -20,7 +20,7 @@ from overtok_megatron.checkpoint.dense import read_parts
 from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
 from overtok_megatron.checkpoint.writing import save_tensors
-from overtok_megatron.config.run_places import run_of
+from overtok_megatron.config.moved_runs import run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.errors import CheckpointError

@@ -25,10 +25,10 @@ from overtok_megatron.files import read_text, refuse_used_folder
 from overtok_megatron.interchange.exporting import TABLES_INDEX
 from overtok_megatron.interchange.hugging_face import model_section, require_transformers, to_ours
 from overtok_megatron.interchange.tensor_files import TensorFiles
-from overtok_megatron.run_folder import hold
+from overtok_megatron.run_folder import TOKENIZER_FILES, RunFolder
+from overtok_megatron.run_lock import hold
 
 _ENCODER = "over_encoding."  # of names in an exported folder
-_FILES = {"hugging_face": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 
 
 def import_folder(source: Path, run: Path, *, tokenizer: Path | None = None, eod_token: str | None = None) -> Path:
@@ -82,7 +82,7 @@ def _write(
             run, config, _dense(files, model), _rows(source) if over.enabled else (),
             eod_id=eod_id, tokenizer_fingerprint=fingerprint,
         )  # fmt: skip
-        save_resolved(config, run / "config.yaml")
+        save_resolved(config, RunFolder(run).config)
     except CheckpointError as error:
         shutil.rmtree(run, ignore_errors=True)
         raise CheckpointError(f"{source}: {error}") from None
@@ -168,13 +168,13 @@ def _copy_tokenizer(
     if given is not None:
         kind, path = ("hugging_face" if given.suffix == ".json" else "sentencepiece"), given
     elif own:
-        kind, path = own["tokenizer"]["type"], source / _FILES.get(own["tokenizer"]["type"], "")
+        kind, path = own["tokenizer"]["type"], source / TOKENIZER_FILES.get(own["tokenizer"]["type"], "")
         eod_token = eod_token or own["tokenizer"]["eod_token"]
     else:
-        kind = "hugging_face" if (source / _FILES["hugging_face"]).is_file() else "sentencepiece"
-        path = source / _FILES[kind]
+        kind = "hugging_face" if (source / TOKENIZER_FILES["hugging_face"]).is_file() else "sentencepiece"
+        path = source / TOKENIZER_FILES[kind]
         if not path.is_file():
-            raise CheckpointError(f"holds neither {' nor '.join(_FILES.values())}; name one with --tokenizer")
+            raise CheckpointError(f"holds neither {' nor '.join(TOKENIZER_FILES.values())}; name one with --tokenizer")
     if kind == "hugging_face" and eod_token is None:
         eod_token = _token_of(path, raw.get("eos_token_id"))
     loaded = load_tokenizer(kind, None if kind == "bytes" else path, eod_token)
@@ -185,7 +185,7 @@ def _copy_tokenizer(
     section: dict[str, Any] = {"type": kind, "path": None, "eod_token": eod_token}
     run.mkdir(parents=True, exist_ok=True)
     if kind != "bytes":
-        target = run / _FILES[kind]
+        target = run / TOKENIZER_FILES[kind]
         try:
             shutil.copyfile(path, target)
         except OSError as error:

@@ -15,7 +15,8 @@ from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.validation import validate, validate_host
 from overtok_megatron.environment import rank_environment, usable_devices
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.run_folder import hold
+from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.run_lock import hold
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 
@@ -61,7 +62,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
     with hold(directory, "overtok train") as lock:
         keep_tokenizer(config.tokenizer, directory)
-        resolved = directory / "config.yaml"
+        resolved = RunFolder(directory).config
         try:
             save_resolved(config, resolved)
         except OSError as error:

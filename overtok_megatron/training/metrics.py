@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from overtok_megatron.files import write_atomically
+from overtok_megatron.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +44,13 @@ class Reporter:
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool, first_step: int) -> None:
-        self.path = directory / "metrics.jsonl"
-        self._keep_before(first_step)
+        folder = RunFolder(directory)
+        self.path = folder.metrics
+        if self.path.exists():
+            kept = [json.dumps(record) + "\n" for record in folder.read_metrics() if record["step"] <= first_step]
+            write_atomically(self.path, "".join(kept))  # a kill here loses no record
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step) if tensorboard else None
-
-    def _keep_before(self, first_step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line cut by a kill
-                continue
-            if record["step"] <= first_step:
-                kept.append(line)
-        write_atomically(self.path, "".join(line + "\n" for line in kept))  # a kill here loses no record
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record `values` (name -> number; names are TensorBoard tags) after optimizer step `step` (1, 2, ...)."""

@@ -23,6 +23,7 @@ from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import write_atomically
 from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.splits import full_shape, is_pipeline_replica, splits_of
 from overtok_megatron.training.deepspeed.checkpoint_files import WRITE_ERRORS, reason
@@ -52,9 +53,7 @@ def in_background(work: Callable[[], Any], device: torch.device) -> threading.Th
 def leave_note(folder: Path, rank: int, digests: dict[str, Digest]) -> None:
     """Tell the first rank that this one is done. From then on nothing here may be touched: the folder may be gone."""
     (folder / _NOTES).mkdir(exist_ok=True)
-    aside = folder / f"{_NOTES}-{rank}"
-    aside.write_text(json.dumps(digests), encoding="utf-8")
-    os.replace(aside, folder / _NOTES / f"{rank}.json")
+    write_atomically(folder / _NOTES / f"{rank}.json", json.dumps(digests), durable=False)
 
 
 class Saver:

@@ -29,7 +29,8 @@ from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.loss_metrics import validation_figures, validation_losses
 from overtok_megatron.parallel.collectives import named
-from overtok_megatron.run_folder import RunLock
+from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.run_lock import RunLock
 from overtok_megatron.training import metrics
 from overtok_megatron.training.engine import StepResult, TrainingEngine
 from overtok_megatron.training.metrics import Reporter
@@ -135,7 +136,7 @@ class Trainer:
         directory = Path(self.config.training.output_directory)
         if self.first:
             reporter = Reporter(directory, tensorboard=self.config.logging.tensorboard, first_step=begin)
-        tracer = Tracer(directory / "traces", self.config.logging.trace_steps, self.config.logging.trace_ranks)
+        tracer = Tracer(RunFolder(directory).traces, self.config.logging.trace_steps, self.config.logging.trace_ranks)
         stop = False
         with tqdm(
             total=self.total_steps,

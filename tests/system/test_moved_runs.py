@@ -11,7 +11,7 @@ from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
 from overtok_megatron.cli import main
 from overtok_megatron.commands.runs import _where_it_lies
 from overtok_megatron.config.loading import load_config, save_resolved
-from overtok_megatron.config.run_places import run_of
+from overtok_megatron.config.moved_runs import run_of
 from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.data.tokenizers.kept import keep_tokenizer

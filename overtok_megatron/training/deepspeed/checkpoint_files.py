@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.files import sync
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 READ_ERRORS = (OSError, SafetensorError)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from overtok_megatron.config.loading import COMMAND_LINE, LoadedConfig
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.run_folder import CHECKPOINTS, CONFIG, RunFolder
 
-CHECKPOINTS = "checkpoints"  # what makes a folder a run's
-_RESOLVED = "config.yaml"
 _SET_FILES = (".json", ".idx", ".bin")
 
 
@@ -70,7 +69,7 @@ def own_run(loaded: LoadedConfig, path: Path) -> Path | None:
     """
     folder = path.parent.resolve()
     key = "training.output_directory"
-    if path.name != _RESOLVED or not (folder / CHECKPOINTS).is_dir() or loaded.locate(key) == COMMAND_LINE:
+    if path.name != CONFIG or not RunFolder(folder).checkpoints.is_dir() or loaded.locate(key) == COMMAND_LINE:
         return None
     if not loaded.locate(key).startswith(f"{path}:"):  # a configuration of a user's that inherits from the run's
         return None
