@@ -9,10 +9,10 @@ from overtok_megatron.commands.models import carried_tokenizer, carry_tokenizer
 
 
 def _inspect_checkpoint(options: argparse.Namespace) -> int:
-    from overtok_megatron.checkpoint.report import describe
+    from overtok_megatron.checkpoint.inspection import describe_checkpoint
     from overtok_megatron.checkpoint.store import find_checkpoint
 
-    print(describe(find_checkpoint(Path(options.checkpoint))))
+    print(describe_checkpoint(find_checkpoint(Path(options.checkpoint))))
     return 0
 
 

@@ -49,11 +49,11 @@ def _compare(
     """Print how far both models' logits are apart; where it is too far, or cannot be told, `made` is removed."""
     from overtok_megatron.errors import CheckpointError
     from overtok_megatron.interchange.logits_check import compare
-    from overtok_megatron.interchange.passage import PASSAGE
+    from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 
     try:
         found = compare(
-            run, folder, PASSAGE if text is None else _read(Path(text)), rounded=rounded, tokenizer=tokenizer
+            run, folder, SAMPLE_TEXT if text is None else _read(Path(text)), rounded=rounded, tokenizer=tokenizer
         )
         if not found.equal:
             raise CheckpointError(f"{made}: does not compute what the source does: {found}; removed")

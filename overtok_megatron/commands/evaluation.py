@@ -41,7 +41,7 @@ def _question(options: argparse.Namespace, sets: Sets = ()) -> _Question:
 
 def _follow(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import load_config
-    from overtok_megatron.config.moved_runs import located
+    from overtok_megatron.config.moved_runs import with_current_paths
     from overtok_megatron.evaluation.following import follow
 
     run = Path(options.run)
@@ -49,7 +49,7 @@ def _follow(options: argparse.Namespace) -> int:
         raise InputError(f"--follow: {run} holds no config.yaml; name the output folder of a run that was started")
     sets: Sets = ()
     if not options.data and not options.tasks:  # of the run, not of each checkpoint: a grown model's first knows none
-        sets = _validation_sets(located(load_config(RunFolder(run).config).config, run), options.run)
+        sets = _validation_sets(with_current_paths(load_config(RunFolder(run).config).config, run), options.run)
     question = _question(options, sets)
 
     def score(path: Path) -> dict[str, float]:

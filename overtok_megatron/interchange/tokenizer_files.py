@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.files import read_text
-from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 
 _FILE = "tokenizer.json"
 _SPACE = "\u2581"  # sentencepiece's sign for a space
@@ -52,7 +52,7 @@ def write_tokenizer(config: RunConfig, folder: Path, eod_id: int) -> list[str]:
         "padding_side": "left",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    if theirs.encode(PASSAGE, add_special_tokens=False).ids == tokenizer.encode(PASSAGE):
+    if theirs.encode(SAMPLE_TEXT, add_special_tokens=False).ids == tokenizer.encode(SAMPLE_TEXT):
         return []
     if section.type == "hugging_face":
         return ["transformers gives other ids for a text that holds special tokens"]

@@ -35,7 +35,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     master_port: where the ranks meet; None = a free one. Returns the launcher's exit code.
     """
     # late: they import torch, and `overtok --help` and configuration errors need not wait for it
-    from overtok_megatron.checkpoint.weights_only import starting_point
+    from overtok_megatron.checkpoint.starting_point import starting_point
     from overtok_megatron.data.run_data import open_run_data
     from overtok_megatron.data.tokenizers.kept import keep_tokenizer
     from overtok_megatron.kernels.choice import choose_kernels

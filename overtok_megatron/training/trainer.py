@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from overtok_megatron.checkpoint.starting_point import starting_point
 from overtok_megatron.checkpoint.store import CheckpointStore
-from overtok_megatron.checkpoint.weights_only import starting_point
 from overtok_megatron.config import counts, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate

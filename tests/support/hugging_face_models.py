@@ -21,7 +21,7 @@ from transformers import (
 from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from support.assembling import cpu_model, cpu_tables
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def save_tokenizer(path: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=letters, special_tokens=["</s>"], show_progress=False
     )
-    made.train_from_iterator([PASSAGE], trainer)
+    made.train_from_iterator([SAMPLE_TEXT], trainer)
     made.save(str(path))
 
 

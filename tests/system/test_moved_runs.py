@@ -18,7 +18,7 @@ from overtok_megatron.data.tokenizers.kept import keep_tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import load_trained
-from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from support.expect_error import command_error
 from support.hugging_face_models import over_encoded_run
 from support.overtok_process import run_overtok
@@ -33,7 +33,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     (folder / "data").mkdir()
     save_prefixed(folder / "data")
-    (folder / "text.txt").write_text(PASSAGE, encoding="utf-8")
+    (folder / "text.txt").write_text(SAMPLE_TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         prepare([Path("text.txt")], SET, load_tokenizer("sentencepiece", TOKENIZER))

@@ -8,8 +8,8 @@ import torch
 
 from overtok_megatron.checkpoint.changes import check_continuable
 from overtok_megatron.checkpoint.layout import CheckpointLayout
+from overtok_megatron.checkpoint.starting_point import StartingPoint, starting_point
 from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
-from overtok_megatron.checkpoint.weights_only import StartingPoint, starting_point
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes

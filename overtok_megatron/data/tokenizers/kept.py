@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from overtok_megatron.config.moved_runs import places
+from overtok_megatron.config.moved_runs import candidate_paths
 from overtok_megatron.config.schema import RunConfig, TokenizerConfig
 from overtok_megatron.errors import CheckpointError, DataError
 from overtok_megatron.files import write_atomically
@@ -41,7 +41,7 @@ def find_tokenizer(
                 f"--tokenizer {given}: this model's tokens are bytes, which have no file; leave it out"
             )
         return section
-    candidates = list(dict.fromkeys(places(section.path, config, run)))
+    candidates = list(dict.fromkeys(candidate_paths(section.path, config, run)))
     if run is not None:
         candidates.insert(1, RunFolder(run).tokenizer(section.type))
     if given is not None:

@@ -9,12 +9,13 @@ from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.schema import RunConfig
 
 
-def describe(path: Path) -> str:
-    """Step, layout, parameters and files of a checkpoint folder as text. Raises CheckpointError where one is missing."""
+def describe_checkpoint(path: Path) -> str:
+    """Step, layout, parameters and files of a checkpoint folder as text. Raises CheckpointError where a file is missing."""
     manifest = read_manifest(path)
     config = RunConfig.model_validate(manifest.config)
     count = parameter_counts(config)
-    increments = {file.increment for name in manifest.files if (file := TableFile.parse(name)) and not file.is_full}
+    table_files = filter(None, map(TableFile.parse, manifest.files))
+    increments = {file.increment for file in table_files if not file.is_full}
     rows = [
         ("checkpoint", str(path)),
         ("step", f"{manifest.step:,} ({manifest.consumed_samples:,} samples)"),
@@ -26,8 +27,8 @@ def describe(path: Path) -> str:
         ("tokenizer, SHA-256", manifest.tokenizer_fingerprint),
     ]
     for folder in sorted({name.split("/")[0] for name in manifest.files}):
-        sizes_of = [size for name, (size, _) in manifest.files.items() if name.split("/")[0] == folder]
-        rows.append((folder, f"{len(sizes_of)} files, {sum(sizes_of):,} bytes"))
+        sizes = [size for name, (size, _) in manifest.files.items() if name.split("/")[0] == folder]
+        rows.append((folder, f"{len(sizes)} files, {sum(sizes):,} bytes"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -37,6 +38,5 @@ def _describe_layout(layout: CheckpointLayout) -> str:
         return "none: written anew, whole parameters"
     if layout.kind is LayoutKind.WEIGHTS_ONLY:
         return "none: weights only, whole parameters"
-    axes = ("pipeline", "data", "context", "tensor")
-    sizes = " x ".join(f"{getattr(layout, axis)} {axis}" for axis in axes)
-    return f"{sizes}, ZeRO {layout.zero_stage}"
+    sizes = {"pipeline": layout.pipeline, "data": layout.data, "context": layout.context, "tensor": layout.tensor}
+    return f"{' x '.join(f'{size} {axis}' for axis, size in sizes.items())}, ZeRO {layout.zero_stage}"

@@ -21,8 +21,8 @@ from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.interchange import exporting
 from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
 from overtok_megatron.interchange.logits_check import our_logits
-from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.interchange.rotary_form import release_4_values
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from support.hugging_face_models import CPU, over_encoded_run, save_tokenizer
 
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -217,7 +217,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case as a plain and as an over-encoded export, and what ours computes."""
     folder = tmp_path_factory.mktemp("releases")
     save_tokenizer(folder / "tokenizer.json")
-    (folder / "text.txt").write_text(PASSAGE, encoding="utf-8")
+    (folder / "text.txt").write_text(SAMPLE_TEXT, encoding="utf-8")
     expected, names = {}, []
     for case, (family, more) in CASES.items():
         for over in ({"enabled": False}, {"ngram_order": 3, "num_slices": 1}):
@@ -226,7 +226,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
             over_encoded_run(folder / f"{name}-run", folder / "tokenizer.json", FAMILIES[family] | more, over)
             assert main(["export", str(folder / f"{name}-run"), "--output", str(folder / name), "--no-check"]) == 0
             trained = load_trained(folder / f"{name}-run", CPU)
-            tokens = torch.tensor([trained.tokenizer.encode(PASSAGE)[:60]])
+            tokens = torch.tensor([trained.tokenizer.encode(SAMPLE_TEXT)[:60]])
             expected[name] = our_logits(trained, tokens).contiguous()
     save_file({"tokens": tokens}, folder / "tokens.safetensors")
     save_file(expected, folder / "expected.safetensors")
@@ -261,7 +261,7 @@ def test_exports_in_other_releases(exports: Path, tmp_path: Path, release: str) 
         torch.testing.assert_close(made[f"{name} in two"], logits, **near)
         assert made[f"{name} text"].numel() == 12 or made[f"{name} text"][-1] == 0
     tokenizer = load_trained(exports / "olmo2-run", CPU).tokenizer
-    assert made["ids"].tolist() == tokenizer.encode(PASSAGE)
+    assert made["ids"].tolist() == tokenizer.encode(SAMPLE_TEXT)
 
 
 def environment(folder: Path, requirement: str) -> Path:
