@@ -44,6 +44,7 @@ def grow(source: Path, output: Path, config: RunConfig, locate: Locate) -> Path:
     validate_model(config, locate)
     verify_checkpoint(source)
     scratch = output / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # rows of a killed call would be appended to, and are perhaps cut
     try:
         return write_weights(
             output,

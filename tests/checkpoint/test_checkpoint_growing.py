@@ -121,6 +121,18 @@ def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monk
     assert len(list((find_checkpoint(output) / "tables").iterdir())) > 3
 
 
+def test_buckets_that_a_killed_call_left_are_not_read(tmp_path: Path) -> None:
+    write_source(tmp_path / "old", configuration(OVER, {}, "fp32"))
+    left = tmp_path / "new" / growing.SCRATCH
+    left.mkdir(parents=True)
+    (left / "0-row-ids").write_bytes(bytes(8))
+    (left / "0-weight").write_bytes(b"cut")
+    words = ["--tables", GOOD, *LOOSE]
+    assert main(["grow", str(tmp_path / "old"), "--output", str(tmp_path / "new"), *words]) == 0
+    assert torch.equal(read_model(tmp_path / "new")[3], read_model(tmp_path / "old")[3])
+    assert not left.exists()
+
+
 def _check_rows(before: RunConfig, after: RunConfig, old_tables: TableReader | None, tables: TableReader) -> None:
     """Row by row of each table, read at its places."""
     new = row_space(after.model, after.over_encoding)
