@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, follow the umask, and never replace a file that is not ours.
+"""Writes files whole or not at all, with the mode of the umask, and never over a file that is not ours.
 
 Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Checkpoints
 (checkpoint/store.py) and datasets of several parts (data/preparing/partial.py) survive a kill by protocols of their own, made
@@ -16,20 +16,20 @@ from typing import BinaryIO
 
 from overtok_megatron.errors import OutputError
 
-PARTIAL = ".partial"  # what names of things that are being written end in
+PARTIAL = ".partial"  # suffix of the names of files and folders that are being written
 _MARKS = (  # UTF-32's first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-LOCK = ".lock"  # what names of a run's locks begin with; whoever is killed leaves them
-_FOLDER_MARK = "overtok.partial"  # in a folder that is being written
-_HEAD = 1024  # bytes that are looked at for an encoding without a mark
+LOCK = ".lock"  # prefix of the names of a run's locks; a killed process leaves its locks behind
+_FOLDER_MARK = "overtok.partial"  # a file that marks a folder as one that is being written by this program
+_HEAD = 1024  # bytes that are examined for an encoding without a mark
 
 
 class EncodingError(ValueError):
-    """A text is not UTF-8. The message says what it is, where, and the way out; the caller puts the file's name before it."""
+    """A text is not UTF-8. The message says what it is, where, and how to convert it; the caller adds the file's name."""
 
 
 def sync(path: Path) -> None:
@@ -64,7 +64,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write that gets the name `path`, synced, when the block ends; an error leaves `path` as it was.
 
     The file is written beside `path` under a name that nobody else has, so that nothing of others is written over meanwhile.
-    durable: False = nothing is synced, for a file that need not outlive a crash of the host; after the rename its folder is
+    durable: False = nothing is synced, for a file that may be lost when the host crashes; after the rename its folder is
     not touched any more. Raises OSError as the disk does.
     """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
@@ -94,10 +94,10 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `path`, where nothing or an empty folder is, when the block ends; an error leaves
-    nothing. What a killed call left beside `path` is removed; it is known by a file of ours in it.
+    """A folder to fill that gets the name `path`, where nothing or an empty folder is, when the block ends.
 
-    Raises OSError as the disk does, OutputError where the name beside `path` is somebody else's.
+    An error leaves nothing. What a killed call left beside `path` is removed; it is recognised by a file of ours in it. Raises
+    OSError as the disk does, OutputError where a folder of somebody else has the name beside `path`.
     """
     path = Path(os.path.realpath(path))  # through a link to an empty folder, say on a larger disk
     aside = path.with_name(path.name + PARTIAL)
@@ -138,19 +138,19 @@ def refuse_used_folder(path: Path, flag: str = "--output", allowed: Collection[s
 def follow_umask(path: Path) -> None:
     """Give a file the mode that `open` would have given it: some libraries make theirs readable by their owner alone.
 
-    The umask is not asked for, since asking sets it for every thread: an empty file is made in the folder and looked at,
-    which respects a folder's default access list as well.
+    The umask itself cannot be read without setting it for every thread. Instead, an empty file is made in the folder and its
+    mode is read, which respects the folder's default access list as well.
     """
     probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     with probe.open("xb") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777
     probe.unlink()
-    if path.stat().st_mode & 0o777 != mode:  # where modes are the file system's, they agree, and none can be set
+    if path.stat().st_mode & 0o777 != mode:  # on a file system that fixes modes they are equal, and cannot be set
         path.chmod(mode)
 
 
 def refuse_foreign(path: Path, ours: bool | Callable[[Path], bool], what: str, flag: str = "--output") -> None:
-    """Raise OutputError where something lies at `path` that is not ours. what: what alone may be replaced there."""
+    """Raise OutputError where something lies at `path` that is not ours. what: the only thing that may be replaced there."""
     if os.path.lexists(path) and not (path.is_file() and (ours(path) if callable(ours) else ours)):
         raise OutputError(f"{path}: is there already and is not {what}; move it away, or name another {flag}")
 
@@ -166,7 +166,7 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """(device, inode) of what a name leads to; None where it leads nowhere."""
+    """(device, inode) of the file that a path leads to; None where there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -175,7 +175,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def shown(text: object) -> str:
-    """A name or a message in one line that any terminal can print: what is not printable is escaped."""
+    """A name or a message in one line that any terminal can print: characters that are not printable are escaped."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
 
 

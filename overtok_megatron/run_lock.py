@@ -44,7 +44,7 @@ class RunLock:
     """The locks of one process on one run's folder; they end with the process, or with `release`."""
 
     def __init__(self, run: Path, work: str) -> None:
-        """work: what this process does there, for whoever finds the folder in use."""
+        """work: what this process does there, as other processes are told that find the folder in use."""
         self.run = run
         self._work = work
         self._files: dict[str, BinaryIO] = {}

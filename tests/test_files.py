@@ -1,4 +1,4 @@
-"""Files come whole or not at all, follow the umask, and do not take the place of what is not ours; texts of any encoding."""
+"""Files are written whole or not at all, follow the umask, and never replace what is not ours; texts of any encoding."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""One writer to a run's folder, whichever of its processes dies; who is kept out is told by whom."""
+"""One writer to a run's folder, whichever of its processes dies; a process that is kept out is told who the writer is."""
 
 import errno
 import fcntl
@@ -85,7 +85,7 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_training_is_held_by_its_command_and_by_each_of_its_ranks(tmp_path: Path) -> None:
-    """The launcher dies first, then the first rank, then the last one; a newcomer is kept out by whoever is left."""
+    """The launcher dies first, then the first rank, then the last one; each of those that are left keeps others out."""
     run = tmp_path / "run"
     launcher = start("train", run)
     first = int(launcher.first_line.split()[1])  # type: ignore[attr-defined]

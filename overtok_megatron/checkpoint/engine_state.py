@@ -17,7 +17,7 @@ from torch import Tensor
 from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.errors import CheckpointError
 
-ORDER = "optimizer_parameters"  # names in the optimizer's order, beside the state of an engine without ZeRO
+OPTIMIZER_PARAMETERS = "optimizer_parameters"  # key of the names in the optimizer's order, for files without ZeRO
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_NAMES = ("master", *MOMENTS)
 ENGINE_FOLDER = "engine"  # of DeepSpeed's files, in a checkpoint
@@ -65,7 +65,7 @@ def _read_without_zero(content: dict[str, Any], weights: dict[str, Tensor]) -> I
     if "fp32_groups" in state:
         masters = [tensor for group in state["fp32_groups"] for tensor in group]
         state = state["optimizer_state_dict"]
-    for index, name in enumerate(content[ORDER]):
+    for index, name in enumerate(content[OPTIMIZER_PARAMETERS]):
         if name not in weights:
             continue
         moments = state["state"][index]

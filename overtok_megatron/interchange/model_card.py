@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, its figures, how it is loaded."""
+"""The README.md of an exported model: what it is, its sizes and losses, and how it is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.counts import parameter_counts, table_shape
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.interchange.hugging_face import releases_of
+from overtok_megatron.interchange.families import releases_of
 from overtok_megatron.loss_metrics import validation_losses
 from overtok_megatron.run_folder import RunFolder
 
@@ -26,9 +26,9 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 
 
 def model_card(
-    config: RunConfig, manifest: Manifest, source: Path, size: int, values: dict[str, Any], notes: list[str]
+    config: RunConfig, manifest: Manifest, source: Path, *, size: int, values: dict[str, Any], notes: list[str]
 ) -> str:
-    """Markdown. size: bytes of all tensors; values: config.json; notes: what else a reader must know."""
+    """The card as Markdown. size: bytes of all tensors; values: of config.json; notes: what else a reader must know."""
     count = parameter_counts(config)
     over = config.over_encoding
     spans = releases_of(config.model, fused=over.enabled)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, ORDER
+from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
@@ -202,7 +202,11 @@ class Saver:
         for key, dim in kinds.items():
             info[key] = [f"^{re.escape(name)}$" for name, split in everyone.items() if split == dim]
         info["parameter_with_sub_params"] = self._deeper_splits()
-        return {"step": self._step, "universal_checkpoint_info": info, ORDER: self.trainer.optimizer_order}
+        return {
+            "step": self._step,
+            "universal_checkpoint_info": info,
+            OPTIMIZER_PARAMETERS: self.trainer.optimizer_order,
+        }
 
     def _deeper_splits(self) -> list[dict[str, Any]]:
         """Parameters of all stages that are split along a dimension beyond the second, as DeepSpeed's SubparamShape."""

@@ -16,11 +16,11 @@ from overtok_megatron.ngram.snapshot import RowSnapshot
 from support.over_tables import columns, make_tables
 
 
-def change(tables: ShardedTables, rows: list[int], seed: int) -> None:
-    """One update of some rows, the way that a training step makes it."""
-    where = torch.tensor(rows, dtype=torch.int64)
+def update_rows(tables: ShardedTables, rows: list[int], seed: int) -> None:
+    """Update some rows as a training step does, with random gradients."""
+    local_rows = torch.tensor(rows, dtype=torch.int64)
     grad = torch.randn(len(rows), tables.store.rows.weight.shape[1], generator=torch.Generator().manual_seed(seed))
-    tables.update_rows(RowGradients(where, grad, 1.0, grad.double().square().sum()), 0.1, 1.0)
+    tables.update_rows(RowGradients(local_rows, grad, 1.0, grad.double().square().sum()), 0.1, 1.0)
 
 
 def copies(parts: list[ShardedTables]) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def test_a_save_writes_the_moment_that_it_began(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tables_module, "_FILE_BYTES", 600)
     monkeypatch.setattr(tables_module, "_PIECE_BYTES", 100)
     tables = make_tables(std=1.0)
-    change(tables, list(range(0, 82, 3)), seed=0)
+    update_rows(tables, list(range(0, 82, 3)), seed=0)
     expected = copies([tables])
     write = TableWriter(tables, 0).start_save(tmp_path)
     slow, real = threading.Event(), write_rows
@@ -74,7 +74,7 @@ def test_a_save_writes_the_moment_that_it_began(tmp_path: Path, monkeypatch: pyt
     thread = threading.Thread(target=write)
     thread.start()
     for turn in range(200):
-        change(tables, list(range(turn % 5, 82, 5)), seed=turn)
+        update_rows(tables, list(range(turn % 5, 82, 5)), seed=turn)
     thread.join()
     assert len(list((tmp_path / "tables").iterdir())) > 5
     assert tables.snapshot is None
@@ -89,7 +89,7 @@ def test_increments_build_on_each_other_and_start_anew(tmp_path: Path, writers: 
     for turn in range(6):
         for tables in parts:
             rows = range(tables.store.num_rows) if turn == 4 else range(turn % 4, tables.store.num_rows, 4)
-            change(tables, list(rows), seed=turn)
+            update_rows(tables, list(rows), seed=turn)
         folder = tmp_path / f"step_{turn}"
         partial = tmp_path / f"step_{turn}.partial"
         partial.mkdir()
@@ -117,10 +117,10 @@ def test_a_save_after_a_failed_one_is_full(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).mkdir()
     writer.start_save(tmp_path / "a")()
-    change(tables, [3], seed=0)
+    update_rows(tables, [3], seed=0)
     writer.start_save(tmp_path / "b")
     writer.forget()
-    change(tables, [5], seed=1)
+    update_rows(tables, [5], seed=1)
     writer.start_save(tmp_path / "c")()
     assert [file.is_full for file in table_files(tmp_path / "c")] == [True]
     check_loads(tmp_path / "c", copies([tables]), readers=1, steps=2)
@@ -132,7 +132,7 @@ def test_merging_gives_full_files(tmp_path: Path) -> None:
     for turn in range(3):
         folder = tmp_path / str(turn)
         folder.mkdir()
-        change(tables, list(range(turn, 82, 7)), seed=turn)
+        update_rows(tables, list(range(turn, 82, 7)), seed=turn)
         writer.start_save(folder)()
     merged = tmp_path / "merged"
     merged.mkdir()
@@ -151,5 +151,5 @@ def test_an_increment_is_small(tmp_path: Path) -> None:
         files = writer.start_save(tmp_path / name)()
         last = table_files(tmp_path / name)[-1]
         sizes.append(files[last.name][0])
-        change(tables, list(range(0, 10_000, 100)), seed=0)
+        update_rows(tables, list(range(0, 10_000, 100)), seed=0)
     assert sizes[1] < 0.03 * sizes[0]

@@ -1,4 +1,4 @@
-"""Rows read in place from a checkpoint's files: what loaded rows give, whatever the files; memory that does not grow."""
+"""Rows read in place from a checkpoint's files equal loaded rows, however the files are cut; memory does not grow."""
 
 from pathlib import Path
 

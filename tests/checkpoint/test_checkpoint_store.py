@@ -294,9 +294,9 @@ def test_a_flipped_bit_is_found_anywhere(tmp_path: Path) -> None:
     verify_checkpoint(path)
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         content = file.read_bytes()
-        for place in range(len(content)):
+        for index in range(len(content)):
             damaged = bytearray(content)
-            damaged[place] ^= 1 << place % 8
+            damaged[index] ^= 1 << index % 8
             file.write_bytes(bytes(damaged))
             expect_error(lambda: verify_checkpoint(path), str(path))
         file.write_bytes(content)

@@ -30,7 +30,7 @@ def test_any_number_of_ranks_reads_what_three_wrote(
     if file_bytes == 1 << 29:
         assert len(names) == 3
     elif file_bytes == 1:
-        assert len(names) == 82  # a row a file
+        assert len(names) == 82  # one row per file
     else:
         assert 6 <= len(names) < 82
         row_bytes = sum(tensor[:1].nbytes for tensor in columns(written).values())

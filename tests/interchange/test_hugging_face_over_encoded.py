@@ -132,7 +132,7 @@ def test_back_again_has_the_same_bits(workspace: Path, tmp_path: Path, family: s
 
 
 def test_rows_are_where_they_are_asked_to_be(workspace: Path, tmp_path: Path) -> None:
-    """Mapped rows are no part of the model; saving and copying by transformers' own means keeps them all."""
+    """Mapped rows are not parameters of the model; save_pretrained of transformers copies them all."""
     model = theirs(workspace / "olmo2", table_storage="mapped")
     held = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     assert held < sum(model.over_encoding.sizes) * model.over_encoding.width / 3

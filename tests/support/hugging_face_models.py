@@ -38,7 +38,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def random_models() -> dict[str, PreTrainedModel]:
-    """One of each family, with what is peculiar to it; norms are no ones."""
+    """One model of each family, with the features that only this family has; weights of norms differ from one."""
     torch.manual_seed(0)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     made = {
@@ -100,7 +100,7 @@ def over_encoded_run(
     tables = cpu_tables(config, loaded.eod_id)
     rows = {name: column for name, column in tables.columns().items() if name in ("weight", "scale")}
     half = rows["weight"].shape[0] // 2
-    pieces = [(begin, {name: column[begin:end].clone() for name, column in rows.items()})
-              for begin, end in ((0, half), (half, rows["weight"].shape[0]))]  # fmt: skip
+    pieces = [(start, {name: column[start:stop].clone() for name, column in rows.items()})
+              for start, stop in ((0, half), (half, rows["weight"].shape[0]))]  # fmt: skip
     write_weights(run, config, dense, pieces, **identity)
     return config

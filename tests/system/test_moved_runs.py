@@ -59,9 +59,9 @@ def renamed(folder: Path) -> Path:
 
 def moved(folder: Path) -> Path:
     """To where nothing of its data is."""
-    place = folder.parent / "archive"
-    place.mkdir()
-    return (folder / "runs" / "a").rename(place / "old")
+    archive = folder.parent / "archive"
+    archive.mkdir()
+    return (folder / "runs" / "a").rename(archive / "old")
 
 
 def use(run: Path, *tokenizer: str) -> None:
