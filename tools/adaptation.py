@@ -21,6 +21,7 @@ from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.reports.curves import read_curve
+from overtok_megatron.run_folder import RunFolder
 
 ROOT = Path("runs/adaptation")
 CONFIG = "configs/adaptation.yaml"
@@ -71,8 +72,8 @@ def adapt(source: Path, output: Path, seed: int, options: argparse.Namespace) ->
         f"data.shuffle_seed={seed}",
         f"optimizer.learning_rate={options.learning_rate}",
     ]
-    train(str(source / "config.yaml"), own, options)
-    curve = read_curve(output.name, output, parameter_counts(parse_resolved(output / "config.yaml")))
+    train(str(RunFolder(source).config), own, options)
+    curve = read_curve(output.name, output, parameter_counts(parse_resolved(RunFolder(output).config)))
     return curve.ends[""]
 
 

@@ -18,7 +18,8 @@ from table_contenders import Needs, fbgemm_tables, has_fbgemm, limit, our_tables
 from torch import Tensor
 
 from overtok_megatron.checkpoint.mapped import MappedRows
-from overtok_megatron.checkpoint.tables import FOLDER, write_rows
+from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
+from overtok_megatron.checkpoint.tables import write_rows
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
@@ -170,9 +171,8 @@ def _synthetic_rows(folder: Path, config: RunConfig) -> None:
     for start in range(0, space.total_rows, _PART):
         stop = min(start + _PART, space.total_rows)
         values = torch.empty(stop - start, space.width).uniform_(-0.03, 0.03).to(torch.bfloat16)
-        metadata = {"start": str(start), "stop": str(stop), "steps": "0"}
         touched = torch.ones(stop - start, dtype=torch.uint8)
-        write_rows(folder, f"rows-{start:012d}", {"weight": values, "touched": touched}, metadata)
+        write_rows(folder, TableFile.full(start, stop), {"weight": values, "touched": touched}, steps=0)
 
 
 def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> TrainedModel:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from overtok_megatron.commands.arguments import positive
 from overtok_megatron.commands.models import add_model, load_model
 from overtok_megatron.errors import InputError
+from overtok_megatron.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from overtok_megatron.config.schema import RunConfig
@@ -40,15 +41,15 @@ def _question(options: argparse.Namespace, sets: Sets = ()) -> _Question:
 
 def _follow(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import load_config
-    from overtok_megatron.config.run_places import located
+    from overtok_megatron.config.moved_runs import with_current_paths
     from overtok_megatron.evaluation.following import follow
 
     run = Path(options.run)
-    if not (run / "config.yaml").is_file():
+    if not RunFolder(run).config.is_file():
         raise InputError(f"--follow: {run} holds no config.yaml; name the output folder of a run that was started")
     sets: Sets = ()
     if not options.data and not options.tasks:  # of the run, not of each checkpoint: a grown model's first knows none
-        sets = _validation_sets(located(load_config(run / "config.yaml").config, run), options.run)
+        sets = _validation_sets(with_current_paths(load_config(RunFolder(run).config).config, run), options.run)
     question = _question(options, sets)
 
     def score(path: Path) -> dict[str, float]:

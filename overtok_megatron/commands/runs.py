@@ -37,10 +37,10 @@ def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
     """The configuration; where it is a run's own and the run was moved, or is not seen from here, as the run lies now."""
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import COMMAND_LINE
-    from overtok_megatron.config.run_places import moved_here, own_run
+    from overtok_megatron.config.moved_runs import find_moved_run, relocate
     from overtok_megatron.data.tokenizers.kept import find_tokenizer
 
-    run = own_run(loaded, path)
+    run = find_moved_run(loaded, path)
     if run is None:
         return loaded
     print(
@@ -48,7 +48,7 @@ def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
         f"goes on in {run}",
         file=sys.stderr,
     )
-    moved = moved_here(loaded, run)
+    moved = relocate(loaded, run)
     latest = CheckpointStore(run).latest()
     if latest is not None and loaded.locate("tokenizer.path") != COMMAND_LINE:
         with suppress(CheckpointError):  # what is missing is told where the file is opened

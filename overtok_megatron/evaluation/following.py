@@ -17,12 +17,11 @@ from overtok_megatron.config.derived import train_iters
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import refuse_foreign
+from overtok_megatron.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-RECORDS = "evaluations.jsonl"
 _BEGIN = '{"step": '  # of a record
-BOARD = "tensorboard/evaluation"  # a folder of its own: TensorBoard reads one writer a folder
 
 
 def follow(
@@ -73,20 +72,16 @@ def _ended(store: CheckpointStore) -> bool:
 
 class _Records:
     def __init__(self, run: Path) -> None:
-        self._path = run / RECORDS
-        self._known: list[tuple[str, dict[str, Any]]] = []
+        folder = RunFolder(run)
+        self._path = folder.evaluations
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         refuse_foreign(self._path, _BEGIN.startswith(text[: len(_BEGIN)]), "one of --follow's records", "RUN")
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-                self._known.append((record["checkpoint"], record["asked"]))
-            except (ValueError, LookupError, TypeError):  # a line cut by a kill
-                continue
+        records = [record for record in folder.read_evaluations() if record.keys() >= {"checkpoint", "asked"}]
+        self._known = [(record["checkpoint"], record["asked"]) for record in records]
         self._file = self._path.open("a", encoding="utf-8")
         if text and not text.endswith("\n"):
             self._file.write("\n")
-        self._board = SummaryWriter(str(run / BOARD))
+        self._board = SummaryWriter(str(folder.evaluation_tensorboard))
 
     def __enter__(self) -> "_Records":
         return self

@@ -9,8 +9,9 @@ import torch
 from overtok_megatron.checkpoint.dense import load_dense
 from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
-from overtok_megatron.checkpoint.tables import FOLDER, load_rows
-from overtok_megatron.config.run_places import located, run_of
+from overtok_megatron.checkpoint.table_file import FOLDER
+from overtok_megatron.checkpoint.tables import load_rows
+from overtok_megatron.config.moved_runs import run_of, with_current_paths
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
@@ -75,7 +76,7 @@ def load_trained(
             verify_file(path, name, manifest)
     config = RunConfig.model_validate(manifest.config)
     section = find_tokenizer(config, run_of(path), manifest.tokenizer_fingerprint, tokenizer_path)
-    config = located(config, run_of(path)).model_copy(update={"tokenizer": section})
+    config = with_current_paths(config, run_of(path)).model_copy(update={"tokenizer": section})
     if precision is not None:
         config = config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
     if storage != "mapped":
@@ -85,7 +86,7 @@ def load_trained(
     _check_tokenizer(tokenizer, manifest, config, path)
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=manifest.eod_id)
-    weights = load_dense(path, manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"])
+    weights = load_dense(path, manifest.layout.model_parallel_ranks)
     if config.model.tie_word_embeddings:
         weights = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}
     _copy_weights(model, weights, path)

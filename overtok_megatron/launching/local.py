@@ -15,7 +15,8 @@ from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.validation import validate, validate_host
 from overtok_megatron.environment import rank_environment, usable_devices
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.run_folder import hold
+from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.run_lock import hold
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 
@@ -34,7 +35,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     master_port: where the ranks meet; None = a free one. Returns the launcher's exit code.
     """
     # late: they import torch, and `overtok --help` and configuration errors need not wait for it
-    from overtok_megatron.checkpoint.weights_only import starting_point
+    from overtok_megatron.checkpoint.starting_point import starting_point
     from overtok_megatron.data.run_data import open_run_data
     from overtok_megatron.data.tokenizers.kept import keep_tokenizer
     from overtok_megatron.kernels.choice import choose_kernels
@@ -61,7 +62,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
     with hold(directory, "overtok train") as lock:
         keep_tokenizer(config.tokenizer, directory)
-        resolved = directory / "config.yaml"
+        resolved = RunFolder(directory).config
         try:
             save_resolved(config, resolved)
         except OSError as error:

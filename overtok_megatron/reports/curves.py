@@ -1,7 +1,5 @@
 """Runs side by side: a table of their ends and a picture of their curves, from the records that they wrote."""
 
-import contextlib
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from overtok_megatron.config.counts import ParameterCounts
 from overtok_megatron.errors import DataError
 from overtok_megatron.loss_metrics import perplexity, validation_losses
+from overtok_megatron.run_folder import RunFolder
 
 _WARM_STEPS = 5  # left out of medians: the first steps fill caches and buffers
 _MARKS = "os^Dvp"
@@ -41,13 +40,10 @@ def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCu
 
     Sets that the run no longer had at its last validation are left out: their ends are of another step than the others'.
     """
-    path = directory / "metrics.jsonl"
+    path = RunFolder(directory).metrics
     if not path.is_file():
         raise DataError(f"{path}: no such file; train the run first")
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a line cut by a kill
-            records.append(json.loads(line))
+    records = RunFolder(directory).read_metrics()
     validated = [(record["step"], losses) for record in records if (losses := validation_losses(record))]
     if not validated:
         raise DataError(f"{path}: holds no validation loss; set data.validation")

@@ -21,6 +21,7 @@ from overtok_megatron.environment import (
     usable_devices,
 )
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.run_folder import RunFolder
 
 
 def set_up_logging(directory: Path, rank: int, console: bool) -> None:
@@ -29,7 +30,7 @@ def set_up_logging(directory: Path, rank: int, console: bool) -> None:
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
     form = logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S")
-    handlers: list[logging.Handler] = [logging.FileHandler(directory / "train.log")] if rank == 0 else []
+    handlers: list[logging.Handler] = [logging.FileHandler(RunFolder(directory).log)] if rank == 0 else []
     stream = logging.StreamHandler(sys.stdout)
     stream.setLevel(logging.INFO if console else logging.WARNING)
     for handler in [*handlers, stream]:

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import ORDER
+from overtok_megatron.checkpoint.engine_state import OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import write_atomically
 from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.splits import is_pipeline_replica, splits_of
 from overtok_megatron.training.agreement import WRITE_ERRORS, reason
@@ -51,14 +52,9 @@ def in_background(work: Callable[[], Any], device: torch.device) -> threading.Th
 
 
 def leave_note(folder: Path, rank: int, digests: dict[str, Digest]) -> None:
-    """Tell the first rank that this one is done. From then on nothing here may be touched: the folder may be gone.
-
-    Therefore the note is renamed without the sync of its folder that `files.write_atomically` ends with.
-    """
+    """Tell the first rank that this one is done. From then on nothing here may be touched: the folder may be gone."""
     (folder / _NOTES).mkdir(exist_ok=True)
-    aside = folder / f"{_NOTES}-{rank}"
-    aside.write_text(json.dumps(digests), encoding="utf-8")
-    os.replace(aside, folder / _NOTES / f"{rank}.json")
+    write_atomically(folder / _NOTES / f"{rank}.json", json.dumps(digests), durable=False)
 
 
 def _split_dims(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
@@ -107,9 +103,9 @@ class Saver:
         started = time.perf_counter()
         self._step, self._failure = step, None
         folder = self.store.partial(step)
-        self._raise_on_all(self._failure_of(lambda: self.store.begin(step)) if self._rank == 0 else None)
+        self._raise_on_all(self._failure_of(lambda: self.store.start_save(step)) if self._rank == 0 else None)
         files = self._write_dense_state(folder)
-        write_tables = None if self._writer is None else self._writer.begin(folder)
+        write_tables = None if self._writer is None else self._writer.start_save(folder)
         manifest = {"step": step, "consumed_samples": consumed_samples, **self._identity}
 
         def complete() -> None:
@@ -183,13 +179,14 @@ class Saver:
         client_state = {
             "step": self._step,
             **universal_info(parameters, split_dims, grid),
-            ORDER: engine.optimizer_order,
+            OPTIMIZER_PARAMETERS: engine.optimizer_order,
         }
 
         def write_weights() -> None:
             own = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
-            rank = grid.coordinate("pipe") * grid.shape.tensor + grid.tensor_rank
-            written.append(save_dense(folder, own, split_dims, rank, grid.shape.pipe * grid.shape.tensor))
+            layout = layout_of(engine)
+            number = layout.file_number(grid.coordinate("pipe"), grid.tensor_rank)
+            written.append(save_dense(folder, own, split_dims, number, layout.model_parallel_ranks))
 
         first_replica = grid.coordinate("data") == grid.coordinate("context") == 0
         self._raise_on_all(self._failure_of(write_weights) if first_replica else None)

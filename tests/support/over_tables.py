@@ -47,7 +47,7 @@ def make_tables(
 
 def save_tables(folder: Path, tables: ShardedTables) -> list[str]:
     """A full save at once; the names of its files."""
-    return list(TableWriter(tables, 0).begin(folder)())
+    return list(TableWriter(tables, 0).start_save(folder)())
 
 
 def trained_tables(ranks: int, **settings: Any) -> list[ShardedTables]:

@@ -9,12 +9,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from overtok_megatron.checkpoint.changes import check_same_model
-from overtok_megatron.checkpoint.report import describe
+from overtok_megatron.checkpoint.inspection import describe_checkpoint
+from overtok_megatron.checkpoint.starting_point import starting_point
 from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import (
     read_dense_weights,
     read_rows,
-    starting_point,
     weight_shapes,
     write_weights,
 )
@@ -155,7 +155,7 @@ def test_what_is_written_is_a_checkpoint(source: tuple[Path, Reference]) -> None
     run, reference = source
     path = find_checkpoint(run)
     manifest = verify_checkpoint(path)
-    assert "weights only" in describe(path)
+    assert "weights only" in describe_checkpoint(path)
     assert {name.split("/")[0] for name in manifest.files} == {"dense", "tables"}
     dense = dict(read_dense_weights(path, manifest))
     assert {name: tuple(weight.shape) for name, weight in dense.items()} == weight_shapes(reference.config)

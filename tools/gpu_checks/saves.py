@@ -51,11 +51,11 @@ def save(context: Context) -> Result:
     folders = [_folder(context, name) for name in ("full", "changed")]
     writer = TableWriter(engine.tables, 2)
     _reset_peak(context)
-    stall, during, whole = save_beside_steps(partial(writer.begin, folders[0]), step, context.device)
+    stall, during, whole = save_beside_steps(partial(writer.start_save, folders[0]), step, context.device)
     for _ in range(3):
         step()
     begin = time.perf_counter()
-    write = writer.begin(folders[1])
+    write = writer.start_save(folders[1])
     changed_stall = time.perf_counter() - begin
     write()
     extra, allowed = max(0, _peak(context) - peak_alone), table_bytes // 10 + _SPARE
