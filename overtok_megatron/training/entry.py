@@ -25,7 +25,7 @@ from overtok_megatron.run_folder import RunFolder
 
 
 def set_up_logging(directory: Path, rank: int, console: bool) -> None:
-    """Lines with time and rank: to `train.log` on the first rank, to the console as well unless a bar is drawn there."""
+    """Write log lines with time and rank to `train.log` on the first rank, and to the console unless a bar is drawn there."""
     root = logging.getLogger("overtok_megatron")
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
@@ -77,12 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
-    run.grid.wait_for_all()  # nobody leaves while another still waits for it
+    run.grid.wait_for_all()  # all ranks leave together
     return 0 if finished else 128 + signal.SIGTERM
 
 
 def run_and_leave() -> None:
-    """Exit at once with main's code: taking gloo's threads apart at interpreter exit aborts the process now and then."""
+    """Exit at once with main's code: gloo's threads sometimes abort the process when the interpreter exits."""
     code = main()
     logging.shutdown()
     sys.stdout.flush()

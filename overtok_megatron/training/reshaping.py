@@ -1,4 +1,4 @@
-"""A checkpoint written anew without a layout: whole weights and optimizer state, tables with their increments merged.
+"""Rewrites a checkpoint without a layout: whole weights and optimizer state, tables with their increments merged.
 
 Any layout loads it, each rank reading only its own part; resuming from a checkpoint of other ranks without this step works
 too, but every rank then reads whole files.

@@ -24,7 +24,7 @@ from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_fil
 from overtok_megatron.training.deepspeed.engine_object import set_progress
 from overtok_megatron.training.engine import TrainingEngine
 
-_STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
+_STATE_OF_GROUP = ("params", "step")  # the entries of a parameter group that are not settings; apex counts steps there
 
 
 def layout_of(engine: TrainingEngine) -> CheckpointLayout:
@@ -40,10 +40,10 @@ def layout_of(engine: TrainingEngine) -> CheckpointLayout:
 
 
 def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
-    """Bring everything back from a complete checkpoint of the same model, whatever layout wrote it.
+    """Load weights, rows and all optimizer state from a complete checkpoint of the same model, written on any layout.
 
-    On the same layout the next step has the same bits, on another the same numbers to rounding. Raises CheckpointError naming
-    the first difference of the model, or the first damaged file.
+    On the same layout the next step has the same bits, on another layout the same numbers to rounding. Raises CheckpointError
+    naming the first difference of the model, or the first damaged file.
     """
     config = engine.config.model_dump(mode="json")
     manifest = _checked_manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
@@ -61,7 +61,7 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
 def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
     """Start from the dense weights and rows of a complete checkpoint of any layout, with or without optimizer state.
 
-    Master weights begin at the weights as they were written, moments and row state at zero; each rank reads its own part.
+    Master weights start as the weights that were written, moments and row state as zeros; each rank reads its own part.
     Raises CheckpointError naming the first difference of the model, or the first damaged file.
     """
     config = engine.config.model_dump(mode="json")
@@ -106,7 +106,7 @@ def _load_engine_files(engine: TrainingEngine, path: Path) -> None:
 
 
 def _verify_share(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
-    """Hash this rank's share of some files: every file once, over all ranks."""
+    """Check the hashes of this rank's share of the files `names`; over all ranks each file is read once."""
     for name in sorted(names)[grid.rank :: grid.shape.world_size]:
         verify_file(path, name, manifest)
 

@@ -95,7 +95,7 @@ class Saver:
         self._failure: str | None = None
 
     def save(self, step: int, consumed_samples: int) -> None:
-        """Begin a checkpoint of this moment; it is complete after the next call of save() or finish().
+        """Start a checkpoint of the present state; it is complete after the next call of save() or finish().
 
         Raises CheckpointError on every rank if any rank could not write this one or the last; the one before stays the latest.
         """
@@ -111,9 +111,9 @@ class Saver:
         def complete() -> None:
             try:
                 self._complete(folder, files, write_tables, manifest, started)
-            except Exception as error:  # whatever it is, it must not end with the thread
+            except Exception as error:  # of any kind: it must not be lost when the thread ends
                 self._failure = reason(error)
-                self.engine.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
+                self.engine.stop_asked = True  # all ranks learn of it after this step, and call save() or finish()
 
         self._abandoned.clear()
         self._thread = in_background(complete, self.engine.device)
@@ -121,13 +121,13 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun last is complete. Raises CheckpointError as save() does."""
+        """Wait until the checkpoint that was started last is complete. Raises CheckpointError as save() does."""
         if self._thread is None:
             return
         if self._rank > 0:
             self._thread.join()
         if any(self.engine.grid.gather_objects(self._failure if self._rank > 0 else None)):
-            self._abandoned.set()  # the first rank waits for a note that does not come
+            self._abandoned.set()  # else the first rank would wait for a note that is never left
         self._thread.join()
         self._thread = None
         self._raise_on_all(self._failure)
@@ -215,7 +215,7 @@ class Saver:
         files: dict[str, Digest] = {}
         for rank in range(self.engine.grid.shape.world_size):
             note = folder / _NOTES / f"{rank}.json"
-            while not note.is_file():  # a rank that dies ends the run, and this thread with it
+            while not note.is_file():  # a rank that dies ends the run, and so this thread
                 if self._abandoned.wait(0.02):
                     return
             content = json.loads(note.read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ class Saver:
         shutil.rmtree(folder / _NOTES)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if name not in files:  # small ones that DeepSpeed writes by itself
+            if name not in files:  # small files that DeepSpeed writes without its checkpoint engine
                 files[name] = file_digest(path)
         layout, config = layout_of(self.engine), self.engine.config.model_dump(mode="json")
         path = self.store.publish(Manifest(config=config, layout=layout, files=files, **manifest))

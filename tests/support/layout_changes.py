@@ -27,8 +27,8 @@ def start(case: Layout) -> TrainingEngine:
     return TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
 
 
-def train(engine: TrainingEngine, begin: int, end: int) -> list[float]:
-    batches = stream()[begin:end]
+def train(engine: TrainingEngine, start: int, stop: int) -> list[float]:
+    batches = stream()[start:stop]
     return [engine.step(own_tokens(engine, batch), 3e-3).loss for batch in batches]
 
 

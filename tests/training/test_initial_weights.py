@@ -69,10 +69,10 @@ def our_weights(reference: Reference) -> dict[str, torch.Tensor]:
 
 
 def pieces(rows: torch.Tensor, size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    begin = 0
+    start = 0
     for part in rows.split(size):
-        yield begin, {"weight": part.clone()}
-        begin += part.shape[0]
+        yield start, {"weight": part.clone()}
+        start += part.shape[0]
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
                 same &= master is None or torch.equal(master, dense[name])
                 same &= torch.equal(state[name].float(), given)
         assert engine.tables is not None
-        shard = engine.tables.store
-        same &= torch.equal(shard.rows.weight, rows[shard.start : shard.stop]) and engine.tables.num_touched() == 0
+        store = engine.tables.store
+        same &= torch.equal(store.rows.weight, rows[store.start : store.stop]) and engine.tables.num_touched() == 0
         batch = own_tokens(engine, stream()[0])
         both = batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:]
         validation, _ = engine.evaluate([both, both])
@@ -214,9 +214,9 @@ def whole_runs(folder: Path) -> list[tuple[int, float, float]]:
         resume, before = run._resume, []
 
         def watched(resume=resume, run=run, before=before) -> int:  # type: ignore[no-untyped-def]
-            begin: int = resume()
-            before += [begin, run._validate()["validation/loss"]]
-            return begin
+            first_step: int = resume()
+            before += [first_step, run._validate()["validation/loss"]]
+            return first_step
 
         run._resume = watched  # type: ignore[method-assign]
         run.run()

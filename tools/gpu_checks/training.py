@@ -142,7 +142,7 @@ def own_part(engine: "TrainingEngine", tokens: Tensor) -> Tensor:
 
 
 def train_steps(engine: "TrainingEngine", batches: list[Tensor]) -> list[float]:
-    """The losses of a step each, rows fetched ahead where that is the configuration's way."""
+    """The loss of each step; rows are fetched ahead where the configuration says so."""
     parts = [own_part(engine, batch) for batch in batches]
     losses = []
     for number, part in enumerate(parts):
