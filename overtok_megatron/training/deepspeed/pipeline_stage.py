@@ -20,6 +20,7 @@ from overtok_megatron.model.feed_forward import Routing
 from overtok_megatron.model.heads import ForwardResult
 from overtok_megatron.model.transformer import Layers
 from overtok_megatron.ngram.fetched_rows import FetchedRows
+from overtok_megatron.parallel.collectives import reduce_from_group
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import mark_pipeline_replica
 
@@ -38,17 +39,22 @@ class MicroBatch(NamedTuple):
 
 
 class StageResults(NamedTuple):
-    """What a rank's stage computed, one entry per micro-batch: summed cross entropies on the last stage only, and router
-    statistics [blocks of this stage, F] with experts only."""
+    """What a rank's stage computed, one entry per micro-batch.
+
+    losses: summed cross entropies, on the last stage only. router_stats [blocks of this stage, F]: with experts only.
+    auxiliary_losses: sums of this stage's auxiliary losses by name, the same on all of its tensor-parallel ranks.
+    """
 
     losses: list[Tensor]
     router_stats: list[Tensor]
+    auxiliary_losses: list[dict[str, Tensor]]
 
-    def add(self, loss: Tensor | None, stats: Tensor | None) -> None:
+    def add(self, loss: Tensor | None, stats: Tensor | None, auxiliary_losses: dict[str, Tensor]) -> None:
         if loss is not None:
             self.losses.append(loss)
         if stats is not None:
             self.router_stats.append(stats)
+        self.auxiliary_losses.append(auxiliary_losses)
 
 
 class _Attached(torch.autograd.Function):
@@ -115,7 +121,7 @@ class PipelineStage(PipelineModule):
         self._sequence_parallel = sequence_parallel
         self._eod_id = eod_id
         self._expected: deque[MicroBatch] = deque()
-        self._results = StageResults([], [])
+        self._results = StageResults([], [], [])
         shape = grid.shape
         topology = PipeModelDataParallelTopology(
             num_pp=shape.pipe, num_mp=shape.tensor, num_dp=shape.data * shape.context
@@ -177,7 +183,7 @@ class PipelineStage(PipelineModule):
     def expect(self, batches: Sequence[MicroBatch]) -> None:
         """Announce the micro-batches to come; every stage runs them in this order."""
         self._expected = deque(batches)
-        self._results = StageResults([], [])
+        self._results = StageResults([], [], [])
 
     def forward(self, x: Any) -> Tensor:
         """Run this stage's layers on what the engine hands over; the last stage returns the loss.
@@ -194,7 +200,7 @@ class PipelineStage(PipelineModule):
         if self.head is None:
             return self._with_router_loss(hidden, routing)
         result = self.losses(hidden, batch, routing)
-        self._results.add(result.main_loss, result.router_stats)
+        self._results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
         return self._with_all_copies(result.objective / batch.targets.numel())
 
     def losses(self, hidden: Tensor, batch: MicroBatch, routing: Routing | None) -> ForwardResult:
@@ -206,7 +212,9 @@ class PipelineStage(PipelineModule):
         """What a stage without the head hands on; backward through it adds the gradient of the routers' losses."""
         if routing is None:
             return hidden
-        self._results.add(None, routing.stats)
+        tensor_group = self._process_grid.tensor_group if self._sequence_parallel else None
+        router_loss = reduce_from_group(routing.loss.detach(), tensor_group)  # as the head does for its own stage
+        self._results.add(None, routing.stats, {"router": router_loss})
         slices = self._process_grid.shape.tensor if self._sequence_parallel else 1
         tokens = hidden.shape[0] * hidden.shape[1] * slices
         attached: Tensor = _Attached.apply(hidden, routing.loss, 1.0 / (tokens * self._num_micro_batches))
@@ -227,5 +235,5 @@ class PipelineStage(PipelineModule):
     def take_results(self) -> StageResults:
         """What the micro-batches since `expect` gave."""
         assert not self._expected, "micro-batches that never arrived"
-        results, self._results = self._results, StageResults([], [])
+        results, self._results = self._results, StageResults([], [], [])
         return results
