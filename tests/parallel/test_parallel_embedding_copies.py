@@ -6,7 +6,9 @@ give for the same positions. So the last stage looks up rows as well, and both s
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,12 +16,15 @@ from torch import Tensor
 
 from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.assembly import build_run_layers
 from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
 from overtok_megatron.model.heads import ForwardResult
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.fetched_rows import FetchedRows
+from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import is_pipeline_replica
+from overtok_megatron.training import engine as engine_module
 from overtok_megatron.training.deepspeed.pipeline_stage import MicroBatch, PipelineStage
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
@@ -86,27 +91,27 @@ class AddedLossStage(PipelineStage):
         return with_added_loss(result, hidden, self.embedding, batch.inputs, batch.fetched, self.used)
 
 
-class AddedLossEngine(TrainingEngine):
+def build_added_loss(
+    case: Case, config: RunConfig, grid: ProcessGrid, *, device: torch.device, kernels: Kernels, eod_id: int
+) -> AddedLossTransformer | AddedLossStage:
+    """In place of `training.building.build_model`."""
+    counts = derived.blocks_per_stage(config)
+    stage = Stage.of(grid.coordinate("pipe"), counts)
+    layers = build_run_layers(config, device=device, kernels=kernels, stage=stage, shared=case.shared)
+    model: AddedLossTransformer | AddedLossStage
+    if grid.shape.pipe == 1:
+        model = AddedLossTransformer(layers)
+    else:
+        micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
+        model = AddedLossStage(
+            layers, counts, grid, z_loss=0.0, num_micro_batches=micro_batches, sequence_parallel=False
+        )
+    model.used = case.used
+    return model
+
+
+class LookingUpEngine(TrainingEngine):
     """An engine whose last stage looks up n-grams as well."""
-
-    def __init__(self, case: Case, config: RunConfig) -> None:
-        self.case = case
-        super().__init__(config, start_processes(config, CPU), CPU, EOD)
-
-    def _build_model(self, eod_id: int) -> Transformer | PipelineStage:
-        config, counts = self.config, derived.blocks_per_stage(self.config)
-        stage = Stage.of(self.grid.coordinate("pipe"), counts)
-        layers = build_run_layers(config, device=CPU, kernels=self.kernels, stage=stage, shared=self.case.shared)
-        model: AddedLossTransformer | AddedLossStage
-        if not self.is_pipeline:
-            model = AddedLossTransformer(layers)
-        else:
-            micro_batches = self.num_micro_batches
-            model = AddedLossStage(
-                layers, counts, self.grid, z_loss=0.0, num_micro_batches=micro_batches, sequence_parallel=False
-            )
-        model.used = self.case.used
-        return model
 
     def _looked_up(self, inputs: Tensor) -> Tensor | None:
         return inputs
@@ -130,13 +135,15 @@ class RankResult:
 def train_rank(cases: list[Case]) -> list[RankResult]:
     results = []
     for case in cases:
-        engine = AddedLossEngine(case, layout_config(case.layout))
+        config = layout_config(case.layout)
+        with patch.object(engine_module, "build_model", partial(build_added_loss, case)):
+            engine = LookingUpEngine(config, start_processes(config, CPU), CPU, EOD)
         named = dict(engine.model.named_parameters())
         gradients: dict[str, Tensor] = {}
         if isinstance(
-            engine.engine.optimizer, torch.optim.Optimizer
+            engine.deepspeed_engine.optimizer, torch.optim.Optimizer
         ):  # float32 without ZeRO: clipped gradients as they are
-            engine.engine.optimizer.register_step_pre_hook(
+            engine.deepspeed_engine.optimizer.register_step_pre_hook(
                 lambda *_, named=named, gradients=gradients: gradients.update(
                     {name: weight.grad.clone() for name, weight in named.items()}
                 )
