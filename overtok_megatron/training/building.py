@@ -68,9 +68,8 @@ def build_optimizer(model: TrainedModule, config: RunConfig, kernels: Kernels) -
     Matrices decay; norms do not, nor does the word embedding unless it is the head as well (as in OLMo 2).
     """
     settings = config.optimizer
-    embedding = None if model.embedding is None or config.model.tie_word_embeddings else model.embedding.word
-    word_weight = None if embedding is None else embedding.weight
-    others = [p for p in model.parameters() if p.ndim < 2 or p is word_weight]
+    word = None if model.embedding is None or config.model.tie_word_embeddings else model.embedding.word
+    others = [p for p in model.parameters() if p.ndim < 2 or (word is not None and p is word.weight)]
     without_decay = {id(parameter) for parameter in others}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in without_decay]
     groups = [

@@ -140,10 +140,9 @@ def train_rank(cases: list[Case]) -> list[RankResult]:
             engine = LookingUpEngine(config, start_processes(config, CPU), CPU, EOD)
         named = dict(engine.model.named_parameters())
         gradients: dict[str, Tensor] = {}
-        if isinstance(
-            engine.deepspeed_engine.optimizer, torch.optim.Optimizer
-        ):  # float32 without ZeRO: clipped gradients as they are
-            engine.deepspeed_engine.optimizer.register_step_pre_hook(
+        optimizer = engine.deepspeed_engine.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):  # float32 without ZeRO: clipped gradients as they are
+            optimizer.register_step_pre_hook(
                 lambda *_, named=named, gradients=gradients: gradients.update(
                     {name: weight.grad.clone() for name, weight in named.items()}
                 )

@@ -39,11 +39,9 @@ class MicroBatch(NamedTuple):
 
 
 class StageResults(NamedTuple):
-    """What a rank's stage computed, one entry per micro-batch.
-
-    losses: summed cross entropies, on the last stage only. router_stats [blocks of this stage, F]: with experts only.
-    auxiliary_losses: sums of this stage's auxiliary losses by name, the same on all of its tensor-parallel ranks.
-    """
+    """What a rank's stage computed, one entry per micro-batch: summed cross entropies on the last stage only; router
+    statistics [blocks of this stage, F] with experts only; and sums of this stage's auxiliary losses by name, the same on all
+    of its tensor-parallel ranks."""
 
     losses: list[Tensor]
     router_stats: list[Tensor]
