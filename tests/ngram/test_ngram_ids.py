@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.ngram.ids import MISSING, NgramHash
 from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup
-from support.reference import python_ngram_row, python_place
+from support.reference import python_ngram_row, python_row_id
 
 EOD = 2
 SIZES = st.sampled_from([1, 7, 1009, 12_800_000, 2**31 - 64])
@@ -54,7 +54,7 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
             for table, (order, rows) in enumerate(kinds):
                 reset = ngram_hash.boundary == "reset"
                 wanted = python_ngram_row(row, t, order, ngram_hash.base, rows, ngram_hash.pad_id, EOD, reset)
-                lies = python_place(table, wanted, [rows for _, rows in kinds], STRIPES)
+                lies = python_row_id(table, wanted, [rows for _, rows in kinds], STRIPES)
                 assert result[line, t, table] == lies
                 assert [int(part) for part in space.rows_at(torch.tensor(lies))] == [table, wanted]
 

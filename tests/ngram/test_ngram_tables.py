@@ -12,7 +12,7 @@ from overtok_megatron.kernels.rows import RowRule, TableRows, place, table_rows_
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup, row_bounds
 from overtok_megatron.ngram.row_store import initial_rows
-from support.reference import python_place
+from support.reference import python_row_id
 
 
 def test_the_row_space() -> None:
@@ -38,7 +38,7 @@ def test_every_row_has_a_place_of_its_own(table_sizes: list[int], stripes: int) 
     places = [place(table, torch.arange(size), sizes, stripes) for table, size in enumerate(sizes)]
     assert torch.cat(places).sort().values.tolist() == list(range(sum(sizes)))
     for table, own in enumerate(places):
-        assert own.tolist() == [python_place(table, row, sizes, stripes) for row in range(sizes[table])]
+        assert own.tolist() == [python_row_id(table, row, sizes, stripes) for row in range(sizes[table])]
         tables, rows = table_rows_at(own, sizes, stripes)
         assert rows.tolist() == list(range(sizes[table]))
         assert (tables == table).all()

@@ -120,16 +120,19 @@ def python_ngram_row(
     total = 0
     hidden = False
     for back in range(order):
-        place = t - back
-        if back > 0 and place >= 0 and reset and tokens[place] == eod:
+        position = t - back
+        if back > 0 and position >= 0 and reset and tokens[position] == eod:
             hidden = True
-        token = pad if place < 0 or hidden else tokens[place]
+        token = pad if position < 0 or hidden else tokens[position]
         total += token * base**back
     return total % rows
 
 
-def python_place(table: int, row: int, sizes: Sequence[int], stripes: int) -> int:
-    """Where a row lies: the rows of all tables in one line, row by row, are dealt into heaps, which are laid end to end."""
+def python_row_id(table: int, row: int, sizes: Sequence[int], stripes: int) -> int:
+    """The row id of a table's row.
+
+    Rows are numbered row by row over all tables; consecutive numbers go to different stripes of the row space.
+    """
     smallest = min(sizes)
     if row < smallest:
         number = row * len(sizes) + table
