@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from overtok_megatron.config.wording import short
+
 _AXES = ("pipeline", "data", "context", "tensor")
 _WEIGHTS_ONLY_AXES = ("data", "context", "tensor", "pipeline")  # their order in manifests of weights only
 _LAST_ZERO_STAGE = 3
@@ -70,14 +72,14 @@ class CheckpointLayout:
     def from_numbers(cls, values: Any) -> "CheckpointLayout":
         """The layout that a manifest's numbers mean. Raises ValueError naming the first that is missing, unknown or wrong."""
         if not isinstance(values, Mapping):
-            raise ValueError(f"layout: {values!r} is not a mapping of sizes")
+            raise ValueError(f"layout: {short(repr(values))} is not a mapping of sizes")
         lowest = {**dict.fromkeys(map(_key, _AXES), 1), "zero_stage": min(_KIND_NUMBERS.values())}
         for key in sorted(lowest.keys() ^ values.keys()):
-            raise ValueError(f"layout: {key} is {'missing' if key in lowest else 'unknown'}")
+            raise ValueError(f"layout: {short(key)} is {'missing' if key in lowest else 'unknown'}")
         for key, least in lowest.items():
             number = values[key]
             if type(number) is not int or number < least or (key == "zero_stage" and number > _LAST_ZERO_STAGE):
-                raise ValueError(f"layout: {key} is {number!r}")
+                raise ValueError(f"layout: {key} is {short(repr(number))}")
         stage, sizes = values["zero_stage"], {axis: values[_key(axis)] for axis in _AXES}
         for kind, number in _KIND_NUMBERS.items():
             if stage == number:
