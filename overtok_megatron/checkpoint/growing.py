@@ -91,11 +91,11 @@ def _rows(source: Path, old: RunConfig, new: RunConfig, aside: Path) -> Iterator
 
 def moved_places(old: RowSpace, new: RowSpace, start: int, count: int) -> Tensor:
     """Where the rows at places [start, start + count) of a row space lie in one with more tables, [count] int64."""
-    tables, rows = old.rows_at(torch.arange(start, start + count))
+    tables, rows = old.table_rows_of(torch.arange(start, start + count))
     result = torch.empty_like(rows)
     for table in range(old.num_tables):
         own = tables == table
-        result[own] = new.places(table, rows[own])
+        result[own] = new.row_ids(table, rows[own])
     return result
 
 

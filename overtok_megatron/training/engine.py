@@ -290,7 +290,7 @@ class TrainingEngine:
         assert self.tables is not None and self.model.embedding is not None
         projection = self.model.embedding.over_encoding
         assert projection is not None
-        norms = projection.order_norms(fetched, self.tables.ngram_hash.space.orders)
+        norms = projection.order_norms(fetched, self.tables.family.orders)
         return {f"tables/norm_{order}gram": norm for order, norm in norms.items()}
 
     @torch.no_grad()

@@ -300,9 +300,9 @@ class Trainer:
         tokens = self._tokens(self.consumed)
         sample = tokens[:, :, :-1] if self.grid.is_first_stage else None
         fetched = tables.fetch_rows(None if sample is None else sample[:1])  # every rank, as rows are everywhere
-        values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
+        values = {"tables/touched_share": touched / tables.family.total_rows}
         if sample is not None:
-            values["tables/collision_share"] = tables.ngram_hash.collision_share(sample)
+            values["tables/collision_share"] = tables.family.collision_share(sample)
             values |= self.trainer.ngram_norms(fetched)
         return values
 

@@ -1,4 +1,4 @@
-"""The exchange on real ranks, flat and in two levels: a look-up, a sum, its bytes, rows renewed; and evenly dealt loads."""
+"""The exchange on real ranks, flat and in two levels: look-ups, sums, their bytes, rows renewed; and evenly spread loads."""
 
 import re
 from collections import Counter
@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.data.sotu import sotu_files
-from overtok_megatron.kernels.rows import RowKernels, Sums
-from overtok_megatron.ngram.exchange import TwoLevelExchange
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.placement import make_exchange, owned_range
-from overtok_megatron.ngram.row_space import RowSpace, row_bounds
+from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import initial_rows
+from overtok_megatron.ngram.two_level_exchange import TwoLevelExchange
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
+from overtok_megatron.parallel.splits import split_bounds
 from support.distributed_harness import run_ranks
 
 WIDTH = 3
@@ -30,9 +31,9 @@ ASKED = {  # per case, what each rank asks for, modulo the number of rows
 HALF = torch.bfloat16
 
 
-def no_thirds(places: Tensor) -> Tensor:
+def no_thirds(row_ids: Tensor) -> Tensor:
     """Every third row is frozen."""
-    return places % 3 != 0
+    return row_ids % 3 != 0
 
 
 def rank_cases(
@@ -51,7 +52,7 @@ def rank_cases(
         ranks_per_host=ranks_per_host,
         kernels=RowKernels(),
         gradient_dtype=gradient_dtype,
-        trained=no_thirds if frozen else None,
+        trained_rows=no_thirds if frozen else None,
     )
     went_out = 0
     original = dist.all_to_all_single
@@ -70,7 +71,7 @@ def rank_cases(
         plan = exchange.plan(ids)
         rows = exchange.fetch(plan, lambda index: own[index])
         grad = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
-        index, sums = exchange.return_gradients(plan, Sums(grad, grad.square().sum(1)))
+        index, sums = exchange.return_gradients(plan, RowGradientSums(grad, grad.square().sum(1)))
         told = exchange.payload_bytes(plan, 4 * WIDTH, gradient_dtype.itemsize * WIDTH)
         results[name] = {
             "rows": rows[plan.slots].clone(),
@@ -102,7 +103,7 @@ def test_a_lookup_and_a_sum(
     table = initial_rows(0, total, WIDTH, 0.1, seed=0)
     results = run_ranks(ranks, rank_cases, total, ranks_per_host, gradient_dtype, frozen)
     ranges = [owned_range(total, rank, ranks, ranks_per_host) for rank in range(ranks)]
-    assert sorted(ranges) == list(pairwise(row_bounds(total, ranks)))
+    assert sorted(ranges) == list(pairwise(split_bounds(total, ranks)))
     for name, asked in ASKED.items():
         lists = [[row % total for row in asked[rank % 4]] for rank in range(ranks)]
         expected, renewed = torch.zeros(total), torch.empty(total, WIDTH)
@@ -151,9 +152,10 @@ def test_owners_serve_equal_shares_of_real_text(ranks: int) -> None:
     words = re.findall(r"\w+|[^\w\s]", " ".join(path.read_text(encoding="utf-8") for path in sotu_files()[:40]))
     vocabulary = {word: number for number, (word, _) in enumerate(Counter(words).most_common())}  # frequent ones first
     text, vocab = torch.tensor([vocabulary[word] for word in words[: 64 * 2048]]), len(vocabulary)
-    space = RowSpace(3, 2, round(128.62 * vocab), 1)
-    ids = NgramHash(space, vocab, 0, "ignore", 0).rows(text.view(-1, 128))
-    bounds = torch.tensor(row_bounds(space.total_rows, ranks))
+    space = RowSpace(ngram_order=3, num_slices=2, table_rows=round(128.62 * vocab), width=1)
+    family = NgramHash(space=space, base=vocab, pad_id=0, boundary="ignore", eod_id=0)
+    ids = family.row_ids(text.view(-1, 128))
+    bounds = torch.tensor(split_bounds(space.total_rows, ranks))
     load = torch.zeros(ranks)
     for part in ids.chunk(ranks):
         load += torch.searchsorted(part.unique(), bounds).diff()

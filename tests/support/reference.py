@@ -128,8 +128,8 @@ def python_ngram_row(
     return total % rows
 
 
-def python_place(table: int, row: int, sizes: Sequence[int], stripes: int) -> int:
-    """Where a row lies: the rows of all tables in one line, row by row, are dealt into heaps, which are laid end to end."""
+def python_row_id(table: int, row: int, sizes: Sequence[int], stripes: int) -> int:
+    """The row id: all tables' rows, numbered round robin, go to stripes in turn; stripes lie one after another, scattered."""
     smallest = min(sizes)
     if row < smallest:
         number = row * len(sizes) + table
@@ -167,7 +167,7 @@ class Reference:
         rows = initial_rows(
             0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed
         )
-        self.tables = [nn.Parameter(rows[self.space.places(table)]) for table in range(self.space.num_tables)]
+        self.tables = [nn.Parameter(rows[self.space.row_ids(table)]) for table in range(self.space.num_tables)]
         self.kinds = table_kinds(config)
         assert ours.embedding.over_encoding is not None
         weights = [
@@ -183,7 +183,7 @@ class Reference:
         """The rows of all tables, each where it lies in the row space."""
         result = torch.empty(self.space.total_rows, self.space.width)
         for number, table in enumerate(self.tables):
-            result[self.space.places(number)] = table.detach()
+            result[self.space.row_ids(number)] = table.detach()
         return result
 
     def _build_optimizers(self) -> None:
