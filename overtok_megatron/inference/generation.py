@@ -66,7 +66,7 @@ class Decoder:
         self._tokens = torch.full((batch, room), MISSING, dtype=torch.int64, device=device)  # fed so far
         self._history: Tensor | None = None
         if trained.tables is not None:
-            reach = trained.tables.ngram_hash.space.longest - 1
+            reach = trained.tables.family.history_length
             self._history = torch.full((batch, reach), MISSING, dtype=torch.int64, device=device)
 
     @torch.no_grad()
