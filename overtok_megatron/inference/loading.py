@@ -26,9 +26,9 @@ from overtok_megatron.ngram.row_store import RowReader
 from overtok_megatron.ngram.sharded_tables import TableReader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """model in evaluation mode; tables None for a plain model."""
+    """A model in evaluation mode, with its tokenizer. tables: None for a plain model. step: the training step that saved it."""
 
     config: RunConfig
     model: Transformer
@@ -40,6 +40,11 @@ class TrainedModel:
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of keys and values."""
+        return next(self.model.parameters()).dtype
 
     def fetch_rows(self, tokens: torch.Tensor, history: torch.Tensor | None = None) -> FetchedRows | None:
         """The rows of the n-grams of tokens int64 [b, s] (history [b, n - 1]: the tokens before); None for a plain model."""
@@ -93,7 +98,7 @@ def load_trained(
     if config.over_encoding.enabled:
         store = _open_rows(path, config, storage, device, kernels)
         tables = build_table_reader(config, manifest.eod_id, store, device=device, kernels=kernels)
-    return TrainedModel(config, model.eval(), tables, tokenizer, manifest.step)
+    return TrainedModel(config=config, model=model.eval(), tables=tables, tokenizer=tokenizer, step=manifest.step)
 
 
 def _open_rows(path: Path, config: RunConfig, storage: Storage, device: torch.device, kernels: Kernels) -> RowReader:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import Decoder, Sampling, choose
+from overtok_megatron.inference.generation import IncrementalDecoder, Sampling, choose
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.stream import TextStream
 from overtok_megatron.parallel.devices import make_current
@@ -100,18 +100,18 @@ class _Prompt:
         self._trained = trained
 
     @cached_property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> IncrementalDecoder:
         """Made when it is first used, by when the engine knows whom to tell that there is no memory for it."""
-        return Decoder(self._trained, 1, self._tokens.shape[1])
+        return IncrementalDecoder(self._trained, 1, self._tokens.shape[1])
 
     @property
     def left(self) -> int:
         """Tokens that are still to be fed."""
-        return self._tokens.shape[1] - self.decoder.length
+        return self._tokens.shape[1] - self.decoder.cache.lengths[0]
 
     def feed(self, count: int) -> Tensor:
         """The next `count` tokens: logits [1, V] float32 of the last of them."""
-        begin, scored = self.decoder.length, self.one.job.prompt_scores
+        begin, scored = self.decoder.cache.lengths[0], self.one.job.prompt_scores
         tokens = self._tokens[:, begin : begin + count]
         logits = self.decoder.feed(tokens, last=not scored)[0].float()  # [1 or count, V]
         if scored:

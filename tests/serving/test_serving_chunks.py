@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import Decoder, Sampling, generate_tokens
+from overtok_megatron.inference.generation import IncrementalDecoder, Sampling, generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
 from overtok_megatron.serving import scheduler as scheduler_module
 from overtok_megatron.serving.scheduler import BatchScheduler, SequenceRequest, TokenDelta
@@ -122,14 +122,14 @@ def test_others_go_on_while_a_long_prompt_is_fed(trained: TrainedModel) -> None:
 
 def test_small_prompts_share_a_chunk(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many tokens of prompts between two steps, over all prompts; and so many where they are there."""
-    fed, feed, step = [0], Decoder.feed, ContinuousBatch.step
+    fed, feed, step = [0], IncrementalDecoder.feed, ContinuousBatch.step
 
-    def counted(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    def counted(decoder: IncrementalDecoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
         if not isinstance(decoder, ContinuousBatch):
             fed[-1] += tokens.shape[1]
         return feed(decoder, tokens, **options)
 
-    monkeypatch.setattr(Decoder, "feed", counted)
+    monkeypatch.setattr(IncrementalDecoder, "feed", counted)
     monkeypatch.setattr(ContinuousBatch, "step", lambda batch, tokens: (fed.append(0), step(batch, tokens))[1])
     asked = [Asked(prompt_of(5, seed, 512), Sampling(30, 1.0, seed=seed)) for seed in range(6)]
     engine = BatchScheduler(trained, places=6, max_waiting=9, prefill_chunk=12)
@@ -144,15 +144,15 @@ def test_small_prompts_share_a_chunk(trained: TrainedModel, monkeypatch: pytest.
 @pytest.fixture
 def slow_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Chunks of prompts take 50 ms each; how many were fed."""
-    feed, fed = Decoder.feed, [0]
+    feed, fed = IncrementalDecoder.feed, [0]
 
-    def slowly(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    def slowly(decoder: IncrementalDecoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
         if not isinstance(decoder, ContinuousBatch):
             time.sleep(0.05)
             fed[0] += 1
         return feed(decoder, tokens, **options)
 
-    monkeypatch.setattr(Decoder, "feed", slowly)
+    monkeypatch.setattr(IncrementalDecoder, "feed", slowly)
     return fed
 
 
@@ -184,19 +184,19 @@ def test_who_leaves_during_the_prompt_frees_the_place(
 
 
 def test_what_fails_or_ends_during_a_prompt_is_told(trained: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = Decoder.feed
+    feed = IncrementalDecoder.feed
 
-    def failing(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-        if decoder.length >= 4 and not isinstance(decoder, ContinuousBatch):
+    def failing(decoder: IncrementalDecoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        if decoder.cache.lengths[0] >= 4 and not isinstance(decoder, ContinuousBatch):
             raise MemoryError
         return feed(decoder, tokens, **options)
 
     with BatchScheduler(trained, places=2, max_waiting=9, prefill_chunk=2) as engine:
-        monkeypatch.setattr(Decoder, "feed", failing)
+        monkeypatch.setattr(IncrementalDecoder, "feed", failing)
         failed = Asked(prompt_of(9, 1, 512), Sampling(2)).submit(engine, [0])
         ended([failed])
         monkeypatch.setattr(
-            Decoder, "feed", lambda *arguments, **options: (time.sleep(0.05), feed(*arguments, **options))[1]
+            IncrementalDecoder, "feed", lambda *arguments, **options: (time.sleep(0.05), feed(*arguments, **options))[1]
         )
         cut = Asked(prompt_of(60, 1, 512), Sampling(2)).submit(engine, [0])
         time.sleep(0.2)
