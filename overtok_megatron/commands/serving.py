@@ -31,7 +31,7 @@ def _serve(options: argparse.Namespace) -> int:
         trained,
         settings,
         limits,
-        places=options.max_batch,
+        max_batch=options.max_batch,
         max_waiting=options.max_waiting,
         prefill_chunk=options.prefill_chunk,
     )

@@ -42,6 +42,7 @@ class OvertokLM(TemplateLM):
 
     def __init__(
         self,
+        *,
         run: str | None = None,
         storage: str = "device",
         batch_size: int | str = 1,

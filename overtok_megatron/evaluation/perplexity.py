@@ -22,10 +22,13 @@ def windows_at_once(length: int) -> int:
     return max(1, min(_MOST_WINDOWS, BATCH_TOKENS // length))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SetScore:
-    """data: prefix; loss: nats a token; tokens: scored ones, all of the set but its first; source_bytes: of the text
-    before tokenizing, 0 = not known; name: what the run calls the set, "" = nothing."""
+    """The mean loss of a model on a prepared set.
+
+    data: the set's prefix. loss: nats per token. tokens: how many were scored, all of the set but its first. source_bytes: of
+    the text before tokenizing, 0 = not known. name: what the run calls the set, "" = it has no name.
+    """
 
     data: str
     loss: float
@@ -66,7 +69,9 @@ def score_set(
         total += trained.model(tokens, fetched, wanted).main_loss.double()
         count += int((targets != IGNORE_INDEX).sum())
         advance(len(inputs))
-    return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes, name)
+    return SetScore(
+        data=prefix, loss=float(total) / count, tokens=count, source_bytes=dataset.manifest.source_bytes, name=name
+    )
 
 
 def open_set(trained: TrainedModel, prefix: str) -> IndexedDataset:

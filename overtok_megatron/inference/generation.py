@@ -20,9 +20,9 @@ from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.ngram.ids import MISSING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature 0 = greedy. top_k 0 and top_p 1.0 = off. seed makes a sampled text repeatable."""
+    """How a text is drawn. temperature 0 = greedy; top_k 0 and top_p 1.0 = off; seed: the same one gives the same text."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -102,7 +102,9 @@ class IncrementalDecoder:
 
 def _at(values: Tensor, columns: Tensor) -> Tensor:
     """The entries of values [b, c] in columns [1 or b, s, 1]: [b, s]."""
-    return values.gather(1, columns.squeeze(2).expand(len(values), -1))
+    if len(columns) == 1:  # the last columns, for all rows
+        return values[:, -columns.shape[1] :]
+    return values.gather(1, columns.squeeze(2))
 
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -81,10 +81,9 @@ class KVCache:
 
     def history(self, rows: int, count: int) -> Tensor:
         """The last `count` tokens of each of the first rows, [r, count]; MISSING stands before a sequence's first token."""
-        columns = self._last_columns(rows, count)
-        if len(columns) == 1 and self.ends[0] >= count:
+        if len(set(self.ends[:rows])) == 1 and self.ends[0] >= count:
             return self.tokens[:rows, self.ends[0] - count : self.ends[0]]
-        columns = columns.expand(rows, count)
+        columns = self._last_columns(rows, count).expand(rows, count)
         return self.tokens[:rows].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, MISSING)
 
     def crop(self, lengths: Sequence[int]) -> None:

@@ -16,10 +16,10 @@ _WARM_STEPS = 5  # left out of medians: the first steps fill caches and buffers
 _MARKS = "os^Dvp"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunCurve:
-    """A run's records. training and validation: (step, loss) in nats a token, validation by the names of its sets ("" = one
-    without); seconds: median of a step; memory: peak bytes of the first rank."""
+    """What a run has recorded. training and validation: (step, loss), in nats per token; validation by the names of its sets
+    ("" = a set without a name). seconds: the median time of a step. memory: peak bytes on the first rank."""
 
     name: str
     directory: Path
