@@ -3,11 +3,11 @@
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from overtok_megatron.launching.console import overtok_output
 
 _WARM_UP = 10  # steps not counted
 
@@ -23,9 +23,8 @@ def _seconds_a_step(kind: str, options: argparse.Namespace, folder: Path) -> flo
         "training.train_tokens": "null",
         "training.train_iters": options.steps,
     }
-    command = [sys.executable, "-m", "overtok_megatron.cli", "train", str(config), "--processes", str(options.ranks)]
-    command += [f"{key}={value}" for key, value in overrides.items()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    changed = [f"{key}={value}" for key, value in overrides.items()]
+    overtok_output("train", config, "--processes", options.ranks, *changed)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median(record["speed/step_seconds"] for record in records[_WARM_UP:])
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.commands.models import add_tokenizer, carried_tokenizer, carry_tokenizer, tokenizer_of
+from overtok_megatron.commands.model_arguments import add_tokenizer, carried_tokenizer, carry_tokenizer, tokenizer_of
 
 
 def _grow(options: argparse.Namespace) -> int:
@@ -24,13 +24,13 @@ def _grow(options: argparse.Namespace) -> int:
     section, reason = carried_tokenizer(old, run, manifest.tokenizer_fingerprint, tokenizer_of(options))
     old = old.model_copy(update={"tokenizer": section or old.tokenizer})
     grown = grow_config(old, [parse_tables(text) for text in options.tables], freeze=options.freeze)
-    refuse_used_folder(output, but=("checkpoints", HEAPS))  # these two a killed call leaves
+    refuse_used_folder(output, but=("checkpoints", HEAPS))  # a killed call leaves these two
     start = {"output_directory": str(output), "initial_checkpoint": None, "resume": "auto"}  # from what grow writes
     grown = grown.model_copy(update={"training": grown.training.model_copy(update=start)})
     loaded = change_config(grown, options.overrides, "--tables")
-    place = loaded.config.training.output_directory
-    if place != str(output):
-        raise ConfigError(f"training.output_directory: {place}; --output says where the new run lies: leave it out")
+    directory = loaded.config.training.output_directory
+    if directory != str(output):
+        raise ConfigError(f"training.output_directory: {directory}; --output says where the new run lies: leave it out")
     with hold(output, "overtok grow"):
         path = grow(source, output, loaded.config, loaded.locate)
         carry_tokenizer(section, reason, output)

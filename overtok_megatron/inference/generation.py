@@ -115,7 +115,7 @@ def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor
 
 
 def generate_tokens(trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """Continuations of tokenised prompts, each up to its end-of-document token (left out) or max_new_tokens.
+    """Continuations of tokenized prompts, each up to its end-of-document token (left out) or max_new_tokens.
 
     Raises InputError for an empty prompt, or one that with max_new_tokens does not fit the context that was trained.
     """
@@ -146,7 +146,7 @@ def stream_tokens(
 ) -> Iterator[list[int | None]]:
     """The next token of every prompt, step by step; None from its end-of-document token on.
 
-    Every prompt has a random stream of its own from the seed: its text does not depend on the others.
+    Every prompt has a random stream of its own, made from the seed: its text does not depend on the other prompts.
     Raises as `generate_tokens`, at the first step.
     """
     _check_room(trained, prompts, sampling)
@@ -158,7 +158,9 @@ def stream_tokens(
     running = [True] * len(prompts)
     for _ in range(sampling.max_new_tokens):
         logits = decoder.feed(tokens, last=True)[:, -1].float()  # [b, V]
-        chosen = torch.cat([choose(row[None], sampling, own) for row, own in zip(logits, generators, strict=True)])
+        chosen = torch.cat(
+            [choose(row[None], sampling, generator) for row, generator in zip(logits, generators, strict=True)]
+        )
         values = chosen.tolist()
         running = [runs and token != eod for runs, token in zip(running, values, strict=True)]
         if not any(running):
@@ -175,18 +177,18 @@ def generate_texts(
     *,
     alone: bool = False,
 ) -> list[str]:
-    """Continuations of tokenised prompts as text, up to the first stop string (left out); else as `generate_tokens`.
+    """Continuations of tokenized prompts as text, up to the first stop string (left out); else as `generate_tokens`.
 
-    The text is what the tokens spell behind their prompt; alone: what they spell without it.
+    The text is what the tokens spell after their prompt; alone: what they spell without it.
     """
     tokenizer = trained.tokenizer
-    behind: list[Sequence[int]] = [() if alone else prompt for prompt in prompts]
-    if not stops:  # then decoding at once is enough
-        made = generate_tokens(trained, prompts, sampling)
-        return [continuation(tokenizer, before, tokens) for before, tokens in zip(behind, made, strict=True)]
+    contexts: list[Sequence[int]] = [() if alone else prompt for prompt in prompts]
+    if not stops:  # then it is enough to decode all tokens at once
+        generated = generate_tokens(trained, prompts, sampling)
+        return [continuation(tokenizer, before, tokens) for before, tokens in zip(contexts, generated, strict=True)]
     if not prompts:
         return []
-    streams = [TextStream(tokenizer, stops, before) for before in behind]
+    streams = [TextStream(tokenizer, stops, before) for before in contexts]
     for chosen in stream_tokens(trained, prompts, sampling):
         for stream, token in zip(streams, chosen, strict=True):
             if token is not None and not stream.stopped:
@@ -199,7 +201,7 @@ def generate_texts(
 
 
 def stream_texts(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """The continuation of one text in pieces as they are certain; joined they are what `generate` gives."""
+    """The continuation of one text, in pieces as they become certain; joined they are what `generate` gives."""
     tokens = trained.tokenizer.encode(prompt)
     stream = TextStream(trained.tokenizer, prompt=tokens)
     for (token,) in stream_tokens(trained, [tokens], sampling):
@@ -209,19 +211,21 @@ def stream_texts(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iter
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next token of each row of logits [b, V] float32 -> [b] int64."""
+    """The next token of each row of logits [b, V] float32, [b] int64."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
     best = logits.amax(dim=-1, keepdim=True)
-    logits = (logits - best).double() / sampling.temperature  # so that no small temperature overflows
+    logits = (logits - best).double() / sampling.temperature  # double, so that a tiny temperature does not overflow
     if sampling.top_k:
         kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))
     if sampling.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        shares = ordered.softmax(dim=-1)
-        beyond = shares.cumsum(dim=-1) - shares >= sampling.top_p  # the first token that reaches top_p stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+        ordered, tokens = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        beyond = (
+            probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
+        )  # the first token that reaches top_p stays
+        logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
 

@@ -27,7 +27,7 @@ from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
 from overtok_megatron.kernels.dtypes import DTYPES
-from overtok_megatron.loss_metrics import validation_figures, validation_losses
+from overtok_megatron.loss_metrics import validation_losses, validation_metrics
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.run_folder import RunLock
 from overtok_megatron.training import metrics
@@ -273,7 +273,7 @@ class Trainer:
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
             loss, tokens = self.trainer.evaluate(self._validation_batches(dataset))
-            values |= validation_figures(name, loss, tokens, dataset.manifest.source_bytes)
+            values |= validation_metrics(name, loss, tokens, dataset.manifest.source_bytes)
         return values
 
     def _validation_batches(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
