@@ -185,7 +185,13 @@ def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> Tr
     model = build_transformer(config, device=device, kernels=kernels, eod_id=0).eval()
     tables = build_table_reader(config, 0, store, device=device, kernels=kernels)
     given = config.tokenizer
-    return TrainedModel(config, model, tables, load_tokenizer(given.type, given.path, given.eod_token), 0)
+    return TrainedModel(
+        config=config,
+        model=model,
+        tables=tables,
+        tokenizer=load_tokenizer(given.type, given.path, given.eod_token),
+        step=0,
+    )
 
 
 def _mapped_rows(folder: Path, config: RunConfig) -> MappedRows:
