@@ -20,7 +20,8 @@ from overtok_megatron.ngram.ids import MISSING
 class KVCache:
     """What was fed so far: `keys` and `values`, one [b, g, c, e] per layer, and `tokens` [b, c] int64.
 
-    `append` makes room for new tokens, then each layer calls `write`. Columns of `tokens` that no sequence uses hold MISSING.
+    `append` takes new tokens, then each layer calls `write` with theirs. In `tokens`, MISSING stands in the columns before a
+    sequence; the columns after it may hold anything.
     """
 
     def __init__(
@@ -91,10 +92,7 @@ class KVCache:
         for row, length in enumerate(lengths):
             dropped = self.lengths[row] - length
             assert 0 <= dropped <= self.lengths[row]
-            if dropped:
-                end = self.ends[row]
-                self.tokens[row, end - dropped : end] = MISSING
-                self.lengths[row], self.ends[row] = length, end - dropped
+            self.lengths[row], self.ends[row] = length, self.ends[row] - dropped
 
     def copy_row(
         self, source_row: int, target_row: int, source: "KVCache | None" = None, *, end: int | None = None
@@ -117,7 +115,6 @@ class KVCache:
 
     def clear_row(self, row: int) -> None:
         """Forget one sequence."""
-        self.tokens[row] = MISSING
         self.lengths[row] = self.ends[row] = 0
 
     def move(self, rows: int, columns: int) -> None:
