@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.commands.arguments import positive
-from overtok_megatron.commands.models import carried_tokenizer, carry_tokenizer
+from overtok_megatron.commands.model_arguments import carried_tokenizer, carry_tokenizer
 
 
 def _inspect_checkpoint(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from overtok_megatron.commands.models import add_tokenizer, tokenizer_of
+from overtok_megatron.commands.model_arguments import add_tokenizer, tokenizer_of
 from overtok_megatron.run_folder import RunFolder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.commands.models import add_tokenizer, carried_tokenizer, carry_tokenizer, tokenizer_of
+from overtok_megatron.commands.model_arguments import add_tokenizer, carried_tokenizer, carry_tokenizer, tokenizer_of
 
 
 def _grow(options: argparse.Namespace) -> int:
@@ -29,9 +29,9 @@ def _grow(options: argparse.Namespace) -> int:
     start = {"output_directory": str(output), "initial_checkpoint": None, "resume": "auto"}  # from what grow writes
     grown = grown.model_copy(update={"training": grown.training.model_copy(update=start)})
     loaded = change_config(grown, options.overrides, "--tables")
-    place = loaded.config.training.output_directory
-    if place != str(output):
-        raise ConfigError(f"training.output_directory: {place}; --output says where the new run lies: leave it out")
+    directory = loaded.config.training.output_directory
+    if directory != str(output):
+        raise ConfigError(f"training.output_directory: {directory}; --output says where the new run lies: leave it out")
     with hold(output, "overtok grow"):
         path = grow(source, output, loaded.config, loaded.locate)
         carry_tokenizer(section, reason, output)

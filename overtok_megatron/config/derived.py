@@ -55,6 +55,11 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // ranks_per_replica(config)
 
 
+def even_stages(num_layers: int, stages: int) -> list[int]:
+    """Blocks of each pipeline stage where they are spread as evenly as possible: earlier stages have one more."""
+    return [num_layers // stages + (index < num_layers % stages) for index in range(stages)]
+
+
 def blocks_per_stage(config: RunConfig) -> list[int]:
     """How many blocks each pipeline stage holds, by parallel.pipeline_partition.
 
@@ -66,8 +71,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     if isinstance(partition, list):
         return partition
     if partition == "uniform":
-        base, remainder = divmod(model.num_layers, stages)
-        return [base + (index < remainder) for index in range(stages)]
+        return even_stages(model.num_layers, stages)
     block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
@@ -88,8 +92,13 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def row_width(model: ModelConfig, over: OverEncodingConfig) -> int:
-    """w, values a row."""
+    """w, values per row."""
     return over.row_width or model.hidden_size // ((over.ngram_order - 1) * over.num_slices)
+
+
+def hash_base(model: ModelConfig, over: OverEncodingConfig) -> int:
+    """p of the polynomial that hashes n-grams."""
+    return over.hash_base or model.vocab_size
 
 
 def table_rate_factor(config: RunConfig) -> float:

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from overtok_megatron.config import deepspeed_config
 from overtok_megatron.config.capacity import check_capacity, check_host, most_processes
 from overtok_megatron.config.collisions import collision_problem
-from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size, train_iters
+from overtok_megatron.config.derived import (
+    accumulation_steps,
+    blocks_per_stage,
+    data_parallel_size,
+    even_stages,
+    hash_base,
+    train_iters,
+)
 from overtok_megatron.config.loading import COMMAND_LINE, DEFAULT
 from overtok_megatron.config.model_rules import check_model
 from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple, number_does
@@ -142,7 +149,7 @@ def _check_pipeline(config: RunConfig, check: _Checker) -> None:
     if isinstance(partition, list):
         even = "does"
         if stages <= 16:
-            even = f"is {[layers // stages + (index < layers % stages) for index in range(stages)]}"
+            even = f"is {even_stages(layers, stages)}"
         check.need(
             len(partition) == stages and sum(partition) == layers,
             "parallel.pipeline_partition",
@@ -250,7 +257,7 @@ def _check_table_rows(
         f"{entry}{rows}",
         f"puts the last table at 2^31 rows or more, where hashing can overflow 64 bits; at most {most}",
     )
-    base = over.hash_base or config.model.vocab_size
+    base = hash_base(config.model, over)
     problem = collision_problem(rows, base, tables)
     if problem is None:
         return

@@ -18,7 +18,7 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
-from overtok_megatron.loss_metrics import validation_figures
+from overtok_megatron.loss_metrics import validation_metrics
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock
 from overtok_megatron.training.agreement import agree
@@ -188,7 +188,7 @@ class Trainer:
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
             loss, num_tokens = self.engine.evaluate(self.feed.validation(dataset))
-            values |= validation_figures(name, loss, num_tokens, dataset.manifest.source_bytes)
+            values |= validation_metrics(name, loss, num_tokens, dataset.manifest.source_bytes)
         return values
 
     def _save(self, done: int) -> None:

@@ -98,7 +98,9 @@ def test_generate_gives_our_tokens(workspace: Path, family: str) -> None:
     trained = load_trained(workspace / f"{family}-run", CPU)
     tokenizer = AutoTokenizer.from_pretrained(workspace / family, trust_remote_code=True)
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    ours = generate_tokens(trained, [trained.tokenizer.encode(prompt) for prompt in PROMPTS], Sampling(24))
+    ours = generate_tokens(
+        trained, [trained.tokenizer.encode(prompt) for prompt in PROMPTS], Sampling(max_new_tokens=24)
+    )
     end = trained.tokenizer.eod_id
     for storage in STORAGES:
         model = theirs(workspace / family, table_storage=storage)
