@@ -100,7 +100,7 @@ class TrainingEngine:
         self.joint_norm.begin_step(reduce_rows=lambda: self._reduce_rows(fetched))
         results = self._train_pipeline(micro_batches) if self.is_pipeline else self._train(micro_batches)
 
-        # Phase 3: reduce gradients. This is done by now. DeepSpeed averaged dense gradients over the data ranks, then computed
+        # Phase 3: reduce gradients. This is done by now. DeepSpeed averaged dense gradients over the data ranks, and computed
         # its norm, which is patched (deepspeed/joint_norm.py) to call `reduce_rows`: row gradients were sent to the owners of
         # the rows INSIDE DeepSpeed's norm, because clipping needs one norm of dense parameters and rows.
         norms = self.joint_norm.finish_step()
