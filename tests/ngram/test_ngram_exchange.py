@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,6 @@ from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.placement import make_exchange, owned_range
 from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import initial_rows
-from overtok_megatron.ngram.two_level_exchange import TwoLevelExchange
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.splits import split_bounds
 from support.distributed_harness import run_ranks
@@ -36,114 +36,185 @@ def no_thirds(row_ids: Tensor) -> Tensor:
     return row_ids % 3 != 0
 
 
-def rank_cases(
-    total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype, frozen: bool = False
-) -> dict[str, dict[str, Any]]:
-    """One rank's work: rows fetched, gradients summed, bytes counted and bytes that really went out, rows renewed."""
+@dataclass(frozen=True)
+class Setting:
+    """How many ranks exchange how many rows, in which way."""
+
+    ranks: int
+    total: int
+    ranks_per_host: int | None = None
+    gradient_dtype: torch.dtype = torch.float32
+    frozen: bool = False
+
+    def asked(self, name: str, rank: int) -> list[int]:
+        """The row ids that a rank looks up in one case of ASKED."""
+        return [row % self.total for row in ASKED[name][rank % 4]]
+
+    def owned(self, rank: int) -> range:
+        return range(*owned_range(self.total, rank, self.ranks, self.ranks_per_host))
+
+    def is_trained(self, row: int) -> bool:
+        return not self.frozen or row % 3 != 0
+
+    def table(self) -> Tensor:
+        return initial_rows(0, self.total, WIDTH, 0.1, seed=0)
+
+
+@dataclass
+class Outcome:
+    """Of one case on one rank: what was fetched, summed, sent, and fetched again after some of every owner's rows changed."""
+
+    rows: Tensor
+    touched: Tensor
+    sums: RowGradientSums
+    payload_bytes: int
+    sent_bytes: int
+    network_bytes: int
+    renewed: Tensor
+    own_rows: Tensor
+
+
+class SentBytes:
+    """Counts what all-to-alls send to other ranks, while it stands in for torch's."""
+
+    def __init__(self) -> None:
+        self.original, self.count = dist.all_to_all_single, 0
+
+    def __call__(self, output: Tensor, sent: Tensor, out: Any = None, into: Any = None, group: Any = None) -> Any:
+        keeps = sent.shape[0] // dist.get_world_size(group) if into is None else into[dist.get_rank(group)]
+        self.count += (sent.shape[0] - keeps) * sent[:1].nbytes if sent.shape[0] else 0
+        return self.original(output, sent, out, into, group=group)
+
+
+def exchanged(setting: Setting) -> dict[str, Outcome]:
+    """One rank's outcome of each case. Gradients of rank r's look-ups are r + 1."""
     dist.init_process_group("gloo")
     grid = ProcessGrid.create(GridShape(data=dist.get_world_size()))
-    rank, size = grid.rank, grid.shape.world_size
-    start, stop = owned_range(total, rank, size, ranks_per_host)
-    table = initial_rows(0, total, WIDTH, 0.1, seed=0)
-    own = table[start:stop].clone()
+    start, stop = owned_range(setting.total, grid.rank, setting.ranks, setting.ranks_per_host)
+    own = setting.table()[start:stop]
     exchange = make_exchange(
-        total,
+        setting.total,
         grid.table_group,
-        ranks_per_host=ranks_per_host,
+        ranks_per_host=setting.ranks_per_host,
         kernels=RowKernels(),
-        gradient_dtype=gradient_dtype,
-        trained_rows=no_thirds if frozen else None,
+        gradient_dtype=setting.gradient_dtype,
+        trained_rows=no_thirds if setting.frozen else None,
     )
-    went_out = 0
-    original = dist.all_to_all_single
-
-    def counted(output: Tensor, sent: Tensor, out: Any = None, into: Any = None, group: Any = None) -> Any:
-        nonlocal went_out
-        keeps = sent.shape[0] // dist.get_world_size(group) if into is None else into[dist.get_rank(group)]
-        went_out += (sent.shape[0] - keeps) * sent[:1].nbytes if sent.shape[0] else 0
-        return original(output, sent, out, into, group=group)
-
-    dist.all_to_all_single = counted
-    results: dict[str, dict[str, Any]] = {}
-    for name, asked in ASKED.items():
-        ids = torch.tensor([row % total for row in asked[rank % 4]], dtype=torch.int64)
-        went_out = 0
+    row_bytes, grad_bytes = 4 * WIDTH, setting.gradient_dtype.itemsize * WIDTH
+    outcomes = {}
+    for name in ASKED:
+        ids = torch.tensor(setting.asked(name, grid.rank), dtype=torch.int64)
+        dist.all_to_all_single = counted = SentBytes()
         plan = exchange.plan(ids)
         rows = exchange.fetch(plan, lambda index: own[index])
-        grad = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
-        index, sums = exchange.return_gradients(plan, RowGradientSums(grad, grad.square().sum(1)))
-        told = exchange.payload_bytes(plan, 4 * WIDTH, gradient_dtype.itemsize * WIDTH)
-        results[name] = {
-            "rows": rows[plan.slots].clone(),
-            "index": index + start,
-            "grad": sums.total,
-            "squares": sums.squares,
-            "bytes": (told, went_out),
-            "network": exchange.network_bytes(plan, 12, 12) if isinstance(exchange, TwoLevelExchange) else told,
-        }
-        changed = torch.arange(stop - start)[rank % 2 :: 2]  # some of every owner's rows
+        grad = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (grid.rank + 1))
+        touched, sums = exchange.return_gradients(plan, RowGradientSums(grad, grad.square().sum(1)))
+        dist.all_to_all_single = counted.original
+        payload = exchange.payload_bytes(plan, row_bytes, grad_bytes)
+        is_flat = setting.ranks_per_host is None
+        network = payload if is_flat else exchange.network_bytes(plan, row_bytes, grad_bytes)
+        fetched = rows[plan.slots].clone()
+        changed = torch.arange(stop - start)[grid.rank % 2 :: 2]  # some of every owner's rows
         own[changed] += 1.0
         exchange.refresh(plan, rows, changed, lambda index: own[index])
-        results[name]["renewed"] = rows[plan.slots]
-        results[name]["own"] = own.clone()
-        own.copy_(table[start:stop])
-    dist.all_to_all_single = original
-    return results
+        outcomes[name] = Outcome(
+            fetched, touched + start, sums, payload, counted.count, network, rows[plan.slots], own.clone()
+        )
+        own.copy_(setting.table()[start:stop])
+    return outcomes
 
 
-@pytest.mark.parametrize(
-    ("ranks", "total", "ranks_per_host", "gradient_dtype", "frozen"),
-    [(1, 11, None, HALF, True), (3, 11, None, HALF, True), (3, 2, None, torch.float32, False),
-     (4, 11, 2, torch.float32, True), (4, 11, 4, HALF, True),
-     (4, 3, 1, torch.float32, False)],
-)  # fmt: skip
-def test_a_lookup_and_a_sum(
-    ranks: int, total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype, frozen: bool
-) -> None:
-    table = initial_rows(0, total, WIDTH, 0.1, seed=0)
-    results = run_ranks(ranks, rank_cases, total, ranks_per_host, gradient_dtype, frozen)
-    ranges = [owned_range(total, rank, ranks, ranks_per_host) for rank in range(ranks)]
-    assert sorted(ranges) == list(pairwise(split_bounds(total, ranks)))
-    for name, asked in ASKED.items():
-        lists = [[row % total for row in asked[rank % 4]] for rank in range(ranks)]
-        expected, renewed = torch.zeros(total), torch.empty(total, WIDTH)
-        for rank, ids in enumerate(lists):
-            for row in ids:
+SETTINGS = [
+    Setting(1, 11, gradient_dtype=HALF, frozen=True),
+    Setting(3, 11, gradient_dtype=HALF, frozen=True),
+    Setting(3, 2),
+    Setting(4, 11, ranks_per_host=2, frozen=True),
+    Setting(4, 11, ranks_per_host=4, gradient_dtype=HALF, frozen=True),
+    Setting(4, 3, ranks_per_host=1),
+]
+Outcomes = tuple[Setting, dict[str, list[Outcome]]]
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=str)
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """A setting, and the outcomes of all its ranks by case."""
+    setting: Setting = request.param
+    results = run_ranks(setting.ranks, exchanged, setting)
+    return setting, {name: [result[name] for result in results] for name in ASKED}
+
+
+def test_every_rank_gets_the_rows_that_it_asks_for(outcomes: Outcomes) -> None:
+    setting, cases = outcomes
+    for name, ranks in cases.items():
+        for rank, outcome in enumerate(ranks):
+            assert torch.equal(outcome.rows, setting.table()[setting.asked(name, rank)]), name
+
+
+def test_owners_get_the_sum_of_all_ranks_gradients(outcomes: Outcomes) -> None:
+    """Of each trained row that was looked up, once; and its square. Local rows ascend."""
+    setting, cases = outcomes
+    for name, ranks in cases.items():
+        expected = torch.zeros(setting.total)
+        for rank in range(setting.ranks):
+            for row in setting.asked(name, rank):
                 expected[row] += rank + 1
-            renewed[slice(*ranges[rank])] = results[rank][name]["own"]
-        for rank, ids in enumerate(lists):
-            own = results[rank][name]
-            assert torch.equal(own["rows"], table[ids]), name
-            assert torch.equal(own["renewed"], renewed[ids]), name
-            told, went_out = own["bytes"]
-            assert told == went_out
-            if ranks_per_host is None:
-                mine = range(*ranges[rank])
-                asked = {row for row in ids if row not in mine}
-                returned = len({row for row in asked if not (frozen and row % 3 == 0)})
-                others = [other for number, other in enumerate(lists) if number != rank]
-                serves = sum(len({row for row in other if row in mine}) for other in others)
-                gradient = gradient_dtype.itemsize * WIDTH
-                assert told == 8 * (ranks - 1) + len(asked) * 8 + returned * gradient + serves * 4 * WIDTH
-        owned = torch.cat([result[name]["index"] for result in results])
-        moving = {row for ids in lists for row in ids if not (frozen and row % 3 == 0)}
-        assert owned.sort().values.tolist() == sorted(moving)
-        grads = torch.cat([result[name]["grad"] for result in results])
-        assert torch.equal(grads[:, 0], expected[owned])
-        assert torch.equal(torch.cat([result[name]["squares"] for result in results]), grads.square().sum(1))
-        assert all((result[name]["index"].diff() > 0).all() for result in results)
+        touched = torch.cat([outcome.touched for outcome in ranks])
+        looked_up = {row for rank in range(setting.ranks) for row in setting.asked(name, rank)}
+        assert touched.sort().values.tolist() == sorted(filter(setting.is_trained, looked_up)), name
+        total = torch.cat([outcome.sums.total for outcome in ranks])
+        assert torch.equal(total, expected[touched].unsqueeze(1).expand_as(total)), name
+        assert torch.equal(torch.cat([outcome.sums.squares for outcome in ranks]), total.square().sum(1)), name
+        for rank, outcome in enumerate(ranks):
+            assert (outcome.touched.diff() > 0).all()
+            assert set(outcome.touched.tolist()) <= set(setting.owned(rank))
+
+
+def test_payload_bytes_are_what_is_sent(outcomes: Outcomes) -> None:
+    """Over a flat exchange also by the formula: counts, ids asked for, rows served, gradients of trained rows returned."""
+    setting, cases = outcomes
+    gradient = setting.gradient_dtype.itemsize * WIDTH
+    for name, ranks in cases.items():
+        for rank, outcome in enumerate(ranks):
+            assert outcome.payload_bytes == outcome.sent_bytes, name
+            if setting.ranks_per_host is not None:
+                continue
+            own = setting.owned(rank)
+            asked = {row for row in setting.asked(name, rank) if row not in own}
+            others = [other for other in range(setting.ranks) if other != rank]
+            served = sum(len({row for row in setting.asked(name, other) if row in own}) for other in others)
+            returned = sum(map(setting.is_trained, asked))
+            expected = 8 * (setting.ranks - 1) + 8 * len(asked) + served * 4 * WIDTH + returned * gradient
+            assert outcome.payload_bytes == expected, name
+
+
+def test_fetched_rows_are_renewed(outcomes: Outcomes) -> None:
+    """As those of a step fetched ahead, after an update of some of every owner's rows."""
+    setting, cases = outcomes
+    for name, ranks in cases.items():
+        now = torch.empty(setting.total, WIDTH)
+        for rank, outcome in enumerate(ranks):
+            now[list(setting.owned(rank))] = outcome.own_rows
+        for rank, outcome in enumerate(ranks):
+            assert torch.equal(outcome.renewed, now[setting.asked(name, rank)]), name
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_ranks_own_all_rows_in_even_ranges(setting: Setting) -> None:
+    ranges = [owned_range(setting.total, rank, setting.ranks, setting.ranks_per_host) for rank in range(setting.ranks)]
+    assert sorted(ranges) == list(pairwise(split_bounds(setting.total, setting.ranks)))
 
 
 def test_two_levels_send_a_hosts_common_rows_once() -> None:
-    """Everybody asks for all rows: across hosts goes what one rank of a host wants, not what both want."""
-    flat = run_ranks(4, rank_cases, 11, None, torch.float32)
-    levels = run_ranks(4, rank_cases, 11, 2, torch.float32)
-    across = sum(result["everything"]["network"] for result in levels)
+    """Every rank asks for all rows: across hosts goes what one rank of a host wants, not what both want."""
+    flat, two_level = Setting(4, 11), Setting(4, 11, ranks_per_host=2)
+    network_bytes = [
+        sum(result["everything"].network_bytes for result in run_ranks(4, exchanged, setting))
+        for setting in (flat, two_level)
+    ]
     hosts = [[0, 1], [2, 3]]
-    ranges = [range(*owned_range(11, rank, 4, 2)) for rank in range(4)]
-    foreign = sum(len(ranges[owner]) for host in hosts for owner in range(4) if owner not in host)
-    assert across == 4 * 8 + foreign * (8 + 12 + 12)
-    assert across < sum(result["everything"]["network"] for result in flat) / 2
+    foreign = sum(len(two_level.owned(owner)) for host in hosts for owner in range(4) if owner not in host)
+    assert network_bytes[1] == 4 * 8 + foreign * (8 + 12 + 12)
+    assert network_bytes[1] < network_bytes[0] / 2
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 64])
