@@ -12,9 +12,9 @@ from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.environment import usable_devices
 from overtok_megatron.errors import ConfigError, OvertokError
 from overtok_megatron.parallel.devices import num_accelerators

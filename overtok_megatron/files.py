@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, follow the umask, and never replace a file that is not ours.
 
 Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Not here:
-checkpoints (checkpoint/store.py) and datasets of several parts (data/partial.py), which outlive a kill in their own ways.
+checkpoints (checkpoint/store.py) and datasets of several parts (data/partial_set.py), which outlive a kill in their own ways.
 """
 
 import codecs

@@ -120,8 +120,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _train_tokenizer(options: argparse.Namespace) -> int:
     from overtok_megatron.data.preparing.account import Account
     from overtok_megatron.data.preparing.inputs import find_inputs
+    from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
     from overtok_megatron.data.tokenizers.loading import load_tokenizer
-    from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 
     output = Path(options.output)
     inputs = find_inputs(options.inputs, _reading(options), outputs=[output])

@@ -16,11 +16,11 @@ from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.indexed import IndexedDataset, IndexedWriter
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sampler import SampleOrder
 from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.errors import DataError
 from support.dataset_factory import write_dataset
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
+from overtok_megatron.data.partial_set import Counts, PartialSet
 from overtok_megatron.data.preparing.account import Account, LeftOut
 from overtok_megatron.data.preparing.encoding import DocumentEncoder, encode_all
 from overtok_megatron.data.preparing.journal import Journal
 from overtok_megatron.data.preparing.ownership import abandoned_paths, journal_path, refuse_outputs
-from overtok_megatron.data.preparing.partial import Counts, PartialSet
 from overtok_megatron.data.preparing.sources import Chunk, Position, ReadOptions, read_chunks
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import DataError
