@@ -82,7 +82,7 @@ def main(overrides: list[str]) -> int:
         prepare_data(Path(config.tokenizer.path).parent, config.model.vocab_size)
         runs = curves(overrides)
     except OvertokError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         return error.returncode

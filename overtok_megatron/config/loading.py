@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from overtok_megatron.config import dialect
 from overtok_megatron.config.alternatives import superseded
-from overtok_megatron.config.explanations import explain, known_keys
+from overtok_megatron.config.explanations import explain
+from overtok_megatron.config.known_keys import known_keys
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
@@ -43,7 +44,7 @@ class LoadedConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a file with the files that it inherits from, apply `section.key=value` overrides, check every key and type.
 
-    Raises ConfigError, one line: place, key, value, and what is allowed.
+    Raises ConfigError, a line for each wrong key: place, key, value, and what is allowed.
     """
     values, places = _read_with_bases(Path(path), ())
     return _resolve(values, places, overrides, str(path))
@@ -59,7 +60,7 @@ def change_config(config: RunConfig, overrides: Sequence[str], source: str) -> L
 
 def _resolve(values: dict[str, Any], places: dict[str, str], overrides: Sequence[str], source: str) -> LoadedConfig:
     """Apply overrides to `values` and check every key and type; source: what stands for the place of a missing key."""
-    given = [_parse_override(override) for override in overrides]
+    given = _parse_overrides(overrides)
     own = {name: inner for key, value in given for name, inner in [(key, value), *_leaves(value, f"{key}.")]}
     _give_way(values, own, places, dict.fromkeys(own, COMMAND_LINE))
     for key, value in given:
@@ -69,7 +70,7 @@ def _resolve(values: dict[str, Any], places: dict[str, str], overrides: Sequence
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error.errors(), places, source)) from None
+        raise ConfigError(*explain(error.errors(), places, source)) from None
     raw = dialect.unwritable(config.deepspeed)
     if raw is not None:
         place = places.get("deepspeed", source)
@@ -158,6 +159,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(values, dict):
         raise ConfigError(line(path, f"must hold sections (model:, data:, ...), found {type(values).__name__}"))
     return values, places
+
+
+def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Key and value of each; raises ConfigError, a line for each of those that cannot be read."""
+    given, wrong = [], []
+    for override in overrides:
+        try:
+            given.append(_parse_override(override))
+        except ConfigError as error:
+            wrong += error.lines
+    if wrong:
+        raise ConfigError(*wrong)
+    return given
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
