@@ -16,8 +16,9 @@ _ROUNDS = 6
 
 
 class SampleOrder:
-    """Samples of seq_length + 1 tokens at stride seq_length over a stream, in an order drawn anew for each epoch.
+    """Where samples begin: at stride seq_length over a stream, in an order drawn anew for each epoch.
 
+    A sample has seq_length tokens and at least one more behind them; batches.py knows how many are read.
     Sample i (0, 1, ... without end) belongs to epoch i // samples_per_epoch. The position in the data is this one number.
     """
 

@@ -83,12 +83,12 @@ class Trainer:
         )
         self.batches = TrainBatches(
             self.data.train,
-            config.data.seq_length,
-            config.training.micro_batch_size,
-            self.trainer.num_micro_batches,
-            self.grid.data_rank,
-            self.grid.shape.data,
-            config.data.shuffle_seed,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.training.micro_batch_size,
+            num_micro_batches=self.trainer.num_micro_batches,
+            data_parallel_rank=self.grid.data_rank,
+            data_parallel_size=self.grid.shape.data,
+            seed=config.data.shuffle_seed,
         )
         self.tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self.flops_per_token = counts.flops_per_token(config)
