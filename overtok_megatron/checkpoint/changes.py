@@ -8,28 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.checkpoint.store import Manifest
+from overtok_megatron.config.model_keys import MODEL_KEYS
 from overtok_megatron.errors import CheckpointError
 
 _NEW_RUN = "set another training.output_directory"
 _FROM_WEIGHTS = "start a new run from it by training.initial_checkpoint"
 
-# Keys that define the model: nothing can go on from the weights of another one. None = every key of the section.
-MODEL_KEYS: dict[str, tuple[str, ...] | None] = {
-    "model": None,
-    "over_encoding": (
-        "enabled",
-        "ngram_order",
-        "num_slices",
-        "table_rows",
-        "row_width",
-        "added",
-        "combine",
-        "pad_id",
-        "boundary",
-        "hash_base",
-        "row_dtype",
-    ),
-}
 # Of the run that is gone on with; a new run that takes only the weights may differ in them.
 RUN_KEYS: dict[str, str] = {
     "training.precision": "the master weights are of that precision",

@@ -36,7 +36,7 @@ def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import load_config
     from overtok_megatron.data.tokenizers.kept import find_tokenizer
-    from overtok_megatron.data.tokenizers.loading import load_tokenizer
+    from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 
     for flag, value in (("--tokenizer-type", options.tokenizer_type), ("--eod-token", options.eod_token)):
         if value is not None:
@@ -44,7 +44,7 @@ def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
     trained = CheckpointStore(path.parent).latest()
     fingerprint = None if trained is None else read_manifest(trained).tokenizer_fingerprint
     section = find_tokenizer(load_config(path).config, path.parent, fingerprint)
-    return load_tokenizer(section.type, section.path, section.eod_token)
+    return configured_tokenizer(section)
 
 
 def _reading(options: argparse.Namespace) -> "ReadOptions":

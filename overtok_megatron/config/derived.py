@@ -55,6 +55,12 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // ranks_per_replica(config)
 
 
+def even_parts(total: int, parts: int) -> list[int]:
+    """`total` things in parts as even as can be, earlier parts one more."""
+    base, remainder = divmod(total, parts)
+    return [base + (index < remainder) for index in range(parts)]
+
+
 def blocks_per_stage(config: RunConfig) -> list[int]:
     """How many blocks each pipeline stage holds, by parallel.pipeline_partition.
 
@@ -66,8 +72,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     if isinstance(partition, list):
         return partition
     if partition == "uniform":
-        base, remainder = divmod(model.num_layers, stages)
-        return [base + (index < remainder) for index in range(stages)]
+        return even_parts(model.num_layers, stages)
     block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
@@ -87,8 +92,13 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
 
 
+def hash_base(config: RunConfig) -> int:
+    """p of the n-gram ids."""
+    return config.over_encoding.hash_base or config.model.vocab_size
+
+
 def row_width(model: ModelConfig, over: OverEncodingConfig) -> int:
-    """w, values a row."""
+    """w, values per row."""
     return over.row_width or model.hidden_size // ((over.ngram_order - 1) * over.num_slices)
 
 

@@ -1,4 +1,4 @@
-"""What does not fit the schema, a line for each key: place, key, value, what is allowed, the nearest known key."""
+"""What does not fit the schema, a line for each key: origin, key, value, what is allowed, the nearest known key."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -68,11 +68,11 @@ class _Mistake:
         return next((known_keys()[one] for one in self.ancestors if one in known_keys()), "")
 
 
-def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -> list[str]:
+def explain(errors: Sequence[ErrorDetails], origins: dict[str, str], path: str) -> list[str]:
     """A line for each key that pydantic's errors are about: unknown keys, then wrong values, then missing keys.
 
-    places: where each dotted key was given; path: what stands for the place of a missing key. A key is not called missing where
-    an unknown one, beside it or with a similar name, may be meant for it.
+    origins: where each dotted key was given; path: what stands for the origin of a missing key. A key is not called missing
+    where an unknown one, beside it or with a similar name, may be meant for it.
     """
     # schema.py marks the forms of a key by <..>
     mistakes = [_Mistake(one, [str(part) for part in one["loc"] if not str(part).startswith("<")]) for one in errors]
@@ -80,7 +80,7 @@ def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -
     first: dict[str, _Mistake] = {}
     for mistake in _independent(mistakes):
         first.setdefault(mistake.subject, mistake)
-    lines = [line(_place(mistake, places, path), _text(mistake)) for mistake in [*first.values()][:MOST_TOLD]]
+    lines = [line(_origin(mistake, origins, path), _text(mistake)) for mistake in [*first.values()][:MOST_TOLD]]
     if len(first) > MOST_TOLD:
         lines.append(line(path, f"{len(first) - MOST_TOLD} more keys are wrong or missing; correct these first"))
     return lines
@@ -97,10 +97,10 @@ def _independent(mistakes: Sequence[_Mistake]) -> Iterator[_Mistake]:
             yield mistake
 
 
-def _place(mistake: _Mistake, places: dict[str, str], path: str) -> str:
+def _origin(mistake: _Mistake, origins: dict[str, str], path: str) -> str:
     key = mistake.key
-    within = next((name for name in places if name.startswith(f"{key}.")), key)  # where an override gave a part of it
-    return next((places[name] for name in (key, within, *mistake.ancestors) if name in places), path)
+    within = next((name for name in origins if name.startswith(f"{key}.")), key)  # where an override gave a part of it
+    return next((origins[name] for name in (key, within, *mistake.ancestors) if name in origins), path)
 
 
 def _text(mistake: _Mistake) -> str:

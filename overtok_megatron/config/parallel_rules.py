@@ -3,7 +3,12 @@
 import math
 from collections.abc import Iterator
 
-from overtok_megatron.config.derived import accumulation_steps, blocks_per_stage, data_parallel_size
+from overtok_megatron.config.derived import (
+    accumulation_steps,
+    blocks_per_stage,
+    data_parallel_size,
+    even_parts,
+)
 from overtok_megatron.config.nearest import nearest_divisor, nearest_multiple, number_does
 from overtok_megatron.config.problems import PROCESSES, Problem, problem
 from overtok_megatron.config.schema import RunConfig
@@ -69,7 +74,7 @@ def _pipeline_problems(config: RunConfig) -> Iterator[Problem]:
     if isinstance(partition, list) and (len(partition) != stages or sum(partition) != layers):
         even = "does"
         if stages <= 16:
-            even = f"is {[layers // stages + (index < layers % stages) for index in range(stages)]}"
+            even = f"is {even_parts(layers, stages)}"
         reason = f"must be {stages} numbers (pipeline_parallel_size) with the sum {layers} (model.num_layers); uniform {even}"
         yield problem(_PARTITION, partition, reason, (_PIPELINE,))
     if stages == 1:

@@ -38,14 +38,14 @@ def refuse(problems: Iterable[Problem], locate: Locate) -> None:
     wrong: dict[str, str] = {}
     for one in problems:
         if wrong.keys().isdisjoint((one.key, *one.reads)):
-            wrong[one.key] = line(_place(one.key, locate), f"{short(one.key)}: {one.message}")
+            wrong[one.key] = line(_origin(one.key, locate), f"{short(one.key)}: {one.message}")
     if wrong:
         raise ConfigError(*wrong.values())
 
 
-def _place(key: str, locate: Locate) -> str:
+def _origin(key: str, locate: Locate) -> str:
     """Where a key was given; where nobody gave it, its section. An option is given on the command line."""
     if key.startswith("--"):
         return COMMAND_LINE
-    place = locate(key)
-    return locate(key.partition(".")[0]) if place == DEFAULT else place
+    origin = locate(key)
+    return locate(key.partition(".")[0]) if origin == DEFAULT else origin

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from overtok_megatron.config.collisions import LARGEST_ROWS, collision_problem
+from overtok_megatron.config.derived import hash_base
 from overtok_megatron.config.nearest import nearest_divisor, number_does
 from overtok_megatron.config.problems import PROCESSES, Problem, problem
 from overtok_megatron.config.schema import RunConfig
@@ -89,7 +90,7 @@ def _table_sizes(config: RunConfig) -> Iterator[_TableSizes]:
 
 def _collisions(config: RunConfig) -> Iterator[tuple[_TableSizes, str]]:
     """Sizes within bounds whose ids collide more than they must, with the reason and a way out."""
-    base = config.over_encoding.hash_base or config.model.vocab_size
+    base = hash_base(config)
     for sizes in _table_sizes(config):
         found = None if sizes.rows > sizes.most else collision_problem(sizes.rows, base, sizes.tables)
         if found is not None:

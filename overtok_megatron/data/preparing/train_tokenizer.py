@@ -99,8 +99,8 @@ def _sample(lines: Iterable[str], size: int) -> list[str]:
     for seen, line in enumerate(lines):
         if seen < size:
             kept.append(line)
-        elif (place := generator.randrange(seen + 1)) < size:
-            kept[place] = line
+        elif (index := generator.randrange(seen + 1)) < size:
+            kept[index] = line
     return kept
 
 

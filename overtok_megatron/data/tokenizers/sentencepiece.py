@@ -70,30 +70,31 @@ class SentencePieceTokenizer:
         return text
 
     def undecided(self, token: int) -> bool:
-        """Else a space is left out only at the begin, and bytes that are no character are shown one by one."""
+        """Where no rules rewrite a decoded text, only a space at its beginning is dropped, and bytes that are not a character
+        are shown one by one: neither changes with what follows."""
         return self._rewrites
 
     @cached_property
     def _rewrites(self) -> bool:
         """Whether the model has rules that change a decoded text once more. Its library does not tell, the file does."""
         content = self._processor.serialized_model_proto()
-        place = 0
-        while place < len(content):  # one message of protobuf's, all of whose fields have a length
-            tag, place = _varint(content, place)
-            size, place = _varint(content, place)
+        offset = 0
+        while offset < len(content):  # one message of protobuf's, all of whose fields have a length
+            tag, offset = _varint(content, offset)
+            size, offset = _varint(content, offset)
             if tag >> 3 == _DENORMALIZER and size:
                 return True
-            place += size
+            offset += size
         return False
 
     def fingerprint(self) -> str:
         return self._digest
 
 
-def _varint(content: bytes, place: int) -> tuple[int, int]:
-    """(a number as protobuf writes it, the place behind it)"""
+def _varint(content: bytes, offset: int) -> tuple[int, int]:
+    """(the number that protobuf wrote at `offset`, the offset behind it)"""
     value = shift = 0
-    while content[place] >= 128:
-        value |= (content[place] & 127) << shift
-        place, shift = place + 1, shift + 7
-    return value | content[place] << shift, place + 1
+    while content[offset] >= 128:
+        value |= (content[offset] & 127) << shift
+        offset, shift = offset + 1, shift + 7
+    return value | content[offset] << shift, offset + 1
