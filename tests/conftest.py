@@ -9,6 +9,8 @@ from overtok_megatron.environment import set_library_defaults
 
 set_library_defaults(os.environ)  # before torch is imported below
 
+pytest.register_assert_rewrite("support")  # their assertions say what was compared, as those of tests do
+
 from support.marker_expressions import asks_for_gpu  # noqa: E402
 from support.small_models import small_model  # noqa: E402
 from support.trained_runs import plain_model, trained_runs  # noqa: E402

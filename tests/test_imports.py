@@ -1,7 +1,12 @@
 """The rooms know each other in one direction only, and only one room knows DeepSpeed."""
 
 import ast
+import re
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
+
+from overtok_megatron.training.deepspeed import KNOWN_RELEASE
 
 PACKAGE = Path(__file__).parent.parent / "overtok_megatron"
 TESTS = Path(__file__).parent
@@ -88,15 +93,60 @@ def test_imports_inside_data_go_one_way() -> None:
         assert own == "__init__" or {one[2] for one in parts} <= known[own] | {own}, path.name
 
 
-def test_only_what_touches_the_engine_imports_deepspeed() -> None:
-    users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
-             if any(name.split(".")[0] == "deepspeed" for name in imported(path))}  # fmt: skip
-    assert users == {
-        "training/engine.py",
-        "training/processes.py",
-        "training/deepspeed/pipeline_stage.py",
-        "training/deepspeed/optimizer_state.py",
-    }
+def outside_deepspeed() -> dict[str, str]:
+    """The text of every file of the package but those that know DeepSpeed's internals, by name."""
+    files = (path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "training" / "deepspeed"))
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in files}
+
+
+def test_one_folder_imports_deepspeed() -> None:
+    users = [name for name in outside_deepspeed()
+             if any(module.split(".")[0] == "deepspeed" for module in imported(PACKAGE / name))]  # fmt: skip
+    assert not users
+
+
+# DeepSpeed's classes, attributes and the keys of its files that the adapters know; they change without notice.
+PRIVATE_NAMES = [
+    "DeepSpeedZeroOptimizer", "BF16_Optimizer", "FP16_",
+    "scaled_global_norm", "_get_norm_groups", "get_grads_for_norm", "unscale_and_clip_grads", "_global_grad_norm",
+    "get_global_grad_norm", "clip_fp32_gradients", "clip_grad", "_hp_mapping", "hp_fragment", "lp_fragment",
+    "single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat", "fp16_groups",
+    "fp32_groups", "fp32_flat_groups", "param_slice_mappings", "param_shapes", "base_optimizer_state", "ds_tensor",
+    "_get_param_partition_rank", "grad_position", "get_param_id", "sub_group_to_group_id", "checkpoint_engine",
+    "global_steps", "global_samples", "GatheredParameters", "__compatible_ops__",
+    "init_distributed", "_partition_layers", "_index_tied_modules", "tied_comms", "ds_pipe_replicated",
+    "universal_checkpoint", "parameter_with_", "tp_replicated_parameter_patterns",
+]  # fmt: skip
+
+
+def test_one_folder_knows_deepspeeds_private_names() -> None:
+    """Two files must know some of them: the reader of DeepSpeed's files, which may not import training, and the metadata on
+    parameters, which DeepSpeed reads."""
+
+    def known(text: str) -> set[str]:
+        return {word for word in PRIVATE_NAMES if re.search(rf"(?<![A-Za-z_]){re.escape(word)}", text)}
+
+    found = {name: words for name, text in outside_deepspeed().items() if (words := known(text))}
+    inside = (path.read_text(encoding="utf-8") for path in (PACKAGE / "training" / "deepspeed").glob("*.py"))
+    assert set.union(*found.values(), *map(known, inside)) == set(PRIVATE_NAMES), "names that nobody uses any more"
+    assert found == {
+        "checkpoint/engine_state.py": {
+            "base_optimizer_state", "fp32_flat_groups", "fp32_groups", "param_shapes", "param_slice_mappings",
+            "single_partition_of_fp32_groups",
+        },
+        "parallel/splits.py": {"ds_pipe_replicated"},
+    }  # fmt: skip
+
+
+def test_the_adapters_know_the_installed_and_the_pinned_deepspeed() -> None:
+    root = PACKAGE.parent
+    pins = (root / "launchers" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"deepspeed=={KNOWN_RELEASE}" in pins
+    needed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    (allowed,) = (line.removeprefix("deepspeed") for line in needed if line.startswith("deepspeed"))
+    major, minor = (int(part) for part in KNOWN_RELEASE.split(".")[:2])
+    assert allowed == f">={KNOWN_RELEASE},<{major}.{minor + 1}"
+    assert version("deepspeed").split("+")[0].startswith(f"{major}.{minor}.")
 
 
 def test_models_do_not_touch_torch_distributed_but_for_its_types() -> None:

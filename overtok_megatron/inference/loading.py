@@ -13,7 +13,7 @@ from overtok_megatron.checkpoint.tables import FOLDER, load_rows
 from overtok_megatron.config.run_places import located, run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
-from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
@@ -81,7 +81,7 @@ def load_trained(
     if storage != "mapped":
         over = config.over_encoding.model_copy(update={"storage": storage, "ranks_per_host": None})
         config = config.model_copy(update={"over_encoding": over})
-    tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path, config.tokenizer.eod_token)
+    tokenizer = configured_tokenizer(config.tokenizer)
     _check_tokenizer(tokenizer, manifest, config, path)
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=manifest.eod_id)

@@ -20,6 +20,7 @@ from overtok_megatron.checkpoint.dense import read_parts
 from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
 from overtok_megatron.checkpoint.writing import save_tensors
+from overtok_megatron.config.derived import hash_base
 from overtok_megatron.config.run_places import run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
@@ -157,7 +158,7 @@ def encoder_settings(config: RunConfig, eod_id: int) -> dict[str, Any]:
         "row_width": space.width,
         "projections": projections,
         "combine": over.combine,
-        "hash_base": over.hash_base or config.model.vocab_size,
+        "hash_base": hash_base(config),
         "pad_id": over.pad_id,
         "boundary": over.boundary,
         "eod_id": eod_id,

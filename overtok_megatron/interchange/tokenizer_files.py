@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.files import read_text
 from overtok_megatron.interchange.passage import PASSAGE
 
@@ -25,7 +25,7 @@ _SPACE = "\u2581"  # sentencepiece's sign for a space
 def write_tokenizer(config: RunConfig, folder: Path, eod_id: int) -> list[str]:
     """Write the tokenizer's files into an exported folder; returns notes for the user where it cannot be had in full."""
     section = config.tokenizer
-    tokenizer = load_tokenizer(section.type, section.path, section.eod_token)
+    tokenizer = configured_tokenizer(section)
     if section.type == "hugging_face":
         assert section.path is not None
         path = Path(section.path)

@@ -1,1 +1,4 @@
-"""Implementations of the passes over activations: torch's, this project's on CPU, NVIDIA apex's. Chosen once, by a key."""
+"""Implementations of passes over activations and over table rows: torch's operators, compiled loops on CPU, Triton, apex.
+
+`choose_kernels` chooses them once per device (training.kernels); the result is passed down as an argument.
+"""

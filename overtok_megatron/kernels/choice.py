@@ -1,6 +1,6 @@
-"""Which implementation runs: this project's loops on CPU, NVIDIA's apex where it is, torch's own operators otherwise.
+"""Which implementation runs: this project's loops on CPU; Triton and NVIDIA's apex on CUDA if importable, else torch.
 
-The PyPI package called `apex` is a web toolkit without any of this; it is told apart by what it lacks, and ignored.
+The PyPI package called `apex` is an unrelated web toolkit; it has none of the modules that `apex_parts` imports.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ def torch_adamw(groups: Groups, lr: float, betas: tuple[float, float], eps: floa
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """One implementation of each pass; signatures and meaning are those of reference.py, the default."""
+    """One implementation of each pass. Signatures and meaning are those of reference.py and rows.py, which are the default."""
 
     name: str = "torch"
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
@@ -39,10 +39,10 @@ class Kernels:
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
     adamw: AdamW = torch_adamw
-    rows: RowKernels = RowKernels()  # noqa: RUF009  # without state
+    rows: RowKernels = RowKernels()  # noqa: RUF009  # it has no state
 
     def choose_adamw(self, *, offloaded: bool) -> AdamW:
-        """AdamW of these kernels, or torch's where the optimizer's state is offloaded to the CPU: apex's knows CUDA only."""
+        """AdamW of these kernels, or torch's if the optimizer's state is offloaded to the CPU: apex's runs on CUDA only."""
         return torch_adamw if offloaded else self.adamw
 
 
@@ -53,7 +53,7 @@ def apex_parts() -> tuple[Callable[..., Tensor], Callable[..., torch.optim.Optim
         optimizers = importlib.import_module("apex.optimizers")
         importlib.import_module("fused_layer_norm_cuda")
         importlib.import_module("amp_C")
-    except Exception:  # an unrelated package may fail in any way at all when it is imported
+    except Exception:  # an unrelated package of this name may raise anything when it is imported
         return None
     norm = getattr(norms, "fused_rms_norm_affine", None)
     adam = getattr(optimizers, "FusedAdam", None)
@@ -65,11 +65,12 @@ def _cuda_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def choose_kernels(choice: str, device: torch.device) -> Kernels:
-    """`auto`: the compiled loops on CPU; on CUDA Triton for rows, apex for the rest where it imports, else torch.
+    """The kernels of `training.kernels` on a device.
 
-    `torch`: torch's operators alone. `apex`: as auto, and an error without apex.
+    `auto`: on CPU the compiled loops; on CUDA Triton for table rows, and apex for the rest if it can be imported, else torch.
+    `torch`: torch's operators only. `apex`: as auto, but apex is required.
 
-    Raises ConfigError where apex is asked for and is not to be had.
+    Raises ConfigError where apex is required and cannot be imported.
     """
     cuda = device.type == "cuda"
     parts = apex_parts() if cuda and choice != "torch" else None
@@ -94,7 +95,7 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
 
 
 def _cuda_row_kernels() -> RowKernels:
-    """Triton's, where torch brought it along; the same sums in another order otherwise."""
+    """Triton's kernels if Triton is installed with torch, else torch's operators, which sum in another order."""
     try:
         from overtok_megatron.kernels.triton_rows import TritonRowKernels
     except ImportError:

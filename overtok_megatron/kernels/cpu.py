@@ -1,6 +1,6 @@
-"""The passes on CPU through the compiled loops of cpu.cpp, and attention in tiles that stay in cache.
+"""Passes over activations on CPU by the compiled loops of cpu.cpp, and attention in tiles that stay in cache.
 
-Same signatures and results as reference.py, to rounding. Shapes as there.
+Signatures, shapes and, to rounding, results are those of reference.py. Passes over table rows are in cpu_rows.py.
 """
 
 import ctypes
@@ -12,9 +12,9 @@ from torch import Tensor
 from overtok_megatron.kernels import reference
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_WEIGHT_PARTS = 32  # partial sums of a norm's weight gradient: fixed, so that threads do not change the result
+_WEIGHT_PARTS = 32  # partial sums of a norm's weight gradient: a constant, so that the result is independent of threads
 _TILE_QUERIES = 256
-_TILE_VALUES = 1 << 20  # scores of a tile: two megabytes in bfloat16
+_TILE_VALUES = 1 << 20  # scores per tile: two megabytes in bfloat16
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -22,7 +22,7 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 class CpuLoops:
-    """Calls into the library with tensors; every method checks nothing that its callers below do not ensure."""
+    """Calls the compiled library with tensors. Its methods check nothing: the callers below ensure dtypes and strides."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -65,29 +65,29 @@ class CpuLoops:
         return result
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x as rows of its last axis at one stride: (tensor to keep alive, rows, stride); copied only if it must be."""
-    rows = x.numel() // x.shape[-1]
+def _vectors(x: Tensor) -> tuple[Tensor, int, int]:
+    """x as vectors of its last dimension at one stride: (tensor to keep alive, count, stride). Copies only if it must."""
+    count = x.numel() // x.shape[-1]
     if x.stride(-1) == 1 and x.dim() > 1:
         stride = x.stride(-2)
         expected = stride
-        for axis in range(x.dim() - 2, -1, -1):
-            if x.stride(axis) != expected:
+        for dim in range(x.dim() - 2, -1, -1):
+            if x.stride(dim) != expected:
                 break
-            expected *= x.shape[axis]
+            expected *= x.shape[dim]
         else:
-            return x, rows, stride
-    return x.contiguous(), rows, x.shape[-1]
+            return x, count, stride
+    return x.contiguous(), count, x.shape[-1]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, loops: CpuLoops) -> Tensor:
-        kept, rows, stride = _rows(x)
+        kept, count, stride = _vectors(x)
         size = x.shape[-1]
         y = torch.empty(x.shape, dtype=x.dtype)
-        scale = torch.empty(rows)
-        loops.call("rms_norm", x.dtype, kept, stride, weight, rows, size, float(eps), y, scale)
+        scale = torch.empty(count)
+        loops.call("rms_norm", x.dtype, kept, stride, weight, count, size, float(eps), y, scale)
         ctx.save_for_backward(kept, weight, scale)
         ctx.loops = loops
         return y
@@ -95,7 +95,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        kept, rows, stride = _rows(x)
+        kept, count, stride = _vectors(x)
         size = x.shape[-1]
         grad_x = torch.empty(x.shape, dtype=x.dtype)
         parts = torch.zeros(_WEIGHT_PARTS, size)
@@ -107,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
             weight,
             scale,
             grad.contiguous(),
-            rows,
+            count,
             size,
             grad_x,
             parts,
@@ -139,21 +139,21 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
-    """The backward of a rotation is the rotation back."""
+    """The backward of a rotation is the rotation by the negative angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, loops: CpuLoops) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.loops = loops
-        return _turn(loops, x, cos, sin, 1.0)
+        return _rotated(loops, x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(ctx.loops, grad, cos, sin, -1.0), None, None, None
+        return _rotated(ctx.loops, grad, cos, sin, -1.0), None, None, None
 
 
-def _turn(loops: CpuLoops, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+def _rotated(loops: CpuLoops, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x = x.contiguous()
     batch, length, heads, size = x.shape
     y = torch.empty_like(x)
@@ -165,11 +165,11 @@ def _turn(loops: CpuLoops, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> 
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Causal softmax attention, tile by tile: some heads by some queries, whose scores stay near the cache.
+    """Causal softmax attention, tile by tile: a tile is some heads times some queries, and its scores stay in the cache.
 
-    With a window a tile leaves out the keys that all of its queries are past. Backward makes the
-    probabilities anew, so memory is linear in the sequence. Faster than torch's CPU flash kernel, whose backward is not
-    blocked for the matrix units.
+    With a window, a tile leaves out the keys that none of its queries sees. Backward computes the probabilities again, so
+    memory is linear in the sequence. This is faster than torch's CPU flash kernel, whose backward is not blocked for the
+    matrix units.
     """
 
     @staticmethod
@@ -189,18 +189,18 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         grad = grad.reshape(q.shape)
         grad_q = torch.empty_like(q)
-        wide = torch.float32 if q.shape[1] > _TILE_QUERIES else q.dtype  # several tiles add into a key's gradient
+        wide = torch.float32 if q.shape[1] > _TILE_QUERIES else q.dtype  # several tiles add to one gradient
         grad_k, grad_v = (torch.empty(k.shape, dtype=wide) for _ in "kv")
         for heads, tile, seen in _tiles(q, ctx.window):
-            incoming, begin = grad[heads, tile], tile.start - seen.start
+            incoming, start = grad[heads, tile], tile.start - seen.start
             probabilities = _probabilities(ctx.loops, q[heads, tile], k[heads, seen], ctx.window)
             scores = torch.bmm(incoming, v[heads, seen].mT)
-            ctx.loops.call("causal_softmax_backward", q.dtype, probabilities, scores, *scores.shape, begin)
+            ctx.loops.call("causal_softmax_backward", q.dtype, probabilities, scores, *scores.shape, start)
             torch.bmm(scores, k[heads, seen], out=grad_q[heads, tile])
             for total, left, right in ((grad_k, scores, q[heads, tile]), (grad_v, probabilities, incoming)):
-                if begin > 0:
-                    total[heads, seen.start : tile.start] += torch.bmm(left[:, :, :begin].mT, right)
-                total[heads, tile] = torch.bmm(left[:, :, begin:].mT, right)
+                if start > 0:
+                    total[heads, seen.start : tile.start] += torch.bmm(left[:, :, :start].mT, right)
+                total[heads, tile] = torch.bmm(left[:, :, start:].mT, right)
         grad_q *= ctx.shape[-1] ** -0.5
         return (
             grad_q.view(ctx.shape),
@@ -212,22 +212,22 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _tiles(q: Tensor, window: int | None) -> list[tuple[slice, slice, slice]]:
-    """(heads, queries, the keys that they see) of every tile of q [heads, s, e]."""
+    """(heads, queries, the keys that these see) of every tile of q [heads, s, e]."""
     heads, length, _ = q.shape
     step = max(1, _TILE_VALUES // (min(_TILE_QUERIES, length) * length))
     return [
         (
             slice(first, min(first + step, heads)),
-            slice(begin, min(begin + _TILE_QUERIES, length)),
-            slice(0 if window is None else max(0, begin - window + 1), min(begin + _TILE_QUERIES, length)),
+            slice(start, min(start + _TILE_QUERIES, length)),
+            slice(0 if window is None else max(0, start - window + 1), min(start + _TILE_QUERIES, length)),
         )
         for first in range(0, heads, step)
-        for begin in range(0, length, _TILE_QUERIES)
+        for start in range(0, length, _TILE_QUERIES)
     ]
 
 
 def _probabilities(loops: CpuLoops, q: Tensor, k: Tensor, window: int | None) -> Tensor:
-    """[heads, queries, seen]: the queries are the last of the keys."""
+    """[heads, queries, seen]; the queries are at the positions of the last keys."""
     scores = torch.bmm(q, k.mT)
     if window is not None and window < scores.shape[2]:
         hidden = reference.window_mask(scores.shape[1], scores.shape[2], window, scores.device).logical_not_()

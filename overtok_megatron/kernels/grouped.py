@@ -1,6 +1,6 @@
-"""One matrix product per expert, over rows that are sorted by expert: torch's grouped product on CUDA, else a loop.
+"""One matrix product per expert, over tokens that are sorted by expert: torch's grouped product on CUDA, else a loop.
 
-Shapes: E experts, n rows over all experts, i inputs, o outputs; ends [E] int64, where each expert's rows end.
+Shapes: E experts, n choices over all experts, i inputs, o outputs; ends [E] int64, where each expert's choices end.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """| forward | y_e = x_e W_e^T | backward | dx_e = g_e W_e, dW_e = g_e^T x_e, zero for an expert without rows |"""
+    """| forward | y_e = x_e W_e^T | backward | dx_e = g_e W_e, dW_e = g_e^T x_e, zero for an expert without tokens |"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -26,43 +26,43 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x [n, i], weight [E, o, i] -> [n, o]: every row by the weight of its expert."""
+    """x [n, i], weight [E, o, i] -> [n, o]: each vector of x times the weight of its expert."""
     result: Tensor = _GroupedLinear.apply(x, weight, ends)
     return result
 
 
 def _has_grouped(x: Tensor, weight: Tensor) -> bool:
-    """torch's grouped product takes bfloat16 rows that begin at multiples of 16 bytes."""
+    """Whether torch's grouped product applies: bfloat16 on CUDA, vectors that start at multiples of 16 bytes."""
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     return hasattr(F, "grouped_mm") and x.is_cuda and x.dtype == torch.bfloat16 and aligned
 
 
 def products(x: Tensor, weight: Tensor, ends: Tensor, *, grouped: bool) -> Tensor:
-    """x [n, i], weight [E, i, o] -> [n, o]. grouped: in one call, which needs no word from the device."""
+    """x [n, i], weight [E, i, o] -> [n, o]. grouped: in one call, which need not copy `ends` to the host."""
     if grouped:
         result: Tensor = F.grouped_mm(x, weight, offs=ends.int())
         return result
     out = x.new_empty(x.shape[0], weight.shape[2])
-    begin = 0
+    start = 0
     for expert, end in enumerate(ends.tolist()):
-        if end > begin:
-            torch.mm(x[begin:end], weight[expert], out=out[begin:end])
-        begin = end
+        if end > start:
+            torch.mm(x[start:end], weight[expert], out=out[start:end])
+        start = end
     return out
 
 
 def outer_products(left: Tensor, right: Tensor, ends: Tensor, *, grouped: bool) -> Tensor:
-    """left [n, o], right [n, i] -> [E, o, i], summed over the rows of each expert."""
+    """left [n, o], right [n, i] -> [E, o, i], summed over the tokens of each expert."""
     if grouped:
-        whole: Tensor = F.grouped_mm(left.mT, right, offs=ends.int())
+        sums: Tensor = F.grouped_mm(left.mT, right, offs=ends.int())
         counts = ends.diff(prepend=ends.new_zeros(1))
-        return whole.masked_fill_((counts == 0).view(-1, 1, 1), 0.0)  # no promise is made for a sum over no rows
+        return sums.masked_fill_((counts == 0).view(-1, 1, 1), 0.0)  # what it writes for an empty sum is not documented
     out = left.new_empty(ends.numel(), left.shape[1], right.shape[1])
-    begin = 0
+    start = 0
     for expert, end in enumerate(ends.tolist()):
-        if end > begin:
-            torch.mm(left[begin:end].mT, right[begin:end], out=out[expert])
+        if end > start:
+            torch.mm(left[start:end].mT, right[start:end], out=out[expert])
         else:
             out[expert].zero_()
-        begin = end
+        start = end
     return out

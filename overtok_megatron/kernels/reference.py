@@ -1,6 +1,7 @@
-"""The passes in torch's own operators: the form that runs on any device, and the oracle of the others.
+"""Passes over activations in torch's own operators: they run on any device, and tests compare the other forms with them.
 
-Shapes: rows any leading axes, d normalised size, f feed-forward size, b batch, s sequence, h heads, e head size.
+Passes over table rows are in rows.py. Shapes: .. any leading dimensions, d normalised size, f feed-forward size, b batch,
+s sequence, h heads, e head size.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps); where d is split over a group, its sums are all-reduced in both directions.
+    """y = w x / sqrt(mean(x^2) + eps); where d is split over a group, forward and backward all-reduce the sums over d.
 
     | | x, y | sum of squares | dx |
     | shard | [.., d_shard] | all-reduce | needs sum(dy w x) over d: all-reduce |
@@ -67,28 +68,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees 0..t, or the last `window` of them."""
+    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees positions 0..t, or the last `window` of these."""
     length = q.shape[2]
     if window is None or window >= length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    step = max(window, 256)  # queries of a tile; what they see is less than a window before them
+    step = max(window, 256)  # queries per tile; their keys start less than a window before them
     parts = []
-    for begin in range(0, length, step):
-        end, first = min(begin + step, length), max(0, begin - window + 1)
-        mask = window_mask(end - begin, end - first, window, q.device)
-        keys, values = k[:, :, first:end], v[:, :, first:end]
-        parts.append(F.scaled_dot_product_attention(q[:, :, begin:end], keys, values, attn_mask=mask))
+    for start in range(0, length, step):
+        stop, first = min(start + step, length), max(0, start - window + 1)
+        mask = window_mask(stop - start, stop - first, window, q.device)
+        keys, values = k[:, :, first:stop], v[:, :, first:stop]
+        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=mask))
     return torch.cat(parts, dim=2)
 
 
 def window_mask(queries: int, seen: int, window: int, device: torch.device) -> Tensor:
-    """[queries, seen] bool, whether a query sees a key: itself and the window - 1 before; queries are the last of the keys."""
+    """[queries, seen] bool: whether a query sees a key, which is itself or one of the `window` - 1 keys before it.
+
+    The queries are at the positions of the last keys.
+    """
     causal = torch.ones(queries, seen, dtype=torch.bool, device=device).tril_(seen - queries)
     return causal.triu_(seen - queries - window + 1)
 
 
 def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [c, v] -> their largest [c] and sum of exp(logit - largest) [c], float32; v may be 0."""
+    """logits [c, v] -> their maximum [c] and the sum of exp(logit - maximum) [c], float32; v may be 0."""
     if logits.shape[1] == 0:
         empty = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
         return empty - torch.inf, empty
@@ -100,7 +104,7 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
 def softmax_gradient(logits: Tensor, log_sum: Tensor, scale: Tensor, target: Tensor) -> Tensor:
     """exp(logit - log_sum) scale - [target], of logits' shape and dtype; `logits` may be overwritten.
 
-    log_sum, scale [c] float32; target [c] int64, out of range = none.
+    log_sum, scale [c] float32; target [c] int64, out of range = no target.
     """
     size = logits.shape[1]
     result = logits.float().sub(log_sum.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))

@@ -1,4 +1,13 @@
-"""From a run's configuration to a model and its tables: the root below which no config object is passed on."""
+"""From a run's configuration to its model. Below this file no configuration object is passed on: layers take values.
+
+One method builds one kind of part; `Assembly.layers` puts the parts of a pipeline stage together. Weights are initialised
+by `Layers.reset`. The tables of an over-encoded model are built elsewhere (ngram/building.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -7,17 +16,26 @@ from overtok_megatron.config.derived import attention_windows, head_size, key_va
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.dtypes import DTYPES
-from overtok_megatron.model.block import Block, Experts, Recompute
-from overtok_megatron.model.embedding import InputEmbedding
+from overtok_megatron.model.attention import Attention, AttentionShape
+from overtok_megatron.model.block import Block
+from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
+from overtok_megatron.model.feed_forward import FeedForward
 from overtok_megatron.model.heads import OutputHead
+from overtok_megatron.model.mlp import SwiGLU
+from overtok_megatron.model.moe import MixtureOfExperts, RoutingRule
+from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.projection import NgramProjection
+from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+
+# What backward computes again instead of keeping it: nothing, the core of attention, or all of a layer from its input.
+Recompute = Literal["none", "selective", "full"]
 
 
 def build_encoder(
-    model: ModelConfig, over: OverEncodingConfig, group: dist.ProcessGroup | None = None
+    model: ModelConfig, over: OverEncodingConfig, tensor_group: dist.ProcessGroup | None = None
 ) -> NgramProjection:
     """The over-encoder's dense part, weights not yet initialised."""
     space = row_space(model, over)
@@ -27,7 +45,17 @@ def build_encoder(
         combine=over.combine,
         row_width=space.width,
         added_tables=[tables.num_tables for tables in space.added],
-        group=group,
+        group=tensor_group,
+    )
+
+
+def attention_shape(model: ModelConfig) -> AttentionShape:
+    return AttentionShape(
+        hidden_size=model.hidden_size,
+        num_heads=model.num_attention_heads,
+        num_key_value_heads=key_value_heads(model),
+        head_size=head_size(model),
+        qk_norm_epsilon=model.norm_epsilon if model.qk_norm == "full" else None,
     )
 
 
@@ -41,18 +69,145 @@ def rope_scaling(model: ModelConfig) -> RopeScaling | None:
     return RopeScaling(original_length=length, **given)
 
 
-def experts(model: ModelConfig) -> Experts | None:
-    """The feed-forward of a block, if it is a mixture; weights of the routers' losses so that layers are averaged."""
-    if model.num_experts is None:
-        return None
-    assert model.num_experts_per_token is not None
-    return Experts(
+def routing_rule(model: ModelConfig) -> RoutingRule:
+    """For a model with experts. The weights of the routers' losses are divided by the layers, so that they are averaged."""
+    assert model.num_experts is not None and model.num_experts_per_token is not None
+    return RoutingRule(
         num_experts=model.num_experts,
-        per_token=model.num_experts_per_token,
+        experts_per_token=model.num_experts_per_token,
         normalize_weights=model.normalize_expert_weights,
         balance_weight=model.router_aux_loss_weight / model.num_layers,
         z_weight=model.router_z_loss_weight / model.num_layers,
     )
+
+
+def shared_parts(model: ModelConfig) -> tuple[EmbeddingPart, ...]:
+    """The dense parts of the embedding that the last stage uses as well: the word embedding, if the head is tied to it."""
+    return ("word",) if model.tie_word_embeddings else ()
+
+
+def attention_boundary(config: RunConfig, eod_id: int | None) -> int | None:
+    """The token that ends a document where positions attend within their document only; None where they attend across.
+
+    eod_id: the tokenizer's end-of-document token; may be None where attention goes across documents.
+    """
+    if config.data.document_attention == "across":
+        return None
+    assert eod_id is not None, "attention within documents needs the token that ends them"
+    return eod_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """Builds the parts of one model. kernels, groups, sequence_parallel and recompute say how it runs on this rank."""
+
+    model: ModelConfig
+    over: OverEncodingConfig
+    kernels: Kernels
+    tensor_group: dist.ProcessGroup | None
+    context_group: dist.ProcessGroup | None
+    sequence_parallel: bool
+    recompute: Recompute
+
+    @cached_property
+    def rotaries(self) -> tuple[Rotary, Rotary]:
+        """For layers with a sliding window, and for those with full attention. Layers share them, and so their angles."""
+        plain = Rotary(head_size(self.model), self.model.rope_theta)
+        scaling = rope_scaling(self.model)
+        return plain, plain if scaling is None else Rotary(head_size(self.model), self.model.rope_theta, scaling)
+
+    def norm(self) -> RMSNorm:
+        """Over the hidden size, which every rank holds in full."""
+        sequence_group = self.tensor_group if self.sequence_parallel else None
+        model = self.model
+        return RMSNorm(model.hidden_size, eps=model.norm_epsilon, kernels=self.kernels, sum_group=sequence_group)
+
+    def embedding(self, parts: Sequence[EmbeddingPart]) -> InputEmbedding | None:
+        """Those dense parts that are named, of the parts that the model has; None without any."""
+        model, word, over_encoding = self.model, None, None
+        if "word" in parts:
+            word = VocabParallelEmbedding(
+                model.vocab_size,
+                model.hidden_size,
+                group=self.tensor_group,
+                sequence_parallel=self.sequence_parallel,
+            )
+        if "over_encoding" in parts and self.over.enabled:
+            over_encoding = build_encoder(model, self.over, self.tensor_group)
+        if word is None and over_encoding is None:
+            return None
+        return InputEmbedding(
+            word=word,
+            over_encoding=over_encoding,
+            tensor_group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def attention(self, index: int) -> Attention:
+        window = attention_windows(self.model)[index]
+        sliding, full = self.rotaries
+        return Attention(
+            attention_shape(self.model),
+            window=window,
+            rotary=full if window is None else sliding,
+            layer_index=index,
+            kernels=self.kernels,
+            tensor_group=self.tensor_group,
+            context_group=self.context_group,
+            sequence_parallel=self.sequence_parallel,
+            recompute_core=self.recompute == "selective",
+        )
+
+    def feed_forward(self) -> FeedForward:
+        if self.model.num_experts is None:
+            return SwiGLU(
+                hidden_size=self.model.hidden_size,
+                intermediate_size=self.model.intermediate_size,
+                kernels=self.kernels,
+                tensor_group=self.tensor_group,
+                sequence_parallel=self.sequence_parallel,
+            )
+        return MixtureOfExperts(
+            hidden_size=self.model.hidden_size,
+            intermediate_size=self.model.intermediate_size,
+            rule=routing_rule(self.model),
+            kernels=self.kernels,
+            tensor_group=self.tensor_group,
+            context_group=self.context_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def block(self, index: int) -> Block:
+        return Block(
+            attention=self.attention(index),
+            feed_forward=self.feed_forward(),
+            attention_norm=self.norm(),
+            feed_forward_norm=self.norm(),
+            norm_placement=self.model.norm_placement,
+            recompute=self.recompute == "full",
+        )
+
+    def head(self, embedding: InputEmbedding | None) -> OutputHead:
+        """embedding: where a tied head finds its weight."""
+        model, tied = self.model, None
+        if model.tie_word_embeddings:
+            assert embedding is not None and embedding.word is not None, "a tied head needs the word embedding"
+            tied = embedding.word
+        return OutputHead(
+            norm=self.norm(),
+            output=VocabParallelHead(model.vocab_size, model.hidden_size, group=self.tensor_group, tied=tied),
+            kernels=self.kernels,
+            tensor_group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def layers(self, stage: Stage, shared: Sequence[EmbeddingPart]) -> Layers:
+        """shared: the parts of the embedding of which the last stage holds a copy; it gets no others."""
+        parts: Sequence[EmbeddingPart] = ("word", "over_encoding") if stage.first else shared if stage.last else ()
+        embedding = self.embedding(parts)
+        blocks = {index: self.block(index) for index in range(stage.start, stage.stop)}
+        head = self.head(embedding) if stage.last else None
+        return Layers(embedding, blocks, head, tuple(shared))
 
 
 def build_layers(
@@ -61,57 +216,26 @@ def build_layers(
     *,
     kernels: Kernels,
     stage: Stage | None = None,
-    group: dist.ProcessGroup | None = None,
+    shared: Sequence[EmbeddingPart] | None = None,
+    tensor_group: dist.ProcessGroup | None = None,
     context_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
 ) -> Layers:
-    """The layers of a stage (None = all), weights not yet initialised. `group` is the tensor-parallel group."""
-    stage = stage or Stage.of(0, [model.num_layers])
-    embedding = head = None
-    if stage.first or (stage.last and model.tie_word_embeddings):
-        encoder = None
-        if over.enabled and stage.first:
-            encoder = build_encoder(model, over, group)
-        embedding = InputEmbedding(
-            model.vocab_size, model.hidden_size, over_encoding=encoder, group=group, sequence_parallel=sequence_parallel
-        )
-    windows = attention_windows(model)
-    plain = Rotary(head_size(model), model.rope_theta)
-    scaled = plain if model.rope_scaling is None else Rotary(head_size(model), model.rope_theta, rope_scaling(model))
-    blocks = {
-        index: Block(
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=key_value_heads(model),
-            head_size=head_size(model),
-            qk_norm=model.qk_norm == "full",
-            window=windows[index],
-            norm_placement=model.norm_placement,
-            experts=experts(model),
-            norm_epsilon=model.norm_epsilon,
-            rotary=scaled if windows[index] is None else plain,
-            layer_index=index,
-            group=group,
-            context_group=context_group,
-            sequence_parallel=sequence_parallel,
-            recompute=recompute,
-            kernels=kernels,
-        )
-        for index in range(stage.start, stage.stop)
-    }
-    if stage.last:
-        head = OutputHead(
-            model.vocab_size,
-            model.hidden_size,
-            norm_epsilon=model.norm_epsilon,
-            tied=embedding.word if embedding is not None and model.tie_word_embeddings else None,
-            group=group,
-            sequence_parallel=sequence_parallel,
-            kernels=kernels,
-        )
-    return Layers(embedding, blocks, head)
+    """The layers of a stage (None = all), weights not yet initialised.
+
+    shared: the parts of the embedding of which the last of several stages holds a copy; None = those that the model needs.
+    """
+    assembly = Assembly(
+        model=model,
+        over=over,
+        kernels=kernels,
+        tensor_group=tensor_group,
+        context_group=context_group,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+    )
+    return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared_parts(model) if shared is None else shared)
 
 
 def build_run_layers(
@@ -120,17 +244,19 @@ def build_run_layers(
     device: torch.device,
     kernels: Kernels,
     stage: Stage | None = None,
-    group: dist.ProcessGroup | None = None,
+    shared: Sequence[EmbeddingPart] | None = None,
+    tensor_group: dist.ProcessGroup | None = None,
     context_group: dist.ProcessGroup | None = None,
 ) -> Layers:
-    """The layers of a run's stage with their initial weights, in the run's precision."""
+    """The layers of a run's stage with their initial weights, in the run's precision. stage, shared: as in `build_layers`."""
     layers = build_layers(
         config.model,
         config.over_encoding,
         stage=stage,
-        group=group,
+        shared=shared,
+        tensor_group=tensor_group,
         context_group=context_group,
-        sequence_parallel=config.parallel.sequence_parallel and group is not None,
+        sequence_parallel=config.parallel.sequence_parallel and tensor_group is not None,
         recompute=config.training.recompute,
         kernels=kernels,
     )
@@ -146,16 +272,12 @@ def build_transformer(
     *,
     device: torch.device,
     kernels: Kernels,
-    group: dist.ProcessGroup | None = None,
+    tensor_group: dist.ProcessGroup | None = None,
     context_group: dist.ProcessGroup | None = None,
     eod_id: int | None = None,
 ) -> Transformer:
-    """The model of a run with its initial weights, in the run's precision.
-
-    eod_id: the token that ends a document; without need where attention goes across documents.
-    """
-    layers = build_run_layers(config, device=device, kernels=kernels, group=group, context_group=context_group)
-    if config.data.document_attention == "across":
-        return Transformer(layers)
-    assert eod_id is not None, "attention within documents needs the token that ends them"
-    return Transformer(layers, eod_id=eod_id, context_group=context_group)
+    """The model of a run with its initial weights, in the run's precision. eod_id: as in `attention_boundary`."""
+    layers = build_run_layers(
+        config, device=device, kernels=kernels, tensor_group=tensor_group, context_group=context_group
+    )
+    return Transformer(layers, eod_id=attention_boundary(config, eod_id), context_group=context_group)

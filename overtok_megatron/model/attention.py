@@ -1,10 +1,11 @@
-"""Causal self-attention: grouped queries, RMSNorm over all of q and of k or none, rotary positions, no biases.
+"""Causal self-attention with grouped queries and rotary positions, with RMSNorm over q and k or without, and without biases.
 
-A layer sees all positions before it, or the last few of them (a sliding window), of all documents or of its own only.
+A position sees all positions before it, or the last few of them (a sliding window); of all documents, or of its own only
+where the caller passes a mask (documents.py).
 
 Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, h query heads, g key/value heads,
-e head size. Heads are split over the tensor-parallel group; under context parallelism s is a slice, and one all-to-all on
-either side of the core exchanges it for a slice of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
+e head size. Heads are split over the tensor-parallel group. Under context parallelism s is a slice, and an all-to-all before
+and after the core exchanges it for a slice of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 """
 
 from dataclasses import dataclass
@@ -38,26 +39,36 @@ class DecodeStep:
     values: list[Tensor]
 
 
-class Attention(nn.Module):
-    """[b, s_shard, d] -> [b, s_shard, d]; the output is summed over the group already.
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """The sizes of an attention layer, the same for all layers of a model.
 
-    window: how many positions each sees, its own included; None = all before it.
+    qk_norm_epsilon: epsilon of the RMSNorm over all heads of q, and of that over all heads of k; None = no such norms.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_size: int
+    qk_norm_epsilon: float | None
+
+
+class Attention(nn.Module):
+    """[b, s_shard, d] -> [b, s_shard, d], summed over the tensor group already.
+
+    window: how many positions each position sees, its own included; None = all before it. layer_index: which entry of a
+    decoding cache is this layer's. recompute_core: backward computes the product of attention again, from q, k and v.
     """
 
     def __init__(
         self,
+        shape: AttentionShape,
         *,
-        hidden_size: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        head_size: int,
-        qk_norm: bool,
         window: int | None,
-        norm_epsilon: float,
         rotary: Rotary,
         layer_index: int,
         kernels: Kernels,
-        group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
         recompute_core: bool = False,
@@ -65,36 +76,38 @@ class Attention(nn.Module):
         super().__init__()
         self.context_group = context_group
         self.recompute_core = recompute_core
-        self.head_size = head_size
+        self.head_size = shape.head_size
         self.window = window
-        ranks = group_size(group)
-        assert num_attention_heads % ranks == 0 and num_key_value_heads % ranks == 0
-        self.heads_shard = num_attention_heads // ranks
-        self.kv_heads_shard = num_key_value_heads // ranks
+        ranks = group_size(tensor_group)
+        assert shape.num_heads % ranks == 0 and shape.num_key_value_heads % ranks == 0
+        self.heads_shard = shape.num_heads // ranks
+        self.kv_heads_shard = shape.num_key_value_heads // ranks
         self.rotary = rotary
         self.kernels = kernels
         self.layer_index = layer_index
-        query_size, kv_size = num_attention_heads * head_size, num_key_value_heads * head_size
+        query_size, kv_size = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
         self.qkv = MergedColumnParallelLinear(
-            hidden_size,
+            shape.hidden_size,
             {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size},
-            group=group,
+            group=tensor_group,
             sequence_parallel=sequence_parallel,
         )
         self.q_norm = self.k_norm = None
-        if qk_norm:
-            self.q_norm = RMSNorm(query_size, eps=norm_epsilon, kernels=kernels, group=group)
-            self.k_norm = RMSNorm(kv_size, eps=norm_epsilon, kernels=kernels, group=group)
-        self.o_proj = RowParallelLinear(query_size, hidden_size, group=group, sequence_parallel=sequence_parallel)
+        if (eps := shape.qk_norm_epsilon) is not None:
+            self.q_norm = RMSNorm(query_size, eps=eps, kernels=kernels, group=tensor_group)
+            self.k_norm = RMSNorm(kv_size, eps=eps, kernels=kernels, group=tensor_group)
+        self.o_proj = RowParallelLinear(
+            query_size, shape.hidden_size, group=tensor_group, sequence_parallel=sequence_parallel
+        )
 
     def reset(self, seed: int, name: str, std: float) -> None:
         self.qkv.reset(seed, f"{name}.qkv", std)
         self.o_proj.reset(seed, f"{name}.o_proj", std)
 
     def forward(self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None) -> Tensor:
-        """mask [b, 1, s, s]: what is added to the scores instead of the causal mask and its window."""
+        """mask [b, 1, s, s]: added to the scores, instead of the causal mask and its window."""
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
-        batch, length = q.shape[:2]  # the whole sequence: sequence parallelism gathered it
+        batch, length = q.shape[:2]  # the full sequence, which sequence parallelism gathered
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.reshape(batch, length, self.heads_shard, self.head_size)
@@ -118,17 +131,17 @@ class Attention(nn.Module):
         return out
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; positions of all context ranks take part."""
+        """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; attention runs over the positions of all context ranks."""
         q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
         k, v = self._repeat(k, v)
         if mask is None:
             mixed = self.kernels.causal_attention(q, k, v, self.window)
-        else:  # the compiled loops and torch's fastest kernels know no mask but the causal one
+        else:  # the compiled loops and torch's fastest kernels support the causal mask only
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return exchange_dims(mixed, self.context_group, split=2, join=1)
 
     def _repeat(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values once for every query head that shares them."""
+        """Repeat keys and values once for each query head that shares them."""
         repeats = self.heads_shard // self.kv_heads_shard
         if repeats == 1:
             return k, v

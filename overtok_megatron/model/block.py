@@ -1,128 +1,61 @@
-"""One transformer layer: attention and a feed-forward, dense or of experts, each with its norm and its residual sum."""
+"""One transformer layer from its parts: attention and a feed-forward, each with its norm and its residual sum.
+
+The parts come from the caller (assembly.py); nothing here knows their sizes, groups or kernels.
+"""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.attention import Attention, DecodeStep
 from overtok_megatron.model.documents import document_mask
-from overtok_megatron.model.mlp import SwiGLU
-from overtok_megatron.model.moe import MixtureOfExperts, Routing
+from overtok_megatron.model.feed_forward import FeedForward, Routing
 from overtok_megatron.model.norm import RMSNorm
-from overtok_megatron.model.rotary import Rotary
 
-Recompute = Literal["none", "selective", "full"]
 NormPlacement = Literal["post", "pre"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """num_experts of them, of which each token goes to `per_token`; the rest is explained in moe.py."""
-
-    num_experts: int
-    per_token: int
-    normalize_weights: bool
-    balance_weight: float
-    z_weight: float
-
-
 class Block(nn.Module):
-    """x + attention_norm(attention(x)), then x + mlp_norm(mlp(x)); x is [b, s_shard, d]. That is norm_placement "post".
+    """x is [b, s_shard, d]. norm_placement "post": x + attention_norm(attention(x)), then x + mlp_norm(mlp(x)).
 
-    "pre": x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)), by the same names: Llama's input_layernorm is
-    attention_norm, its post_attention_layernorm is mlp_norm.
+    "pre": x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)). The norms keep their names: Llama's input_layernorm
+    is attention_norm, and its post_attention_layernorm is mlp_norm.
 
-    recompute: what backward computes again instead of keeping it: nothing, the core of attention (from q, k and v), or
-    all of the layer (from its input).
+    recompute: backward computes the layer again from its input, instead of keeping activations.
     """
 
     def __init__(
         self,
         *,
-        hidden_size: int,
-        intermediate_size: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        head_size: int,
-        qk_norm: bool,
-        window: int | None,
+        attention: Attention,
+        feed_forward: FeedForward,
+        attention_norm: RMSNorm,
+        feed_forward_norm: RMSNorm,
         norm_placement: NormPlacement,
-        experts: Experts | None,
-        norm_epsilon: float,
-        rotary: Rotary,
-        layer_index: int,
-        kernels: Kernels,
-        group: dist.ProcessGroup | None = None,
-        context_group: dist.ProcessGroup | None = None,
-        sequence_parallel: bool = False,
-        recompute: Recompute = "none",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.layer_index = layer_index
-        self.recompute = recompute
         self.norm_placement = norm_placement
-        self.attention = Attention(
-            hidden_size=hidden_size,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            head_size=head_size,
-            qk_norm=qk_norm,
-            window=window,
-            norm_epsilon=norm_epsilon,
-            rotary=rotary,
-            layer_index=layer_index,
-            kernels=kernels,
-            group=group,
-            context_group=context_group,
-            sequence_parallel=sequence_parallel,
-            recompute_core=recompute == "selective",
-        )
-        self.mlp: SwiGLU | MixtureOfExperts
-        if experts is None:
-            self.mlp = SwiGLU(
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                kernels=kernels,
-                group=group,
-                sequence_parallel=sequence_parallel,
-            )
-        else:
-            self.mlp = MixtureOfExperts(
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                num_experts=experts.num_experts,
-                per_token=experts.per_token,
-                normalize_weights=experts.normalize_weights,
-                balance_weight=experts.balance_weight,
-                z_weight=experts.z_weight,
-                kernels=kernels,
-                group=group,
-                context_group=context_group,
-                sequence_parallel=sequence_parallel,
-            )
-        sequence_group = group if sequence_parallel else None
-        self.attention_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=sequence_group)
-        self.mlp_norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=sequence_group)
+        self.recompute = recompute
+        # The order of these four is the order of parameters in optimizers, and so in checkpoints; so are the names.
+        self.attention = attention
+        self.mlp = feed_forward
+        self.attention_norm = attention_norm
+        self.mlp_norm = feed_forward_norm
 
-    def reset(self, seed: int, std: float) -> None:
-        """Initial weights, the same for every layout: they depend on the seed and the layer's number only."""
-        self.attention.reset(seed, f"blocks.{self.layer_index}.attention", std)
-        self.mlp.reset(seed, f"blocks.{self.layer_index}.mlp", std)
+    def reset(self, seed: int, name: str, std: float) -> None:
+        """Draw initial weights, which depend on (seed, name) and not on the layout."""
+        self.attention.reset(seed, f"{name}.attention", std)
+        self.mlp.reset(seed, f"{name}.mlp", std)
 
     def forward(
         self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """The layer's output, and with experts what the router reports.
-
-        mask: as in `Attention`.
-        """
-        if self.recompute == "full" and torch.is_grad_enabled():
+        """The layer's output, and what its router reports (None if dense). mask: as in `Attention`."""
+        if self.recompute and torch.is_grad_enabled():
             out: tuple[Tensor, Routing | None]
             out = checkpoint(self._layer, x, decode, mask, use_reentrant=False, preserve_rng_state=False)
             return out
@@ -131,31 +64,25 @@ class Block(nn.Module):
     def _layer(self, x: Tensor, decode: DecodeStep | None, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
         if self.norm_placement == "pre":
             x = x + self.attention(self.attention_norm(x), decode, mask)
-            out, routing = self._feed_forward(self.mlp_norm(x))
+            out, routing = self.mlp(self.mlp_norm(x))
             return x + out, routing
         x = x + self.attention_norm(self.attention(x, decode, mask))
-        out, routing = self._feed_forward(x)
+        out, routing = self.mlp(x)
         return x + self.mlp_norm(out), routing
-
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        out: tuple[Tensor, Routing | None] = (
-            self.mlp(x) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(x), None)
-        )
-        return out
 
 
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None
 ) -> tuple[Tensor, Routing | None]:
-    """Run blocks one after the other: the last one's output, and with experts the sum of their routers' losses and the
-    statistics of each, [blocks, F].
+    """Run blocks one after the other.
 
-    documents [b, s] int64, of whole sequences: positions attend to those with the same number; None = to all. A decoding
-    call has that in its masks.
+    Returns the output of the last one; and with experts the sum of the routers' losses and the statistics of each router,
+    [blocks, F]. documents [b, s] int64, of full sequences: positions attend to those with the same number; None = to all. A
+    decoding call has its documents in its masks already.
     """
     total: Tensor | None = None
     stats: list[Tensor] = []
-    masks: dict[int | None, Tensor] = {}  # made once for all layers of a window
+    masks: dict[int | None, Tensor] = {}  # one for all layers with the same window
     for block in blocks:
         assert isinstance(block, Block)
         window = block.attention.window

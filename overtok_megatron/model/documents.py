@@ -1,4 +1,4 @@
-"""Which document a position of a packed sample is of, and the mask that keeps attention within it.
+"""To which document each position of a packed sample belongs, and the mask that keeps attention within documents.
 
 Shapes: b batch, s sequence.
 """
@@ -10,19 +10,20 @@ from overtok_megatron.kernels.reference import window_mask
 
 
 def document_ids(tokens: Tensor, end: int) -> Tensor:
-    """tokens [b, s] int64 -> [b, s] int64, equal within a document, rising along s.
+    """tokens [b, s] int64 -> [b, s] int64: a number per document, rising along s.
 
-    The token `end` is of the document that it ends, as for n-grams.
+    The token `end` belongs to the document that it ends, as for n-grams.
     """
     ends = (tokens == end).long()
     return ends.cumsum(dim=1) - ends
 
 
 def document_mask(documents: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """documents [b, s] int64 -> [b, 1, s, s] of `dtype`, added to scores: 0 for the positions of its own document that
-    each sees, -inf for all others. window: how many it sees, its own included; None = all before it.
+    """documents [b, s] int64 -> [b, 1, s, s] of `dtype`, to be added to attention scores.
 
-    In numbers because torch makes these out of booleans in every layer, and keeps each layer's until backward.
+    0 where a position sees another one of its own document, else -inf. window: how many positions each sees, its own
+    included; None = all before it. The mask is not boolean, because torch would convert a boolean mask in every layer and
+    keep each layer's result until backward.
     """
     length = documents.shape[1]
     hidden = documents.unsqueeze(2) != documents.unsqueeze(1)  # [b, s, s]

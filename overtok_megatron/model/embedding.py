@@ -1,5 +1,7 @@
 """The model's input: token and n-gram embedding. Shapes: b batch, s sequence (s_shard a slice of it), d hidden, T tables."""
 
+from typing import Literal
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -8,40 +10,44 @@ from overtok_megatron.ngram.projection import NgramProjection
 from overtok_megatron.parallel.collectives import gather_from_group
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding
 
+EmbeddingPart = Literal["word", "over_encoding"]  # the dense parts, by the names that their parameters have
+
 
 class InputEmbedding(nn.Module):
     """Token ids [b, s] and, where over-encoded, fetched rows [b, s / ranks, T] -> hidden [b, s_shard, d].
 
-    Every rank of `group` looks up its own slice of the sequence in the n-gram tables, with or without sequence
-    parallelism; without it the slices are gathered (contract C4).
+    Every rank of `tensor_group` looks up its own slice of the sequence in the n-gram tables, with sequence parallelism or
+    without; without it the slices are gathered (contract C4). A pipeline stage that holds copies for its head may lack one
+    of the two parts; the stage that runs this module has `word`, and `over_encoding` if the model is over-encoded.
     """
 
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int,
         *,
+        word: VocabParallelEmbedding | None,
         over_encoding: NgramProjection | None = None,
-        group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
-        self.group = group
+        self.tensor_group = tensor_group
         self.sequence_parallel = sequence_parallel
-        self.word = VocabParallelEmbedding(vocab_size, hidden_size, group=group, sequence_parallel=sequence_parallel)
+        self.word = word
         self.over_encoding = over_encoding
 
     def reset(self, seed: int, std: float) -> None:
-        self.word.reset(seed, "embedding.word", std)
+        if self.word is not None:
+            self.word.reset(seed, "embedding.word", std)
         if self.over_encoding is not None:
             self.over_encoding.reset(seed, "embedding.over_encoding")
 
     def forward(self, tokens: Tensor, fetched: FetchedRows | None = None) -> Tensor:
+        assert self.word is not None, "this stage holds no copy of the word embedding"
         hidden: Tensor = self.word(tokens)
         if self.over_encoding is None:
             return hidden
         assert fetched is not None, "an over-encoded model needs the rows of its n-grams"
         ngrams = self.over_encoding(fetched)
         if not self.sequence_parallel:
-            ngrams = gather_from_group(ngrams, self.group, dim=1)
+            ngrams = gather_from_group(ngrams, self.tensor_group, dim=1)
         return self.over_encoding.join(hidden, ngrams)

@@ -1,7 +1,7 @@
-"""Both ends of the model: token (and n-gram) embedding in, final norm and language-model head out.
+"""The model's output: final norm, language-model head, and the losses of a micro-batch.
 
 Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, v_shard this rank's part of the
-vocabulary, T tables.
+vocabulary, V all of it.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overtok_megatron.kernels.choice import Kernels
-from overtok_megatron.model.moe import Routing
+from overtok_megatron.model.feed_forward import Routing
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.parallel.collectives import (
     all_gather_sequence,
@@ -19,15 +19,15 @@ from overtok_megatron.parallel.collectives import (
     reduce_from_group,
 )
 from overtok_megatron.parallel.cross_entropy import linear_cross_entropy
-from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from overtok_megatron.parallel.vocabulary import VocabParallelHead
 
 
 class ForwardResult(NamedTuple):
     """What a forward pass of one micro-batch gives; losses are sums over its positions, float32 scalars.
 
     objective: what is minimised, the only part with a gradient. main_loss: the cross entropy of the next token.
-    auxiliary_losses: what else is part of the objective, by name, times its weight. router_stats [layers, F]: see moe.py;
-    None without experts. A named tuple because DeepSpeed looks for tensors in tuples and dictionaries, in no other types.
+    auxiliary_losses: the other terms of the objective by name, each times its weight. router_stats [layers, F]: see moe.py;
+    None without experts. This is a named tuple because DeepSpeed finds tensors in tuples and dictionaries only.
     """
 
     objective: Tensor
@@ -37,36 +37,33 @@ class ForwardResult(NamedTuple):
 
 
 class OutputHead(nn.Module):
-    """Final norm, then the projection to the vocabulary, split over `group`; tied to the word embedding if given."""
+    """Final norm, then the projection to the vocabulary, which is split over `tensor_group`."""
 
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int,
         *,
-        norm_epsilon: float,
+        norm: RMSNorm,
+        output: VocabParallelHead,
         kernels: Kernels,
-        tied: VocabParallelEmbedding | None = None,
-        group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
-        self.group = group
+        self.tensor_group = tensor_group
         self.sequence_parallel = sequence_parallel
         self.kernels = kernels
-        sequence_group = group if sequence_parallel else None
-        self.norm = RMSNorm(hidden_size, eps=norm_epsilon, kernels=kernels, sum_group=sequence_group)
-        self.output = VocabParallelHead(vocab_size, hidden_size, group=group, tied=tied)
+        self.norm = norm
+        self.output = output
 
     def reset(self, seed: int, std: float) -> None:
         self.output.reset(seed, "head.output", std)
 
-    def _whole(self, hidden: Tensor) -> Tensor:
-        """Normalised hidden states of the whole sequence, ready for a product with a vocabulary shard."""
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """Normalised hidden states [b, s, d] of the full sequence, ready for a product with this rank's vocabulary."""
         normed = self.norm(hidden)
         if self.sequence_parallel:
-            return all_gather_sequence(normed, self.group, dim=1)
-        return copy_to_group(normed, self.group)
+            return all_gather_sequence(normed, self.tensor_group, dim=1)
+        return copy_to_group(normed, self.tensor_group)
 
     def losses(
         self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0, routing: Routing | None = None
@@ -75,24 +72,23 @@ class OutputHead(nn.Module):
 
         z_loss: weight of the squared log-partition in the objective.
         """
-        whole = self._whole(hidden).flatten(0, 1)  # [b s, d]
         objective, cross_entropy = linear_cross_entropy(
-            whole,
+            self._normed(hidden).flatten(0, 1),  # [b s, d]
             self.output.weight,
             targets.flatten(),
             vocab_start=self.output.vocab_start,
-            group=self.group,
+            group=self.tensor_group,
             z_loss=z_loss,
             kernels=self.kernels,
         )
         if routing is None:
             return ForwardResult(objective, cross_entropy, {}, None)
-        # under sequence parallelism each rank has the loss of its own positions
-        router_loss = reduce_from_group(routing.loss, self.group if self.sequence_parallel else None)
+        # Under sequence parallelism each rank has the router loss of its own positions.
+        router_loss = reduce_from_group(routing.loss, self.tensor_group if self.sequence_parallel else None)
         auxiliary = {"router": router_loss.detach()}
         return ForwardResult(objective + router_loss, cross_entropy, auxiliary, routing.stats)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [b, s_shard, d] -> [b, s, V] in the model's dtype, the whole vocabulary on every rank."""
-        shard = F.linear(self._whole(hidden), self.output.weight)
+        """hidden [b, s_shard, d] -> [b, s, V] in the model's dtype, all of the vocabulary on every rank."""
+        shard = F.linear(self._normed(hidden), self.output.weight)
         return self.output.gather(shard)

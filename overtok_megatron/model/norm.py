@@ -1,6 +1,6 @@
-"""RMSNorm as a module, also over a dimension that is split across a tensor-parallel group.
+"""RMSNorm as a module, also over a dimension that is split over a tensor-parallel group.
 
-Shapes: any leading axes, d the normalised size, d_shard this rank's part of it.
+Shapes: any leading dimensions, d the normalised size, d_shard this rank's part of it.
 """
 
 import torch
@@ -14,10 +14,10 @@ from overtok_megatron.parallel.splits import mark_split, split_range
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps) over the last axis, of size d.
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension, of size d.
 
-    group: the group over which d is split; None = not split. sum_group: the group whose ranks each see other positions
-    (sequence parallelism), over which the weight's gradient is summed.
+    group: the ranks over which d is split; None = not split. sum_group: the ranks that hold other positions each (sequence
+    parallelism), over which the weight's gradient is summed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Angles of the rotary position embedding, also stretched for contexts longer than those of pretraining.
+"""Angles of the rotary position embedding, also scaled for contexts longer than those of pretraining.
 
 Shapes: b batch, s sequence, e head size. Frequencies and factors are those of transformers' ROPE_INIT_FUNCTIONS.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How frequencies change for a context `factor` times the original one.
+    """How frequencies change for a context that is `factor` times the original one.
 
-    linear: all divided by factor. llama3: divided where the wavelength passes context / low_freq_factor, kept below
-    context / high_freq_factor, in between both mixed (Llama 3.1). yarn: kept above beta_fast rotations in the original
-    context, divided below beta_slow, a ramp over dimensions in between; cosines and sines times attention_factor
-    (arXiv 2309.00071).
+    linear: all are divided by factor. llama3: those with a wavelength above context / low_freq_factor are divided, those with
+    one below context / high_freq_factor are kept, the others are interpolated (Llama 3.1). yarn: those with more than
+    beta_fast rotations in the original context are kept, those with fewer than beta_slow are divided, with a linear ramp over
+    the dimensions in between; cosines and sines are multiplied by attention_factor (arXiv 2309.00071).
     """
 
     type: Literal["linear", "llama3", "yarn"]
@@ -32,13 +32,13 @@ class RopeScaling:
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor of cosines and sines."""
         if self.type != "yarn":
             return 1.0
         return 1.0 + 0.1 * math.log(self.factor) if self.attention_factor is None else self.attention_factor
 
     def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
-        """Frequencies [e/2] float32 theta^(-2i/e), as they are for the longer context."""
+        """Frequencies theta^(-2i/e), [e/2] float32 -> the frequencies for the longer context."""
         stretched = frequencies / self.factor
         if self.type == "linear":
             return stretched
@@ -51,7 +51,7 @@ class RopeScaling:
         return stretched * (1.0 - kept) + frequencies * kept
 
     def _yarn_kept(self, frequencies: Tensor, theta: float) -> Tensor:
-        """How much of each frequency is kept, before clamping: a line between two dimensions, each rounded outwards."""
+        """Share of each frequency that is kept, before clamping: linear between two dimensions, each rounded outwards."""
         size = 2 * frequencies.numel()
 
         def dimension(rotations: float) -> float:
@@ -59,12 +59,12 @@ class RopeScaling:
 
         first = max(math.floor(dimension(self.beta_fast)), 0)
         last = min(math.ceil(dimension(self.beta_slow)), size - 1)
-        places = torch.arange(frequencies.numel(), dtype=torch.float32, device=frequencies.device)
-        return 1.0 - (places - first) / (last - first if last != first else 0.001)
+        indices = torch.arange(frequencies.numel(), dtype=torch.float32, device=frequencies.device)
+        return 1.0 - (indices - first) / (last - first if last != first else 0.001)
 
 
 class Rotary:
-    """Angles position * theta^(-2i/e). Deliberately no module: casting a model to bfloat16 must not round the angles."""
+    """Angles position * theta^(-2i/e). Not a module, because casting a model to bfloat16 must not round the angles."""
 
     def __init__(self, head_size: int, theta: float, scaling: RopeScaling | None = None) -> None:
         assert head_size % 2 == 0
@@ -87,9 +87,9 @@ class Rotary:
             return cos * self.scaling.amplitude, sin * self.scaling.amplitude
         return cos, sin
 
-    def range_angles(self, begin: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Angles of positions begin .. begin + length - 1, kept from call to call."""
-        place = (begin, length, device)
-        if self._kept is None or self._kept[0] != place:
-            self._kept = place, self.angles(torch.arange(begin, begin + length, device=device))
+    def range_angles(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Angles of positions start .. start + length - 1; the last result is kept for the next layer and step."""
+        key = (start, length, device)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.angles(torch.arange(start, start + length, device=device))
         return self._kept[1]

@@ -1,4 +1,4 @@
-"""The plain module made of the list of layers: the form in which ZeRO trains a model, and in which it generates.
+"""The list of layers of a model or of a pipeline stage, and the plain module made of it, for ZeRO and for inference.
 
 Shapes: b batch, s sequence, d hidden, T tables, V vocabulary.
 """
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
-from overtok_megatron.model.embedding import InputEmbedding
+from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
+from overtok_megatron.model.feed_forward import Routing
 from overtok_megatron.model.heads import ForwardResult, OutputHead
-from overtok_megatron.model.moe import Routing
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.collectives import gather_from_group
 
@@ -37,26 +37,31 @@ class Stage:
 
 
 class Layers(NamedTuple):
-    """What one pipeline stage holds, blocks by their number in the model; without a pipeline everything.
+    """What one pipeline stage holds, or without a pipeline the whole model; blocks by their number in the model.
 
-    The last stage of a tied model holds a copy of the word embedding in `embedding`, which it does not run.
+    shared: the dense parts of the embedding that the first and the last stage both hold. On the last of several stages
+    `embedding` holds these copies only, for its head; the stage does not run it on its input.
     """
 
     embedding: InputEmbedding | None
     blocks: dict[int, Block]
     head: OutputHead | None
+    shared: tuple[EmbeddingPart, ...] = ()
 
     def reset(self, seed: int, std: float) -> None:
-        """Initial weights: each a slice of the full weight drawn from (seed, its name), whatever the layout."""
-        for layer in (self.embedding, *self.blocks.values(), self.head):
-            if layer is not None:
-                layer.reset(seed, std)
+        """Draw initial weights: each is a slice of the full weight, which depends on (seed, its name) and not on the layout."""
+        if self.embedding is not None:
+            self.embedding.reset(seed, std)
+        for index, block in self.blocks.items():
+            block.reset(seed, f"blocks.{index}", std)
+        if self.head is not None:
+            self.head.reset(seed, std)
 
 
 class Transformer(nn.Module):
     """Embedding, blocks and head, called one after the other.
 
-    eod_id: the token that ends a document, where positions attend within their document only; None = across.
+    eod_id: the token that ends a document, where positions attend within their document only; None = across documents.
     context_group: the ranks over which sequences are split.
     """
 
@@ -66,7 +71,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.eod_id = eod_id
         self.context_group = context_group
-        assert layers.embedding is not None and layers.head is not None, "a part of a pipeline is no whole model"
+        assert layers.embedding is not None and layers.head is not None, "one stage of a pipeline is not a whole model"
         self.embedding = layers.embedding
         self.blocks = nn.ModuleList(layers.blocks.values())
         self.head = layers.head
@@ -74,8 +79,10 @@ class Transformer(nn.Module):
     def hidden(
         self, tokens: Tensor, fetched: FetchedRows | None = None, decode: DecodeStep | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """tokens int64 [b, s], fetched [b, s / ranks, T] -> the last hidden states, before the final norm, and with experts
-        what their routers report."""
+        """The last hidden states [b, s_shard, d], before the final norm, and with experts what the routers report.
+
+        tokens int64 [b, s], fetched [b, s / ranks, T].
+        """
         documents = None
         if self.eod_id is not None and decode is None:
             documents = document_ids(gather_from_group(tokens, self.context_group, dim=1), self.eod_id)
@@ -84,8 +91,10 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, z_loss: float = 0.0
     ) -> ForwardResult:
-        """The losses of a micro-batch: tokens and targets int64 [b, s] (IGNORE_INDEX is not scored), fetched [b, s / ranks,
-        T]."""
+        """The losses of a micro-batch.
+
+        tokens and targets int64 [b, s] (IGNORE_INDEX is not scored), fetched [b, s / ranks, T].
+        """
         hidden, routing = self.hidden(tokens, fetched)
         return self.head.losses(hidden, targets, z_loss, routing)
 

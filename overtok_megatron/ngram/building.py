@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from overtok_megatron.config.derived import row_width
+from overtok_megatron.config.derived import hash_base, row_width
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.kernels.dtypes import DTYPES, ROW_DTYPES
@@ -52,8 +52,7 @@ def build_row_store(
 def build_hash(config: RunConfig, eod_id: int, kernels: RowKernels) -> NgramHash:
     """How tokens become row ids. eod_id: the token that ends a document."""
     over = config.over_encoding
-    base = over.hash_base or config.model.vocab_size
-    return NgramHash(row_space(config.model, over), base, over.pad_id, over.boundary, eod_id, kernels)
+    return NgramHash(row_space(config.model, over), hash_base(config), over.pad_id, over.boundary, eod_id, kernels)
 
 
 def build_table_reader(

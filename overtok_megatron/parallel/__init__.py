@@ -1,1 +1,1 @@
-"""The process grid, conjugate collectives, and layers split over a tensor-parallel group. Knows nothing of models."""
+"""The process grid, conjugate collectives, and layers split over a tensor-parallel group. Independent of models."""

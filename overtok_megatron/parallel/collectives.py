@@ -1,4 +1,4 @@
-"""Differentiable collectives in conjugate pairs; every one is out of place, and the identity for group None.
+"""Differentiable collectives in conjugate pairs. Each is out of place, and for group None the identity.
 
 Sums run in the tensor's own dtype. Notation in the tables: x_r is rank r's tensor, g_r the gradient that arrives there.
 """
@@ -22,7 +22,7 @@ def group_rank(group: Group) -> int:
 
 
 def named(operation: str, group: dist.ProcessGroup) -> record_function:
-    """A span of a profiler's trace: every collective runs within one, named by its group and what it does."""
+    """A span in a profiler's trace, named by group and operation; every collective runs within one."""
     return record_function(f"{group.group_desc}: {operation}")
 
 
@@ -42,7 +42,7 @@ def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 def _slices(x: Tensor, group: dist.ProcessGroup, dim: int) -> tuple[Tensor, ...]:
     size, ranks = x.shape[dim], dist.get_world_size(group)
-    # chunk would make fewer or unequal slices, on which the backends hang or fill in rubbish
+    # chunk() may return fewer or unequal slices; collectives then hang or return garbage
     assert size % ranks == 0, f"dimension {dim} of {tuple(x.shape)} does not divide over {ranks} ranks"
     return x.chunk(ranks, dim=dim)
 
@@ -68,7 +68,7 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> T
 
 
 class _Copy(torch.autograd.Function):
-    """| forward | x | backward | sum_r g_r | : x is the same on all ranks, each uses it in its own way."""
+    """| forward | x | backward | sum_r g_r | : x is the same on all ranks, and each uses it differently."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -81,7 +81,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Reduce(torch.autograd.Function):
-    """| forward | sum_r x_r | backward | g | : the sum is used alike on all ranks, so g is the same there."""
+    """| forward | sum_r x_r | backward | g | : all ranks use the sum in the same way, so g is the same."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -93,7 +93,7 @@ class _Reduce(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """| forward | cat_r x_r | backward | own slice of g, or of sum_r g_r | : the latter if ranks use it differently."""
+    """| forward | cat_r x_r | backward | own slice of g, or of sum_r g_r | : the sum if ranks use it differently."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int, sum_grads: bool) -> Tensor:
@@ -112,7 +112,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return _own_slice(x, group, dim).clone()  # a slice of dim 0 is contiguous already, and would be a view of x
+        return _own_slice(x, group, dim).clone()  # a slice of dim 0 is contiguous, so it would be a view of x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -156,12 +156,12 @@ def reduce_from_group(x: Tensor, group: Group) -> Tensor:
 
 
 def gather_from_group(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Slices along `dim` to the whole on every rank, which all use it alike: backward takes the own slice."""
+    """Join slices along `dim` on every rank. All ranks must use the result in the same way: backward takes the own slice."""
     return x if group is None else _Gather.apply(x, group, dim, False)
 
 
 def scatter_to_group(x: Tensor, group: Group, dim: int) -> Tensor:
-    """The own slice along `dim` of what all ranks hold alike; backward gathers. `dim` must divide."""
+    """Take the own slice along `dim` of a tensor that is the same on all ranks; backward gathers. `dim` must divide."""
     return x if group is None else _Scatter.apply(x, group, dim)
 
 
@@ -176,8 +176,8 @@ def reduce_scatter_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def exchange_dims(x: Tensor, group: Group, *, split: int, join: int) -> Tensor:
-    """Slices of dimension `join`, whole in `split`, become whole in `join` and slices of `split` (one all-to-all).
+    """Turn slices of dimension `join` into slices of dimension `split`, by one all-to-all.
 
-    What DeepSpeed-Ulysses does before and after attention (arXiv 2309.14509), with heads and sequence. `split` must divide.
+    DeepSpeed-Ulysses does this before and after attention, with heads and sequence (arXiv 2309.14509). `split` must divide.
     """
     return x if group is None else _ExchangeDims.apply(x, group, split, join)

@@ -1,6 +1,6 @@
-"""Output projection and cross entropy in one pass over a vocabulary that may be split; logits never exist as a whole.
+"""Output projection and cross entropy in one pass, chunk by chunk, so that the logits of all tokens never exist at once.
 
-Shapes: N tokens, c tokens of a chunk, d hidden, v_shard this rank's part of the vocabulary.
+The vocabulary may be split over ranks. Shapes: N tokens, c tokens of a chunk, d hidden, v_shard this rank's vocabulary.
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.parallel.collectives import group_rank
 from overtok_megatron.parallel.splits import largest_part
 
-_CHUNK_VALUES = 1 << 22  # logits of a chunk: few enough to stay near the cache, enough for a full-speed product
+_CHUNK_VALUES = 1 << 22  # logits of a chunk: few enough for the cache, enough for a product at full speed
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients of a chunk while its logits are at hand; backward only scales them.
+    """Computes the loss and both gradients of a chunk while its logits exist; backward only scales the gradients.
 
     | | hidden [N, d] | weight [v_shard, d] | max, sum of exp, target logit [c] |
     | forward | the same on all ranks | own part | all-reduced |
-    | backward | own part of the gradient: the caller's copy or gather sums it | own | - |
+    | backward | this rank's term of a sum, which the caller's copy or gather computes | own part | - |
     """
 
     @staticmethod
@@ -41,15 +41,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         objective = torch.zeros((), dtype=torch.float32, device=hidden.device)
         cross_entropy = torch.zeros_like(objective)
-        # by the largest shard: ranks that cut their tokens differently would hang in the collectives of a chunk
-        widest = largest_part(vocab_start, vocab_start + weight.shape[0], group_rank(group))
-        step = max(1, _CHUNK_VALUES // max(1, widest))
-        for begin in range(0, hidden.shape[0], step):
-            chunk = slice(begin, begin + step)
+        # From the largest shard, because ranks with other chunks would hang in the collectives of a chunk.
+        largest_shard = largest_part(vocab_start, vocab_start + weight.shape[0], group_rank(group))
+        step = max(1, _CHUNK_VALUES // max(1, largest_shard))
+        for start in range(0, hidden.shape[0], step):
+            chunk = slice(start, start + step)
             scored = targets[chunk] != IGNORE_INDEX
-            place = torch.where(scored, targets[chunk] - vocab_start, -1)  # out of range: nothing of it is here
+            local_target = torch.where(
+                scored, targets[chunk] - vocab_start, -1
+            )  # out of range: on another rank, or none
             logits = hidden[chunk] @ weight.t()  # [c, v_shard]
-            log_sum, target_logit = _statistics(logits, place, group, kernels)
+            log_sum, target_logit = _statistics(logits, local_target, group, kernels)
             losses = torch.where(scored, log_sum - target_logit, 0.0)
             cross_entropy += losses.sum()
             objective += losses.sum() + z_loss * torch.where(scored, log_sum, 0.0).square().sum()
@@ -57,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             # d objective / d logits = softmax (1 + 2 z log_sum) - [target], zero where not scored
             scale = torch.where(scored, 1.0 + 2.0 * z_loss * log_sum, 0.0)
-            grad_logits = kernels.softmax_gradient(logits, log_sum, scale, place)
+            grad_logits = kernels.softmax_gradient(logits, log_sum, scale, local_target)
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             grad_weight += grad_logits.t() @ hidden[chunk]
         if grad_hidden is not None and grad_weight is not None:
@@ -68,25 +70,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # a float32 scalar: rounding it to bfloat16 first would tilt the head's gradient against all others
+        # `grad` is a float32 scalar: rounding it to bfloat16 first would scale the head's gradient unlike all others.
         return (grad_hidden * grad, grad_weight * grad, *[None] * 6)
 
 
 def _statistics(
-    logits: Tensor, place: Tensor, group: dist.ProcessGroup | None, kernels: Kernels
+    logits: Tensor, local_target: Tensor, group: dist.ProcessGroup | None, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    """log-sum-exp and target logit over the whole vocabulary, [c] float32 each; place [c]: the target in this shard."""
+    """log-sum-exp and target logit over the full vocabulary, [c] float32 each.
+
+    local_target [c]: index of the target in this rank's shard; out of range = the target is not here.
+    """
     largest, exp_sum = kernels.softmax_statistics(logits)
     size = logits.shape[1]
-    ours = (place >= 0) & (place < size)
-    found = logits.gather(1, torch.where(ours, place, 0).unsqueeze(1)).squeeze(1) if size else torch.zeros_like(largest)
+    ours = (local_target >= 0) & (local_target < size)
+    found = torch.zeros_like(largest)
+    if size:
+        found = logits.gather(1, torch.where(ours, local_target, 0).unsqueeze(1)).squeeze(1)
     top = largest.clone()
     if group is not None:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     sums = torch.stack([exp_sum * (largest - top).exp(), torch.where(ours, found.float(), 0.0), ours.float()])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    # a target that no rank holds is outside the vocabulary: the loss must not look like a number
+    # A target that no rank holds is outside the vocabulary; the loss becomes NaN, so that nobody takes it for a result.
     return sums[0].log() + top, torch.where(sums[2] > 0, sums[1], torch.nan)
 
 
@@ -102,10 +109,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Summed objective and summed cross entropy, float32 scalars; only the objective has a gradient.
 
-    hidden [N, d], the same on all ranks; weight [v_shard, d], rows from vocab_start on; targets [N] int64, IGNORE_INDEX =
-    not scored, any other outside the vocabulary = the loss is NaN. The objective adds z_loss log(Z)^2 a token. The
-    gradient of hidden is this rank's part: enter through copy_to_group or all_gather_sequence. Softmax is float32,
-    products run in hidden's dtype.
+    hidden [N, d], the same on all ranks; weight [v_shard, d], of the tokens from vocab_start on; targets [N] int64:
+    IGNORE_INDEX is not scored, and any other target outside the vocabulary makes the loss NaN. The objective adds
+    z_loss log(Z)^2 per token. The gradient of hidden is this rank's term of a sum, so hidden must come from copy_to_group or
+    all_gather_sequence. Softmax is computed in float32, products in hidden's dtype.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(

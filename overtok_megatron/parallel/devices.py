@@ -1,7 +1,7 @@
-"""The device of a process, which is made once at the root and passed down as an argument, and what follows from it.
+"""The device of a process, which is created once at the root and passed down as an argument, and what depends on it.
 
-`torch.device("cuda")` and `torch.device("cuda:0")` are unequal although they mean one card, and code that compares a tensor's
-device with the wanted one then takes the wrong branch. So a device always carries its index here, as the devices of tensors do.
+`torch.device("cuda")` and `torch.device("cuda:0")` are unequal although they mean the same card, so code that compares a
+tensor's device with the wanted one takes the wrong branch. Devices here always have an index, as the devices of tensors do.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ def num_accelerators() -> int:
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The same device with its index: `cuda` becomes the current CUDA device; `cpu` has none."""
+    """The same device with its index: `cuda` becomes the current CUDA device; `cpu` has no index."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -31,7 +31,7 @@ def default_device() -> torch.device:
 
 
 def first_device() -> torch.device:
-    """The kind of device that ranks will run on, for a process that must not take memory there: CUDA is not initialised."""
+    """A device of the kind that ranks will run on. Does not initialise CUDA, which would take memory on the device."""
     return torch.device("cuda", 0) if num_accelerators() else CPU
 
 
@@ -54,7 +54,7 @@ def named_device(name: str, key: str) -> torch.device:
 
 
 def local_device(local_rank: int) -> torch.device:
-    """The device of rank `local_rank` of this host: the CUDA device of that number, the only one that it sees, or the CPU.
+    """The device of rank `local_rank` on this host: the CUDA device with that index, the only visible one, or the CPU.
 
     Makes it the current device of the calling thread. Raises ConfigError where the host has fewer devices than ranks.
     """

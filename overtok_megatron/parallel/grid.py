@@ -1,6 +1,8 @@
-"""The process grid: rank arithmetic as pure functions, and the groups made from it, which are never globals."""
+"""The process grid: rank arithmetic as pure functions, and the process groups made from it, which are never globals."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
 from typing import Any, Literal
@@ -24,86 +26,128 @@ class GridShape:
 
     @property
     def world_size(self) -> int:
-        return self.pipe * self.data * self.context * self.tensor
+        return self.ranks(*AXES)
 
     def size(self, axis: Axis) -> int:
         return int(getattr(self, axis))
 
-    def coordinates(self, rank: int) -> dict[Axis, int]:
-        """Place of a rank on every axis."""
-        assert 0 <= rank < self.world_size
-        place: dict[Axis, int] = {}
-        for axis in reversed(AXES):
-            rank, place[axis] = divmod(rank, self.size(axis))
-        return {axis: place[axis] for axis in AXES}
+    def ranks(self, *axes: Axis) -> int:
+        """How many ranks a group along `axes` has."""
+        return math.prod(self.size(axis) for axis in axes)
 
-    def rank_at(self, place: dict[Axis, int]) -> int:
+    def coordinates(self, rank: int) -> dict[Axis, int]:
+        """The coordinate of a rank on every axis."""
+        assert 0 <= rank < self.world_size
+        reversed_coordinates: dict[Axis, int] = {}
+        for axis in reversed(AXES):
+            rank, reversed_coordinates[axis] = divmod(rank, self.size(axis))
+        return {axis: reversed_coordinates[axis] for axis in AXES}
+
+    def rank_at(self, coordinates: dict[Axis, int]) -> int:
         rank = 0
         for axis in AXES:
-            rank = rank * self.size(axis) + place[axis]
+            rank = rank * self.size(axis) + coordinates[axis]
         return rank
 
     def ranks_along(self, rank: int, *axes: Axis) -> list[int]:
-        """The ranks that differ from `rank` only on `axes`, itself included, in order."""
-        place = self.coordinates(rank)
-        spans = [range(self.size(axis)) for axis in AXES if axis in axes]
-        ordered = [axis for axis in AXES if axis in axes]
-        return [self.rank_at({**place, **dict(zip(ordered, spot, strict=True))}) for spot in product(*spans)]
+        """The ranks that differ from `rank` on `axes` only, itself included, in rising order."""
+        own = self.coordinates(rank)
+        varied = [axis for axis in AXES if axis in axes]
+        spans = [range(self.size(axis)) for axis in varied]
+        return [self.rank_at({**own, **dict(zip(varied, values, strict=True))}) for values in product(*spans)]
 
     def all_groups(self, *axes: Axis) -> list[list[int]]:
-        """Every group along `axes` once, by first rank."""
-        places = ((rank, self.coordinates(rank)) for rank in range(self.world_size))
-        return [self.ranks_along(rank, *axes) for rank, place in places if not any(place[axis] for axis in axes)]
+        """Every group along `axes` once, sorted by first rank."""
+        coordinates = ((rank, self.coordinates(rank)) for rank in range(self.world_size))
+        return [self.ranks_along(rank, *axes) for rank, own in coordinates if not any(own[axis] for axis in axes)]
 
     def pipe_ends(self, ranks: list[int]) -> list[int]:
-        """Those of `ranks` that are on the first or the last pipeline stage."""
+        """Those of `ranks` that are on the first or on the last pipeline stage."""
         return [rank for rank in ranks if self.coordinates(rank)["pipe"] in (0, self.pipe - 1)]
 
 
-@dataclass(frozen=True)
-class ProcessGrid:
-    """This process's place and groups. A group of one rank is None: the layers then take the plain path.
+# The axes of every group that a run uses, in the order in which all ranks make them, and its name in profiler traces.
+GROUPS: dict[tuple[Axis, ...], str] = {
+    ("tensor",): "tensor",
+    ("data", "context"): "data",
+    ("context",): "context",
+    ("pipe", "tensor"): "replica",
+    ("pipe", "context", "tensor"): "batch",
+    AXES: "tables",
+}
+# DeepSpeed asks for these groups even where they have one rank.
+_NEEDED_ALONE: tuple[tuple[Axis, ...], ...] = (("tensor",), ("data", "context"))
 
-    tensor_group: ranks that split one layer. context_group: ranks that split a sequence. data_group: ranks that hold the
-    same shard, for other data or another part of the sequence, over which gradients are averaged. replica_group: ranks
-    that together hold one copy of the weights. ends_group: the first and the last pipeline stage's rank of the same
-    place, None for a rank in the middle of a pipeline. batch_group: the ranks that see the same samples, which are all of
-    one pipeline. table_group: the whole world, over which the n-gram tables are sharded. engine_groups: the tensor and data
-    groups where DeepSpeed needs them even with one member; None without a process group. control_group: the whole world
-    over gloo, with a long time limit, whatever the run's device: for `gather_objects` and `wait_for_all`.
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessGrid:
+    """This process's coordinates and groups.
+
+    groups: those of `GROUPS` that have more than one rank, and those that DeepSpeed needs; empty without a process group.
+    ends_group: the ranks of the first and of the last pipeline stage that share all other coordinates; None for a rank in
+    the middle of a pipeline, and without a pipeline. control_group: the whole world over gloo, with a long time limit, for
+    `gather_objects` and `wait_for_all`, whatever the run's device.
     """
 
-    shape: GridShape
-    rank: int
-    tensor_group: dist.ProcessGroup | None
-    context_group: dist.ProcessGroup | None
-    data_group: dist.ProcessGroup | None
-    replica_group: dist.ProcessGroup | None
-    ends_group: dist.ProcessGroup | None
-    batch_group: dist.ProcessGroup | None
-    table_group: dist.ProcessGroup | None
-    engine_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
-    control_group: dist.ProcessGroup | None
+    shape: GridShape = field(default_factory=GridShape)
+    rank: int = 0
+    groups: Mapping[tuple[Axis, ...], dist.ProcessGroup] = field(default_factory=dict)
+    ends_group: dist.ProcessGroup | None = None
+    control_group: dist.ProcessGroup | None = None
 
-    def place(self, axis: Axis) -> int:
+    def group(self, *axes: Axis) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one on `axes` only; None if it is the only one: layers then take the plain path."""
+        return self.groups[axes] if self.shape.ranks(*axes) > 1 else None
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that split one layer."""
+        return self.group("tensor")
+
+    @property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """The ranks that split a sequence."""
+        return self.group("context")
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks with the same weights for other data or another slice of the sequence; gradients are averaged over them."""
+        return self.group("data", "context")
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The ranks that together hold one copy of the weights."""
+        return self.group("pipe", "tensor")
+
+    @property
+    def batch_group(self) -> dist.ProcessGroup | None:
+        """The ranks that see the same samples, which are those of one pipeline."""
+        return self.group("pipe", "context", "tensor")
+
+    @property
+    def table_group(self) -> dist.ProcessGroup | None:
+        """The whole world, over which the n-gram tables are sharded."""
+        return self.group(*AXES)
+
+    def coordinate(self, axis: Axis) -> int:
         """This rank's coordinate on an axis."""
         return self.shape.coordinates(self.rank)[axis]
 
     @property
     def tensor_rank(self) -> int:
-        return self.place("tensor")
+        return self.coordinate("tensor")
 
     @property
     def data_rank(self) -> int:
-        return self.place("data")
+        return self.coordinate("data")
 
     @property
     def is_first_stage(self) -> bool:
-        return self.place("pipe") == 0
+        return self.coordinate("pipe") == 0
 
     @property
     def is_last_stage(self) -> bool:
-        return self.place("pipe") == self.shape.pipe - 1
+        return self.coordinate("pipe") == self.shape.pipe - 1
 
     @property
     def batch_source(self) -> int:
@@ -126,38 +170,37 @@ class ProcessGrid:
     @classmethod
     def single(cls) -> "ProcessGrid":
         """One process, no process group."""
-        return cls(GridShape(), 0, None, None, None, None, None, None, None, None, None)
+        return cls()
 
     @classmethod
     def create(cls, shape: GridShape) -> "ProcessGrid":
-        """Make all groups; collective over the world, whose size must be the shape's."""
-        rank, world = dist.get_rank(), dist.get_world_size()
+        """Make all groups; all ranks must call this, and their number must be the shape's."""
+        world = dist.get_world_size()
         assert world == shape.world_size, (world, shape)
-
-        def own_group(name: str, groups: list[list[int]]) -> dist.ProcessGroup | None:
-            mine = None
-            for ranks in groups:  # every rank makes every group, in the same order
-                group = dist.new_group(ranks, group_desc=name)
-                if rank in ranks:
-                    mine = group
-            return mine
-
-        def split_group(name: str, groups: list[list[int]]) -> dist.ProcessGroup | None:
-            return own_group(name, groups) if len(groups[0]) > 1 else None
-
-        tensor = own_group("tensor", shape.all_groups("tensor"))
-        data = own_group("data", shape.all_groups("data", "context"))
-        assert tensor is not None and data is not None
+        groups = {  # every rank makes every group, in the same order
+            axes: _own_group(name, shape.all_groups(*axes))
+            for axes, name in GROUPS.items()
+            if shape.ranks(*axes) > 1 or axes in _NEEDED_ALONE
+        }
+        ends = [shape.pipe_ends(ranks) for ranks in shape.all_groups("pipe")]
+        ends_group = _own_group("pipeline ends", ends) if shape.pipe > 1 else None
+        control = None
+        if world > 1:
+            control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
         return cls(
-            shape,
-            rank,
-            tensor if shape.tensor > 1 else None,
-            split_group("context", shape.all_groups("context")),
-            data if shape.data * shape.context > 1 else None,
-            split_group("replica", shape.all_groups("pipe", "tensor")),
-            split_group("pipeline ends", [shape.pipe_ends(ranks) for ranks in shape.all_groups("pipe")]),
-            split_group("batch", shape.all_groups("pipe", "context", "tensor")),
-            own_group("tables", [list(range(world))]) if world > 1 else None,
-            (tensor, data),
-            dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control") if world > 1 else None,
+            shape=shape,
+            rank=dist.get_rank(),
+            groups={axes: group for axes, group in groups.items() if group is not None},
+            ends_group=ends_group,
+            control_group=control,
         )
+
+
+def _own_group(name: str, groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Make a group of each list of ranks, on all ranks in the same order; returns the one that this rank is in."""
+    own = None
+    for ranks in groups:
+        group = dist.new_group(ranks, group_desc=name)
+        if dist.get_rank() in ranks:
+            own = group
+    return own

@@ -1,6 +1,17 @@
-"""Linear layers split over a tensor-parallel group, without biases (OLMo2 has none).
+"""Linear layers split over a tensor-parallel group of p ranks, without biases (OLMo2 has none).
 
-Shapes: b batch, s sequence, s_shard a slice of it under sequence parallelism, i inputs, o outputs, _shard this rank's part.
+y = x W^T. A column-parallel layer splits the outputs, a row-parallel one the inputs, so a pair of them needs no collective
+in between (arXiv 1909.08053):
+
+    W [o, i] by outputs (column-parallel)        W [o, i] by inputs (row-parallel)
+
+        | W_1 |   y_r   = x W_r^T                    W = [ W_1 | W_2 | .. | W_p ]
+    W = | W_2 |   y     = [ y_1 | .. | y_p ]
+        | ..  |   rank r holds W_r [o_shard, i]      y   = sum_r x_r W_r^T
+        | W_p |                                      rank r holds W_r [o, i_shard]
+
+Names as in the field: "column" and "row" are those of W^T.
+Shapes: b batch, s sequence, s_shard a slice under sequence parallelism, i inputs, o outputs, _shard this rank's part.
 """
 
 import torch
@@ -20,11 +31,16 @@ from overtok_megatron.parallel.splits import initialise, mark_split, split_range
 
 
 class MergedColumnParallelLinear(nn.Module):
-    """Several linear layers of one input, each split by outputs, as one product with one entry into the split region.
+    """Several linear layers of one input, each split by outputs, computed as one product.
 
-    outputs: name -> full output size; the weights are parameters of these names, [o_shard, i] each. Input
-    [b, s, i] (or [b, s_shard, i] with sequence_parallel), output [b, s, sum of o_shard], in the order of `outputs`; `sizes`
-    are the parts' widths.
+    outputs: name -> full output size. The weights are parameters of these names, [o_shard, i] each. The output has them in
+    this order, side by side, `sizes` wide. On rank r, with W_r the weights on top of each other:
+
+    |         | with sequence_parallel                             | without                                  |
+    | input   | x_r [b, s_shard, i]                                | x [b, s, i], the same on all ranks       |
+    | forward | x = all-gather(x_r); y_r = x W_r^T [b, s, o_shard] | y_r = x W_r^T [b, s, o_shard]            |
+    | dgrad   | dx_r = reduce-scatter(dy_r W_r) [b, s_shard, i]    | dx = all-reduce(dy_r W_r) [b, s, i]      |
+    | wgrad   | dW_r = dy_r^T x [o_shard, i]                       | dW_r = dy_r^T x [o_shard, i]             |
     """
 
     def __init__(
@@ -53,17 +69,26 @@ class MergedColumnParallelLinear(nn.Module):
             initialise(weight, std, seed, f"{name}.{own_name}")
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = all_gather_sequence(x, self.group, 1) if self.sequence_parallel else copy_to_group(x, self.group)
-        weight = torch.cat([getattr(self, name) for name in self.outputs])  # small beside the activations
-        return F.linear(whole, weight)
+        x = (
+            all_gather_sequence(x, self.group, 1) if self.sequence_parallel else copy_to_group(x, self.group)
+        )  # [b, s, i]
+        weight = torch.cat([getattr(self, name) for name in self.outputs])  # a copy, but small beside the activations
+        return F.linear(x, weight)  # [b, s, sum of o_shard]
 
     def extra_repr(self) -> str:
-        place = f"rank {group_rank(self.group)} of {group_size(self.group)}"
-        return f"in_features={self.in_features}, outputs={self.outputs}, {place}"
+        ranks = f"rank {group_rank(self.group)} of {group_size(self.group)}"
+        return f"in_features={self.in_features}, outputs={self.outputs}, {ranks}"
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer split by inputs: [b, s, i_shard] -> [b, s, o] summed over the group, or its slice [b, s_shard, o]."""
+    """A linear layer split by inputs. On rank r:
+
+    |         | with sequence_parallel                             | without                                  |
+    | input   | x_r [b, s, i_shard]                                | x_r [b, s, i_shard]                      |
+    | forward | y_r = reduce-scatter(x_r W_r^T) [b, s_shard, o]    | y = all-reduce(x_r W_r^T) [b, s, o]      |
+    | dgrad   | dy = all-gather(dy_r); dx_r = dy W_r               | dx_r = dy W_r [b, s, i_shard]            |
+    | wgrad   | dW_r = dy^T x_r [o, i_shard]                       | dW_r = dy^T x_r [o, i_shard]             |
+    """
 
     def __init__(
         self,
@@ -85,11 +110,11 @@ class RowParallelLinear(nn.Module):
         initialise(self.weight, std, seed, f"{name}.weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = F.linear(x, self.weight)
+        partial = F.linear(x, self.weight)  # [b, s, o], one of the p terms of a sum
         if self.sequence_parallel:
             return reduce_scatter_sequence(partial, self.group, 1)
         return reduce_from_group(partial, self.group)
 
     def extra_repr(self) -> str:
-        place = f"rank {group_rank(self.group)} of {group_size(self.group)}"
-        return f"in_features={self.full_shape[1]}, out_features={self.full_shape[0]}, {place}"
+        ranks = f"rank {group_rank(self.group)} of {group_size(self.group)}"
+        return f"in_features={self.full_shape[1]}, out_features={self.full_shape[0]}, {ranks}"

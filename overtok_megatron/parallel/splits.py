@@ -1,6 +1,6 @@
-"""How a parameter is split: metadata set in one place, and initial weights that do not depend on the split.
+"""How a parameter is split: metadata that is set in one place, and initial weights that do not depend on the split.
 
-Checkpoints, clipping and conversion read `splits_of`; nobody matches names to decide how a weight is split.
+Checkpoints, clipping and conversion read `splits_of`. Names of parameters are never matched to find out how one is split.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from overtok_megatron.parallel.collectives import group_rank, group_size
 
 @dataclass(frozen=True)
 class ParameterSplit:
-    """Of `size` entries along dimension `dim` of a parameter this rank holds [start, stop)."""
+    """This rank holds entries [start, stop) of the `size` along dimension `dim` of a parameter."""
 
     dim: int
     size: int
@@ -25,16 +25,17 @@ class ParameterSplit:
 
 
 def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, stop) of part `index`: base + remainder, so any size goes over any number of parts."""
+    """[start, stop) of part `index`. The first `size % parts` parts hold one entry more, so any size can be split."""
     base, remainder = divmod(size, parts)
     start = index * base + min(index, remainder)
     return start, start + base + (index < remainder)
 
 
 def largest_part(start: int, stop: int, index: int) -> int:
-    """Size of the largest part that split_range makes, known from any one part: the first is never the smaller.
+    """Size of the largest part that `split_range` makes, computed from any one part.
 
-    start = index * base + min(index, remainder), so dividing by the index and rounding up gives base + (remainder > 0).
+    The first part is the largest. For others, start = index * base + min(index, remainder), so start / index rounded up is
+    base + (remainder > 0).
     """
     return stop - start if index == 0 else -(-start // index)
 
@@ -42,10 +43,10 @@ def largest_part(start: int, stop: int, index: int) -> int:
 def mark_split(
     parameter: nn.Parameter, *, dim: int, full_shape: tuple[int, ...], group: dist.ProcessGroup | None
 ) -> None:
-    """Record that `parameter` is this rank's part along `dim` over `group`; nothing to record for group None.
+    """Record that `parameter` is this rank's part along `dim` over `group`; records nothing for group None.
 
-    A parameter may be split more than once, along several dimensions. Sets `tensor_model_parallel` as well, without which
-    DeepSpeed's norm leaves out the parts of later ranks.
+    A parameter may be split several times, along several dimensions. Also sets `tensor_model_parallel`, without which
+    DeepSpeed's norm leaves out the parts of all ranks but the first.
     """
     if group is None:
         return
@@ -57,13 +58,13 @@ def mark_split(
 
 
 def splits_of(parameter: nn.Parameter) -> tuple[ParameterSplit, ...]:
-    """How a parameter is split; empty = every rank of the groups that it might be split over holds all of it."""
+    """How a parameter is split; empty = every rank of the tensor group holds all of it."""
     splits: tuple[ParameterSplit, ...] = getattr(parameter, "splits", ())
     return splits
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter of which this rank holds a part."""
+    """The shape of the full parameter of which this rank holds a part."""
     shape = list(parameter.shape)
     for split in splits_of(parameter):
         shape[split.dim] = split.size
@@ -78,7 +79,10 @@ def own_part(full: Tensor, splits: Sequence[ParameterSplit]) -> Tensor:
 
 
 def mark_pipeline_replica(parameter: nn.Parameter) -> None:
-    """Record that another pipeline stage holds the same weight and counts it; in the name that DeepSpeed's norms look for."""
+    """Record that another pipeline stage holds the same weight, counts it in the norm and saves it.
+
+    The name of the attribute is the one that DeepSpeed's norms look for.
+    """
     parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
 
@@ -87,13 +91,13 @@ def is_pipeline_replica(parameter: nn.Parameter) -> bool:
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one weight, from (seed, name): no global random stream moves."""
+    """A CPU generator for one weight, seeded by (seed, name). Global random states are unchanged."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
 def initialise(parameter: nn.Parameter, std: float, seed: int, name: str) -> None:
-    """Fill with this rank's part of the full weight, drawn from normal(0, std): the same for every split."""
+    """Fill with this rank's part of the full weight, which is drawn from normal(0, std) and is the same for every split."""
     full: Tensor = torch.empty(full_shape(parameter)).normal_(0.0, std, generator=named_generator(seed, name))
     parameter.copy_(own_part(full, splits_of(parameter)))

@@ -1,4 +1,4 @@
-"""The two V x d weights, split by vocabulary without any padding: ranks may own unequal parts, or none.
+"""The word embedding and the output weight, [V, d] each, split by vocabulary without padding: parts may be unequal or empty.
 
 Shapes: b batch, s sequence, d hidden, V vocabulary, v_shard this rank's part.
 """
@@ -46,7 +46,7 @@ class VocabParallelEmbedding(nn.Module):
         if self.stop > self.start:
             found = F.embedding(torch.where(ours, tokens - self.start, 0), self.weight)
             found = torch.where(ours.unsqueeze(-1), found, 0.0)
-        else:  # a rank without rows still takes part in the sum, and in the graph
+        else:  # a rank with an empty part still takes part in the sum over ranks, and in the autograd graph
             found = self.weight.sum() + torch.zeros(*tokens.shape, self.full_shape[1]).to(self.weight)
         if self.sequence_parallel:
             return reduce_scatter_sequence(found, self.group, 1)
@@ -57,7 +57,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Holds the output weight [v_shard, d]: its own, or the embedding's if tied. The product is taken by the caller."""
+    """Holds the output weight [v_shard, d]: its own, or the embedding's if tied. The caller computes the product."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class VocabParallelHead(nn.Module):
 
     @torch.no_grad()
     def gather(self, logits_shard: Tensor) -> Tensor:
-        """[.., v_shard] of every rank -> [.., V] on every rank, without a gradient."""
+        """[.., v_shard] of every rank -> [.., V] on every rank, without a gradient. All ranks must call this."""
         if self.group is None:
             return logits_shard
         ranks = group_size(self.group)

@@ -1,21 +1,11 @@
-"""What a run reports: one line a step, TensorBoard, a JSON-lines file, and the figures behind them. First rank only writes.
+"""Numbers that a process measures of itself, and their reduction over ranks. Units: bytes."""
 
-Units: seconds, tokens, bytes; losses in nats a token.
-"""
-
-import json
-import logging
 import resource
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
-
-from overtok_megatron.files import write_atomically
-
-log = logging.getLogger(__name__)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -34,61 +24,3 @@ def over_ranks(value: float, operation: Any, device: torch.device) -> float:
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=operation)
     return float(tensor)
-
-
-class Reporter:
-    """Writes step records of the first rank: `metrics.jsonl` (appended), TensorBoard events, and the log line.
-
-    A resumed run truncates records from its first step on, so that the file holds each step once.
-    """
-
-    def __init__(self, directory: Path, *, tensorboard: bool, first_step: int) -> None:
-        self.path = directory / "metrics.jsonl"
-        self._keep_before(first_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step) if tensorboard else None
-
-    def _keep_before(self, first_step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line cut by a kill
-                continue
-            if record["step"] <= first_step:
-                kept.append(line)
-        write_atomically(self.path, "".join(line + "\n" for line in kept))  # a kill here loses no record
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record `values` (name -> number; names are TensorBoard tags) after optimizer step `step` (1, 2, ...)."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def step_line(step: int, total: int, values: dict[str, float]) -> str:
-    """The column-aligned line of a step."""
-    parts = [
-        f"step {step:>{len(str(total))}}/{total}",
-        f"loss {values['train/loss']:8.4f}",
-        f"lr {values['train/learning_rate']:9.3e}",
-        f"norm {values['train/grad_norm']:8.3f}",
-        f"{values['speed/tokens_per_second']:9.0f} tok/s",
-        f"{values['speed/tflops_per_rank']:7.2f} TFLOP/s",
-        f"mfu {100 * values['speed/model_flops_utilisation']:5.1f}%",
-    ]
-    if "tables/unique_rows" in values:
-        parts.append(f"rows {values['tables/unique_rows']:8.0f}")
-    epochs = [f"{value:.3f}" for name, value in values.items() if name.startswith("data/epoch/")]
-    if epochs:
-        parts.append(f"epoch {' '.join(epochs)}")
-    return "  ".join(parts)

@@ -72,10 +72,10 @@ def measured(device: torch.device, dtype: torch.dtype) -> float:
     best = float("inf")
     for _ in range(5):
         synchronize(device)
-        begin = time.perf_counter()
+        started = time.perf_counter()
         product = left @ left
         synchronize(device)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - started)
         del product
     return 2 * size**3 / best
 

@@ -14,7 +14,7 @@ from overtok_megatron.checkpoint.tables import merged_rows, write_rows
 from overtok_megatron.errors import CheckpointError, OutputError
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.run_folder import hold
-from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
 
 
 def reshape(source: Path, output: Path) -> Path:

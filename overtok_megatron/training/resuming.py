@@ -1,75 +1,73 @@
 """Resuming a run from a checkpoint of any layout, after checking that it is of the same model and undamaged.
 
-All functions are collectives: every rank calls them, and every rank learns of a failure on any other.
+All ranks must call these functions, and every rank learns of a failure on any other.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_engine_files
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
 from overtok_megatron.checkpoint.dense import read_parts
-from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, MOMENTS, ParameterState, read_dense_states
+from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState, read_dense_states
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.tables import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_rows, load_tables
-from overtok_megatron.errors import CheckpointError, OvertokError
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import splits_of
-from overtok_megatron.training.deepspeed.checkpoint_files import READ_ERRORS, reason
-from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file, set_parameter_state
+from overtok_megatron.training.agreement import agree
+from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
+from overtok_megatron.training.deepspeed.engine_object import set_progress
 from overtok_megatron.training.engine import TrainingEngine
 
-T = TypeVar("T")
 _STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
 
 
-def layout_of(trainer: TrainingEngine) -> dict[str, int]:
+def layout_of(engine: TrainingEngine) -> dict[str, int]:
     """Who wrote the engine's files: on the same layout DeepSpeed reads them back, on another they are taken apart."""
-    shape = trainer.grid.shape
+    shape = engine.grid.shape
     return {
         "pipeline_parallel_size": shape.pipe,
         "data_parallel_size": shape.data,
         "context_parallel_size": shape.context,
         "tensor_parallel_size": shape.tensor,
-        "zero_stage": trainer.config.parallel.zero_stage,
+        "zero_stage": engine.config.parallel.zero_stage,
     }
 
 
-def load_state(trainer: TrainingEngine, path: Path) -> Manifest:
+def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
     """Bring everything back from a complete checkpoint of the same model, whatever layout wrote it.
 
     On the same layout the next step has the same bits, on another the same numbers to rounding. Raises CheckpointError naming
     the first difference of the model, or the first damaged file.
     """
-    config = trainer.config.model_dump(mode="json")
-    manifest = _manifest(trainer.grid, path, lambda found: check_continuable(config, found, path))
-    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, list(manifest.files)), path)
-    if same_engine_files(config, layout_of(trainer), manifest):
-        _load_engine_files(trainer, path)
+    config = engine.config.model_dump(mode="json")
+    manifest = _checked_manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
+    agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, list(manifest.files)), path)
+    if same_engine_files(config, layout_of(engine), manifest):
+        _load_engine_files(engine, path)
     else:
-        _load_other_layout(trainer, path, manifest)
-    tables = trainer.tables
+        _load_by_parameter(engine, path, manifest)
+    tables = engine.tables
     if tables is not None:
-        agree(trainer.grid, lambda: load_tables(path, tables), path)
+        agree(engine.grid, lambda: load_tables(path, tables), path)
     return manifest
 
 
-def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
+def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
     """Start from the dense weights and rows of a complete checkpoint of any layout, with or without optimizer state.
 
     Master weights begin at the weights as they were written, moments and row state at zero; each rank reads its own part.
     Raises CheckpointError naming the first difference of the model, or the first damaged file.
     """
-    config = trainer.config.model_dump(mode="json")
+    config = engine.config.model_dump(mode="json")
     other_way = "start from another training.initial_checkpoint"
-    manifest = _manifest(trainer.grid, path, lambda found: check_same_model(config, found, path, other_way))
+    manifest = _checked_manifest(engine.grid, path, lambda found: check_same_model(config, found, path, other_way))
     names = [name for name in manifest.files if name.startswith((DENSE, TABLES))]
-    agree(trainer.grid, lambda: _verify(trainer.grid, path, manifest, names), path)
-    parameters = dict(trainer.model.named_parameters())
+    agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, names), path)
+    parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
     ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
 
@@ -77,34 +75,15 @@ def load_weights(trainer: TrainingEngine, path: Path) -> Manifest:
         for name, weight in read_parts(path, ranks, splits):
             zeros = torch.zeros(weight.shape)
             state = ParameterState({"master": weight.float(), **dict.fromkeys(MOMENTS, zeros)}, 0)
-            set_parameter_state(trainer.engine, parameters[name], state)
-        if trainer.tables is not None:
-            load_rows(path, trainer.tables.store)
+            engine.adapter.set_state(parameters[name], state)
+        if engine.tables is not None:
+            load_rows(path, engine.tables.store)
 
-    agree(trainer.grid, read, path)
+    agree(engine.grid, read, path)
     return manifest
 
 
-def agree(grid: ProcessGrid, work: Callable[[], T], place: Path) -> T:
-    """Return what `work` returns, which must not wait for other ranks; an error on any is raised as CheckpointError on all.
-
-    A rank that left alone would leave the others waiting for it in the next collective. place: for the message.
-    """
-    failure: str | None = None
-    found: list[T] = []
-    try:
-        found.append(work())
-    except OvertokError as error:
-        failure = str(error)
-    except READ_ERRORS as error:  # a file that went away, a disk that fails
-        failure = f"{place}: rank {grid.rank} failed ({reason(error)}); the checkpoints are as they were"
-    for text in grid.gather_objects(failure):
-        if text:
-            raise CheckpointError(text)
-    return found[0]
-
-
-def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) -> Manifest:
+def _checked_manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) -> Manifest:
     """The checkpoint's manifest, where every rank can read it and `check` raises no CheckpointError."""
 
     def read() -> Manifest:
@@ -115,35 +94,30 @@ def _manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest], None]) 
     return agree(grid, read, path)
 
 
-def _load_engine_files(trainer: TrainingEngine, path: Path) -> None:
-    """Load DeepSpeed's own files, on the layout that wrote them. They hold settings too, of which this run's own are kept."""
-    groups = trainer.optimizer.param_groups
-    asked = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
-    loaded, _ = trainer.engine.load_checkpoint(str(path), tag=ENGINE_FOLDER)
-    if loaded is None:
-        raise CheckpointError(f"{path / ENGINE_FOLDER}: DeepSpeed found no state to load")
-    for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+def _load_engine_files(engine: TrainingEngine, path: Path) -> None:
+    """Load DeepSpeed's own files, on the layout that wrote them. They hold settings too; this run keeps its own settings."""
+    groups = engine.optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
+    engine.engine_files.load(path)
+    for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
         group |= settings
-    optimizer = trainer.engine.optimizer
-    if hasattr(optimizer, "clip_grad"):  # ZeRO's and bf16's classes clip by themselves
-        optimizer.clip_grad = trainer.config.optimizer.gradient_clipping
+    engine.adapter.set_max_norm(engine.config.optimizer.gradient_clipping)
 
 
-def _verify(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
+def _verify_share(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
     """Hash this rank's share of some files: every file once, over all ranks."""
     for name in sorted(names)[grid.rank :: grid.shape.world_size]:
         verify_file(path, name, manifest)
 
 
-def _load_other_layout(trainer: TrainingEngine, path: Path, manifest: Manifest) -> None:
+def _load_by_parameter(engine: TrainingEngine, path: Path, manifest: Manifest) -> None:
     """Dense weights and optimizer state from files that other ranks wrote, parameter by parameter."""
-    parameters = dict(trainer.model.named_parameters())
+    parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
 
     def read() -> None:
         for name, state in read_dense_states(path, manifest.layout, splits, load_engine_file):
-            set_parameter_state(trainer.engine, parameters[name], state)
+            engine.adapter.set_state(parameters[name], state)
 
-    agree(trainer.grid, read, path)
-    trainer.engine.global_steps = manifest.step
-    trainer.engine.global_samples = manifest.consumed_samples
+    agree(engine.grid, read, path)
+    set_progress(engine.deepspeed_engine, steps=manifest.step, samples=manifest.consumed_samples)

@@ -4,8 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from overtok_megatron.config.derived import train_iters
+from overtok_megatron.config.schema import RunConfig
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Linear warm-up to `peak` over `warmup_iters`, then one of three ways down to `minimum` at `total_iters`.
 
@@ -20,13 +23,26 @@ class Schedule:
     total_iters: int
     decay_iters: int = 0
 
+    @classmethod
+    def of(cls, config: RunConfig) -> "Schedule":
+        """The schedule that a configuration asks for."""
+        settings = config.optimizer
+        return cls(
+            kind=settings.schedule,
+            peak=settings.learning_rate,
+            minimum=settings.min_learning_rate,
+            warmup_iters=settings.warmup_iters,
+            total_iters=train_iters(config),
+            decay_iters=settings.decay_iters or 0,
+        )
+
     def at(self, step: int) -> float:
         """Learning rate of step 0, 1, ... total_iters - 1; the first step of a warm-up is at peak / warmup_iters."""
         if step < self.warmup_iters:
             return self.peak * (step + 1) / self.warmup_iters
-        begin = self.total_iters - self.decay_iters if self.kind == "wsd" else self.warmup_iters
-        if step < begin:
+        decay_start = self.total_iters - self.decay_iters if self.kind == "wsd" else self.warmup_iters
+        if step < decay_start:
             return self.peak
-        progress = min(1.0, (step - begin + 1) / max(1, self.total_iters - begin))
+        progress = min(1.0, (step - decay_start + 1) / max(1, self.total_iters - decay_start))
         share = 0.5 * (1.0 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
         return self.minimum + (self.peak - self.minimum) * share

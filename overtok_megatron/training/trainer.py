@@ -1,50 +1,42 @@
-"""The run: data, engine, resume, steps, validation, checkpoints, reports. Collective; every rank runs it.
-
-Shapes: A micro-batches a step, b micro batch, s sequence.
-"""
+"""The loop of a run: resume, then steps, validation, checkpoints and reports. Every rank runs it."""
 
 import logging
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from overtok_megatron.checkpoint.store import CheckpointStore
+from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
 from overtok_megatron.checkpoint.weights_only import starting_point
-from overtok_megatron.config import counts, derived
+from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
-from overtok_megatron.data.batches import TrainBatches, validation_batches
-from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
-from overtok_megatron.kernels.dtypes import DTYPES
-from overtok_megatron.loss_metrics import validation_figures, validation_losses
-from overtok_megatron.parallel.collectives import named
+from overtok_megatron.loss_metrics import validation_figures
 from overtok_megatron.run_folder import RunLock
-from overtok_megatron.training import metrics
-from overtok_megatron.training.engine import StepResult, TrainingEngine
-from overtok_megatron.training.metrics import Reporter
-from overtok_megatron.training.peaks import peak_flops
+from overtok_megatron.training.agreement import agree
+from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import agree, load_state, load_weights
+from overtok_megatron.training.reporting import RunReport
+from overtok_megatron.training.resuming import load_checkpoint, load_weights
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
+from overtok_megatron.training.step_metrics import StepMetrics
+from overtok_megatron.training.table_metrics import table_metrics
+from overtok_megatron.training.token_feed import TokenFeed
 from overtok_megatron.training.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run from its first (or resumed) step to its last."""
+    """One run from its first (or resumed) step to its last. All ranks must call its methods."""
 
     def __init__(self, config: RunConfig, *, device: torch.device, num_threads: int) -> None:
         """num_threads: of this rank on the host, where the configuration names none."""
@@ -53,57 +45,35 @@ class Trainer:
             config.training.num_threads or num_threads
         )  # a GPU's host tables and offload use them too
         torch.use_deterministic_algorithms(config.training.deterministic)
+        self.folder = Path(config.training.output_directory)
         self.grid = start_processes(config, device)
         self.first = self.grid.rank == 0
-        self.lock = self._lock_folder(Path(config.training.output_directory))
-        world = self.grid.shape.world_size
-        validate(config, world, lambda key: "resolved")
+        self.lock = self._lock_folder()
+        validate(config, self.grid.shape.world_size, lambda key: "resolved")
         self.data = open_run_data(config)
-        self.trainer = TrainingEngine(config, self.grid, device, self.data.eod_id)
-        self.store = CheckpointStore(Path(config.training.output_directory))
+        self.engine = TrainingEngine(config, self.grid, device, self.data.eod_id)
+        self.store = CheckpointStore(self.folder)
         self.saver = Saver(
-            self.trainer,
+            self.engine,
             self.store,
             eod_id=self.data.eod_id,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
             published=self._saved,
         )
-        self.consumed = 0  # samples, of which the position in the data follows
-        self._announced: deque[Tensor] = deque()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_after_step)
+        self.consumed = 0  # samples so far, which give the position in the data
+        self.feed = TokenFeed(config, self.data, self.grid, device, num_micro_batches=self.engine.num_micro_batches)
         self.total_steps = derived.train_iters(config)
-        self.schedule = Schedule(
-            kind=config.optimizer.schedule,
-            peak=config.optimizer.learning_rate,
-            minimum=config.optimizer.min_learning_rate,
-            warmup_iters=config.optimizer.warmup_iters,
-            total_iters=self.total_steps,
-            decay_iters=config.optimizer.decay_iters or 0,
-        )
-        self.batches = TrainBatches(
-            self.data.train,
-            seq_length=config.data.seq_length,
-            micro_batch_size=config.training.micro_batch_size,
-            num_micro_batches=self.trainer.num_micro_batches,
-            data_parallel_rank=self.grid.data_rank,
-            data_parallel_size=self.grid.shape.data,
-            seed=config.data.shuffle_seed,
-        )
-        self.tokens_per_step = config.training.global_batch_size * config.data.seq_length
-        self.flops_per_token = counts.flops_per_token(config)
-        peak = peak_flops(device, DTYPES[config.training.precision])
-        self.peak_flops = metrics.over_ranks(peak.flops, dist.ReduceOp.SUM, device)
-        if self.first:
-            log.info(
-                "model FLOPs utilisation is relative to %.4g TFLOP/s per rank (%s)", peak.flops / 1e12, peak.source
-            )
+        self.schedule = Schedule.of(config)
+        self.step_metrics = StepMetrics(config, device)
+        self.tracer = Tracer(self.folder / "traces", config.logging.trace_steps, config.logging.trace_ranks)
 
-    def _lock_folder(self, folder: Path) -> RunLock:
+    def _lock_folder(self) -> RunLock:
         """Lock the run's folder for this training; every rank raises CheckpointError where another process writes there."""
-        lock = RunLock(folder, "the first rank of a training")
-        agree(self.grid, lambda: lock.take_for_ranks() if self.first else None, folder)
-        agree(self.grid, lambda: None if self.first else lock.join_ranks(), folder)
+        lock = RunLock(self.folder, "the first rank of a training")
+        agree(self.grid, lambda: lock.take_for_ranks() if self.first else None, self.folder)
+        agree(self.grid, lambda: None if self.first else lock.join_ranks(), self.folder)
         if self.first and (warning := lock.warning()):
             log.warning("%s", warning)
         return lock
@@ -126,45 +96,29 @@ class Trainer:
         return finished
 
     def _train(self) -> bool:
-        begin = self._resume()
-        if begin >= self.total_steps:
+        first_step = self._resume()
+        if first_step >= self.total_steps:
             if self.first:
-                log.info("nothing to do: the latest checkpoint is at step %d of %d", begin, self.total_steps)
+                log.info("nothing to do: the latest checkpoint is at step %d of %d", first_step, self.total_steps)
             return True
-        reporter = None
-        directory = Path(self.config.training.output_directory)
-        if self.first:
-            reporter = Reporter(directory, tensorboard=self.config.logging.tensorboard, first_step=begin)
-        tracer = Tracer(directory / "traces", self.config.logging.trace_steps, self.config.logging.trace_ranks)
-        stop = False
-        with tqdm(
-            total=self.total_steps,
-            initial=begin,
-            unit="step",
-            desc=directory.name,
-            disable=not (self.first and show_bar(self.config)),
-            dynamic_ncols=True,
-        ) as bar:
-            for step in range(begin, self.total_steps):
+        tokens_of_steps = self.feed.steps(self.consumed, self.total_steps - first_step, self.engine.prefetch)
+        with ExitStack() as open_until_end:
+            report = None
+            if self.first:
+                report = RunReport(
+                    self.config, first_step=first_step, total_steps=self.total_steps, bar=show_bar(self.config)
+                )
+                open_until_end.callback(report.close)
+            for step in range(first_step, self.total_steps):
                 done = step + 1
-                with tracer.step(done, self.grid.rank):
-                    values, stop = self._one_step_or_leave(step)
-                if self._due(done, self.config.training.validation_interval) and self.data.validation:
-                    values |= self._validate()
-                    values |= self._table_figures()
-                self.consumed += self.config.training.global_batch_size
-                values |= {f"data/epoch/{name}": epoch for name, epoch in self.batches.epochs(self.consumed).items()}
-                if reporter is not None:
-                    self._report(reporter, done, values)
-                    bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
-                    bar.update()
+                values, stop = self._one_step_or_leave(step, tokens_of_steps)
+                if report is not None:
+                    report.step(done, values)
                 if stop or self._due(done, self.config.checkpoint.interval):
                     self._save(done)
                 if stop:
                     break
         self.saver.finish()
-        if reporter is not None:
-            reporter.close()
         if stop and self.first:
             log.warning("asked to stop: step %d of %d is saved", done, self.total_steps)
         return not stop or done == self.total_steps
@@ -173,21 +127,16 @@ class Trainer:
         return done == self.total_steps or (interval is not None and done % interval == 0)
 
     def _resume(self) -> int:
-        grid, root = self.grid, self.store.root
-        for name in agree(grid, lambda: self.store.clean() if self.first else [], root):
+        """Load what the run starts from, if anything; returns how many steps are done."""
+        root = self.store.root
+        for name in agree(self.grid, lambda: self.store.clean() if self.first else [], root):
             log.warning("removed %s, which an interrupted save left behind", name)
-        start = agree(grid, lambda: starting_point(self.config), root)
+        start = agree(self.grid, lambda: starting_point(self.config), root)
         if start is None:
             return 0
         path, fresh = start.path, start.fresh
-        manifest = load_weights(self.trainer, path) if fresh else load_state(self.trainer, path)
-        if manifest.tokenizer_fingerprint != self.data.tokenizer_fingerprint:
-            self.data.refuse_tokenizer(path)
-        if not fresh and manifest.eod_id != self.data.eod_id:
-            raise CheckpointError(
-                f"{path}: documents end with token {manifest.eod_id} there and with {self.data.eod_id} in this run; set "
-                "tokenizer.eod_token as it was, or start a new run from it by training.initial_checkpoint"
-            )
+        manifest = load_weights(self.engine, path) if fresh else load_checkpoint(self.engine, path)
+        self._check_tokenizer(manifest, path, fresh)
         if self.first:
             log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
         if fresh:
@@ -195,10 +144,20 @@ class Trainer:
         self.consumed = manifest.consumed_samples
         return manifest.step
 
-    def _one_step_or_leave(self, step: int) -> tuple[dict[str, float], bool]:
+    def _check_tokenizer(self, manifest: Manifest, path: Path, fresh: bool) -> None:
+        """Raise CheckpointError where a checkpoint was trained with another tokenizer, or documents ended otherwise."""
+        if manifest.tokenizer_fingerprint != self.data.tokenizer_fingerprint:
+            self.data.refuse_tokenizer(path)
+        if not fresh and manifest.eod_id != self.data.eod_id:
+            raise CheckpointError(
+                f"{path}: documents end with token {manifest.eod_id} there and with {self.data.eod_id} in this run; set "
+                "tokenizer.eod_token as it was, or start a new run from it by training.initial_checkpoint"
+            )
+
+    def _one_step_or_leave(self, step: int, tokens_of_steps: Iterator[Tensor]) -> tuple[dict[str, float], bool]:
         """As `_one_step`, but a run that diverges first completes the checkpoint being written, which is older and sound."""
         try:
-            return self._one_step(step)
+            return self._one_step(step, tokens_of_steps)
         except DivergedError:
             try:
                 self.saver.finish()
@@ -207,119 +166,35 @@ class Trainer:
                     log.error("%s", error)
             raise
 
-    def _one_step(self, step: int) -> tuple[dict[str, float], bool]:
-        """Train one step: what to report, and whether to stop after it."""
-        begin = time.perf_counter()
-        tokens = self._next_tokens(step)  # [A, b, s + 1]
-        learning_rate = self.schedule.at(step)
-        result = self.trainer.step(tokens, learning_rate)
-        seconds = time.perf_counter() - begin
-        return self._figures(result, learning_rate, seconds), result.stop
-
-    def _next_tokens(self, step: int) -> Tensor:
-        """The tokens of a step; those of the step after it are read and announced, for their rows to be fetched meanwhile."""
-        last = step + 1 == self.total_steps
-        ahead = [self.consumed] if not self._announced else []
-        ahead += [] if last else [self.consumed + self.config.training.global_batch_size]
-        for place in ahead:
-            tokens = self._tokens(place)
-            self.trainer.prefetch(tokens)
-            self._announced.append(tokens)
-        return self._announced.popleft()
-
-    @property
-    def _reads(self) -> bool:
-        return self.grid.batch_group is None or self.grid.rank == self.grid.batch_source
-
-    def _tokens(self, consumed: int) -> Tensor:
-        """The samples after the first `consumed`, for one step: [A, b, s + 1]."""
-        own = torch.from_numpy(self.batches.read(consumed)) if self._reads else None
-        return self._shared(own, self.batches.shape)
-
-    def _shared(self, own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        """What one rank of a pipeline has read, int64 of `shape`, on all of its ranks: a collective of the batch group."""
-        grid, device = self.grid, self.trainer.device
-        tokens = torch.empty(shape, dtype=torch.int64, device=device) if own is None else own.to(device)
-        if grid.batch_group is None:
-            return tokens
-        with named("broadcast of tokens", grid.batch_group):
-            dist.broadcast(tokens, src=grid.batch_source, group=grid.batch_group)
-        return tokens
-
-    def _figures(self, result: StepResult, learning_rate: float, seconds: float) -> dict[str, float]:
-        speed = self.tokens_per_step / seconds
-        values = {
-            "train/loss": result.loss,
-            "train/learning_rate": learning_rate,
-            "train/grad_norm": result.grad_norm,
-            "speed/tokens_per_second": speed,
-            "speed/step_seconds": seconds,
-            "speed/tflops_per_rank": speed * self.flops_per_token / self.grid.shape.world_size / 1e12,
-            "speed/model_flops_utilisation": speed * self.flops_per_token / self.peak_flops,
-            "memory/peak_bytes": float(metrics.peak_memory(self.trainer.device)),
-        }
-        if self.trainer.tables is not None:
-            values |= {
-                "train/table_learning_rate": learning_rate * derived.table_rate_factor(self.config),
-                "train/table_grad_norm": result.table_grad_norm,
-                "tables/unique_rows": float(result.unique_rows),
-                "tables/duplicate_share": 1.0 - result.unique_rows / result.looked_up_rows,
-                "tables/exchange_bytes": float(result.exchange_bytes),
-            }
-        return values | {f"router/{name}": value for name, value in result.router.items()}
+    def _one_step(self, step: int, tokens_of_steps: Iterator[Tensor]) -> tuple[dict[str, float], bool]:
+        """Train one step, and validate where that is due: what to report, and whether to stop after it."""
+        done, learning_rate = step + 1, self.schedule.at(step)
+        with self.tracer.step(done, self.grid.rank):
+            started = time.perf_counter()
+            tokens = next(tokens_of_steps)  # [A, b, s + k]
+            result = self.engine.step(tokens, learning_rate)
+            seconds = time.perf_counter() - started
+        values = self.step_metrics.of_step(result, learning_rate, seconds)
+        if self._due(done, self.config.training.validation_interval) and self.data.validation:
+            values |= self._validate()
+            values |= table_metrics(self.engine, tokens)
+        self.consumed += self.config.training.global_batch_size
+        values |= {f"data/epoch/{name}": epoch for name, epoch in self.feed.epochs(self.consumed).items()}
+        return values, result.stop
 
     def _validate(self) -> dict[str, float]:
-        """The figures of every set, one after the other: a collective, in the configuration's order on all ranks."""
+        """The metrics of every validation set, one after the other in the configuration's order."""
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
-            loss, tokens = self.trainer.evaluate(self._validation_batches(dataset))
-            values |= validation_figures(name, loss, tokens, dataset.manifest.source_bytes)
+            loss, num_tokens = self.engine.evaluate(self.feed.validation(dataset))
+            values |= validation_figures(name, loss, num_tokens, dataset.manifest.source_bytes)
         return values
-
-    def _validation_batches(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
-        shape = self.grid.shape
-        for pair in validation_batches(
-            dataset,
-            self.config.data.seq_length,
-            self.config.training.micro_batch_size,
-            self.grid.data_rank,
-            shape.data,
-            multiple=shape.context * shape.tensor,  # the ranks that divide a sequence among them
-            read=self._reads,
-        ):
-            own = torch.from_numpy(np.stack(pair)) if self._reads else None
-            both = self._shared(own, (2, *pair[0].shape))
-            yield both[0], both[1]
-
-    def _table_figures(self) -> dict[str, float]:
-        """Figures that sweep the tables or look at n-grams twice: taken where validation is, not every step."""
-        tables = self.trainer.tables
-        if tables is None:
-            return {}
-        touched = metrics.over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, self.trainer.device)
-        tokens = self._tokens(self.consumed)
-        sample = tokens[:, :, :-1] if self.grid.is_first_stage else None
-        fetched = tables.fetch_rows(None if sample is None else sample[:1])  # every rank, as rows are everywhere
-        values = {"tables/touched_share": touched / tables.ngram_hash.space.total_rows}
-        if sample is not None:
-            values["tables/collision_share"] = tables.ngram_hash.collision_share(sample)
-            values |= self.trainer.ngram_norms(fetched)
-        return values
-
-    def _report(self, reporter: Reporter, done: int, values: dict[str, float]) -> None:
-        losses = validation_losses(values)
-        if done % self.config.logging.interval == 0 or done == self.total_steps or losses:
-            reporter.write(done, values)
-            log.info(metrics.step_line(done, self.total_steps, values))
-        for name, loss in losses.items():
-            of_set = f" of {name}" if name else ""
-            log.info("step %d/%d  validation loss%s %.4f", done, self.total_steps, of_set, loss)
 
     def _save(self, done: int) -> None:
-        begin = time.perf_counter()
+        started = time.perf_counter()
         self.saver.save(done, self.consumed)
         if self.first:
-            log.info("saving step %d: training waited %.2f s", done, time.perf_counter() - begin)
+            log.info("saving step %d: training waited %.2f s", done, time.perf_counter() - started)
 
     def _saved(self, path: Path, seconds: float) -> None:
         """On the thread that completed a checkpoint."""
@@ -330,7 +205,7 @@ class Trainer:
 
     def _stop_after_step(self, number: int, _: object) -> None:
         """SIGTERM, or Ctrl-C once: finish the step, save, and leave."""
-        self.trainer.stop_asked = True
+        self.engine.stop_asked = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

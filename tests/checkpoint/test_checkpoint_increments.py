@@ -11,16 +11,17 @@ from torch import Tensor
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables, merged_rows, write_rows
-from overtok_megatron.ngram.sharded_tables import RowGradients, ShardedTables
+from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
 from support.over_tables import columns, make_tables
 
 
-def change(tables: ShardedTables, rows: list[int], seed: int) -> None:
-    """One update of some rows, the way that a training step makes it."""
-    where = torch.tensor(rows, dtype=torch.int64)
-    grad = torch.randn(len(rows), tables.store.rows.weight.shape[1], generator=torch.Generator().manual_seed(seed))
-    tables.update_rows(RowGradients(where, grad, 1.0, grad.double().square().sum()), 0.1, 1.0)
+def train_rows(tables: ShardedTables, rows: list[int], seed: int) -> None:
+    """A training step in which these rows are looked up, once each, with random gradients."""
+    fetched = tables.fetch_row_ids(torch.tensor(rows), training=True)
+    gathered = fetched.gather()
+    gathered.backward(torch.randn(gathered.shape, generator=torch.Generator().manual_seed(seed)))
+    tables.update_rows(tables.reduce_gradients(fetched, 1.0), 0.1, 1.0)
 
 
 def copies(parts: list[ShardedTables]) -> dict[str, Tensor]:
@@ -61,7 +62,7 @@ def test_a_save_writes_the_moment_that_it_began(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tables_module, "_FILE_BYTES", 600)
     monkeypatch.setattr(tables_module, "_PIECE_BYTES", 100)
     tables = make_tables(std=1.0)
-    change(tables, list(range(0, 82, 3)), seed=0)
+    train_rows(tables, list(range(0, 82, 3)), seed=0)
     expected = copies([tables])
     write = TableWriter(tables, 0).begin(tmp_path)
     slow, real = threading.Event(), write_rows
@@ -74,7 +75,7 @@ def test_a_save_writes_the_moment_that_it_began(tmp_path: Path, monkeypatch: pyt
     thread = threading.Thread(target=write)
     thread.start()
     for turn in range(200):
-        change(tables, list(range(turn % 5, 82, 5)), seed=turn)
+        train_rows(tables, list(range(turn % 5, 82, 5)), seed=turn)
     thread.join()
     assert len(list((tmp_path / "tables").iterdir())) > 5
     assert tables.snapshot is None
@@ -89,7 +90,7 @@ def test_increments_build_on_each_other_and_start_anew(tmp_path: Path, writers: 
     for turn in range(6):
         for tables in parts:
             rows = range(tables.store.num_rows) if turn == 4 else range(turn % 4, tables.store.num_rows, 4)
-            change(tables, list(rows), seed=turn)
+            train_rows(tables, list(rows), seed=turn)
         folder = tmp_path / f"step_{turn}"
         partial = tmp_path / f"step_{turn}.partial"
         partial.mkdir()
@@ -117,10 +118,10 @@ def test_a_save_after_a_failed_one_is_full(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).mkdir()
     writer.begin(tmp_path / "a")()
-    change(tables, [3], seed=0)
+    train_rows(tables, [3], seed=0)
     writer.begin(tmp_path / "b")
     writer.forget()
-    change(tables, [5], seed=1)
+    train_rows(tables, [5], seed=1)
     assert [name.split("/")[1].split("-")[0] for name in writer.begin(tmp_path / "c")()] == ["rows"]
     check_loads(tmp_path / "c", copies([tables]), readers=1, steps=2)
 
@@ -131,7 +132,7 @@ def test_merging_gives_full_files(tmp_path: Path) -> None:
     for turn in range(3):
         folder = tmp_path / str(turn)
         folder.mkdir()
-        change(tables, list(range(turn, 82, 7)), seed=turn)
+        train_rows(tables, list(range(turn, 82, 7)), seed=turn)
         writer.begin(folder)()
     merged = tmp_path / "merged"
     merged.mkdir()
@@ -149,5 +150,5 @@ def test_an_increment_is_small(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         files = writer.begin(tmp_path / name)()
         sizes.append(sum(size for file, (size, _) in files.items() if name == "a" or "/changed-" in file))
-        change(tables, list(range(0, 10_000, 100)), seed=0)
+        train_rows(tables, list(range(0, 10_000, 100)), seed=0)
     assert sizes[1] < 0.03 * sizes[0]

@@ -325,9 +325,22 @@ def test_no_half_character_is_told(ours: Tokenizer, letter: str) -> None:
     assert not any("\ufffd" in piece for piece in told)
 
 
-def test_a_stop_string_in_pieces(ours: Tokenizer) -> None:
-    tokens = [token for letter in "abcabXabcd" for token in ours.encode(letter)]
-    assert pieces(ours, tokens, ["abXabcd"])[0] == ["", "", "abc", *[""] * 4, "", "", "", ""]
-    told, stream = pieces(ours, tokens, ["cabX", "Xa"])
+@pytest.fixture
+def letters(ours: Tokenizer) -> list[int]:
+    """Tokens of "abcabXabcd", each of one letter."""
+    return [token for letter in "abcabXabcd" for token in ours.encode(letter)]
+
+
+def test_what_may_begin_a_stop_string_is_held_back(ours: Tokenizer, letters: list[int]) -> None:
+    told, _ = pieces(ours, letters, ["abXabcd"])
+    assert told == ["", "", "abc", *[""] * 4, "", "", "", ""]
+
+
+def test_the_first_of_two_stop_strings_ends_the_text(ours: Tokenizer, letters: list[int]) -> None:
+    told, stream = pieces(ours, letters, ["cabX", "Xa"])
     assert ("".join(told), stream.stopped) == ("ab", True)
-    assert "".join(pieces(ours, tokens, ["Xabce"])[0]) == "abcabXabcd"
+
+
+def test_what_only_resembles_a_stop_string_is_told_at_the_end(ours: Tokenizer, letters: list[int]) -> None:
+    told, stream = pieces(ours, letters, ["Xabce"])
+    assert ("".join(told), stream.stopped) == ("abcabXabcd", False)

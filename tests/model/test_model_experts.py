@@ -5,7 +5,7 @@ import torch
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.grouped import grouped_linear, outer_products, products
-from overtok_megatron.model.moe import MixtureOfExperts
+from overtok_megatron.model.moe import MixtureOfExperts, RoutingRule
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,16 +33,14 @@ def test_both_ways_of_products_by_expert(dtype: torch.dtype, counts: list[int]) 
 
 def test_tokens_do_not_see_each_other() -> None:
     """The output of a token among others is that of the token alone: nothing is dropped, whatever its experts' load."""
-    mixture = MixtureOfExperts(
-        hidden_size=12, intermediate_size=10, num_experts=5, per_token=2, normalize_weights=False, balance_weight=0.1,
-        z_weight=0.0, kernels=Kernels(),
-    )  # fmt: skip
+    rule = RoutingRule(num_experts=5, experts_per_token=2, normalize_weights=False, balance_weight=0.1, z_weight=0.0)
+    mixture = MixtureOfExperts(hidden_size=12, intermediate_size=10, rule=rule, kernels=Kernels())
     mixture.reset(1, "mixture", 0.3)
     x = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1))
     x[:, 2:] = x[:1, :1]  # most tokens choose the same experts
     out, (loss, _) = mixture(x)
     for sequence in range(3):
-        for place in range(7):
-            alone, _ = mixture(x[sequence : sequence + 1, place : place + 1])
-            torch.testing.assert_close(out[sequence, place], alone[0, 0], rtol=1e-5, atol=1e-6)
+        for position in range(7):
+            alone, _ = mixture(x[sequence : sequence + 1, position : position + 1])
+            torch.testing.assert_close(out[sequence, position], alone[0, 0], rtol=1e-5, atol=1e-6)
     assert loss.item() > 0.1 * 21  # 1 a token is what an even load gives

@@ -54,7 +54,7 @@ def randomise_norms(model: nn.Module) -> None:
 def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str, Any]:
     """One rank's weights, results and gradients of a case."""
     config = configuration(name, sequence_parallel, grid.shape.tensor)
-    model = cpu_model(config, group=grid.tensor_group)
+    model = cpu_model(config, tensor_group=grid.tensor_group)
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     randomise_norms(model)
     generator = torch.Generator().manual_seed(5)

@@ -2,6 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -30,119 +33,209 @@ ASKED = {  # per case, what each rank asks for, modulo the number of rows
 HALF = torch.bfloat16
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How many ranks exchange how many rows, and in which way; frozen: every third row has no gradient."""
+
+    ranks: int
+    total: int
+    ranks_per_host: int | None
+    gradient_dtype: torch.dtype = torch.float32
+    frozen: bool = False
+
+    def asked(self, case: str) -> list[list[int]]:
+        """What each rank asks for, repetitions included."""
+        return [[row % self.total for row in rows] for rows in ASKED[case][: self.ranks]]
+
+    def owned(self, rank: int) -> range:
+        return range(*owned_range(self.total, rank, self.ranks, self.ranks_per_host))
+
+    def trained(self, row: int) -> bool:
+        return not self.frozen or row % 3 != 0
+
+
+FLAT, TWO_LEVELS = Setting(4, 11, None), Setting(4, 11, 2)
+SETTINGS = {
+    "one rank": Setting(1, 11, None, HALF, frozen=True),
+    "three ranks": Setting(3, 11, None, HALF, frozen=True),
+    "fewer rows than ranks": Setting(3, 2, None),
+    "two hosts": Setting(4, 11, 2, frozen=True),
+    "one host of several ranks": Setting(4, 11, 4, HALF, frozen=True),
+    "hosts of one rank": Setting(4, 3, 1),
+}
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What one rank saw of one case."""
+
+    rows: Tensor  # [ids, WIDTH], fetched, one for each id that it asked for
+    renewed: Tensor  # the same after their owners have changed some of them and told so
+    own: Tensor  # [owned rows, WIDTH], this rank's own rows after that change
+    index: Tensor  # owned rows that got a gradient, as places in the whole table
+    gradients: Tensor  # [index, WIDTH], their sums
+    squares: Tensor  # [index], as they came with the sums
+    told_bytes: int  # what the exchange says that this rank sends
+    sent_bytes: int  # what it handed to torch for other ranks
+    network_bytes: int  # what of it leaves the host
+
+
 def no_thirds(places: Tensor) -> Tensor:
-    """Every third row is frozen."""
     return places % 3 != 0
 
 
-def rank_cases(
-    total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype, frozen: bool = False
-) -> dict[str, dict[str, Any]]:
-    """One rank's work: rows fetched, gradients summed, bytes counted and bytes that really went out, rows renewed."""
-    dist.init_process_group("gloo")
-    grid = ProcessGrid.create(GridShape(data=dist.get_world_size()))
-    rank, size = grid.rank, grid.shape.world_size
-    start, stop = owned_range(total, rank, size, ranks_per_host)
-    table = initial_rows(0, total, WIDTH, 0.1, seed=0)
-    own = table[start:stop].clone()
-    exchange = make_exchange(
-        total,
-        grid.table_group,
-        ranks_per_host=ranks_per_host,
-        kernels=RowKernels(),
-        gradient_dtype=gradient_dtype,
-        trained=no_thirds if frozen else None,
-    )
-    went_out = 0
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """The bytes, one number for each all-to-all within, that this rank sends to others."""
+    counts: list[int] = []
     original = dist.all_to_all_single
 
     def counted(output: Tensor, sent: Tensor, out: Any = None, into: Any = None, group: Any = None) -> Any:
-        nonlocal went_out
         keeps = sent.shape[0] // dist.get_world_size(group) if into is None else into[dist.get_rank(group)]
-        went_out += (sent.shape[0] - keeps) * sent[:1].nbytes if sent.shape[0] else 0
+        counts.append((sent.shape[0] - keeps) * sent[:1].nbytes if sent.shape[0] else 0)
         return original(output, sent, out, into, group=group)
 
     dist.all_to_all_single = counted
-    results: dict[str, dict[str, Any]] = {}
-    for name, asked in ASKED.items():
-        ids = torch.tensor([row % total for row in asked[rank % 4]], dtype=torch.int64)
-        went_out = 0
+    try:
+        yield counts
+    finally:
+        dist.all_to_all_single = original
+
+
+def exchange_case(setting: Setting, grid: ProcessGrid, case: str) -> Exchanged:
+    """Fetch rows, send each look-up's gradient of rank + 1 back to their owners, and renew the rows that changed."""
+    rank, own_range = grid.rank, setting.owned(grid.rank)
+    own = initial_rows(own_range.start, own_range.stop, WIDTH, 0.1, seed=0)
+    exchange = make_exchange(
+        setting.total,
+        grid.table_group,
+        ranks_per_host=setting.ranks_per_host,
+        kernels=RowKernels(),
+        gradient_dtype=setting.gradient_dtype,
+        trained=no_thirds if setting.frozen else None,
+    )
+    ids = torch.tensor(setting.asked(case)[rank], dtype=torch.int64)
+    with counted_bytes() as counts:
         plan = exchange.plan(ids)
         rows = exchange.fetch(plan, lambda index: own[index])
-        grad = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
-        index, sums = exchange.return_gradients(plan, Sums(grad, grad.square().sum(1)))
-        told = exchange.payload_bytes(plan, 4 * WIDTH, gradient_dtype.itemsize * WIDTH)
-        results[name] = {
-            "rows": rows[plan.slots].clone(),
-            "index": index + start,
-            "grad": sums.total,
-            "squares": sums.squares,
-            "bytes": (told, went_out),
-            "network": exchange.network_bytes(plan, 12, 12) if isinstance(exchange, TwoLevelExchange) else told,
-        }
-        changed = torch.arange(stop - start)[rank % 2 :: 2]  # some of every owner's rows
-        own[changed] += 1.0
-        exchange.refresh(plan, rows, changed, lambda index: own[index])
-        results[name]["renewed"] = rows[plan.slots]
-        results[name]["own"] = own.clone()
-        own.copy_(table[start:stop])
-    dist.all_to_all_single = original
-    return results
+        gradient = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
+        index, sums = exchange.return_gradients(plan, Sums(gradient, gradient.square().sum(1)))
+    told = exchange.payload_bytes(plan, 4 * WIDTH, setting.gradient_dtype.itemsize * WIDTH)
+    fetched = rows[plan.slots].clone()
+    changed = torch.arange(len(own_range))[rank % 2 :: 2]  # some of every owner's rows
+    own[changed] += 1.0
+    exchange.refresh(plan, rows, changed, lambda index: own[index])
+    return Exchanged(
+        rows=fetched,
+        renewed=rows[plan.slots],
+        own=own,
+        index=index + own_range.start,
+        gradients=sums.total,
+        squares=sums.squares,
+        told_bytes=told,
+        sent_bytes=sum(counts),
+        network_bytes=exchange.network_bytes(plan, 12, 12) if isinstance(exchange, TwoLevelExchange) else told,
+    )
 
 
-@pytest.mark.parametrize(
-    ("ranks", "total", "ranks_per_host", "gradient_dtype", "frozen"),
-    [(1, 11, None, HALF, True), (3, 11, None, HALF, True), (3, 2, None, torch.float32, False),
-     (4, 11, 2, torch.float32, True), (4, 11, 4, HALF, True),
-     (4, 3, 1, torch.float32, False)],
-)  # fmt: skip
-def test_a_lookup_and_a_sum(
-    ranks: int, total: int, ranks_per_host: int | None, gradient_dtype: torch.dtype, frozen: bool
-) -> None:
-    table = initial_rows(0, total, WIDTH, 0.1, seed=0)
-    results = run_ranks(ranks, rank_cases, total, ranks_per_host, gradient_dtype, frozen)
-    ranges = [owned_range(total, rank, ranks, ranks_per_host) for rank in range(ranks)]
-    assert sorted(ranges) == list(pairwise(row_bounds(total, ranks)))
-    for name, asked in ASKED.items():
-        lists = [[row % total for row in asked[rank % 4]] for rank in range(ranks)]
-        expected, renewed = torch.zeros(total), torch.empty(total, WIDTH)
-        for rank, ids in enumerate(lists):
-            for row in ids:
-                expected[row] += rank + 1
-            renewed[slice(*ranges[rank])] = results[rank][name]["own"]
-        for rank, ids in enumerate(lists):
-            own = results[rank][name]
-            assert torch.equal(own["rows"], table[ids]), name
-            assert torch.equal(own["renewed"], renewed[ids]), name
-            told, went_out = own["bytes"]
-            assert told == went_out
-            if ranks_per_host is None:
-                mine = range(*ranges[rank])
-                asked = {row for row in ids if row not in mine}
-                returned = len({row for row in asked if not (frozen and row % 3 == 0)})
-                others = [other for number, other in enumerate(lists) if number != rank]
-                serves = sum(len({row for row in other if row in mine}) for other in others)
-                gradient = gradient_dtype.itemsize * WIDTH
-                assert told == 8 * (ranks - 1) + len(asked) * 8 + returned * gradient + serves * 4 * WIDTH
-        owned = torch.cat([result[name]["index"] for result in results])
-        moving = {row for ids in lists for row in ids if not (frozen and row % 3 == 0)}
-        assert owned.sort().values.tolist() == sorted(moving)
-        grads = torch.cat([result[name]["grad"] for result in results])
-        assert torch.equal(grads[:, 0], expected[owned])
-        assert torch.equal(torch.cat([result[name]["squares"] for result in results]), grads.square().sum(1))
-        assert all((result[name]["index"].diff() > 0).all() for result in results)
+def exchange_cases(setting: Setting) -> dict[str, Exchanged]:
+    """One rank's work: every case."""
+    dist.init_process_group("gloo")
+    grid = ProcessGrid.create(GridShape(data=dist.get_world_size()))
+    return {case: exchange_case(setting, grid, case) for case in ASKED}
+
+
+Results = list[dict[str, Exchanged]]  # by rank, then by case
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def exchanged(request: pytest.FixtureRequest) -> tuple[Setting, Results]:
+    """What all ranks of a setting saw, from one start of its processes."""
+    setting = SETTINGS[request.param]
+    return setting, run_ranks(setting.ranks, exchange_cases, setting)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_row_has_one_owner(name: str) -> None:
+    setting = SETTINGS[name]
+    ranges = [owned_range(setting.total, rank, setting.ranks, setting.ranks_per_host) for rank in range(setting.ranks)]
+    assert sorted(ranges) == list(pairwise(row_bounds(setting.total, setting.ranks)))
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_a_look_up_gives_the_tables_rows(exchanged: tuple[Setting, Results], case: str) -> None:
+    setting, results = exchanged
+    table = initial_rows(0, setting.total, WIDTH, 0.1, seed=0)
+    for rank, ids in enumerate(setting.asked(case)):
+        assert torch.equal(results[rank][case].rows, table[ids]), rank
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_rows_that_their_owners_change_are_renewed(exchanged: tuple[Setting, Results], case: str) -> None:
+    setting, results = exchanged
+    table = torch.empty(setting.total, WIDTH)
+    for rank, result in enumerate(results):
+        owned = setting.owned(rank)
+        table[owned.start : owned.stop] = result[case].own
+    for rank, ids in enumerate(setting.asked(case)):
+        assert torch.equal(results[rank][case].renewed, table[ids]), rank
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_gradients_of_trained_rows_reach_their_owners_in_order(exchanged: tuple[Setting, Results], case: str) -> None:
+    """Each row once, whoever asked for it; frozen rows have none."""
+    setting, results = exchanged
+    wanted = {row for ids in setting.asked(case) for row in ids if setting.trained(row)}
+    for rank, result in enumerate(results):
+        assert result[case].index.tolist() == [row for row in setting.owned(rank) if row in wanted], rank
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_gradients_are_summed_over_look_ups_and_ranks(exchanged: tuple[Setting, Results], case: str) -> None:
+    setting, results = exchanged
+    expected = torch.zeros(setting.total, WIDTH)
+    for rank, ids in enumerate(setting.asked(case)):
+        for row in ids:
+            expected[row] += rank + 1
+    for rank, result in enumerate(results):
+        assert torch.equal(result[case].gradients, expected[result[case].index]), rank
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_squares_are_those_of_the_sums(exchanged: tuple[Setting, Results], case: str) -> None:
+    for rank, result in enumerate(exchanged[1]):
+        assert torch.equal(result[case].squares, result[case].gradients.square().sum(1)), rank
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_the_bytes_that_are_told_are_those_that_are_sent(exchanged: tuple[Setting, Results], case: str) -> None:
+    for rank, result in enumerate(exchanged[1]):
+        assert result[case].told_bytes == result[case].sent_bytes, rank
+
+
+@pytest.mark.parametrize("exchanged", ["one rank", "three ranks", "fewer rows than ranks"], indirect=True)
+@pytest.mark.parametrize("case", ASKED)
+def test_a_flat_exchange_sends_each_distinct_row_once(exchanged: tuple[Setting, Results], case: str) -> None:
+    """Counts and ids of what a rank asks others for, gradients of what of it is trained, and rows that others ask it for."""
+    setting, results = exchanged
+    asked = [set(ids) for ids in setting.asked(case)]
+    for rank, result in enumerate(results):
+        own = set(setting.owned(rank))
+        foreign = asked[rank] - own
+        served = sum(len(other & own) for number, other in enumerate(asked) if number != rank)
+        gradients = sum(setting.trained(row) for row in foreign) * setting.gradient_dtype.itemsize * WIDTH
+        counts_and_ids = 8 * (setting.ranks - 1) + 8 * len(foreign)
+        assert result[case].told_bytes == counts_and_ids + gradients + served * 4 * WIDTH, rank
 
 
 def test_two_levels_send_a_hosts_common_rows_once() -> None:
     """Everybody asks for all rows: across hosts goes what one rank of a host wants, not what both want."""
-    flat = run_ranks(4, rank_cases, 11, None, torch.float32)
-    levels = run_ranks(4, rank_cases, 11, 2, torch.float32)
-    across = sum(result["everything"]["network"] for result in levels)
+    flat, levels = (run_ranks(4, exchange_cases, setting) for setting in (FLAT, TWO_LEVELS))
+    across = sum(result["everything"].network_bytes for result in levels)
     hosts = [[0, 1], [2, 3]]
-    ranges = [range(*owned_range(11, rank, 4, 2)) for rank in range(4)]
-    foreign = sum(len(ranges[owner]) for host in hosts for owner in range(4) if owner not in host)
+    foreign = sum(len(TWO_LEVELS.owned(owner)) for host in hosts for owner in range(4) if owner not in host)
     assert across == 4 * 8 + foreign * (8 + 12 + 12)
-    assert across < sum(result["everything"]["network"] for result in flat) / 2
+    assert across < sum(result["everything"].network_bytes for result in flat) / 2
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 64])

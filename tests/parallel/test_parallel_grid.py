@@ -16,7 +16,7 @@ from support.distributed_harness import run_ranks
 sizes = st.integers(1, 4)
 
 
-def test_model_is_innermost_and_pipe_outermost() -> None:
+def test_tensor_is_innermost_and_pipe_outermost() -> None:
     shape = GridShape(pipe=2, data=3, tensor=4)
     assert shape.world_size == 24
     assert shape.coordinates(0) == {"pipe": 0, "data": 0, "context": 0, "tensor": 0}
@@ -29,7 +29,7 @@ def test_model_is_innermost_and_pipe_outermost() -> None:
     assert shape.ranks_along(6, "pipe", "data") == [2, 6, 10, 14, 18, 22]
 
 
-def test_context_lies_between_data_and_model() -> None:
+def test_context_lies_between_data_and_tensor() -> None:
     shape = GridShape(data=2, context=3, tensor=2)
     assert shape.coordinates(9) == {"pipe": 0, "data": 1, "context": 1, "tensor": 1}
     assert shape.ranks_along(9, "context") == [7, 9, 11]
@@ -66,7 +66,7 @@ def test_a_rank_outside_of_the_world_is_refused() -> None:
 
 def test_one_process_needs_no_groups() -> None:
     grid = ProcessGrid.single()
-    assert (grid.tensor_group, grid.data_group, grid.table_group, grid.engine_groups) == (None, None, None, None)
+    assert (grid.tensor_group, grid.data_group, grid.table_group, grid.groups) == (None, None, None, {})
     assert (grid.rank, grid.tensor_rank, grid.data_rank) == (0, 0, 0)
     with pytest.raises(AssertionError):
         DeepSpeedTopology(grid)
@@ -89,7 +89,7 @@ def _grid_facts(shapes: list[GridShape]) -> list[dict[str, Any]]:
                 "tensor": _members(grid.tensor_group),
                 "data": _members(grid.data_group),
                 "context": _members(grid.context_group),
-                "whole model": _members(grid.replica_group),
+                "replica": _members(grid.replica_group),
                 "ends": _members(grid.ends_group),
                 "batch": _members(grid.batch_group),
                 "source": grid.batch_source,
@@ -136,7 +136,7 @@ def test_groups_of_real_processes() -> None:
             assert found["tensor"] == _wanted(shape, rank, "tensor"), (rank, shape)
             assert found["context"] == _wanted(shape, rank, "context"), (rank, shape)
             assert found["data"] == _wanted(shape, rank, "data", "context"), (rank, shape)
-            assert found["whole model"] == _wanted(shape, rank, "pipe", "tensor"), (rank, shape)
+            assert found["replica"] == _wanted(shape, rank, "pipe", "tensor"), (rank, shape)
             assert found["table"] == [0, 1, 2, 3]
             assert found["mpu"] == (model.index(rank), len(model), model, data.index(rank), len(data), data)
             assert found["aliases"] == found["mpu"][:3]

@@ -20,7 +20,7 @@ def kernels_of(config: RunConfig) -> Kernels:
 
 
 def cpu_model(config: RunConfig, **options: Any) -> Transformer:
-    """The whole model, or with `group` a tensor-parallel rank's part of it."""
+    """The whole model, or with `tensor_group` a tensor-parallel rank's part of it."""
     return build_transformer(config, device=CPU, kernels=kernels_of(config), **options)
 
 

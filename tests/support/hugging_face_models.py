@@ -38,7 +38,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def random_models() -> dict[str, PreTrainedModel]:
-    """One of each family, with what is peculiar to it; norms are no ones."""
+    """One of each family, with what is peculiar to it; weights of norms are not all 1."""
     torch.manual_seed(0)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     made = {

@@ -10,10 +10,10 @@ from deepspeed.checkpoint import SubparamShape
 
 from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, read_dense_states, stage_names
 from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
-from overtok_megatron.training.deepspeed.optimizer_state import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.resuming import load_checkpoint
 from overtok_megatron.training.saving import Saver
 from support.distributed_harness import run_ranks
 from support.layouts import CPU, EOD, Layout, layout_config, own_tokens, reference_run, stream
@@ -26,16 +26,16 @@ def start(case: Layout) -> TrainingEngine:
     return TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
 
 
-def train(trainer: TrainingEngine, begin: int, end: int) -> list[float]:
+def train(engine: TrainingEngine, begin: int, end: int) -> list[float]:
     batches = stream()[begin:end]
-    return [trainer.step(own_tokens(trainer, batch), 3e-3).loss for batch in batches]
+    return [engine.step(own_tokens(engine, batch), 3e-3).loss for batch in batches]
 
 
 def save_layout(case: Layout, folder: Path) -> list[float]:
     """One rank's work: the first steps, and a checkpoint after them."""
-    trainer = start(case)
-    losses = train(trainer, 0, SAVED_AT)
-    saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
+    engine = start(case)
+    losses = train(engine, 0, SAVED_AT)
+    saver = Saver(engine, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(SAVED_AT, 0)
     saver.finish()
     return losses
@@ -45,11 +45,11 @@ def resume_layout(case: Layout, folders: list[Path]) -> list[list[float]]:
     """One rank's work: the last steps from every checkpoint."""
     results = []
     for folder in folders:
-        trainer = start(case)
+        engine = start(case)
         path = CheckpointStore(folder).latest()
         assert path is not None
-        assert load_state(trainer, path).step == SAVED_AT
-        results.append(train(trainer, SAVED_AT, END))
+        assert load_checkpoint(engine, path).step == SAVED_AT
+        results.append(train(engine, SAVED_AT, END))
     return results
 
 

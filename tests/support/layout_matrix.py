@@ -26,32 +26,32 @@ class RankResult:
 
 
 def train_rank(cases: list[Layout]) -> list[RankResult]:
-    """One rank's work."""
+    """One rank's work: every layout's steps, its validation loss, and this rank's part of the parameters."""
     results = []
     for case in cases:
         config = layout_config(case)
         grid = start_processes(config, CPU)
         validate(config, grid.shape.world_size, lambda key: "test")
-        trainer = TrainingEngine(config, grid, CPU, EOD)
-        steps = [trainer.step(own_tokens(trainer, batch), 3e-3) for batch in stream()]
-        held_out = own_tokens(trainer, stream()[0].flip(0))
+        engine = TrainingEngine(config, grid, CPU, EOD)
+        steps = [engine.step(own_tokens(engine, batch), 3e-3) for batch in stream()]
+        held_out = own_tokens(engine, stream()[0].flip(0))
         both = held_out.flatten(0, 1)[:, :-1], held_out.flatten(0, 1)[:, 1:]
         turned = both[0].flip(0), both[1].flip(0)  # the same mean, and another micro-batch for stages to tell apart
-        validation, scored = trainer.evaluate([both, turned])
+        validation, scored = engine.evaluate([both, turned])
         assert scored == 2 * BATCH * SEQ
-        splits = {name: splits_of(weight) for name, weight in trainer.model.named_parameters()}
-        state = trainer.dense_state()
+        splits = {name: splits_of(weight) for name, weight in engine.model.named_parameters()}
+        state = engine.dense_state()
         dense = {}
         for name, weight in state.items():
             dense[name] = (splits[name][0].dim if splits[name] else None, weight.clone())
-        assert trainer.tables is not None
+        assert engine.tables is not None
         results.append(
             RankResult(
                 [step.loss for step in steps],
                 [step.grad_norm for step in steps],
                 validation,
                 dense,
-                trainer.tables.store.rows.weight.clone(),
+                engine.tables.store.rows.weight.clone(),
             )
         )
     return results
@@ -67,7 +67,8 @@ def whole_weights(ranks: list[RankResult], tensor_ranks: int) -> dict[str, Tenso
     return weights
 
 
-def check(name: str, case: Layout, ranks: list[RankResult]) -> None:
+def check_layout(name: str, case: Layout, ranks: list[RankResult]) -> None:
+    """All ranks' results of one layout against the reference in one process."""
     losses, reference = reference_run(case)
     for rank, result in enumerate(ranks):
         assert result.losses == pytest.approx(losses, rel=1e-5), (name, rank)
@@ -87,7 +88,8 @@ def check(name: str, case: Layout, ranks: list[RankResult]) -> None:
 
 
 def run_matrix(world: int, cases: dict[str, Layout], timeout: float) -> None:
+    """Every layout on `world` ranks, in one start of their processes."""
     torch.set_num_threads(1)
     by_rank = run_ranks(world, train_rank, list(cases.values()), timeout=timeout)
     for index, (name, case) in enumerate(cases.items()):
-        check(name, case, [rank[index] for rank in by_rank])
+        check_layout(name, case, [rank[index] for rank in by_rank])

@@ -44,7 +44,7 @@ KEYS = {
 
 
 def layout(short: str, *, micro: int = 2, **others: dict[str, Any]) -> Layout:
-    """`tp2 pp2 z1 sp offload` in the schema's words; `micro` sequences a micro-batch."""
+    """`tp2 pp2 z1 sp offload` in the schema's words; `micro` sequences per micro-batch."""
     parallel: dict[str, Any] = {}
     for word in short.split():
         name = word.rstrip("0123456789")
@@ -88,10 +88,10 @@ def stream() -> Tensor:
     return torch.where(torch.rand(tokens.shape, generator=generator) < 0.6, common, tokens)
 
 
-def own_tokens(trainer: TrainingEngine, batch: Tensor) -> Tensor:
+def own_tokens(engine: TrainingEngine, batch: Tensor) -> Tensor:
     """A rank's part of a global batch [G, s + 1], as the loop would hand it over."""
-    grid = trainer.grid
-    return batch.view(trainer.num_micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank]
+    grid = engine.grid
+    return batch.view(engine.num_micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank]
 
 
 def reference_run(case: Layout) -> tuple[list[float], Reference]:

@@ -32,7 +32,7 @@ class Workspace:
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    """What a run reported, a dictionary a step."""
+    """What a run reported, one dictionary per step."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []

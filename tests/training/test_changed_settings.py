@@ -12,7 +12,7 @@ from overtok_megatron.checkpoint.weights_only import StartingPoint, starting_poi
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.resuming import load_checkpoint
 from overtok_megatron.training.saving import Saver
 from support.distributed_harness import run_ranks
 from support.expect_error import expect_error
@@ -66,54 +66,52 @@ OTHER_FILES: list[tuple[Case, Change]] = [
 ]
 
 
-def alter(trainer: TrainingEngine, change: Change) -> None:
+def alter(engine: TrainingEngine, change: Change) -> None:
     """As if everything had been made with other values."""
-    assert trainer.tables is not None and trainer.tables.optimizer is not None
+    assert engine.tables is not None and engine.tables.optimizer is not None
     for key, value in change.items():
         section, name = key.split(".")
         if key == "over_encoding.learning_rate_factor":
-            over = trainer.config.over_encoding.model_copy(update={name: value})
-            trainer.config = trainer.config.model_copy(update={"over_encoding": over})
+            over = engine.config.over_encoding.model_copy(update={name: value})
+            engine.config = engine.config.model_copy(update={"over_encoding": over})
         elif section == "over_encoding":
-            setattr(trainer.tables.optimizer, name, value)
+            setattr(engine.tables.optimizer, name, value)
         elif key == "optimizer.gradient_clipping":
-            trainer.norm.max_norm = value
-            if hasattr(trainer.engine.optimizer, "clip_grad"):
-                trainer.engine.optimizer.clip_grad = value
+            engine.adapter.set_max_norm(value)
         else:
-            for group in trainer.optimizer.param_groups:
+            for group in engine.optimizer.param_groups:
                 if name != "weight_decay" or group[name] > 0:  # norms and the embedding have none
                     group[name] = value
 
 
-def go_on(trainer: TrainingEngine, path: Path, change: Change | None = None) -> list[float]:
+def go_on(engine: TrainingEngine, path: Path, change: Change | None = None) -> list[float]:
     """Losses and norms of the last steps from a checkpoint."""
-    assert load_state(trainer, path).step == SAVED_AT
-    alter(trainer, change or {})
-    return losses(trainer, range(SAVED_AT, STEPS))
+    assert load_checkpoint(engine, path).step == SAVED_AT
+    alter(engine, change or {})
+    return losses(engine, range(SAVED_AT, STEPS))
 
 
-def losses(trainer: TrainingEngine, steps: range) -> list[float]:
-    tokens, grid = stream(trainer.config.model.vocab_size), trainer.grid
+def losses(engine: TrainingEngine, steps: range) -> list[float]:
+    tokens, grid = stream(engine.config.model.vocab_size), engine.grid
     parts = [
-        tokens[step].view(trainer.num_micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank] for step in steps
+        tokens[step].view(engine.num_micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank] for step in steps
     ]
-    results = [trainer.step(part, 3e-3) for part in parts]
+    results = [engine.step(part, 3e-3) for part in parts]
     return [value for result in results for value in (result.loss, result.grad_norm)]
 
 
 Found = tuple[str, list[float], list[float], list[float]]  # what changed; losses by configuration, by hand, unchanged
 
 
-def save(trainer: TrainingEngine, folder: Path) -> tuple[Path, list[float]]:
+def save(engine: TrainingEngine, folder: Path) -> tuple[Path, list[float]]:
     """A checkpoint after the first steps, and what follows it without a change."""
-    losses(trainer, range(SAVED_AT))
-    saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
+    losses(engine, range(SAVED_AT))
+    saver = Saver(engine, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(SAVED_AT, 0)
     saver.finish()
     path = CheckpointStore(folder).latest()
     assert path is not None
-    return path, go_on(trainer, path)
+    return path, go_on(engine, path)
 
 
 def change_case(case: Case, changes: list[Change], folder: Path) -> list[Found]:

@@ -37,18 +37,18 @@ def quickstart() -> RunConfig:
 def quickstart_losses() -> list[float]:
     """Eight steps on tokens with the frequencies of text (Zipf's law)."""
     config = quickstart()
-    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     generator = torch.Generator().manual_seed(3)
     weights = 1.0 / torch.arange(1, config.model.vocab_size + 1, dtype=torch.float64)
     tokens = torch.multinomial(weights, 8 * 4 * 65, replacement=True, generator=generator).view(8, 2, 2, 65)
-    return [trainer.step(batch, 3e-3).loss for batch in tokens]
+    return [engine.step(batch, 3e-3).loss for batch in tokens]
 
 
 def small_losses(short: str) -> list[float]:
     """Twenty steps of the matrix's model on a layout."""
     config = layout_config(layout(short, micro=3, over=ADAGRAD))
-    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-    return [trainer.step(own_tokens(trainer, batch), 3e-3).loss for batch in stream()]
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    return [engine.step(own_tokens(engine, batch), 3e-3).loss for batch in stream()]
 
 
 RUNS = {

@@ -42,9 +42,9 @@ def travelling_dtypes(layouts: list[dict[str, Any]]) -> list[set[torch.dtype]]:
             over={"enabled": False},
         )
         config = layout_config(case)
-        trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         seen.clear()
-        trainer.step(own_tokens(trainer, stream()[0]), 1e-3)
+        engine.step(own_tokens(engine, stream()[0]), 1e-3)
         found.append(set(seen))
     return found
 

@@ -49,18 +49,18 @@ def write_grown(folder: Path, config: RunConfig) -> RunConfig:
 
 def train_grown(folder: Path, config: RunConfig) -> tuple[list[float], list[float], bool]:
     """One rank's work: losses, norms, and whether a row that should has moved."""
-    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-    load_weights(trainer, find_checkpoint(folder / "new"))
-    tables = trainer.tables
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    load_weights(engine, find_checkpoint(folder / "new"))
+    tables = engine.tables
     assert tables is not None
     before = {name: column.clone() for name, column in tables.columns().items()}
-    parts = [own_tokens(trainer, batch) for batch in batches()]
+    parts = [own_tokens(engine, batch) for batch in batches()]
     results = []
-    trainer.prefetch(parts[0])
+    engine.prefetch(parts[0])
     for step, part in enumerate(parts):
         if step + 1 < STEPS:
-            trainer.prefetch(parts[step + 1])
-        results.append(trainer.step(part, 3e-3))
+            engine.prefetch(parts[step + 1])
+        results.append(engine.step(part, 3e-3))
     space, shard = tables.ngram_hash.space, tables.store
     trained = space.trained_at(torch.arange(shard.start, shard.stop))
     assert 0 < int(trained.sum()) < len(trained)

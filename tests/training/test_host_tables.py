@@ -26,20 +26,20 @@ def train(
 ) -> tuple[list[float], list[float], Tensor, Tensor]:
     """One rank's work: losses, validation losses on the way, and its rows and their state in the end."""
     config = layout_config(Layout({"zero_stage": 1, **parallel}, over=STORED | GROWN | over))
-    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-    parts = [own_tokens(trainer, batch) for batch in batches(steps)]
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    parts = [own_tokens(engine, batch) for batch in batches(steps)]
     losses, validations = [], []
-    trainer.prefetch(parts[0])
+    engine.prefetch(parts[0])
     for step, part in enumerate(parts):
         if step + 1 < len(parts):
-            trainer.prefetch(parts[step + 1])
-        losses.append(trainer.step(part, rate).loss)
+            engine.prefetch(parts[step + 1])
+        losses.append(engine.step(part, rate).loss)
         if step % 70 == 3:
             pair = (part.flatten(0, 1)[:, :-1], part.flatten(0, 1)[:, 1:])
-            validations.append(trainer.evaluate([pair])[0])
-    assert trainer.tables is not None
-    assert (trainer.tables.ahead is not None) == (over.get("storage") == "host")
-    columns = trainer.tables.columns()
+            validations.append(engine.evaluate([pair])[0])
+    assert engine.tables is not None
+    assert (engine.tables.prefetch is not None) == (over.get("storage") == "host")
+    columns = engine.tables.columns()
     return losses, validations, columns["weight"], columns["square_sum"]
 
 

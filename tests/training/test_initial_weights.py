@@ -96,28 +96,28 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
         dense = dict(read_dense_weights(path, read_manifest(path)))
         rows = torch.cat([values["weight"] for _, values in read_rows(path)])
         config = layout_config(case)
-        trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        load_weights(trainer, path)
+        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        load_weights(engine, path)
         same = True
         if config.parallel.tensor_parallel_size == 1:
-            state = trainer.dense_state()
-            for name, parameter in trainer.model.named_parameters():
+            state = engine.dense_state()
+            for name, parameter in engine.model.named_parameters():
                 low = config.training.precision == "bf16" and config.parallel.zero_stage > 0
                 master = safe_get_full_fp32_param(parameter) if low else None
                 given = dense[name].to(torch.bfloat16).float() if config.training.precision == "bf16" else dense[name]
                 same &= master is None or torch.equal(master, dense[name])
                 same &= torch.equal(state[name].float(), given)
-        assert trainer.tables is not None
-        shard = trainer.tables.store
-        same &= torch.equal(shard.rows.weight, rows[shard.start : shard.stop]) and trainer.tables.num_touched() == 0
-        batch = own_tokens(trainer, stream()[0])
+        assert engine.tables is not None
+        shard = engine.tables.store
+        same &= torch.equal(shard.rows.weight, rows[shard.start : shard.stop]) and engine.tables.num_touched() == 0
+        batch = own_tokens(engine, stream()[0])
         both = batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:]
-        validation, _ = trainer.evaluate([both, both])
+        validation, _ = engine.evaluate([both, both])
         if saved is not None:
-            saver = Saver(trainer, CheckpointStore(saved), eod_id=EOD, tokenizer_fingerprint="none")
+            saver = Saver(engine, CheckpointStore(saved), eod_id=EOD, tokenizer_fingerprint="none")
             saver.save(0, 0)
             saver.finish()
-        losses = [trainer.step(own_tokens(trainer, batch), 3e-3).loss for batch in stream()[:STEPS]]
+        losses = [engine.step(own_tokens(engine, batch), 3e-3).loss for batch in stream()[:STEPS]]
         results.append((validation, losses, same))
     return results
 

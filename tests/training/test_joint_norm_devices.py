@@ -10,13 +10,14 @@ from torch import Tensor
 from overtok_megatron.ngram.sharded_tables import RowGradients
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.deepspeed.joint_norm import JointNorm
+from overtok_megatron.training.deepspeed.optimizers import adapter_of
 
 # `meta` stands for a GPU here: it is another device than the CPU, and mixing the two raises the same error.
 ELSEWHERE = torch.device("meta")
 
 
-class DeepSpeedZeroOptimizer_Stage3:  # noqa: N801  # DeepSpeed's name, by which the norm finds its place
-    """The one method of DeepSpeed's that the norm wraps; with an offloaded optimizer it gives norms on the CPU."""
+class DeepSpeedZeroOptimizer_Stage3:  # noqa: N801  # DeepSpeed's name, by which the adapter is chosen
+    """The one method of DeepSpeed's that the adapter patches; with an offloaded optimizer it gives norms on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.norms = [torch.tensor(3.0, device=device), torch.tensor(4.0, device=device)]
@@ -27,10 +28,10 @@ class DeepSpeedZeroOptimizer_Stage3:  # noqa: N801  # DeepSpeed's name, by which
 
 def installed(dense: torch.device, tables: torch.device) -> Any:
     optimizer = DeepSpeedZeroOptimizer_Stage3(dense)
-    engine = SimpleNamespace(optimizer=optimizer, device=tables)
+    deepspeed_engine = SimpleNamespace(optimizer=optimizer)
     square = torch.tensor(144.0, dtype=torch.float64, device=tables)
     gradients = RowGradients(torch.empty(0), torch.empty(0), 1.0, square)
-    JointNorm(engine, ProcessGrid.single(), 1.0).begin_step(lambda: gradients)
+    JointNorm(adapter_of(deepspeed_engine, ProcessGrid.single(), 1.0), tables).begin_step(lambda: gradients)
     return optimizer
 
 

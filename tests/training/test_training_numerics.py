@@ -19,18 +19,18 @@ def train_cases(cases: list[Case]) -> list[Result]:
     for case in cases:
         config = case_config(case)
         grid = start_processes(config, torch.device("cpu"))
-        trainer = TrainingEngine(config, grid, torch.device("cpu"), EOD)
+        engine = TrainingEngine(config, grid, torch.device("cpu"), EOD)
         ranks = grid.shape.data
         tokens = stream(config.model.vocab_size)
         losses, norms = [], []
         for step in range(STEPS):
-            own = tokens[step].view(trainer.num_micro_batches, ranks, -1, SEQ + 1)[:, grid.data_rank]
-            result = trainer.step(own, config.optimizer.learning_rate)
+            own = tokens[step].view(engine.num_micro_batches, ranks, -1, SEQ + 1)[:, grid.data_rank]
+            result = engine.step(own, config.optimizer.learning_rate)
             losses.append(result.loss)
             norms.append(result.grad_norm)
-        assert trainer.tables is not None
-        dense = {name: weight.clone() for name, weight in trainer.dense_state().items()}
-        results.append((losses, dense, trainer.tables.store.rows.weight.clone(), norms))
+        assert engine.tables is not None
+        dense = {name: weight.clone() for name, weight in engine.dense_state().items()}
+        results.append((losses, dense, engine.tables.store.rows.weight.clone(), norms))
     return results
 
 

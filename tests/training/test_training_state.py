@@ -18,7 +18,7 @@ from overtok_megatron.errors import CheckpointError, DataError
 from overtok_megatron.training import resuming, saving, trainer
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_state
+from overtok_megatron.training.resuming import load_checkpoint
 from overtok_megatron.training.saving import Saver, leave_note
 from overtok_megatron.training.schedules import Schedule
 from support.distributed_harness import run_ranks
@@ -53,12 +53,12 @@ CASES = [
 ]
 
 
-def run(trainer: TrainingEngine, steps: range) -> list[float]:
+def run(engine: TrainingEngine, steps: range) -> list[float]:
     """Losses of some steps of the stream, on this rank's part of it."""
-    tokens = stream(trainer.config.model.vocab_size)
-    ranks, rank = trainer.grid.shape.data, trainer.grid.data_rank
-    parts = [tokens[step].view(trainer.num_micro_batches, ranks, -1, SEQ + 1)[:, rank] for step in steps]
-    return [trainer.step(part, 3e-3).loss for part in parts]
+    tokens = stream(engine.config.model.vocab_size)
+    ranks, rank = engine.grid.shape.data, engine.grid.data_rank
+    parts = [tokens[step].view(engine.num_micro_batches, ranks, -1, SEQ + 1)[:, rank] for step in steps]
+    return [engine.step(part, 3e-3).loss for part in parts]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def resume_case(case: Case, folder: Path) -> Resumed:
     fresh = TrainingEngine(config, grid, CPU, EOD)
     path = store.latest()
     assert path is not None
-    assert load_state(fresh, path).step == 2
+    assert load_checkpoint(fresh, path).step == 2
     resumed = losses[:2] + run(fresh, range(2, STEPS))
     assert whole.tables is not None
     assert fresh.tables is not None
@@ -138,16 +138,16 @@ def test_notes_may_be_taken_away_the_moment_they_are_there(tmp_path: Path, monke
 def noted_ranks(folder: Path) -> tuple[list[int], list[str]]:
     """One rank's work: whose notes were left in a save by the function that the test above looks at, and failing loads."""
     noted, leave = [], saving.leave_note
-    saving.leave_note = lambda place, rank, digests: (noted.append(rank), leave(place, rank, digests))[1]  # type: ignore[func-returns-value]
+    saving.leave_note = lambda folder, rank, digests: (noted.append(rank), leave(folder, rank, digests))[1]  # type: ignore[func-returns-value]
     config = case_config(CASES[1])
-    trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-    saver = Saver(trainer, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    saver = Saver(engine, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(1, 0)
     saver.finish()
-    return noted, one_rank_fails(trainer, folder)
+    return noted, one_rank_fails(engine, folder)
 
 
-def one_rank_fails(trainer: TrainingEngine, folder: Path) -> list[str]:
+def one_rank_fails(engine: TrainingEngine, folder: Path) -> list[str]:
     """What each rank says where the second alone cannot read its rows, or the checkpoint at all."""
     path = CheckpointStore(folder).latest()
     assert path is not None
@@ -157,16 +157,16 @@ def one_rank_fails(trainer: TrainingEngine, folder: Path) -> list[str]:
             real = getattr(resuming, name)
 
             def fail(*_: object, real: Any = real, error: Exception = error) -> Any:
-                if trainer.grid.rank == 1:
+                if engine.grid.rank == 1:
                     raise error
                 return real(*_)
 
             setattr(resuming, name, fail)
             with pytest.raises(CheckpointError) as caught:
-                load_state(trainer, path)
+                load_checkpoint(engine, path)
             said.append(str(caught.value))
             setattr(resuming, name, real)
-    load_state(trainer, path)
+    load_checkpoint(engine, path)
     return said
 
 
@@ -193,12 +193,12 @@ def failing_run(config: RunConfig, alone: bool) -> tuple[str, str]:
         time.sleep(1.0)
         return digest(path)
 
-    def failing_step(step: int) -> Any:
+    def failing_step(step: int, *others: Any) -> Any:
         if step == 2 and alone and training.grid.rank == 1:
             raise DataError("the set went away")
         if step == 2 and not alone:
-            next(iter(training.trainer.engine.module.parameters())).data.fill_(float("nan"))
-        return one_step(step)
+            next(iter(training.engine.model.parameters())).data.fill_(float("nan"))
+        return one_step(step, *others)
 
     saving.file_digest = slow_digest
     training._one_step = failing_step  # type: ignore[method-assign]
@@ -234,7 +234,7 @@ def test_a_rank_that_fails_alone_leaves_when_the_checkpoint_is_complete(
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 def test_schedules(kind: str) -> None:
-    schedule = Schedule(kind, peak=2.0, minimum=0.5, warmup_iters=4, total_iters=20, decay_iters=6)  # type: ignore[arg-type]
+    schedule = Schedule(kind=kind, peak=2.0, minimum=0.5, warmup_iters=4, total_iters=20, decay_iters=6)  # type: ignore[arg-type]
     rates = [schedule.at(step) for step in range(20)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[-1] == pytest.approx(0.5)

@@ -69,13 +69,13 @@ def validated_tokens(configs: list[RunConfig]) -> list[tuple[float, int]]:
     found = []
     for config in configs:
         run, seen = Trainer(config, device=CPU, num_threads=1), []
-        parts = run.trainer._parts
+        split = run.engine._micro_batches
 
-        def counted(inputs: Tensor, *others: Any, seen: list[int] = seen, parts: Any = parts) -> Any:
+        def counted(inputs: Tensor, *others: Any, seen: list[int] = seen, split: Any = split) -> Any:
             seen.append(inputs.numel())
-            return parts(inputs, *others)
+            return split(inputs, *others)
 
-        run.trainer._parts = counted  # type: ignore[method-assign]
+        run.engine._micro_batches = counted  # type: ignore[method-assign]
         found.append((run._validate()["validation/loss"], sum(seen)))
     return found
 

@@ -11,6 +11,8 @@ from gpu_checks.registry import Context, Result
 from gpu_checks.timing import free_memory, seconds_of
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.heads import OutputHead
+from overtok_megatron.model.norm import RMSNorm
+from overtok_megatron.parallel.vocabulary import VocabParallelHead
 from overtok_megatron.training.peaks import measured
 
 _EPSILON = 1e-6
@@ -55,7 +57,8 @@ def _made(
     """A head, hidden states [1, N, d], and targets [1, N] of which some are not scored and one is the last token."""
     generator = torch.Generator().manual_seed(vocabulary)
     kernels = choose_kernels("auto", context.device)
-    head = OutputHead(vocabulary, hidden_size, norm_epsilon=_EPSILON, kernels=kernels)
+    norm = RMSNorm(hidden_size, eps=_EPSILON, kernels=kernels)
+    head = OutputHead(norm=norm, output=VocabParallelHead(vocabulary, hidden_size), kernels=kernels)
     with torch.no_grad():
         head.norm.weight.normal_(1.0, 0.1, generator=generator)
         head.output.weight.normal_(0.0, 0.05, generator=generator)

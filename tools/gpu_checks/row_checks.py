@@ -4,6 +4,7 @@
 """
 
 import os
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -115,17 +116,26 @@ def check_sums(kernels: RowKernels, device: torch.device) -> None:
         torch.testing.assert_close(total.cpu(), expected, rtol=1e-12, atol=0.0)
 
 
-def check_updates(kernels: RowKernels, device: torch.device) -> None:
-    for rule in STATES:
-        for state_dtype in (torch.float32, torch.bfloat16):
-            for dtype in FORMATS:
-                for width in (1, 24):
-                    _check_update(kernels, device, rule, state_dtype, dtype, width)
+@dataclass(frozen=True)
+class Update:
+    """One update of some of 500 rows: what there was before, what torch's operators make of it, and what the kernels make."""
+
+    index: Tensor  # [123], the rows with a gradient
+    start: TableRows
+    start_state: dict[str, Tensor]
+    expected: TableRows
+    expected_state: dict[str, Tensor]
+    rows: TableRows
+    state: dict[str, Tensor]
+
+    def others(self) -> Tensor:
+        """[500] bool: rows without a gradient."""
+        return torch.ones(500, dtype=torch.bool, device=self.index.device).index_fill(0, self.index, False)
 
 
-def _check_update(
+def make_update(
     kernels: RowKernels, device: torch.device, rule: RowRule, state_dtype: torch.dtype, dtype: torch.dtype, width: int
-) -> None:
+) -> Update:
     generator = torch.Generator().manual_seed(1)
     index = torch.randperm(500, generator=generator)[:123].to(device)
     start = stored(torch.randn(500, width, generator=generator).to(device), dtype)
@@ -140,26 +150,62 @@ def _check_update(
         each.update(rows, state, index, grad, RowStep(rule, 0.1, 0.97, (0.8, 0.9), 1e-8, 0.5, noise_key(3, 17)))
         results.append((rows, state))
     (expected, expected_state), (rows, state) = results
-    # the last bit of the arithmetic may differ, and then, rarely, the way that a value is rounded
-    away = (rows.weight.double() - expected.weight.double()).abs()
-    if dtype == torch.float32:
-        torch.testing.assert_close(rows.weight, expected.weight, rtol=1e-5, atol=1e-6)
+    return Update(index, start, states, expected, expected_state, rows, state)
+
+
+def updated_weights_are_torchs(update: Update) -> None:
+    """The last bit of the arithmetic may differ, and then, rarely, the way that a value is rounded."""
+    weight, expected = update.rows.weight, update.expected.weight
+    if weight.dtype == torch.float32:
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
     else:
+        away = (weight.double() - expected.double()).abs()
         assert (away > 0).double().mean() < 0.01
-        assert away.max() <= (1 if dtype == torch.int8 else 2**-6)
-    if rows.scale is not None and expected.scale is not None and start.scale is not None:
-        torch.testing.assert_close(rows.scale, expected.scale, rtol=1e-5, atol=0)
-    for name, values in state.items():
-        torch.testing.assert_close(values.float(), expected_state[name].float(), rtol=2**-7, atol=1e-7)
-        assert (values != expected_state[name]).double().mean() < (1 if state_dtype == torch.float32 else 0.01)
-    assert rows.flags is not None
-    assert torch.equal(rows.flags.nonzero().squeeze(1), index.sort().values)
-    assert rows.flags.max() == CHANGED
-    others = torch.ones(500, dtype=torch.bool, device=device).index_fill(0, index, False)
-    assert torch.equal(rows.weight[others], start.weight[others])
-    for name, values in state.items():
-        assert torch.equal(values[others], states[name][others])
-        assert not torch.equal(values, states[name])
+        assert away.max() <= (1 if weight.dtype == torch.int8 else 2**-6)
+
+
+def updated_scales_are_torchs(update: Update) -> None:
+    assert (update.rows.scale is None) == (update.start.scale is None)
+    if update.rows.scale is not None and update.expected.scale is not None:
+        torch.testing.assert_close(update.rows.scale, update.expected.scale, rtol=1e-5, atol=0)
+
+
+def updated_state_is_torchs(update: Update) -> None:
+    for name, values in update.state.items():
+        expected = update.expected_state[name]
+        torch.testing.assert_close(values.float(), expected.float(), rtol=2**-7, atol=1e-7)
+        assert (values != expected).double().mean() < (1 if values.dtype == torch.float32 else 0.01), name
+        assert not torch.equal(values, update.start_state[name]), name
+
+
+def updated_rows_alone_are_flagged(update: Update) -> None:
+    assert update.rows.flags is not None
+    assert torch.equal(update.rows.flags.nonzero().squeeze(1), update.index.sort().values)
+    assert update.rows.flags.max() == CHANGED
+
+
+def other_rows_keep_their_bits(update: Update) -> None:
+    others = update.others()
+    assert torch.equal(update.rows.weight[others], update.start.weight[others])
+    for name, values in update.state.items():
+        assert torch.equal(values[others], update.start_state[name][others]), name
+
+
+PROPERTIES_OF_UPDATES = (
+    updated_weights_are_torchs,
+    updated_scales_are_torchs,
+    updated_state_is_torchs,
+    updated_rows_alone_are_flagged,
+    other_rows_keep_their_bits,
+)
+
+
+def check_updates(kernels: RowKernels, device: torch.device) -> None:
+    """Every property of an update of every rule, by every dtype of rows and of state."""
+    for rule, state_dtype, dtype, width in product(STATES, (torch.float32, torch.bfloat16), FORMATS, (1, 24)):
+        update = make_update(kernels, device, rule, state_dtype, dtype, width)
+        for holds in PROPERTIES_OF_UPDATES:
+            holds(update)
 
 
 def check_rounding(kernels: RowKernels, device: torch.device) -> None:

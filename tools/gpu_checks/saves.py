@@ -32,15 +32,15 @@ def save(context: Context) -> Result:
             "training.micro_batch_size": 8, "training.global_batch_size": 8,
         }, 1
     )  # fmt: skip
-    trainer = engine_of(context, config)
-    assert trainer.tables is not None
-    table_bytes = sum(column.nbytes for column in trainer.tables.columns().values())
-    parts = [own_part(trainer, batch) for batch in made_tokens(context, config, 4)]
+    engine = engine_of(context, config)
+    assert engine.tables is not None
+    table_bytes = sum(column.nbytes for column in engine.tables.columns().values())
+    parts = [own_part(engine, batch) for batch in made_tokens(context, config, 4)]
     done = iter(range(10**9))
 
     def step() -> float:
         begin = time.perf_counter()
-        trainer.step(parts[next(done) % len(parts)], 1e-3)
+        engine.step(parts[next(done) % len(parts)], 1e-3)
         return time.perf_counter() - begin
 
     for _ in range(3):
@@ -49,7 +49,7 @@ def save(context: Context) -> Result:
     alone = statistics.median(step() for _ in range(8))
     peak_alone = _peak(context)
     folders = [_folder(context, name) for name in ("full", "changed")]
-    writer = TableWriter(trainer.tables, 2)
+    writer = TableWriter(engine.tables, 2)
     _reset_peak(context)
     stall, during, whole = save_beside_steps(partial(writer.begin, folders[0]), step, context.device)
     for _ in range(3):

@@ -134,31 +134,31 @@ def engine_of(context: Context, config: RunConfig) -> "TrainingEngine":
     return TrainingEngine(config, grid_of(context, config), context.device, eod_id=0)
 
 
-def own_part(trainer: "TrainingEngine", tokens: Tensor) -> Tensor:
+def own_part(engine: "TrainingEngine", tokens: Tensor) -> Tensor:
     """Of tokens [B, s + 1] those of this rank's copy of the model, [A, b, s + 1] on its device."""
-    grid, micro = trainer.grid, trainer.config.training.micro_batch_size
+    grid, micro = engine.grid, engine.config.training.micro_batch_size
     own = tokens.chunk(grid.shape.data)[grid.data_rank]
-    return own.view(-1, micro, tokens.shape[1]).to(trainer.device)
+    return own.view(-1, micro, tokens.shape[1]).to(engine.device)
 
 
-def train_steps(trainer: "TrainingEngine", batches: list[Tensor]) -> list[float]:
+def train_steps(engine: "TrainingEngine", batches: list[Tensor]) -> list[float]:
     """The losses of a step each, rows fetched ahead where that is the configuration's way."""
-    parts = [own_part(trainer, batch) for batch in batches]
+    parts = [own_part(engine, batch) for batch in batches]
     losses = []
     for number, part in enumerate(parts):
         for ahead in parts[:2] if number == 0 else parts[number + 1 : number + 2]:
-            trainer.prefetch(ahead)
-        losses.append(trainer.step(part, _RATE).loss)
+            engine.prefetch(ahead)
+        losses.append(engine.step(part, _RATE).loss)
     return losses
 
 
 def losses_of(context: Context, config: RunConfig) -> list[float]:
     """Losses of the first steps from the initial weights; nothing of the engine stays."""
-    trainer = engine_of(context, config)
+    engine = engine_of(context, config)
     try:
-        return train_steps(trainer, made_tokens(context, config))
+        return train_steps(engine, made_tokens(context, config))
     finally:
-        del trainer
+        del engine
         gc.collect()
 
 

@@ -119,7 +119,7 @@ def whole_run(context: Context) -> Result:
     return Result(
         unequal == 0 and away < 1e-4,
         f"{unequal} of {steps} resumed losses differ; scored loss off by {away:.0e}",
-        "0; 1e-04 of the trainer's",
+        "0; 1e-04 of the run's",
         {
             "losses": [record["train/loss"] for record in whole],
             "resumed": [record["train/loss"] for record in parts],
@@ -135,7 +135,7 @@ def _wait_for(path: Path) -> None:
 
 
 def _scored_apart(context: Context, folder: Path, expected: float) -> float:
-    """Generate with the resumed model, twice the same, and score the validation set: distance from the trainer's figure."""
+    """Generate with the resumed model, twice the same, and score the validation set: distance from the run's metric."""
     from overtok_megatron.evaluation.perplexity import score_set
     from overtok_megatron.inference.generation import Sampling, generate_tokens
     from overtok_megatron.inference.loading import load_trained

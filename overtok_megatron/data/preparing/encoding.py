@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
+import overtok_megatron
 from overtok_megatron.data.indexed import check_length
 from overtok_megatron.data.preparing.account import LeftOut
 from overtok_megatron.data.preparing.sources import CHUNK_BYTES, Chunk, ReadOptions, lacks_separator, located_documents
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import DataError
 
-_ROOT = str(Path(__file__).parents[2])  # where the package lies
+_ROOT = str(Path(overtok_megatron.__file__).parents[1])  # where the package lies
 # Behind everything else on the path: a checkout that is the current folder has the package, and may have a profile.py too.
 _START = """
 import os, site, sys

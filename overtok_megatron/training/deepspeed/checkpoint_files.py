@@ -1,33 +1,38 @@
-"""How DeepSpeed's checkpoint files reach the disk and come back: synced, and never executing what they hold."""
+"""DeepSpeed's checkpoint files: written with a sync, and read without executing what they hold."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
-from overtok_megatron.checkpoint.store import sync
+from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER
+from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import sync
+from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-READ_ERRORS = (OSError, SafetensorError)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+# Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
+_PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
 
 
-class EngineFiles:
-    """Stands in for DeepSpeed's checkpoint engine: synced writes, reads that cannot execute what they read.
+def load_engine_file(path: str, map_location: Any = "cpu") -> Any:
+    """The content of one of DeepSpeed's files; nothing in the file is executed."""
+    with torch.serialization.safe_globals(_PLAIN_CLASSES):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
-    A failed write is remembered in `failure` instead of raised, because the other ranks are about to enter a barrier. Files
-    that this rank wrote are remembered in `written`: each rank hashes its own.
+
+class _SyncedFiles:
+    """Stands in for DeepSpeed's checkpoint engine, which writes and reads single files.
+
+    A failed write is remembered in `failure` instead of raised, because the other ranks are about to enter a barrier. The
+    files that this rank wrote are remembered in `written`.
     """
 
-    def __init__(self, original: Any, load: Callable[[str, Any], Any]) -> None:
+    def __init__(self, original: Any) -> None:
         self._original = original
-        self._load = load
         self.failure: str | None = None
         self.written: list[Path] = []
 
@@ -43,4 +48,30 @@ class EngineFiles:
             self.failure = self.failure or f"{path}: {reason(error)}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return self._load(path, map_location)
+        return load_engine_file(path, map_location)
+
+
+class EngineFiles:
+    """Saves and loads DeepSpeed's own files of one engine, in the folder ENGINE_FOLDER of a checkpoint."""
+
+    def __init__(self, deepspeed_engine: Any) -> None:
+        self._deepspeed_engine = deepspeed_engine
+        self._files = deepspeed_engine.checkpoint_engine = _SyncedFiles(deepspeed_engine.checkpoint_engine)
+
+    def save(self, checkpoint: Path, client_state: dict[str, Any]) -> tuple[list[Path], str | None]:
+        """Write the files below `checkpoint`; all ranks must call this. Returns what this rank wrote, and why it failed."""
+        files = self._files
+        files.failure, files.written = None, []
+        try:
+            self._deepspeed_engine.save_checkpoint(
+                str(checkpoint), tag=ENGINE_FOLDER, client_state=client_state, save_latest=False
+            )
+        except WRITE_ERRORS as error:  # from what DeepSpeed writes beside its checkpoint engine
+            files.failure = files.failure or reason(error)
+        return files.written, files.failure
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the files below `checkpoint`, on the layout that wrote them. Raises CheckpointError where there are none."""
+        loaded, _ = self._deepspeed_engine.load_checkpoint(str(checkpoint), tag=ENGINE_FOLDER)
+        if loaded is None:
+            raise CheckpointError(f"{checkpoint / ENGINE_FOLDER}: DeepSpeed found no state to load")

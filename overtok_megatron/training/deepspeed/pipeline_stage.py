@@ -1,6 +1,6 @@
-"""One stage of the model as DeepSpeed's pipeline engine wants it: the same layers, names and weights as the whole model's.
+"""One stage of the model in the form of DeepSpeed's pipeline engine, with the layers, names and weights of `Transformer`.
 
-Knows no data and no optimizer. Shapes: b batch, s sequence, d hidden, T tables.
+Loading of data and the optimizer are elsewhere. Shapes: b batch, s sequence, d hidden, T tables.
 """
 
 import contextlib
@@ -16,38 +16,47 @@ from torch import Tensor, nn
 
 from overtok_megatron.model.block import run_blocks
 from overtok_megatron.model.documents import document_ids
+from overtok_megatron.model.feed_forward import Routing
+from overtok_megatron.model.heads import ForwardResult
 from overtok_megatron.model.transformer import Layers
 from overtok_megatron.ngram.fetched_rows import FetchedRows
+from overtok_megatron.parallel.collectives import reduce_from_group
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import mark_pipeline_replica
 
 
 class MicroBatch(NamedTuple):
-    """What a rank handles of one micro-batch: of the input tokens `whole` int64 [b, s] its context-parallel slice `inputs`
-    and their targets int64 [b, s / ranks], and the rows that it fetched for them (None where it looks nothing up)."""
+    """What a rank handles of one micro-batch.
 
-    whole: Tensor
+    full_inputs int64 [b, s]: the input tokens of all context ranks. inputs, targets int64 [b, s / ranks]: this rank's slice.
+    fetched: the rows of what this rank looked up, on any stage; None where it looks nothing up.
+    """
+
+    full_inputs: Tensor
     inputs: Tensor
     fetched: FetchedRows | None
     targets: Tensor
 
 
 class StageResults(NamedTuple):
-    """What a rank's stage found, one entry per micro-batch: summed cross entropies, on the last stage only, and router
-    statistics [blocks of this stage, F], with experts only."""
+    """What a rank's stage computed, one entry per micro-batch: summed cross entropies on the last stage only; router
+    statistics [blocks of this stage, F] with experts only; and sums of this stage's auxiliary losses by name, the same on all
+    of its tensor-parallel ranks."""
 
     losses: list[Tensor]
     router_stats: list[Tensor]
+    auxiliary_losses: list[dict[str, Tensor]]
 
-    def add(self, loss: Tensor | None, stats: Tensor | None) -> None:
+    def add(self, loss: Tensor | None, stats: Tensor | None, auxiliary_losses: dict[str, Tensor]) -> None:
         if loss is not None:
             self.losses.append(loss)
         if stats is not None:
             self.router_stats.append(stats)
+        self.auxiliary_losses.append(auxiliary_losses)
 
 
 class _Attached(torch.autograd.Function):
-    """| forward | x | backward | g, and a constant for the loss beside it | : a loss that no later stage sees."""
+    """| forward | x | backward | g for x, a constant for `loss` | : adds a loss to the objective that later stages compute."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, share: float) -> Tensor:
@@ -61,15 +70,31 @@ class _Attached(torch.autograd.Function):
         return grad, torch.full_like(loss, ctx.share), None
 
 
+class _WithZeroGradients(torch.autograd.Function):
+    """| forward | x | backward | g for x, zeros for `weights` | : each weight gets a gradient, used or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.weights = weights
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(weight.new_zeros(()).expand_as(weight) for weight in ctx.weights)
+
+
 class PipelineStage(PipelineModule):
-    """This rank's stage. Input of the first: tokens int64 [b, s]; between stages hidden [b, s, d].
+    """This rank's stage. Input of the first stage: tokens int64 [b, s]; between stages: hidden [b, s, d].
 
-    Parameters are called as in `Transformer`, whatever the stage, so that nothing that goes by names (checkpoints, the
-    optimizer's groups) knows of pipelines. The last stage's output is the mean objective of a micro-batch. Losses of
-    routers on the stages before it are no part of that number; their gradients are those of a model in one piece.
+    Parameters have the names that they have in `Transformer`, on every stage, so that whatever goes by names (checkpoints,
+    the optimizer's groups) need not know of pipelines. The output of the last stage is the mean objective of a micro-batch.
+    Router losses of the stages before it are not part of that number, but their gradients are those of an undivided model.
 
-    eod_id: as in `Transformer`. What stages know of a micro-batch beside its hidden states they are told before it,
-    in `expect`, so that nothing else travels between them.
+    `layers.shared` names the parts of the embedding that both ends hold: equal from the start, their gradients are summed
+    over both before each step, they are counted once in the norm and saved once.
+
+    eod_id: as in `Transformer`. `expect` tells each stage in advance what it needs of a micro-batch besides hidden states, so
+    that nothing else travels between stages.
     """
 
     def __init__(
@@ -78,25 +103,23 @@ class PipelineStage(PipelineModule):
         blocks_per_stage: list[int],
         grid: ProcessGrid,
         *,
-        tied: bool,
         z_loss: float,
         num_micro_batches: int,
         sequence_parallel: bool,
         eod_id: int | None = None,
     ) -> None:
-        # plain values and a tuple only: modules can be attributes after DeepSpeed's constructor has begun
+        # Plain values and a tuple only: a module cannot become an attribute before DeepSpeed's constructor has run.
         self._layers = layers
         self._counts = [*blocks_per_stage]
         self._counts[0] += 1  # the embedding
         self._counts[-1] += 1  # the head
-        self._place = grid
-        self._tied = tied
+        self._process_grid = grid  # DeepSpeed keeps a grid of its own in _grid
         self._z_loss = z_loss
         self._num_micro_batches = num_micro_batches
         self._sequence_parallel = sequence_parallel
         self._eod_id = eod_id
         self._expected: deque[MicroBatch] = deque()
-        self._results = StageResults([], [])
+        self._results = StageResults([], [], [])
         shape = grid.shape
         topology = PipeModelDataParallelTopology(
             num_pp=shape.pipe, num_mp=shape.tensor, num_dp=shape.data * shape.context
@@ -112,61 +135,103 @@ class PipelineStage(PipelineModule):
         self.embedding = self._layers.embedding
         self.blocks = nn.ModuleDict({str(index): block for index, block in self._layers.blocks.items()})
         self.head = self._layers.head
-        first, last = self._place.is_first_stage, self._place.is_last_stage
+        first, last = self._process_grid.is_first_stage, self._process_grid.is_last_stage
         layers = [*([self.embedding] if first else []), *self.blocks.values(), *([self.head] if last else [])]
-        self.forward_funcs = layers  # what DeepSpeed's checkpoints hold, a file a layer
+        self.forward_funcs = layers  # what DeepSpeed's checkpoints hold, one file per layer
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """The word embedding and its copy beside the head: equal from the start, their gradients summed before a step."""
-        if not self._tied or self.embedding is None:
-            return {}
-        word = self.embedding.word
-        if not self._place.is_first_stage:
-            mark_pipeline_replica(word.weight)
-        ranks = self._place.shape.pipe_ends(self._place.shape.ranks_along(self._place.rank, "pipe"))
-        return {"word": {"ranks": ranks, "group": self._place.ends_group, "weight_attr": ["weight"], "module": word}}
+        """What DeepSpeed calls tied modules: the shared parts of the embedding, on the stages that hold them."""
+        grid = self._process_grid
+        ranks = grid.shape.pipe_ends(grid.shape.ranks_along(grid.rank, "pipe"))
+        tied: dict[str, Any] = {}
+        for part in self._layers.shared:  # in the same order on both ends
+            module = getattr(self.embedding, part, None)
+            if module is None:
+                continue
+            if not grid.is_first_stage:
+                for parameter in module.parameters():
+                    mark_pipeline_replica(parameter)
+            names = [name for name, _ in module.named_parameters()]
+            tied[part] = {"ranks": ranks, "group": grid.ends_group, "weight_attr": names, "module": module}
+        return tied
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        """Equal already; without autograd, which would otherwise note DeepSpeed's broadcast as part of the forward pass."""
+        """Broadcast what loading a checkpoint read on the first stage. Without autograd, which would record the broadcast."""
         super()._synchronize_tied_weights()
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """What the engine sums over the ends; not registered a second time, which would change its name."""
-        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+        """The weights whose gradients the engine sums over both ends.
+
+        DeepSpeed's form looks in `tied_modules`; registering a part there as well would change the names of its parameters.
+        """
+        return [
+            (comm["module"].get_parameter(name), comm["group"])
+            for comm in self.tied_comms.values()
+            for name in comm["weight_attr"]
+        ]
+
+    def _copies_beside_the_head(self) -> list[nn.Parameter]:
+        """Copies on the last stage that the head does not hold itself, so that a backward pass may leave them out."""
+        if self._process_grid.is_first_stage or self.embedding is None or self.head is None:
+            return []
+        of_head = {id(parameter) for parameter in self.head.parameters()}
+        return [parameter for parameter in self.embedding.parameters() if id(parameter) not in of_head]
 
     def expect(self, batches: Sequence[MicroBatch]) -> None:
-        """Name the micro-batches to come; every stage runs them in order."""
+        """Announce the micro-batches to come; every stage runs them in this order."""
         self._expected = deque(batches)
-        self._results = StageResults([], [])
+        self._results = StageResults([], [], [])
 
     def forward(self, x: Any) -> Tensor:
-        """This stage's layers on what the engine hands over; the loss on the last.
+        """Run this stage's layers on what the engine hands over; the last stage returns the loss.
 
-        The loss is a part of the forward pass, not DeepSpeed's `loss_fn` behind it: with bf16 the engine clears gradients
-        when backward reaches the module's output, and what ran behind it would lose its own.
+        The loss is part of the forward pass instead of DeepSpeed's `loss_fn` after it: with bf16 the engine clears gradients
+        when backward reaches the module's output, which would lose the gradients of what ran after it.
         """
         batch = self._expected.popleft()
-        documents = None if self._eod_id is None else document_ids(batch.whole, self._eod_id)
-        if self._place.is_first_stage:
+        documents = None if self._eod_id is None else document_ids(batch.full_inputs, self._eod_id)
+        if self._process_grid.is_first_stage:
             assert self.embedding is not None
             x = self.embedding(x, batch.fetched)
-        tokens = x.shape[0] * x.shape[1]
         hidden, routing = run_blocks(self.blocks.values(), x, documents=documents)
         if self.head is None:
-            self._results.add(None, None if routing is None else routing.stats)
-            if routing is None:
-                return hidden
-            slices = self._place.shape.tensor if self._sequence_parallel else 1
-            attached: Tensor = _Attached.apply(hidden, routing.loss, 1.0 / (tokens * slices * self._num_micro_batches))
-            return attached
-        z_loss = self._z_loss if self.training else 0.0
-        result = self.head.losses(hidden, batch.targets, z_loss, routing)
-        self._results.add(result.main_loss, result.router_stats)
-        return result.objective / batch.targets.numel()
+            return self._with_router_loss(hidden, routing)
+        result = self.losses(hidden, batch, routing)
+        self._results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
+        return self._with_all_copies(result.objective / batch.targets.numel())
+
+    def losses(self, hidden: Tensor, batch: MicroBatch, routing: Routing | None) -> ForwardResult:
+        """The losses of a micro-batch, on the last stage. routing: of this stage's blocks."""
+        assert self.head is not None
+        return self.head.losses(hidden, batch.targets, self._z_loss if self.training else 0.0, routing)
+
+    def _with_router_loss(self, hidden: Tensor, routing: Routing | None) -> Tensor:
+        """What a stage without the head hands on; backward through it adds the gradient of the routers' losses."""
+        if routing is None:
+            return hidden
+        tensor_group = self._process_grid.tensor_group if self._sequence_parallel else None
+        router_loss = reduce_from_group(routing.loss.detach(), tensor_group)  # as the head does for its own stage
+        self._results.add(None, routing.stats, {"router": router_loss})
+        slices = self._process_grid.shape.tensor if self._sequence_parallel else 1
+        tokens = hidden.shape[0] * hidden.shape[1] * slices
+        attached: Tensor = _Attached.apply(hidden, routing.loss, 1.0 / (tokens * self._num_micro_batches))
+        return attached
+
+    def _with_all_copies(self, objective: Tensor) -> Tensor:
+        """The same objective, whose backward in the last micro-batch of a step gives every copy on this stage a gradient.
+
+        The sum over both ends is a collective: where a copy took part in no backward pass of the step and had none, the
+        other end would wait for ever, or with bf16 DeepSpeed would fail.
+        """
+        copies = self._copies_beside_the_head()
+        if self._expected or not copies or not torch.is_grad_enabled():
+            return objective
+        covered: Tensor = _WithZeroGradients.apply(objective, *copies)
+        return covered
 
     def take_results(self) -> StageResults:
-        """What the micro-batches since expect() gave."""
+        """What the micro-batches since `expect` gave."""
         assert not self._expected, "micro-batches that never arrived"
-        results, self._results = self._results, StageResults([], [])
+        results, self._results = self._results, StageResults([], [], [])
         return results

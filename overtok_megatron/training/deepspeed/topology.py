@@ -1,4 +1,4 @@
-"""The grid in the words that DeepSpeed's `mpu` argument wants (duck-typed; nothing of DeepSpeed is imported)."""
+"""The grid with the methods that DeepSpeed calls on its `mpu` argument. Nothing of DeepSpeed is imported."""
 
 import torch.distributed as dist
 
@@ -6,15 +6,16 @@ from overtok_megatron.parallel.grid import ProcessGrid
 
 
 class DeepSpeedTopology:
-    """Answers DeepSpeed's questions about model- and data-parallel groups from one grid.
+    """Model- and data-parallel ranks and groups of a grid, as DeepSpeed asks for them.
 
-    Context-parallel ranks are data-parallel ones to DeepSpeed: they hold the same weights, and their gradients are averaged.
+    DeepSpeed sees context-parallel ranks as data-parallel ones: they hold the same weights, and gradients are averaged.
     """
 
     def __init__(self, grid: ProcessGrid) -> None:
-        assert grid.engine_groups is not None, "DeepSpeed needs an initialised process group"
+        assert grid.groups, "DeepSpeed needs an initialised process group"
         self._grid = grid
-        self._tensor, self._data = grid.engine_groups
+        self._tensor = grid.groups[("tensor",)]  # also with one rank, where grid.tensor_group is None
+        self._data = grid.groups[("data", "context")]
 
     def get_model_parallel_rank(self) -> int:
         return self._grid.tensor_rank

@@ -1,4 +1,4 @@
-"""Figures of experts' routers: the formula on transformers' router logits, and the same on every layout."""
+"""Metrics of experts' routers: the formula on transformers' router logits, and the same on every layout."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
+from overtok_megatron.training.step_result import StepResult
 from support.distributed_harness import run_ranks
 from support.layouts import CPU, EOD, MANY, OLMOE, Layout, experts, layout_config, own_tokens, stream
 from support.reference import Reference
@@ -45,18 +46,18 @@ LAYOUTS = {
 }
 
 
-def train_rank(cases: dict[str, Layout]) -> dict[str, list[dict[str, float]]]:
-    """One rank's work: the routers' figures of each step of each case."""
-    results = {}
+def train_rank(cases: dict[str, Layout]) -> dict[str, list[StepResult]]:
+    """One rank's work: the steps of each case."""
+    results: dict[str, list[StepResult]] = {}
     for name, case in cases.items():
         config = layout_config(case)
-        trainer = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
         results[name] = []
         for batch in stream()[:STEPS]:
-            results[name].append(trainer.step(own_tokens(trainer, batch), 3e-3).router)
-            tokens = own_tokens(trainer, batch)
+            results[name].append(engine.step(own_tokens(engine, batch), 3e-3))
+            tokens = own_tokens(engine, batch)
             pair = None if tokens is None else (tokens.flatten(0, 1)[:, :-1], tokens.flatten(0, 1)[:, 1:])
-            trainer.evaluate([pair])  # is in no step's figures
+            engine.evaluate([pair])  # is in no step's metrics
     return results
 
 
@@ -91,13 +92,13 @@ def by_formula(layers: list[Tensor], model: ModelConfig, micro_batches: int) -> 
             (chosen == expert).sum().item() / (chosen.numel() / model.num_experts)
             for expert in range(model.num_experts)
         ]
-    figures = {"balance_loss": sum(balance) / len(balance), "max_load": max(loads)}
-    return figures | ({"z_loss": sum(z) / len(z)} if model.router_z_loss_weight else {})
+    metrics = {"balance_loss": sum(balance) / len(balance), "max_load": max(loads)}
+    return metrics | ({"z_loss": sum(z) / len(z)} if model.router_z_loss_weight else {})
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[tuple[bool, int], list[dict[str, float]]]:
-    """By (with many experts, micro-batch): the formula's figures, which depend on nothing else of a layout."""
+    """By (with many experts, micro-batch): the formula's metrics, which depend on nothing else of a layout."""
     torch.set_num_threads(1)
     results = {}
     for many, case in ((False, experts("")), (True, experts("", micro=12, model=MANY | NO_Z))):
@@ -113,7 +114,7 @@ def expected() -> dict[tuple[bool, int], list[dict[str, float]]]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_figures_are_the_formulas_on_every_layout(
+def test_metrics_are_the_formulas_on_every_layout(
     world: int, expected: dict[tuple[bool, int], list[dict[str, float]]]
 ) -> None:
     ranks = run_ranks(world, train_rank, LAYOUTS[world], timeout=200)
@@ -122,9 +123,13 @@ def test_figures_are_the_formulas_on_every_layout(
         wanted = expected[config.model.num_experts == 40, config.training.micro_batch_size]
         for rank in ranks:
             assert rank[name] == ranks[0][name], name
-        for step, (found, figures) in enumerate(zip(ranks[0][name], wanted, strict=True)):
-            assert found == pytest.approx(figures, rel=1e-5), (name, step)
-            assert found["max_load"] > 1.0
+        for step, (found, metrics) in enumerate(zip(ranks[0][name], wanted, strict=True)):
+            assert found.router_metrics == pytest.approx(metrics, rel=1e-5), (name, step)
+            assert found.router_metrics["max_load"] > 1.0
+            # the router's term of the objective: its two parts, weighted
+            term = config.model.router_aux_loss_weight * metrics["balance_loss"]
+            term += config.model.router_z_loss_weight * metrics.get("z_loss", 0.0)
+            assert found.auxiliary_losses == {"router": pytest.approx(term, rel=1e-5)}, (name, step)
 
 
 def train_run(folder: Path, output: Path, model: dict[str, Any]) -> None:

@@ -1,0 +1,296 @@
+"""One adapter per optimizer class of DeepSpeed: where the joint norm enters, how state is set, what must be reset.
+
+DeepSpeed chooses the class by precision and ZeRO stage. Each computes the gradient norm and clips in a place of its own, so
+each adapter patches another method, which runs once per step on every rank, after the last backward pass:
+
+| precision, ZeRO stage | class | patched method |
+| any, 1 and 2 (with bf16 only 2) | DeepSpeedZeroOptimizer | scaled_global_norm |
+| any, 3 | DeepSpeedZeroOptimizer_Stage3 | _get_norm_groups |
+| bf16, 1 | BF16_Optimizer | get_grads_for_norm |
+| bf16, 0 | FP16_UnfusedOptimizer, with apex's AdamW FP16_Optimizer | unscale_and_clip_grads |
+| fp32, 0 | none, the torch optimizer itself | a hook before its step, which clips |
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+from torch import Tensor, nn
+
+from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
+from overtok_megatron.errors import CheckpointError
+from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.parallel.splits import is_pipeline_replica, splits_of
+
+# Gives the sum of squares of row gradients, float64 scalar; the first call of a step sends row gradients to their owners.
+RowSquare = Callable[[], Tensor]
+
+
+class OptimizerAdapter:
+    """What the training engine asks of DeepSpeed's optimizer, whatever its class.
+
+    max_norm: the joint gradient norm to which gradients are clipped; 0 = the norm is measured, and nothing is clipped.
+    needs_state_reset: the class steps once on zero gradients when it is made, to allocate Adam's state; without a reset of
+    that state, bias correction would start one step ahead.
+    """
+
+    needs_state_reset = False
+
+    def __init__(self, deepspeed_engine: Any, grid: ProcessGrid, max_norm: float) -> None:
+        self.deepspeed_engine = deepspeed_engine
+        self.optimizer = deepspeed_engine.optimizer
+        self.grid = grid
+        self.max_norm = max_norm
+
+    def join_norm(self, row_square: RowSquare) -> None:
+        """Patch DeepSpeed so that its gradient norm, by which it clips dense gradients, includes the row gradients."""
+        raise NotImplementedError
+
+    def global_norm(self) -> float:
+        """The joint norm of the last step, before clipping."""
+        return float(self.deepspeed_engine.get_global_grad_norm())
+
+    def set_max_norm(self, max_norm: float) -> None:
+        """Clip to another norm from the next step on."""
+        self.max_norm = max_norm
+        self.optimizer.clip_grad = max_norm
+
+    def clip_factor(self, norm: float) -> float:
+        """What gradients of this joint norm are multiplied with."""
+        return self.max_norm / (norm + 1e-6) if 0 < self.max_norm < norm + 1e-6 else 1.0
+
+    @torch.no_grad()
+    def set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        """Put a parameter's master weight, moments and step count where the optimizer keeps them, and its value in place.
+
+        state: this tensor-parallel rank's part. Needs no other rank. Raises CheckpointError where the class has no such way.
+        """
+        self._set_state(parameter, state)
+
+    def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        raise NotImplementedError
+
+
+class TorchOptimizer(OptimizerAdapter):
+    """float32 without ZeRO: DeepSpeed steps on the torch optimizer itself, and the norm and clipping are done here."""
+
+    def join_norm(self, row_square: RowSquare) -> None:
+        self._norm = 0.0
+
+        def clip(*_: Any) -> None:
+            self._norm = math.sqrt(self._dense_square() + float(row_square()))
+            factor = self.clip_factor(self._norm)
+            if factor != 1.0:
+                for parameter in self._parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+
+        self.deepspeed_engine.clip_fp32_gradients = lambda: (
+            None
+        )  # DeepSpeed's own clipping knows the dense gradients only
+        self.optimizer.register_step_pre_hook(clip)
+
+    def global_norm(self) -> float:
+        return self._norm
+
+    def set_max_norm(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+
+    def _parameters(self) -> Any:
+        return self.deepspeed_engine.module.parameters()
+
+    def _dense_square(self) -> float:
+        """Sum of squares of dense gradients over the ranks of one copy of the model, each value once.
+
+        A shard counts on every tensor-parallel rank, a replica on the first; the second copy of a tied weight does not count.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.deepspeed_engine.device)
+        for parameter in self._parameters():
+            counts = self.grid.tensor_rank == 0 or bool(splits_of(parameter))
+            if parameter.grad is not None and counts and not is_pipeline_replica(parameter):
+                total += parameter.grad.double().square().sum()
+        if self.grid.replica_group is not None:
+            with named("all-reduce of squares", self.grid.replica_group):
+                dist.all_reduce(total, group=self.grid.replica_group)
+        return float(total)
+
+    def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        parameter.data.copy_(state.values["master"])
+        _set_moments(self.optimizer, parameter, state)
+
+
+class Zero1Or2(OptimizerAdapter):
+    """DeepSpeedZeroOptimizer: one flat partition of each parameter group on every rank."""
+
+    def join_norm(self, row_square: RowSquare) -> None:
+        dense_norm = self.optimizer.scaled_global_norm
+
+        def joint_norm(*arguments: Any, **others: Any) -> Tensor:
+            dense: Tensor = dense_norm(*arguments, **others)
+            return (dense.double().square() + row_square().to(dense.device)).sqrt().to(dense.dtype)
+
+        self.optimizer.scaled_global_norm = joint_norm
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """float32 master weights, one flat tensor per parameter group."""
+        partitions: list[Tensor] = self.optimizer.single_partition_of_fp32_groups
+        return partitions
+
+    def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        parameter.data.copy_(state.values["master"])
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # where DeepSpeed records what of it lies here
+        if mapping is None:
+            return  # this rank's partition holds nothing of the parameter; it may also hold all, or a part
+        part, position = mapping.lp_fragment_address, mapping.hp_fragment_address
+
+        def fragment(name: str) -> Tensor:
+            return state.values[name].flatten().narrow(0, part.start, part.numel)
+
+        mapping.hp_fragment.copy_(fragment("master"))
+        flat = self._flat_partitions()[mapping.param_group_index]
+        group = self.optimizer.optimizer.param_groups[mapping.param_group_index]
+        moments = _allocated(self.optimizer.optimizer, group, flat, state.steps)
+        for name in MOMENTS:
+            moments[name].narrow(0, position.start, position.numel).copy_(fragment(name))
+
+
+class Bf16Zero1(Zero1Or2):
+    """BF16_Optimizer: partitioned like ZeRO 1, with a norm over lists of gradients."""
+
+    def join_norm(self, row_square: RowSquare) -> None:
+        dense_gradients = self.optimizer.get_grads_for_norm
+
+        def joint_gradients(for_clipping: bool = False) -> Any:
+            if for_clipping:
+                return dense_gradients(for_clipping=True)
+            dense, experts = dense_gradients()
+            square = row_square()  # on every rank: this exchanges row gradients
+            # The norm of row gradients is one more tensor. DeepSpeed sums over the ranks of a copy of the model, so it counts
+            # on the first of them only.
+            first = self.grid.tensor_rank == 0 and self.grid.is_first_stage
+            return ([*dense, square.sqrt().float().reshape(1)] if first else dense), experts
+
+        self.optimizer.get_grads_for_norm = joint_gradients
+
+    def _flat_partitions(self) -> list[Tensor]:
+        partitions: list[Tensor] = self.optimizer.fp32_groups_flat_partition
+        return partitions
+
+
+class Zero3(OptimizerAdapter):
+    """DeepSpeedZeroOptimizer_Stage3: an equal part of every parameter on every rank, the last one padded."""
+
+    def join_norm(self, row_square: RowSquare) -> None:
+        dense_norms = self.optimizer._get_norm_groups
+
+        def joint_norms() -> list[Any]:
+            """The norm of row gradients is one more group, on the device of the others: the CPU with an offloaded optimizer."""
+            dense, rows = dense_norms(), row_square().sqrt().float()
+            return [*dense, rows.to(dense[0].device) if dense and isinstance(dense[0], Tensor) else rows]
+
+        self.optimizer._get_norm_groups = joint_norms
+
+    def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        optimizer = self.optimizer
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        rank = optimizer._get_param_partition_rank(parameter)
+
+        def part(name: str) -> Tensor:
+            values = state.values[name].flatten()[rank * size : (rank + 1) * size]
+            return torch.nn.functional.pad(values, (0, size - values.numel()))
+
+        sub_group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        group = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
+        _allocated(optimizer.optimizer, group, optimizer.fp32_partitioned_groups_flat[sub_group], state.steps)
+        safe_set_local_fp32_param(parameter, part("master"))
+        parameter.ds_tensor.data.copy_(part("master"))  # type: ignore[attr-defined]
+        for name in MOMENTS:
+            safe_set_local_optimizer_state(parameter, part(name), name)
+
+
+class Bf16WithoutZero(OptimizerAdapter):
+    """FP16_UnfusedOptimizer: float32 masters in lists beside the parameters."""
+
+    needs_state_reset = True
+    _norm_argument = 0  # position of the norm among the arguments of unscale_and_clip_grads
+
+    def join_norm(self, row_square: RowSquare) -> None:
+        unscale_and_clip = self.optimizer.unscale_and_clip_grads
+
+        def with_joint_norm(*arguments: Any, **others: Any) -> Any:
+            values = list(arguments)
+            dense = float(values[self._norm_argument])
+            values[self._norm_argument] = (dense**2 + float(row_square())) ** 0.5
+            self.optimizer._global_grad_norm = values[self._norm_argument]
+            return unscale_and_clip(*values, **others)
+
+        self.optimizer.unscale_and_clip_grads = with_joint_norm
+
+    def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        parameter.data.copy_(state.values["master"])
+        optimizer = self.optimizer
+        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for own, master in zip(parameters, masters, strict=True):
+                if own is parameter:
+                    master.data.copy_(state.values["master"])
+                    _set_moments(optimizer.optimizer, master, state)
+                    return
+        raise AssertionError("a parameter that its optimizer does not know")
+
+
+class FusedBf16WithoutZero(Bf16WithoutZero):
+    """FP16_Optimizer, which DeepSpeed takes for apex's AdamW: flat float32 masters that nothing says the parts of."""
+
+    _norm_argument = 1
+
+    def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        raise CheckpointError(
+            "parallel.zero_stage: 0; with bf16 and apex's AdamW it resumes on the layout that wrote the checkpoint only, and "
+            "starts from no other weights; "
+            "use 1, or training.kernels: torch"
+        )
+
+
+_ADAPTERS: dict[str, type[OptimizerAdapter]] = {
+    "DeepSpeedZeroOptimizer": Zero1Or2,
+    "DeepSpeedZeroOptimizer_Stage3": Zero3,
+    "BF16_Optimizer": Bf16Zero1,
+    "FP16_UnfusedOptimizer": Bf16WithoutZero,
+    "FP16_Optimizer": FusedBf16WithoutZero,
+}
+
+
+def adapter_of(deepspeed_engine: Any, grid: ProcessGrid, max_norm: float) -> OptimizerAdapter:
+    """The adapter for the optimizer that DeepSpeed made. max_norm: to which gradients are clipped, 0 = they are not."""
+    optimizer = deepspeed_engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return TorchOptimizer(deepspeed_engine, grid, max_norm)
+    name = type(optimizer).__name__
+    assert name in _ADAPTERS, f"unknown DeepSpeed optimizer {name}"
+    return _ADAPTERS[name](deepspeed_engine, grid, max_norm)
+
+
+def _allocated(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: Tensor, steps: int) -> dict[str, Any]:
+    """The torch optimizer's state of a tensor that it steps on, allocated as torch's AdamW would, with `steps` done."""
+    own: dict[str, Any] = optimizer.state[tensor]
+    for name in MOMENTS:
+        if name not in own:
+            own[name] = torch.zeros_like(tensor)
+    if "step" in group:  # apex counts once per group
+        group["step"] = steps
+    else:
+        device = tensor.device if group.get("fused") or group.get("capturable") else "cpu"
+        own["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
+    return own
+
+
+def _set_moments(optimizer: torch.optim.Optimizer, tensor: Tensor, state: ParameterState) -> None:
+    """Set the torch optimizer's moments and step count of a tensor that it steps on as a whole."""
+    group = next(group for group in optimizer.param_groups if any(tensor is other for other in group["params"]))
+    own = _allocated(optimizer, group, tensor, state.steps)
+    for name in MOMENTS:
+        own[name].copy_(state.values[name])

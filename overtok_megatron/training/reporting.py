@@ -1,0 +1,102 @@
+"""What a run tells of its steps: records in `metrics.jsonl`, TensorBoard events, log lines, and a progress bar."""
+
+import json
+import logging
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.files import write_atomically
+from overtok_megatron.loss_metrics import validation_losses
+
+log = logging.getLogger(__name__)
+
+
+class StepRecords:
+    """Writes the metrics of steps into a run's folder: `metrics.jsonl` (appended), and TensorBoard events where asked for.
+
+    A resumed run removes records of the steps after its first, so that the file holds each step once.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, first_step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._keep_before(first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if tensorboard else None
+
+    def _keep_before(self, first_step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # a line cut by a kill
+                continue
+            if record["step"] <= first_step:
+                kept.append(line)
+        write_atomically(self.path, "".join(line + "\n" for line in kept))  # a kill here loses no record
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record `values` (name -> number; names are TensorBoard tags) after optimizer step `step` (1, 2, ...)."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class RunReport:
+    """Reports the steps of a run, on its first rank."""
+
+    def __init__(self, config: RunConfig, *, first_step: int, total_steps: int, bar: bool) -> None:
+        """first_step: how many steps were done before. bar: whether the progress bar is drawn."""
+        folder = Path(config.training.output_directory)
+        self._interval = config.logging.interval
+        self._total_steps = total_steps
+        self._records = StepRecords(folder, tensorboard=config.logging.tensorboard, first_step=first_step)
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", desc=folder.name, disable=not bar, dynamic_ncols=True
+        )
+
+    def step(self, done: int, values: dict[str, float]) -> None:
+        """Report the metrics of the step that was the `done`th; all steps with a validation, else one per logging interval."""
+        losses = validation_losses(values)
+        if done % self._interval == 0 or done == self._total_steps or losses:
+            self._records.write(done, values)
+            log.info(step_line(done, self._total_steps, values))
+        for name, loss in losses.items():
+            of_set = f" of {name}" if name else ""
+            log.info("step %d/%d  validation loss%s %.4f", done, self._total_steps, of_set, loss)
+        self._bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._records.close()
+
+
+def step_line(step: int, total: int, values: dict[str, float]) -> str:
+    """The column-aligned line of a step."""
+    parts = [
+        f"step {step:>{len(str(total))}}/{total}",
+        f"loss {values['train/loss']:8.4f}",
+        f"lr {values['train/learning_rate']:9.3e}",
+        f"norm {values['train/grad_norm']:8.3f}",
+        f"{values['speed/tokens_per_second']:9.0f} tok/s",
+        f"{values['speed/tflops_per_rank']:7.2f} TFLOP/s",
+        f"mfu {100 * values['speed/model_flops_utilisation']:5.1f}%",
+    ]
+    if "tables/unique_rows" in values:
+        parts.append(f"rows {values['tables/unique_rows']:8.0f}")
+    epochs = [f"{value:.3f}" for name, value in values.items() if name.startswith("data/epoch/")]
+    if epochs:
+        parts.append(f"epoch {' '.join(epochs)}")
+    return "  ".join(parts)

@@ -1,0 +1,102 @@
+"""The result of one optimizer step, and the one small reduction over all ranks that makes it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from overtok_megatron.config import derived
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.training.deepspeed.joint_norm import StepNorms
+from overtok_megatron.training.deepspeed.pipeline_stage import StageResults
+from overtok_megatron.training.router_metrics import RouterMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank. Losses are means over the tokens, norms are before clipping.
+
+    loss: the cross entropy of the next token. auxiliary_losses: the other terms of the objective by name, times their weights.
+    stop: a rank was asked to stop after this step. router_metrics: by name (router_metrics.py); empty without experts.
+    """
+
+    loss: float
+    auxiliary_losses: dict[str, float]
+    grad_norm: float
+    table_grad_norm: float
+    stop: bool
+    unique_rows: int
+    looked_up_rows: int
+    exchange_bytes: int
+    router_metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What a rank's tables did in a step: distinct rows fetched, look-ups, and bytes sent to other ranks."""
+
+    unique: int = 0
+    looked_up: int = 0
+    sent_bytes: int = 0
+
+
+class StepReduction:
+    """Sums what the stages of all ranks found in a step."""
+
+    def __init__(self, config: RunConfig, grid: ProcessGrid, device: torch.device) -> None:
+        self._grid = grid
+        self._device = device
+        self._num_tokens = derived.tokens_per_step(config)
+        self._router_metrics = RouterMetrics(config, grid, device)
+        self._auxiliary_names: list[str] | None = None
+
+    def reduce(self, results: StageResults, rows: RowCounts, norms: StepNorms, *, stop_asked: bool) -> StepResult:
+        """The step's metrics over all ranks, and whether any rank was asked to stop; all ranks must call this."""
+        own = [self._own_sum(results.losses), float(stop_asked), rows.unique, rows.looked_up, rows.sent_bytes]
+        router = self._router_metrics.own_sums(results.router_stats)
+        names = self._names(results)
+        auxiliary = [
+            self._own_sum([losses[name] for losses in results.auxiliary_losses if name in losses]) for name in names
+        ]
+        sums = torch.cat([self._to_device(own), router, self._to_device(auxiliary)])
+        own_sums, router, auxiliary_sums = self.sum_over_ranks(sums).cpu().split([len(own), len(router), len(names)])
+        loss, stops, unique, looked_up, sent_bytes = own_sums.tolist()
+        return StepResult(
+            loss=loss / self._num_tokens,
+            auxiliary_losses={
+                name: total / self._num_tokens for name, total in zip(names, auxiliary_sums.tolist(), strict=True)
+            },
+            grad_norm=norms.joint,
+            table_grad_norm=norms.tables,
+            stop=stops > 0,
+            unique_rows=int(unique),
+            looked_up_rows=int(looked_up),
+            exchange_bytes=int(sent_bytes),
+            router_metrics=self._router_metrics.of_step(router),
+        )
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """`values`, summed in place over all ranks, which must all call this."""
+        if self._grid.table_group is not None:  # the whole world
+            with named("all-reduce of metrics", self._grid.table_group):
+                dist.all_reduce(values, group=self._grid.table_group)
+        return values
+
+    def _to_device(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._device)
+
+    def _own_sum(self, losses: list[Tensor]) -> float:
+        """What this rank adds to a loss: tensor-parallel ranks hold the same values, and those of the first rank count."""
+        if not losses or self._grid.tensor_rank > 0:
+            return 0.0
+        return float(torch.stack(losses).double().sum())
+
+    def _names(self, results: StageResults) -> list[str]:
+        """Names of all auxiliary losses, in the same order on every rank: asked for once, as a stage knows its own only."""
+        if self._auxiliary_names is None:
+            own = {name for losses in results.auxiliary_losses for name in losses}
+            self._auxiliary_names = sorted(set().union(*self._grid.gather_objects(own)))
+        return self._auxiliary_names

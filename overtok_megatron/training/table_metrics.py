@@ -1,0 +1,31 @@
+"""Metrics of the n-gram tables that cost more than a step may: they are taken where validation is, not in every step."""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.metrics import over_ranks
+
+
+def table_metrics(engine: TrainingEngine, tokens: Tensor) -> dict[str, float]:
+    """The metrics by name, after a step on `tokens` [A, b, s + k]; all ranks must call this. Empty without tables.
+
+    The share of rows that were ever updated; on the first stage also the share of the tokens' n-grams that collide, and the
+    mean L2 norm of what each n-gram order adds to the embedding, over the first micro-batch.
+    """
+    tables, model = engine.tables, engine.model
+    if tables is None:
+        return {}
+    space = tables.ngram_hash.space
+    touched = over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, engine.device)
+    values = {"tables/touched_share": touched / space.total_rows}
+    inputs, _ = engine.inputs_and_targets(tokens)
+    first_stage = engine.grid.is_first_stage
+    # The rows that the step fetched cannot serve: they have the values of before its update. Every rank owns some rows.
+    fetched = tables.fetch_rows(inputs[:1] if first_stage else None)
+    if first_stage:
+        assert model.embedding is not None and model.embedding.over_encoding is not None
+        values["tables/collision_share"] = tables.ngram_hash.collision_share(inputs)
+        for order, norm in model.embedding.over_encoding.order_norms(fetched, space.orders).items():
+            values[f"tables/norm_{order}gram"] = norm
+    return values

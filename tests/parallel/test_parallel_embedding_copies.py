@@ -1,0 +1,230 @@
+"""Copies of the embedding's dense parts on the last of two stages, used by a head made up here, against one process.
+
+The head adds a loss: half the squared distance between the last hidden states and what the named parts of the embedding give
+for the same positions. So the last stage looks up rows as well, and both stages have gradients of projections and rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from overtok_megatron.config import derived
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.model.assembly import build_run_layers
+from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
+from overtok_megatron.model.heads import ForwardResult
+from overtok_megatron.model.transformer import Stage, Transformer
+from overtok_megatron.ngram.fetched_rows import FetchedRows
+from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.parallel.splits import is_pipeline_replica
+from overtok_megatron.training import engine as engine_module
+from overtok_megatron.training.deepspeed.pipeline_stage import MicroBatch, PipelineStage
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
+from support.distributed_harness import run_ranks
+from support.layouts import CPU, EOD, Layout, layout, layout_config, own_tokens, stream
+
+STEPS = 4
+BOTH: tuple[EmbeddingPart, ...] = ("word", "over_encoding")
+BF16 = {"precision": "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """shared: of which parts the last stage holds copies. used: those that the added loss uses."""
+
+    layout: Layout
+    shared: tuple[EmbeddingPart, ...]
+    used: tuple[EmbeddingPart, ...]
+
+
+CASES = {
+    "both": Case(layout("pp2"), BOTH, BOTH),
+    "both, ZeRO 1": Case(layout("pp2 z1"), BOTH, BOTH),
+    "both, tied head": Case(layout("pp2", model={"tie_word_embeddings": True}), BOTH, BOTH),
+    "n-grams alone": Case(layout("pp2"), ("over_encoding",), ("over_encoding",)),
+    "n-grams without a gradient": Case(layout("pp2"), BOTH, ("word",)),
+    "n-grams without a gradient, ZeRO 1": Case(layout("pp2 z1"), BOTH, ("word",)),
+    "nothing with a gradient": Case(layout("pp2"), BOTH, ()),
+    "bf16, n-grams without a gradient": Case(layout("pp2", training=BF16), BOTH, ("word",)),
+    "bf16, ZeRO 1, n-grams without a gradient": Case(layout("pp2 z1", training=BF16), BOTH, ("word",)),
+}
+
+
+def with_added_loss(
+    result: ForwardResult,
+    hidden: Tensor,
+    embedding: InputEmbedding,
+    tokens: Tensor,
+    fetched: FetchedRows | None,
+    used: tuple[EmbeddingPart, ...],
+) -> ForwardResult:
+    if not used:
+        return result
+    parts: dict[str, Callable[[], Tensor]] = {
+        "word": lambda: embedding.word(tokens),  # type: ignore[misc]  # this stage has it
+        "over_encoding": lambda: embedding.over_encoding(fetched),  # type: ignore[misc]
+    }
+    wanted = sum(parts[part]() for part in used)
+    return result._replace(objective=result.objective + 0.5 * (hidden - wanted).float().square().sum())
+
+
+class AddedLossTransformer(Transformer):
+    used: tuple[EmbeddingPart, ...] = ()
+
+    def forward(
+        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, z_loss: float = 0.0
+    ) -> ForwardResult:
+        hidden, routing = self.hidden(tokens, fetched)
+        result = self.head.losses(hidden, targets, z_loss, routing)
+        return with_added_loss(result, hidden, self.embedding, tokens, fetched, self.used)
+
+
+class AddedLossStage(PipelineStage):
+    used: tuple[EmbeddingPart, ...] = ()
+
+    def losses(self, hidden: Tensor, batch: MicroBatch, routing: Any) -> ForwardResult:
+        result = super().losses(hidden, batch, routing)
+        return with_added_loss(result, hidden, self.embedding, batch.inputs, batch.fetched, self.used)
+
+
+def build_with_added_loss(
+    case: Case, config: RunConfig, grid: ProcessGrid, *, device: torch.device, kernels: Kernels, eod_id: int
+) -> AddedLossTransformer | AddedLossStage:
+    """In place of the engine's `build_model`."""
+    counts = derived.blocks_per_stage(config)
+    stage = Stage.of(grid.coordinate("pipe"), counts)
+    layers = build_run_layers(config, device=device, kernels=kernels, stage=stage, shared=case.shared)
+    model: AddedLossTransformer | AddedLossStage
+    if grid.shape.pipe == 1:
+        model = AddedLossTransformer(layers)
+    else:
+        micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
+        model = AddedLossStage(
+            layers, counts, grid, z_loss=0.0, num_micro_batches=micro_batches, sequence_parallel=False
+        )
+    model.used = case.used
+    return model
+
+
+class AddedLossEngine(TrainingEngine):
+    """An engine whose last stage looks up n-grams as well."""
+
+    def __init__(self, case: Case, config: RunConfig) -> None:
+        with patch.object(engine_module, "build_model", partial(build_with_added_loss, case)):
+            super().__init__(config, start_processes(config, CPU), CPU, EOD)
+
+    def _looked_up(self, inputs: Tensor) -> Tensor | None:
+        return inputs
+
+    def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
+        assert fetched is not None
+        batches = super()._micro_batches(inputs, targets, fetched)
+        return [batch._replace(fetched=fetched[i]) for i, batch in enumerate(batches)]
+
+
+@dataclass(frozen=True)
+class RankResult:
+    losses: list[float]
+    norms: list[tuple[float, float]]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    replicas: set[str]
+    rows: Tensor
+
+
+def train_rank(cases: list[Case]) -> list[RankResult]:
+    results = []
+    for case in cases:
+        engine = AddedLossEngine(case, layout_config(case.layout))
+        named = dict(engine.model.named_parameters())
+        gradients: dict[str, Tensor] = {}
+        optimizer = engine.deepspeed_engine.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):  # float32 without ZeRO: clipped gradients as they are
+            optimizer.register_step_pre_hook(
+                lambda *_, named=named, gradients=gradients: gradients.update(
+                    {name: weight.grad.clone() for name, weight in named.items()}
+                )
+            )
+        steps = [engine.step(own_tokens(engine, batch), 3e-3) for batch in stream()[:STEPS]]
+        assert engine.tables is not None
+        results.append(
+            RankResult(
+                [step.loss for step in steps],
+                [(step.grad_norm, step.table_grad_norm) for step in steps],
+                gradients,
+                {name: weight.detach().clone() for name, weight in named.items()},
+                {name for name, weight in named.items() if is_pipeline_replica(weight)},
+                engine.tables.store.rows.weight.clone(),
+            )
+        )
+    return results
+
+
+def in_one_process(case: Case) -> Case:
+    """The same without a pipeline, in float32."""
+    other = Layout({}, model=case.layout.model, training={"micro_batch_size": 2})
+    return Case(other, case.shared, case.used)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, tuple[RankResult, RankResult, RankResult]]:
+    """By case: one process, the first stage, the last stage."""
+    (alone,) = run_ranks(1, train_rank, [in_one_process(case) for case in CASES.values()])
+    first, last = run_ranks(2, train_rank, list(CASES.values()))
+    return dict(zip(CASES, zip(alone, first, last, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_stages_equal_one_process(results: dict[str, tuple[RankResult, RankResult, RankResult]], name: str) -> None:
+    alone, *stages = results[name]
+    half = name.startswith("bf16")
+    for stage in stages:
+        assert stage.losses == pytest.approx(alone.losses, rel=4e-3 if half else 1e-5)
+        for found, wanted in zip(stage.norms, alone.norms, strict=True):
+            assert found == pytest.approx(wanted, rel=5e-2 if half else 1e-4)
+        assert stage.weights.keys() <= alone.weights.keys()
+        if half:
+            continue
+        for parameter, gradient in stage.gradients.items():
+            wanted = alone.gradients[parameter]
+            assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), parameter
+        for parameter, weight in stage.weights.items():
+            wanted = alone.weights[parameter]
+            assert (weight - wanted).norm() <= 1e-4 * wanted.norm(), parameter
+    if not half:
+        rows = torch.cat([stage.rows for stage in stages])
+        assert (rows - alone.rows).norm() <= 1e-5 * alone.rows.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_copies_stay_equal_and_are_replicas_on_the_last_stage_only(
+    results: dict[str, tuple[RankResult, RankResult, RankResult]], name: str
+) -> None:
+    alone, first, last = results[name]
+    copies = {
+        parameter for parameter in alone.weights for part in CASES[name].shared if f"embedding.{part}." in parameter
+    }
+    assert copies
+    assert first.weights.keys() & last.weights.keys() == copies
+    assert first.weights.keys() | last.weights.keys() == alone.weights.keys()
+    assert (first.replicas, last.replicas) == (set(), copies)
+    for parameter in copies:
+        assert torch.equal(first.weights[parameter], last.weights[parameter]), parameter
+
+
+def test_the_added_loss_reaches_both_parts(
+    results: dict[str, tuple[RankResult, RankResult, RankResult]],
+) -> None:
+    """Without it the comparison above would show nothing of the copies."""
+    used, idle = results["both"][0], results["nothing with a gradient"][0]
+    for parameter in ("embedding.word.weight", "embedding.over_encoding.projection"):
+        assert (used.gradients[parameter] - idle.gradients[parameter]).norm() > 0.1 * idle.gradients[parameter].norm()
+    assert used.norms[0][1] != pytest.approx(idle.norms[0][1], rel=1e-2)
