@@ -12,9 +12,9 @@ from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.environment import usable_devices
 from overtok_megatron.errors import ConfigError, OvertokError
 from overtok_megatron.launching.console import overtok_output, run_overtok
@@ -74,7 +74,7 @@ def main(overrides: list[str]) -> int:
         prepare_data(Path(config.tokenizer.path).parent, config.model.vocab_size)
         runs = curves(overrides)
     except OvertokError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         return error.returncode

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.processes = default_processes()
         code: int = options.work(options)
     except OvertokError as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
+        for line in error.lines:
+            print(f"error: {shown(line)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -1,11 +1,19 @@
-"""The named errors for a user's mistake. Each carries one line: what (file, key or rank), its value, the rule, the way out.
+"""The named errors for a user's mistake. A line says: what (file, key or rank), its value, the rule, the way out.
 
 An invariant that only a bug can break is an `assert`, not one of these.
 """
 
 
 class OvertokError(Exception):
-    """Base of every error that the command line prints as a single line, without a traceback."""
+    """Base of every error that the command line prints without a traceback: a line for each of its arguments, mostly one."""
+
+    @property
+    def lines(self) -> list[str]:
+        """A line for each mistake; a character that begins a new line is part of a name."""
+        return [str(one) for one in self.args]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class ConfigError(OvertokError):

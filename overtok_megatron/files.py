@@ -1,8 +1,8 @@
 """Writes files whole or not at all, with the mode of the umask, and never over a file that is not ours.
 
 Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Checkpoints
-(checkpoint/store.py) and datasets of several parts (data/preparing/partial.py) survive a kill by protocols of their own, made
-of the functions for syncing and renaming here.
+(checkpoint/store.py) and datasets of several parts (data/partial_set.py) survive a kill by protocols of their own, made of the
+functions for syncing and renaming here.
 """
 
 import codecs

@@ -72,6 +72,28 @@ def test_rooms_import_in_one_direction() -> None:
     assert not wrong, "\n".join(sorted(wrong))
 
 
+def test_data_knows_no_torch() -> None:
+    """Arrays are numpy's: preparing a corpus, and checking a run's data before it starts, need not wait for torch."""
+    users = {path.name for path in (PACKAGE / "data").rglob("*.py")
+             if {"torch", "deepspeed"} & {name.split(".")[0] for name in imported(path)}}  # fmt: skip
+    assert not users
+
+
+def test_imports_inside_data_go_one_way() -> None:
+    sets = {"index_file", "manifest", "partial_set", "indexed"}
+    known: dict[str, set[str]] = {
+        "tokenizers": set(),
+        "sotu": set(),
+        "preparing": sets | {"tokenizers"},
+    } | dict.fromkeys(sets, sets)
+    reading = {"sampler", "blending", "batches", "run_data"}
+    known |= dict.fromkeys(reading, sets | reading | {"tokenizers"})
+    for path in (PACKAGE / "data").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "data").parts[0].removesuffix(".py")
+        parts = [name.split(".") for name in imported(path) if name.startswith("overtok_megatron.data.")]
+        assert own == "__init__" or {one[2] for one in parts} <= known[own] | {own}, path.name
+
+
 def outside_deepspeed() -> dict[str, str]:
     """The text of every file of the package but those that know DeepSpeed's internals, by name."""
     files = (path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "training" / "deepspeed"))

@@ -16,9 +16,9 @@ from statistics import mean
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.loading import load_config, parse_resolved
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.launching.console import run_overtok
 from overtok_megatron.reports.curves import read_curve
 from overtok_megatron.run_folder import RunFolder

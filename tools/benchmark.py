@@ -123,6 +123,19 @@ def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object
     return lambda: trainer.step(tokens[next(turn) % len(tokens)], 1e-3)
 
 
+def whole_batches(dataset: IndexedDataset, seq_length: int) -> TrainBatches:
+    """Steps of one micro-batch of 32 samples on one rank."""
+    return TrainBatches(
+        dataset,
+        seq_length=seq_length,
+        micro_batch_size=32,
+        num_micro_batches=1,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        seed=1,
+    )
+
+
 def rows(options: argparse.Namespace) -> dict[str, Any]:
     single_process()
     dataset = IndexedDataset(options.data)
@@ -132,7 +145,7 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
             ["over_encoding.init_std=0.02", f"over_encoding.table_rows={2**power}", "over_encoding.collision_check=warn",
              "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
         )  # fmt: skip
-        batches = TrainBatches(dataset, config.data.seq_length, 32, 1, 0, 1, seed=1)
+        batches = whole_batches(dataset, config.data.seq_length)
         tokens = [torch.from_numpy(batches.read(32 * step)).to(options.device) for step in range(options.rounds + 2)]
         contenders[f"2^{power}"] = trainer_step(config, tokens)
     seconds = alternate(contenders, options.rounds, options.device)
@@ -155,7 +168,7 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
         ["over_encoding.init_std=0.02", f"over_encoding.table_rows={options.rows}", "over_encoding.collision_check=warn",
          "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
     )  # fmt: skip
-    batches = TrainBatches(IndexedDataset(options.data), config.data.seq_length, 32, 1, 0, 1, seed=1)
+    batches = whole_batches(IndexedDataset(options.data), config.data.seq_length)
     trainer = TrainingEngine(config, start_processes(config, options.device), options.device, eod_id=0)
     assert trainer.tables is not None
     done = iter(range(10**9))

@@ -22,7 +22,7 @@ from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
 from overtok_megatron.checkpoint.tables import write_rows
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.inference.generation import Sampling, generate_tokens
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.kernels.choice import choose_kernels
@@ -184,14 +184,8 @@ def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> Tr
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=0).eval()
     tables = build_table_reader(config, 0, store, device=device, kernels=kernels)
-    given = config.tokenizer
-    return TrainedModel(
-        config=config,
-        model=model,
-        tables=tables,
-        tokenizer=load_tokenizer(given.type, given.path, given.eod_token),
-        step=0,
-    )
+    tokenizer = configured_tokenizer(config.tokenizer)
+    return TrainedModel(config=config, model=model, tables=tables, tokenizer=tokenizer, step=0)
 
 
 def _mapped_rows(folder: Path, config: RunConfig) -> MappedRows:

@@ -9,17 +9,12 @@ from typing import Any
 
 from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import Manifest
-from overtok_megatron.config.growth import TABLE_KEYS
+from overtok_megatron.config.model_keys import MODEL_KEYS
 from overtok_megatron.errors import CheckpointError
 
 _NEW_RUN = "set another training.output_directory"
 _FROM_WEIGHTS = "start a new run from it by training.initial_checkpoint"
 
-# Keys that define the model: the weights of another model cannot be used. None = every key of the section.
-MODEL_KEYS: dict[str, tuple[str, ...] | None] = {
-    "model": None,
-    "over_encoding": ("enabled", *TABLE_KEYS, "added"),
-}
 # Keys that a run cannot change when it continues, with the reason. A new run that takes only the weights may differ in them.
 RUN_KEYS: dict[str, str] = {
     "training.precision": "the master weights are of that precision",

@@ -17,8 +17,9 @@ from torch import Tensor
 from overtok_megatron.checkpoint.store import read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, read_rows, write_weights
 from overtok_megatron.config.growth import check_grown
+from overtok_megatron.config.problems import Locate
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.config.validation import Locate, validate_model
+from overtok_megatron.config.validation import validate_model
 from overtok_megatron.files import PARTIAL
 from overtok_megatron.kernels.dtypes import DTYPES, ROW_DTYPES
 from overtok_megatron.model.assembly import build_encoder

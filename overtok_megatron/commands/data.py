@@ -37,7 +37,7 @@ def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import load_config
     from overtok_megatron.data.tokenizers.kept import find_tokenizer
-    from overtok_megatron.data.tokenizers.loading import load_tokenizer
+    from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 
     for flag, value in (("--tokenizer-type", options.tokenizer_type), ("--eod-token", options.eod_token)):
         if value is not None:
@@ -45,7 +45,7 @@ def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
     trained = CheckpointStore(path.parent).latest()
     fingerprint = None if trained is None else read_manifest(trained).tokenizer_fingerprint
     section = find_tokenizer(load_config(path).config, path.parent, fingerprint)
-    return load_tokenizer(section.type, section.path, section.eod_token)
+    return configured_tokenizer(section)
 
 
 def _reading(options: argparse.Namespace) -> "ReadOptions":
@@ -121,8 +121,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _train_tokenizer(options: argparse.Namespace) -> int:
     from overtok_megatron.data.preparing.account import Account
     from overtok_megatron.data.preparing.inputs import find_inputs
+    from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
     from overtok_megatron.data.tokenizers.loading import load_tokenizer
-    from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 
     output = Path(options.output)
     inputs = find_inputs(options.inputs, _reading(options), outputs=[output])

@@ -1,5 +1,5 @@
-"""Keys that exclude each other. Where two of them come from different places, the more specific place wins: the command line
-over the file, the file over its base. Within one place they contradict each other, which the rules across keys refuse.
+"""Keys that exclude each other. Where two of them are given in different sources, the more specific source wins: the command
+line over the file, the file over its base. Within one source they contradict each other, which the rules across keys refuse.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Alternative:
-    """A place that gives `key` a value that `chosen` accepts cancels the values of `others` from less specific places."""
+    """A source that gives `key` a value that `chosen` accepts cancels the values of `others` from less specific sources."""
 
     key: str
     others: tuple[str, ...]
@@ -54,8 +54,8 @@ ALTERNATIVES = (
 
 
 def superseded(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, the key that replaces it): what `given`, the dotted keys of one place and their values, takes back from places
-    less specific than it. Never a key that it gives itself."""
+    """(key, the key that replaces it): what `given`, the dotted keys of one source and their values, cancels from less
+    specific sources. Never a key that it gives itself."""
     for alternative in ALTERNATIVES:
         if alternative.key in given and alternative.chosen(given[alternative.key]):
             for other in alternative.others:

@@ -1,17 +1,16 @@
 """Whether a machine can hold what a configuration asks of it: any machine, or a given one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from overtok_megatron.config.counts import bytes_per_rank
 from overtok_megatron.config.derived import accumulation_steps
+from overtok_megatron.config.problems import PROCESSES, Problem, problem
 from overtok_megatron.config.schema import RunConfig
 
 MOST_BYTES = 2**46  # 64 TiB: twice the memory of the largest single machines on sale
 _TIB, _GIB = 2**40, 2**30
 _SMALLER_BATCH = "use a smaller batch or a shorter data.seq_length"
-
-Need = Callable[[bool, str, object, str], None]  # as in model_rules.py
 
 
 def most_processes() -> int:
@@ -19,36 +18,37 @@ def most_processes() -> int:
     return max(64, 4 * (os.cpu_count() or 1))
 
 
-def check_capacity(config: RunConfig, world_size: int, need: Need) -> None:
+def capacity_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     """The state, one micro-batch's residual stream and one step's tokens of a rank must each fit into MOST_BYTES."""
     smaller = f"use a smaller model, or more than {world_size} ranks"
-    for (key, value, held, name), way_out in zip(
-        _parts(config, world_size), (smaller, smaller, _SMALLER_BATCH, _SMALLER_BATCH), strict=True
-    ):
-        need(
-            held <= MOST_BYTES,
-            key,
-            value,
-            f"makes {held / _TIB:,.0f} TiB of {name} on one rank, and no machine holds more than {MOST_BYTES // _TIB}; "
-            f"{way_out}",
-        )
+    ways_out = (smaller, smaller, _SMALLER_BATCH, _SMALLER_BATCH)
+    for (key, value, held, name), way_out in zip(_parts(config, world_size), ways_out, strict=True):
+        if held > MOST_BYTES:
+            reason = (
+                f"makes {held / _TIB:,.0f} TiB of {name} on one rank, and no machine holds more than "
+                f"{MOST_BYTES // _TIB}; {way_out}"
+            )
+            yield problem(key, value, reason)
 
 
-def check_host(config: RunConfig, processes: int, memory: int, need: Need) -> None:
+def host_problems(config: RunConfig, processes: int, memory: int) -> Iterator[Problem]:
     """All ranks of a run whose `processes` ranks share the `memory` bytes of one host must fit into it.
 
-    What is counted is needed in any case; activations and libraries come on top.
+    Only what is needed in any case is counted; activations and libraries come on top.
     """
+    most = most_processes()
+    if processes > most:
+        yield problem(PROCESSES, processes, f"is more than this host can run; {most} is the most")
+        return
     parts = _parts(config, processes)
     total = processes * sum(held for _, _, held, _ in parts)
-    key, value, held, name = max(parts, key=lambda part: part[2])
-    need(
-        total <= memory,
-        key,
-        value,
-        f"the run needs at least {total / _GIB:,.1f} GiB, of which {processes * held / _GIB:,.1f} are {name}, and this host "
-        f"has {memory / _GIB:,.1f}; use a smaller one",
-    )
+    if total > memory:
+        key, value, held, name = max(parts, key=lambda part: part[2])
+        reason = (
+            f"the run needs at least {total / _GIB:,.1f} GiB, of which {processes * held / _GIB:,.1f} are {name}, and "
+            f"this host has {memory / _GIB:,.1f}; use a smaller one"
+        )
+        yield problem(key, value, reason)
 
 
 def _parts(config: RunConfig, world_size: int) -> list[tuple[str, object, int, str]]:

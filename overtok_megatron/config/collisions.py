@@ -37,7 +37,10 @@ def collision_problem(table_rows: int, base: int, num_tables: int) -> CollisionP
 
 
 def _first_bad(table_rows: int, base: int, num_tables: int) -> int | None:
-    """In integers, where a ratio of 2^31 rows would round; in steps that do not grow with the number of tables."""
+    """The first table whose size is bad, in a number of steps that does not grow with the number of tables.
+
+    Computed in integers, because a ratio of 2^31 rows would be rounded.
+    """
     start = max(0, -(-(base - table_rows) // 2))  # the first table that is not smaller than the base
     remainder = (table_rows + 2 * start) % base
     if base < _SMALL:  # the bad zone may be so narrow that sizes step over it; they repeat after `base` tables
@@ -78,6 +81,6 @@ def _propose(table_rows: int, base: int, num_tables: int) -> int | None:
         nearby = (table_rows + sign * step for step in range(1, base + 1) for sign in (-1, 1))
     else:  # all tables lie between two bad zones, at their lower or at their upper end
         ends = (_first_good(base), _last_good(base) - 2 * (num_tables - 1))
-        places = (period * base + end for period in range(max(1, whole - 2), whole + 2) for end in ends)
-        nearby = (rows for rows in sorted(places, key=lambda rows: abs(rows - table_rows)))
+        sizes = (period * base + end for period in range(max(1, whole - 2), whole + 2) for end in ends)
+        nearby = (rows for rows in sorted(sizes, key=lambda rows: abs(rows - table_rows)))
     return next(good(nearby), None)

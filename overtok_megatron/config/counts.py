@@ -1,4 +1,4 @@
-"""Parameters, bytes a rank and FLOPs a token of a configuration, by formula. Tests compare with the built model."""
+"""Parameters, bytes per rank and FLOPs per token of a configuration, by formula. Tests compare with the built model."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,16 @@ from overtok_megatron.config.derived import (
 )
 from overtok_megatron.config.schema import RunConfig
 
-_STATE_VALUES = {"rowwise_adagrad": (1, 0), "rowwise_adam": (1, 1), "adam": (0, 2), "sgd": (0, 0)}  # a row, an element
+_STATE_VALUES = {
+    "rowwise_adagrad": (1, 0),
+    "rowwise_adam": (1, 1),
+    "adam": (0, 2),
+    "sgd": (0, 0),
+}  # per row, per element
 _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
     """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
     projections; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
@@ -83,7 +88,7 @@ def _dense_shard(config: RunConfig) -> int:
     return max(loads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankBytes:
     """Bytes of model state on the fullest rank; activations come on top and depend on the batch."""
 
@@ -99,7 +104,7 @@ class RankBytes:
 
 
 def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
-    """bf16: 2 bytes a weight, 4 a gradient (2 without ZeRO), 12 of master and moments; fp32: 4, 4 and 8.
+    """bf16: 2 bytes per weight, 4 per gradient (2 without ZeRO), 12 for master weights and moments; fp32: 4, 4 and 8.
 
     ZeRO 1 divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are
     divided by the whole world.
@@ -127,7 +132,7 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
 
 
 def flops_per_token(config: RunConfig) -> float:
-    """Forward and backward of one token: 6 FLOPs a weight of every product that it takes part in (the look-ups are none),
+    """Forward and backward of one token: 6 FLOPs per weight of every product that it takes part in (the look-ups are none),
     and attention's two products over the positions that a layer sees, on average half the sequence or less: 12 h e each."""
     model, count, length = config.model, parameter_counts(config), config.data.seq_length
     products = count.blocks - count.idle + model.vocab_size * model.hidden_size + count.encoder

@@ -1,13 +1,14 @@
 """DeepSpeed's configuration, derived from ours, with the raw keys of the `deepspeed` section merged in."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.derived import accumulation_steps
+from overtok_megatron.config.problems import Problem, refuse
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
@@ -35,14 +36,48 @@ _OURS = {
 }
 
 
-def derive(
-    config: RunConfig, world_size: int, locate: Callable[[str], str] = lambda key: "deepspeed"
-) -> dict[str, Any]:
+def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for deepspeed.initialize.
 
-    Gradients accumulate in float32 from ZeRO stage 1 on. Raises ConfigError where a raw key contradicts a derived one;
-    `locate` tells where a key was given.
+    Gradients accumulate in float32 from ZeRO stage 1 on. Raises ConfigError where the raw keys break a rule.
     """
+    refuse([*refused_keys(config), *contradictions(config, world_size)], lambda key: "deepspeed")
+    result = _own_keys(config, world_size)
+    _merge(result, config.deepspeed)
+    if config.parallel.zero_stage > 0:
+        # DeepSpeed allocates two buckets of this size per step, whatever the model: 4 GB for its 500 million elements
+        size = min(_LARGEST_BUCKET, parameter_counts(config).dense)
+        result["zero_optimization"].setdefault("reduce_bucket_size", size)
+    return result
+
+
+def refused_keys(config: RunConfig) -> Iterator[Problem]:
+    """Raw keys that would replace a section of ours."""
+    for key, way_out in _REFUSED.items():
+        if key in config.deepspeed:
+            yield Problem(f"deepspeed.{key}", f"is not passed through; {way_out}")
+
+
+def contradictions(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Raw keys that have another value than the one that follows from our keys. The axes must divide the ranks."""
+    raw = {key: value for key, value in config.deepspeed.items() if key not in _REFUSED}
+    yield from _contradictions(_own_keys(config, world_size), raw, "")
+
+
+def _contradictions(own: dict[str, Any], raw: dict[str, Any], prefix: str) -> Iterator[Problem]:
+    for key, value in raw.items():
+        name, derived = f"{prefix}{key}", own.get(key)
+        if isinstance(value, dict) and isinstance(derived, dict):
+            yield from _contradictions(derived, value, f"{name}.")
+        elif key in own and derived != value:
+            ours = _OURS.get(name)
+            way_out = "remove it" if ours is None else f"set {ours} instead"
+            message = f"{short(repr(value), 40)} contradicts {short(repr(derived), 60)}, which follows from the rest; {way_out}"
+            yield Problem(f"deepspeed.{name}", message, () if ours is None else (ours.split(" ")[0],))
+
+
+def _own_keys(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What follows from our keys alone."""
     stage = config.parallel.zero_stage
     bf16 = config.training.precision == "bf16"
     result: dict[str, Any] = {
@@ -69,14 +104,6 @@ def derive(
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if bf16 and stage > 0:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
-    for key, way_out in _REFUSED.items():
-        if key in config.deepspeed:
-            raise ConfigError(line(locate(f"deepspeed.{key}"), f"deepspeed.{key}: is not passed through; {way_out}"))
-    _merge(result, config.deepspeed, "", locate)
-    if stage > 0:
-        # DeepSpeed allocates two buckets of this size per step, whatever the model: 4 GB for its 500 million elements
-        size = min(_LARGEST_BUCKET, parameter_counts(config).dense)
-        result["zero_optimization"].setdefault("reduce_bucket_size", size)
     return result
 
 
@@ -92,19 +119,9 @@ def refused_by_deepspeed(config: RunConfig, error: Exception) -> ConfigError:
     return ConfigError(line("deepspeed", f"{keys}: DeepSpeed says: {short(told, 150)}; correct the key, or remove it"))
 
 
-def _merge(target: dict[str, Any], raw: dict[str, Any], prefix: str, locate: Callable[[str], str]) -> None:
+def _merge(target: dict[str, Any], raw: dict[str, Any]) -> None:
     for key, value in raw.items():
-        name = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(target.get(key), dict):
-            _merge(target[key], value, f"{name}.", locate)
-        elif key in target and target[key] != value:
-            way_out = f"set {_OURS[name]} instead" if name in _OURS else "remove it"
-            given, derived = short(repr(value), 40), short(repr(target[key]), 60)
-            raise ConfigError(
-                line(
-                    locate(f"deepspeed.{name}"),
-                    f"deepspeed.{short(name)}: {given} contradicts {derived}, which follows from the rest; {way_out}",
-                )
-            )
+            _merge(target[key], value)
         else:
             target[key] = copy.deepcopy(value)

@@ -55,9 +55,15 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // ranks_per_replica(config)
 
 
-def even_stages(num_layers: int, stages: int) -> list[int]:
-    """Blocks of each pipeline stage where they are spread as evenly as possible: earlier stages have one more."""
-    return [num_layers // stages + (index < num_layers % stages) for index in range(stages)]
+def part_start(total: int, parts: int, index: int) -> int:
+    """Where part `index` of `total` entries begins: the first `total % parts` parts have one entry more than the others."""
+    base, remainder = divmod(total, parts)
+    return index * base + min(index, remainder)
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """The sizes of parts that are as even as can be; earlier parts may have one entry more."""
+    return [part_start(total, parts, index + 1) - part_start(total, parts, index) for index in range(parts)]
 
 
 def blocks_per_stage(config: RunConfig) -> list[int]:
@@ -71,7 +77,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     if isinstance(partition, list):
         return partition
     if partition == "uniform":
-        return even_stages(model.num_layers, stages)
+        return even_parts(model.num_layers, stages)
     block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
@@ -91,14 +97,14 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
 
 
+def hash_base(config: RunConfig) -> int:
+    """p of the polynomial that hashes n-grams."""
+    return config.over_encoding.hash_base or config.model.vocab_size
+
+
 def row_width(model: ModelConfig, over: OverEncodingConfig) -> int:
     """w, values per row."""
     return over.row_width or model.hidden_size // ((over.ngram_order - 1) * over.num_slices)
-
-
-def hash_base(model: ModelConfig, over: OverEncodingConfig) -> int:
-    """p of the polynomial that hashes n-grams."""
-    return over.hash_base or model.vocab_size
 
 
 def table_rate_factor(config: RunConfig) -> float:

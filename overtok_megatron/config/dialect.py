@@ -83,7 +83,7 @@ def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str,
     """The value of a text, no part of it shared with another, and for every dotted key in it "source:line".
 
     Raises ConfigError, one line, where the text is no YAML, gives a key twice, or contains itself. lines: whether
-    places name the line (a file) or only the source (an override).
+    origins name the line (a file) or only the source (an override).
     """
     walk = _Walk(printable(source), lines)
     try:
@@ -91,8 +91,8 @@ def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str,
         node = loader.get_single_node()
         if node is None:
             return None, {}
-        places = {key: walk.at(mark) for key, mark in walk.keys(node, "", ())}
-        return _unshared(loader.construct_document(node)), places
+        origins = {key: walk.at(mark) for key, mark in walk.keys(node, "", ())}
+        return _unshared(loader.construct_document(node)), origins
     except yaml.MarkedYAMLError as error:
         raise ConfigError(line(walk.at(error.problem_mark), f"not valid YAML: {_explained(error)}")) from None
     except RecursionError:
@@ -145,7 +145,7 @@ class _Walk:
         self._nodes = 0
 
     def at(self, mark: yaml.Mark | None) -> str:
-        """The place that messages name."""
+        """The origin that messages name."""
         return f"{self._source}:{mark.line + 1}" if self._lines and mark is not None else self._source
 
     def keys(self, node: yaml.Node, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, yaml.Mark]]:

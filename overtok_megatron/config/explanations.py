@@ -1,110 +1,24 @@
-"""One line for what does not fit the schema: place, key, value, what is allowed, the nearest known key."""
+"""What does not fit the schema, a line for each key: origin, key, value, what is allowed, the nearest known key."""
 
-import difflib
 import math
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, get_args
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.known_keys import (
+    keys_of,
+    keys_of_entry,
+    known_keys,
+    listed,
+    required_keys,
+    similar_keys,
+    suggestion,
+)
 from overtok_megatron.config.wording import line, short
 
-_MOST_KEYS = 8  # that a message lists
-
-
-@cache
-def known_keys() -> dict[str, str]:
-    """Every dotted key of the schema and its description; of a section within a section the key as well as those in it."""
-    keys: dict[str, str] = {}
-    for section, field in RunConfig.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is None:
-            keys[section] = field.description or ""
-            continue
-        for name, own in inner.model_fields.items():
-            keys[f"{section}.{name}"] = own.description or ""
-            innermost = _section_of(own.annotation)
-            for last, deep in (innermost.model_fields if innermost else {}).items():
-                keys[f"{section}.{name}.{last}"] = deep.description or ""
-    return keys
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation allows, alone or beside None."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def nearest(key: str) -> str:
-    """What the writer of an unknown dotted key probably meant, as the end of a sentence."""
-    keys = known_keys()
-    sections = list(RunConfig.model_fields)
-    if "." not in key:
-        inside = [known for known in keys if known.endswith(f".{key}")]
-        close = inside or difflib.get_close_matches(key, sections, n=1, cutoff=0.5)
-        close = (
-            close or [known for known in keys if difflib.SequenceMatcher(None, key, _name(known)).ratio() >= 0.75][:1]
-        )
-        return f"did you mean {' or '.join(close)}?" if close else f"the sections are {', '.join(sections)}"
-    if key in keys:
-        section, name = key.split(".", 1)
-        return f"write it as {name} below {section}:"
-    section, name = key.split(".", 1)
-    entry = _keys_of_entry(section, name)
-    if entry:
-        close = difflib.get_close_matches(_name(name), entry, n=1, cutoff=0.65)
-        return f"did you mean {close[0]}?" if close else f"keys of an entry: {_listed(entry)}"
-    if key.rsplit(".", 1)[0] in keys:
-        section, name = key.rsplit(".", 1)
-    if section == "base":
-        return "base is the path of another file"
-    same = _inside(section)
-    close = _closest(name, same) or [known for known in keys if _name(known) == name] or _closest(name, list(keys))
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"keys of {section}: {_listed(_keys_of(section))}" if same else f"the sections are {', '.join(sections)}"
-
-
-def explain(errors: Sequence[ErrorDetails], places: dict[str, str], path: str) -> str:
-    """The most telling of pydantic's errors as one line. An unknown key comes first: it explains the missing ones."""
-    unknown = ("extra_forbidden", "invalid_key")
-    error = min(errors, key=lambda one: (one["type"] == "missing", one["type"] not in unknown))
-    parts = [str(part) for part in error["loc"] if not str(part).startswith("<")]  # schema.py marks forms of a key so
-    key = ".".join(parts)
-    ancestors = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    within = next((name for name in places if name.startswith(f"{key}.")), key)  # where an override gave a part of it
-    place = next((places[name] for name in (key, within, *ancestors) if name in places), path)
-    known = known_keys()
-    if error["type"] in unknown:
-        return line(place, _unknown(parts, known))
-    meaning = next((known[name] for name in ancestors if name in known), "")
-    if error["type"] == "missing":
-        if len(parts) == 1:
-            return line(place, f"section {key} is missing; it needs {_needed(key)}")
-        if len(parts) > 2 and not parts[-1].isdigit():
-            return line(place, f"{short(key)} is missing ({meaning}); add it")
-        if key in known:
-            section = ".".join(parts[:-1])
-            return line(place, f"{key} is missing from section {section}{f' ({meaning})' if meaning else ''}; add it")
-    value = _written(error["input"])
-    if error["type"] in ("model_type", "dict_type") and len(parts) < 3:
-        return line(place, f"{key}: {value} must be a section with keys {_listed(_keys_of(key)) or 'of DeepSpeed'}")
-    rule = _RULES.get(error["type"]) or error["msg"].removeprefix("Input ").replace("\n", " ")
-    most = error.get("ctx", {}).get("le")
-    if isinstance(most, float):  # pydantic writes all of its digits
-        rule = f"should be less than or equal to {most:g}"
-    entry = _keys_of_entry(parts[0], ".".join(parts[1:])) if error["type"] == "model_type" else []
-    entries = error["type"] == "list_type" and _keys_of_entry(parts[0], ".".join([*parts[1:], "0"]))
-    keys = f" with the keys {_listed(entry)}" if entry else ""
-    text = f"{short(key)}: {value} {rule}{keys}{'' if entries else _hint(error)}"
-    return line(place, f"{text} ({meaning})" if meaning else text)
-
-
+MOST_TOLD = 30  # keys that an error names; the writer of more has given a wrong file
 _RULES = {
     "missing": "has too few values",
     "too_long": "has too many values",
@@ -113,14 +27,130 @@ _RULES = {
 }
 
 
-def _unknown(parts: list[str], known: dict[str, str]) -> str:
-    key, parent = ".".join(parts), ".".join(parts[:2])
-    if len(parts) > 2 and parent in known and not _keys_of_entry(parts[0], ".".join(parts[1:])):
+@dataclass(frozen=True)
+class _Mistake:
+    """One of pydantic's errors. parts: of its dotted key, numbers of entries included."""
+
+    error: ErrorDetails
+    parts: list[str]
+
+    @property
+    def kind(self) -> str:
+        return self.error["type"]
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.parts)
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the schema has no such key."""
+        return self.kind in ("extra_forbidden", "invalid_key")
+
+    @property
+    def missing(self) -> bool:
+        """Whether a key or section is absent; a list with too few values is not."""
+        return self.kind == "missing" and not self.key.rpartition(".")[2].isdigit()
+
+    @property
+    def ancestors(self) -> list[str]:
+        """The key, and what it is a part of, the innermost first."""
+        return [".".join(self.parts[:end]) for end in range(len(self.parts), 0, -1)]
+
+    @property
+    def subject(self) -> str:
+        """The key to which a line is given: what is wrong within a value counts for the value."""
+        return self.key if self.unknown else next((one for one in self.ancestors if one in known_keys()), self.key)
+
+    @property
+    def meaning(self) -> str:
+        """The schema's description of the key, or of what it is a part of."""
+        return next((known_keys()[one] for one in self.ancestors if one in known_keys()), "")
+
+
+def explain(errors: Sequence[ErrorDetails], origins: dict[str, str], path: str) -> list[str]:
+    """A line for each key that pydantic's errors are about: unknown keys, then wrong values, then missing keys.
+
+    origins: where each dotted key was given; path: what stands for the origin of a missing key. A key is not called missing
+    where an unknown one, beside it or with a similar name, may be meant for it.
+    """
+    # schema.py marks the forms of a key by <..>
+    mistakes = [_Mistake(one, [str(part) for part in one["loc"] if not str(part).startswith("<")]) for one in errors]
+    mistakes.sort(key=lambda one: (one.kind == "missing", not one.unknown))
+    first: dict[str, _Mistake] = {}
+    for mistake in _independent(mistakes):
+        first.setdefault(mistake.subject, mistake)
+    lines = [line(_origin(mistake, origins, path), _text(mistake)) for mistake in [*first.values()][:MOST_TOLD]]
+    if len(first) > MOST_TOLD:
+        lines.append(line(path, f"{len(first) - MOST_TOLD} more keys are wrong or missing; correct these first"))
+    return lines
+
+
+def _independent(mistakes: Sequence[_Mistake]) -> Iterator[_Mistake]:
+    """Without missing keys that an unknown one explains."""
+    unknown = [mistake for mistake in mistakes if mistake.unknown]
+    parents = {tuple(mistake.parts[:-1]) for mistake in unknown}
+    meant = {key for mistake in unknown[:MOST_TOLD] for key in similar_keys(short(mistake.key))}
+    meant |= {key.partition(".")[0] for key in meant}
+    for mistake in mistakes:
+        if not (mistake.missing and (tuple(mistake.parts[:-1]) in parents or mistake.key in meant)):
+            yield mistake
+
+
+def _origin(mistake: _Mistake, origins: dict[str, str], path: str) -> str:
+    key = mistake.key
+    within = next((name for name in origins if name.startswith(f"{key}.")), key)  # where an override gave a part of it
+    return next((origins[name] for name in (key, within, *mistake.ancestors) if name in origins), path)
+
+
+def _text(mistake: _Mistake) -> str:
+    if mistake.unknown:
+        return _unknown_key(mistake.parts)
+    if mistake.missing and (text := _missing_key(mistake)) is not None:
+        return text
+    return _wrong_value(mistake)
+
+
+def _unknown_key(parts: list[str]) -> str:
+    key, parent, known = ".".join(parts), ".".join(parts[:2]), known_keys()
+    if len(parts) > 2 and parent in known and not keys_of_entry(parts[0], ".".join(parts[1:])):
         return f"unknown key {short(key)}; {parent} is the {known[parent]}"
     name, colon, _ = parts[-1].partition(":")
     if colon and ".".join([*parts[:-1], name]) in known:
         return f"unknown key {short(key)}; write a space after the colon"
-    return f"unknown key {short(key)}; {nearest(short(key))}"
+    return f"unknown key {short(key)}; {suggestion(short(key))}"
+
+
+def _missing_key(mistake: _Mistake) -> str | None:
+    key, parts, meaning = mistake.key, mistake.parts, mistake.meaning
+    if len(parts) == 1:
+        return f"section {key} is missing; it needs {listed(required_keys(key))}"
+    if len(parts) > 2:
+        return f"{short(key)} is missing ({meaning}); add it"
+    if key in known_keys():
+        return f"{key} is missing from section {parts[0]}{f' ({meaning})' if meaning else ''}; add it"
+    return None
+
+
+def _wrong_value(mistake: _Mistake) -> str:
+    error, key, parts, meaning = mistake.error, mistake.key, mistake.parts, mistake.meaning
+    value = _written(error["input"])
+    section, _, within = key.partition(".")
+    if mistake.kind in ("model_type", "dict_type") and len(parts) < 3:
+        return f"{key}: {value} must be a section with keys {listed(keys_of(key)) or 'of DeepSpeed'}"
+    entry = keys_of_entry(section, within) if mistake.kind == "model_type" else []
+    keys = f" with the keys {listed(entry)}" if entry else ""
+    of_sections = mistake.kind == "list_type" and keys_of_entry(section, f"{within}.0")
+    text = f"{short(key)}: {value} {_rule(error)}{keys}{'' if of_sections else _hint(error)}"
+    return f"{text} ({meaning})" if meaning else text
+
+
+def _rule(error: ErrorDetails) -> str:
+    """What is allowed, in words."""
+    most = error.get("ctx", {}).get("le")
+    if isinstance(most, float):  # pydantic writes all of its digits
+        return f"should be less than or equal to {most:g}"
+    return _RULES.get(error["type"]) or error["msg"].removeprefix("Input ").replace("\n", " ")
 
 
 def _hint(error: ErrorDetails) -> str:
@@ -153,52 +183,6 @@ def _number(value: Any, whole: bool) -> int | float | None:
 
 def _written(value: Any) -> str:
     """A value as a message repeats it: YAML's words for what has one."""
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else short(repr(value))
-    )
-
-
-def _needed(section: str) -> str:
-    """The keys of a section that have no default; where all have one, some of its keys."""
-    kind = _section_of(RunConfig.model_fields[section].annotation)
-    needed = [name for name, field in kind.model_fields.items() if field.is_required()] if kind else []
-    return _listed(needed or _keys_of(section))
-
-
-def _listed(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else ""
-    return ", ".join(keys[:_MOST_KEYS]) + more
-
-
-def _keys_of(section: str) -> list[str]:
-    return list(map(_name, _inside(section)))
-
-
-def _inside(section: str) -> list[str]:
-    """Dotted keys of a section, without those of the sections within it."""
-    return [known for known in known_keys() if known.rpartition(".")[0] == section]
-
-
-def _keys_of_entry(section: str, name: str) -> list[str]:
-    """Keys of the entries of a list of sections, where `name` is one of an entry (`added.0.rows`)."""
-    field, number, *_ = [*name.split("."), ""]
-    kind = getattr(RunConfig.model_fields.get(section), "annotation", None)
-    if not number.isdigit() or not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-        return []
-    inside = [
-        one
-        for one in (get_args(kind.model_fields[field].annotation) if field in kind.model_fields else ())
-        if isinstance(one, type) and issubclass(one, BaseModel)
-    ]
-    return list(inside[0].model_fields) if inside else []
-
-
-def _name(key: str) -> str:
-    return key.split(".")[-1]
-
-
-def _closest(name: str, keys: Sequence[str]) -> list[str]:
-    by_name = {_name(known): known for known in reversed(keys)}
-    return [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.65)]
+    if value is None or value is True or value is False:
+        return {None: "null", True: "true", False: "false"}[value]
+    return short(repr(value))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from overtok_megatron.config.model_keys import MODEL_KEYS
 from overtok_megatron.config.schema import (
     LARGEST,
     LONGEST_ORDER,
@@ -14,18 +15,6 @@ from overtok_megatron.config.schema import (
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
-# Keys of over_encoding, beside `enabled` and `added`, on which it depends what a model computes.
-TABLE_KEYS = (
-    "ngram_order",
-    "num_slices",
-    "table_rows",
-    "row_width",
-    "combine",
-    "pad_id",
-    "boundary",
-    "hash_base",
-    "row_dtype",
-)
 _FORM = "orders=2-3,slices=2,rows=1053639"
 _NAMES = ("orders", "slices", "rows")
 
@@ -109,8 +98,8 @@ def check_grown(old: RunConfig, new: RunConfig) -> None:
                 "write over_encoding.combine=scaled, or sum"
             )
         return
-    for key in TABLE_KEYS:
-        if getattr(before, key) != getattr(after, key):
+    for key in MODEL_KEYS["over_encoding"] or ():
+        if key not in ("enabled", "added") and getattr(before, key) != getattr(after, key):
             raise ConfigError(
                 f"over_encoding.{key}: {getattr(after, key)}; the tables that are there have {getattr(before, key)}: "
                 "leave it as it is"

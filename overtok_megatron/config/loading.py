@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from overtok_megatron.config import dialect
 from overtok_megatron.config.alternatives import superseded
-from overtok_megatron.config.explanations import explain, known_keys
+from overtok_megatron.config.explanations import explain
+from overtok_megatron.config.known_keys import known_keys
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
@@ -27,7 +28,7 @@ LONGEST_CHAIN = 32  # files that inherit from each other; nobody finds a value i
 class LoadedConfig:
     """A configuration and where each dotted key got its value: "file:line", "command line" or "default".
 
-    A key that another key of a more specific place took back: that place and the other key, "command line, train_iters".
+    A key that another key of a more specific origin took back: that origin and the other key, "command line, train_iters".
     """
 
     config: RunConfig
@@ -37,16 +38,16 @@ class LoadedConfig:
         """Where a dotted key's value, or the first part of it, came from; "default" if nobody gave it."""
         if key in self.provenance:
             return self.provenance[key]
-        return next((place for name, place in self.provenance.items() if name.startswith(f"{key}.")), DEFAULT)
+        return next((origin for name, origin in self.provenance.items() if name.startswith(f"{key}.")), DEFAULT)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a file with the files that it inherits from, apply `section.key=value` overrides, check every key and type.
 
-    Raises ConfigError, one line: place, key, value, and what is allowed.
+    Raises ConfigError, a line for each wrong key: origin, key, value, and what is allowed.
     """
-    values, places = _read_with_bases(Path(path), ())
-    return _resolve(values, places, overrides, str(path))
+    values, origins = _read_with_bases(Path(path), ())
+    return _resolve(values, origins, overrides, str(path))
 
 
 def change_config(config: RunConfig, overrides: Sequence[str], source: str) -> LoadedConfig:
@@ -57,29 +58,29 @@ def change_config(config: RunConfig, overrides: Sequence[str], source: str) -> L
     return _resolve(config.model_dump(mode="json"), dict.fromkeys(known_keys(), source), overrides, source)
 
 
-def _resolve(values: dict[str, Any], places: dict[str, str], overrides: Sequence[str], source: str) -> LoadedConfig:
-    """Apply overrides to `values` and check every key and type; source: what stands for the place of a missing key."""
-    given = [_parse_override(override) for override in overrides]
+def _resolve(values: dict[str, Any], origins: dict[str, str], overrides: Sequence[str], source: str) -> LoadedConfig:
+    """Apply overrides to `values` and check every key and type; source: what stands for the origin of a missing key."""
+    given = _parse_overrides(overrides)
     own = {name: inner for key, value in given for name, inner in [(key, value), *_leaves(value, f"{key}.")]}
-    _give_way(values, own, places, dict.fromkeys(own, COMMAND_LINE))
+    _give_way(values, own, origins, dict.fromkeys(own, COMMAND_LINE))
     for key, value in given:
         _assign(values, key, value)
-        _forget(places, key)
-        places |= dict.fromkeys([key, *(name for name, _ in _leaves(value, f"{key}."))], COMMAND_LINE)
+        _forget(origins, key)
+        origins |= dict.fromkeys([key, *(name for name, _ in _leaves(value, f"{key}."))], COMMAND_LINE)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error.errors(), places, source)) from None
+        raise ConfigError(*explain(error.errors(), origins, source)) from None
     raw = dialect.unwritable(config.deepspeed)
     if raw is not None:
-        place = places.get("deepspeed", source)
+        origin = origins.get("deepspeed", source)
         raise ConfigError(
             line(
-                place,
+                origin,
                 f"deepspeed: {raw} cannot be written as JSON; use numbers, strings, lists, and mappings with strings as keys",
             )
         )
-    return LoadedConfig(config, dict.fromkeys(known_keys(), DEFAULT) | places)
+    return LoadedConfig(config, dict.fromkeys(known_keys(), DEFAULT) | origins)
 
 
 def parse_resolved(path: str | Path) -> RunConfig:
@@ -108,9 +109,9 @@ def _is_resolved(path: Path) -> bool:
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    own, places = _read(path)
+    own, origins = _read(path)
     if BASE not in own:
-        return own, places
+        return own, origins
     resolved = path.resolve()
     if resolved in chain:
         circle = " -> ".join(step.name for step in (*chain[chain.index(resolved) :], resolved))
@@ -122,11 +123,11 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any
                 f"stands at the end of {LONGEST_CHAIN} files that name a `{BASE}`, and names one; merge some of them",
             )
         )
-    base, place = own.pop(BASE), places.pop(BASE, str(path))
+    base, origin = own.pop(BASE), origins.pop(BASE, str(path))
     if not isinstance(base, str) or not base:
         raise ConfigError(
             line(
-                place,
+                origin,
                 f"{BASE}: {short(repr(base))}; must be the path of another configuration, relative to this file",
             )
         )
@@ -134,14 +135,14 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any
     if not _is_there(parent):
         raise ConfigError(
             line(
-                place,
+                origin,
                 f"{BASE}: {short(str(parent))}: no such configuration file; write a path relative to {short(path.name)}",
             )
         )
-    values, base_places = _read_with_bases(parent, (*chain, resolved))
-    _give_way(values, dict(_leaves(own, "")), base_places, places)
-    _merge(values, own, "", base_places)
-    return values, base_places | places
+    values, base_origins = _read_with_bases(parent, (*chain, resolved))
+    _give_way(values, dict(_leaves(own, "")), base_origins, origins)
+    _merge(values, own, "", base_origins)
+    return values, base_origins | origins
 
 
 def _is_there(path: Path) -> bool:
@@ -152,12 +153,25 @@ def _is_there(path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    values, places = dialect.read(path)
+    values, origins = dialect.read(path)
     if values is None:
         raise ConfigError(line(path, "is empty; must hold sections (model:, data:, ...)"))
     if not isinstance(values, dict):
         raise ConfigError(line(path, f"must hold sections (model:, data:, ...), found {type(values).__name__}"))
-    return values, places
+    return values, origins
+
+
+def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Key and value of each; raises ConfigError, a line for each of those that cannot be read."""
+    given, wrong = [], []
+    for override in overrides:
+        try:
+            given.append(_parse_override(override))
+        except ConfigError as error:
+            wrong += error.lines
+    if wrong:
+        raise ConfigError(*wrong)
+    return given
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -180,27 +194,29 @@ def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{prefix}{key}.")
 
 
-def _give_way(values: dict[str, Any], own: dict[str, Any], places: dict[str, str], own_places: dict[str, str]) -> None:
-    """Take from `values` what the more specific keys `own` (dotted) replace; the places say by what."""
+def _give_way(
+    values: dict[str, Any], own: dict[str, Any], origins: dict[str, str], own_origins: dict[str, str]
+) -> None:
+    """Take from `values` what the more specific keys `own` (dotted) replace; the origins say by what."""
     for key, winner in superseded(own):
         *parents, last = key.split(".")
         section: Any = values
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         if isinstance(section, dict) and section.pop(last, None) is not None:
-            _forget(places, key)
-            places[key] = f"{own_places.get(winner, DEFAULT)}, {winner.rpartition('.')[2]}"
+            _forget(origins, key)
+            origins[key] = f"{own_origins.get(winner, DEFAULT)}, {winner.rpartition('.')[2]}"
 
 
-def _merge(values: dict[str, Any], own: dict[str, Any], prefix: str, places: dict[str, str]) -> None:
-    """Deep merge of `own` into `values`; the places of what it replaces are forgotten."""
+def _merge(values: dict[str, Any], own: dict[str, Any], prefix: str, origins: dict[str, str]) -> None:
+    """Deep merge of `own` into `values`; the origins of what it replaces are forgotten."""
     for key, value in own.items():
         inner = values.get(key)
         if isinstance(value, dict) and isinstance(inner, dict):
-            _merge(inner, value, f"{prefix}{key}.", places)
+            _merge(inner, value, f"{prefix}{key}.", origins)
         else:
             values[key] = value
-            _forget(places, f"{prefix}{key}")
+            _forget(origins, f"{prefix}{key}")
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -213,6 +229,6 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _forget(places: dict[str, str], key: str) -> None:
-    for known in [known for known in places if known == key or known.startswith(f"{key}.")]:
-        del places[known]
+def _forget(origins: dict[str, str], key: str) -> None:
+    for known in [known for known in origins if known == key or known.startswith(f"{key}.")]:
+        del origins[known]

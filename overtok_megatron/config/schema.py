@@ -96,10 +96,11 @@ class ModelConfig(Section):
         "full", description="RMSNorm over all heads of q and of k together (OLMo2, Olmo3, Olmoe), or none (Llama)"
     )
     sliding_window: Positive | None = Field(
-        None, description="positions that a sliding layer sees, its own included; none = every layer sees all"
+        None,
+        description="positions that a sliding layer sees, its own included; none = every layer uses full attention",
     )
     full_attention_interval: Positive | None = Field(
-        None, description="with a sliding window: every so manieth layer sees all (Olmo3: 4); none = none does"
+        None, description="with a sliding window: every N-th layer uses full attention (Olmo3: 4); none = none does"
     )
     attention_pattern: list[Literal["full", "sliding"]] | None = Field(
         None, description="instead of full_attention_interval: what each layer is"
@@ -158,7 +159,7 @@ class OverEncodingConfig(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="adam's decay rates for rows")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment of rows")
     row_dtype: Literal["float32", "bfloat16", "int8"] = Field(
-        "bfloat16", description="how rows are stored; int8 with a scale a row; below float32 rounded stochastically"
+        "bfloat16", description="how rows are stored; int8 with a scale per row; below float32 rounded stochastically"
     )
     state_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the row optimizer's state")
     gradient_dtype: Literal["float32", "bfloat16"] = Field(
@@ -233,7 +234,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(False, description="split norms and residuals along the sequence as well")
     pipeline_parallel_size: Positive = Field(1, description="stages over which the layers are spread")
     pipeline_partition: Literal["uniform", "parameters"] | list[NonNegative] = Field(
-        "uniform", description="blocks a stage: as even as can be, by parameters, or the numbers themselves"
+        "uniform", description="blocks per stage: as even as can be, by parameters, or the numbers themselves"
     )
     context_parallel_size: Positive = Field(1, description="ranks that split every sequence, for long ones")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="DeepSpeed's ZeRO stage, 0 to 3")

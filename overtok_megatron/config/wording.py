@@ -2,7 +2,7 @@
 
 LONGEST_LINE = 290  # "error: " comes before it
 _LONGEST_VALUE = 80
-_LONGEST_PLACE = 120
+_LONGEST_ORIGIN = 120
 
 
 def short(text: str, longest: int = _LONGEST_VALUE) -> str:
@@ -11,11 +11,11 @@ def short(text: str, longest: int = _LONGEST_VALUE) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def line(place: object, text: str) -> str:
-    """The message "place: text". A long place loses its beginning: the end says which file and line."""
-    where = short(str(place)[-4 * _LONGEST_PLACE :], 8 * _LONGEST_PLACE)
-    if len(where) > _LONGEST_PLACE:
-        where = f"...{where[3 - _LONGEST_PLACE :]}"
+def line(origin: object, text: str) -> str:
+    """The message "origin: text". A long origin loses its beginning: the end says which file and line."""
+    where = short(str(origin)[-4 * _LONGEST_ORIGIN :], 8 * _LONGEST_ORIGIN)
+    if len(where) > _LONGEST_ORIGIN:
+        where = f"...{where[3 - _LONGEST_ORIGIN :]}"
     return f"{where}: {short(text, LONGEST_LINE - len(where) - 2)}"
 
 

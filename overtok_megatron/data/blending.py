@@ -63,7 +63,7 @@ class BlendOrder:
         self._orders = [SampleOrder(one.dataset.num_tokens, seq_length, seed, one.dataset.prefix) for one in sets]
         self._names = unique_names([one.dataset.prefix for one in sets])
 
-    def place(self, sample: int) -> tuple[int, int]:
+    def locate(self, sample: int) -> tuple[int, int]:
         """(set, first token of the sample in it)."""
         index, own = self._interleaving.locate(sample)
         return index, self._orders[index].offset(own)

@@ -106,7 +106,7 @@ def check_index(index: Index, path: Path) -> None:
 
 
 def write_index(write: Callable[[bytes], object], code: int, lengths: Path, sequences: int) -> None:
-    """Hand an index to `write`, one sequence a document, in constant memory. lengths: file of int32 [sequences]."""
+    """Hand an index to `write`, one sequence per document, in constant memory. lengths: file of int32 [sequences]."""
     stored = np.memmap(lengths, dtype=np.int32, mode="r", shape=(sequences,)) if sequences else np.zeros(0, np.int32)
     write(_MAGIC + _HEADER.pack(1, code, sequences, sequences + 1))
     for begin in range(0, sequences, _STRIDE):

@@ -1,9 +1,9 @@
 """The dataset on disk: Megatron's indexed format, PREFIX.bin (tokens) and PREFIX.idx, with a manifest PREFIX.json.
 
-Read as one stream of tokens, documents in file order. `overtok prepare` writes one sequence a document, ended by the
-end-of-document token; sets that Megatron wrote, with any number of sequences a document, are read once `overtok adopt`
-has given them a manifest, which is written last: without it a dataset is not there. The index is index_file.py's, the
-writing that outlives a kill partial.py's. Not here: blends of datasets.
+Read as one stream of tokens, documents in file order. `overtok prepare` writes one sequence per document, ended by the
+end-of-document token; sets that Megatron wrote, with any number of sequences per document, are read once `overtok adopt`
+has given them a manifest, which is written last: without it a dataset does not exist. index_file.py reads and writes the
+index; partial_set.py writes sets such that a kill loses nothing. Not here: blends of datasets.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from overtok_megatron.data.index_file import MEND, read_index
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths, read_manifest
-from overtok_megatron.data.preparing.partial import PartialSet
+from overtok_megatron.data.partial_set import PartialSet
 from overtok_megatron.errors import DataError
 
 _LONGEST_DOCUMENT = 2**31 - 1  # the index stores lengths as int32

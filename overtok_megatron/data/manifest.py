@@ -8,7 +8,7 @@ from overtok_megatron.data.index_file import MEND
 from overtok_megatron.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetManifest:
     """Counts and identity of a dataset; digests SHA-256. source_bytes: of its text as UTF-8, 0 = not known."""
 

@@ -10,12 +10,12 @@ from overtok_megatron.config.derived import validation_sets
 from overtok_megatron.config.schema import RunConfig, WeightedSet
 from overtok_megatron.data.blending import BlendOrder, WeightedDataset
 from overtok_megatron.data.indexed import IndexedDataset
-from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import CheckpointError, DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunData:
     """The opened datasets of a run and the identity of their tokenizer. validation: by name, "" = without one."""
 
@@ -40,7 +40,7 @@ def open_run_data(config: RunConfig) -> RunData:
     vocabulary is not the model's, or where a set is too short.
     """
     given = config.tokenizer
-    tokenizer = load_tokenizer(given.type, given.path, given.eod_token)
+    tokenizer = configured_tokenizer(given)
     name = given.path or given.type
     given_sets = (
         config.data.train if isinstance(config.data.train, list) else [WeightedSet(path=config.data.train, weight=1.0)]
@@ -48,9 +48,11 @@ def open_run_data(config: RunConfig) -> RunData:
     train = [WeightedDataset(IndexedDataset(one.path), one.weight) for one in given_sets]
     validation = {}
     for set_name, prefix in validation_sets(config).items():
-        with _naming(set_name):
+        with _named_in_errors(set_name):
             validation[set_name] = IndexedDataset(prefix)
-    if tokenizer.vocab_size > config.model.vocab_size:  # fewer are well: imported models have rows that no token uses
+    if (
+        tokenizer.vocab_size > config.model.vocab_size
+    ):  # fewer are allowed: imported models have rows that no token uses
         raise DataError(
             f"tokenizer {name}: has {tokenizer.vocab_size} pieces, model.vocab_size is "
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
@@ -59,16 +61,22 @@ def open_run_data(config: RunConfig) -> RunData:
         _check_tokenizer(one.dataset, tokenizer, name)
     BlendOrder(train, config.data.seq_length, config.data.shuffle_seed)
     for set_name, dataset in validation.items():
-        with _naming(set_name):
+        with _named_in_errors(set_name):
             _check_tokenizer(dataset, tokenizer, name)
             if dataset.num_tokens < 2:
                 raise DataError(f"{dataset.prefix}: holds {dataset.num_tokens} tokens, nothing to validate on")
-    return RunData(train, validation, tokenizer.eod_id, tokenizer.fingerprint(), name)
+    return RunData(
+        train=train,
+        validation=validation,
+        eod_id=tokenizer.eod_id,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        tokenizer_path=name,
+    )
 
 
 @contextmanager
-def _naming(set_name: str) -> Iterator[None]:
-    """What is wrong with a named validation set is told with its key: its prefix may be one of many."""
+def _named_in_errors(set_name: str) -> Iterator[None]:
+    """An error about a named validation set begins with its key: its prefix may be one of many."""
     try:
         yield
     except DataError as error:

@@ -1,7 +1,7 @@
 """Which sample comes when: a shuffle of each epoch that depends on the seed alone, never on the world size.
 
 Epochs of up to 2^24 samples are shuffled by numpy and kept, 128 MiB at most. Longer ones would cost each rank gigabytes and
-a minute an epoch: there a keyed permutation gives each place on its own.
+a minute per epoch: there a keyed permutation computes where each sample goes on its own.
 """
 
 from functools import lru_cache
@@ -16,8 +16,9 @@ _ROUNDS = 6
 
 
 class SampleOrder:
-    """Samples of seq_length + 1 tokens at stride seq_length over a stream, in an order drawn anew for each epoch.
+    """Where samples begin: at stride seq_length over a stream, in an order drawn anew for each epoch.
 
+    A sample has seq_length tokens and at least one more behind them; batches.py knows how many are read.
     Sample i (0, 1, ... without end) belongs to epoch i // samples_per_epoch. The position in the data is this one number.
     """
 
@@ -49,10 +50,10 @@ class SampleOrder:
 
 
 def permuted(index: int, size: int, keys: tuple[int, ...]) -> int:
-    """The place of `index` in a permutation of 0 .. size - 1 that `keys` choose, in constant time and memory.
+    """The image of `index` under a permutation of 0 .. size - 1 that `keys` choose, in constant time and memory.
 
-    A Feistel network permutes the next even number of bits; what it puts outside goes through it again until it is inside
-    (cycle walking; fewer than four times on average).
+    A Feistel network permutes the numbers of the next even count of bits; a number that it maps outside the range goes through
+    it again until it is inside (cycle walking; fewer than four times on average).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

@@ -14,7 +14,7 @@ from overtok_megatron.checkpoint.tables import load_rows
 from overtok_megatron.config.moved_runs import run_of, with_current_paths
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
-from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
@@ -78,7 +78,7 @@ def load_trained(
     manifest = read_manifest(path)
     _verify_files(path, manifest, storage)
     config = _config_to_load(path, manifest, storage, precision, tokenizer_path)
-    tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.path, config.tokenizer.eod_token)
+    tokenizer = configured_tokenizer(config.tokenizer)
     _check_tokenizer(tokenizer, manifest, config, path)
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=manifest.eod_id)

@@ -202,7 +202,7 @@ def encoder_settings(config: RunConfig, eod_id: int) -> dict[str, Any]:
         "row_width": space.width,
         "projections": projections,
         "combine": over.combine,
-        "hash_base": hash_base(config.model, over),
+        "hash_base": hash_base(config),
         "pad_id": over.pad_id,
         "boundary": over.boundary,
         "eod_id": eod_id,

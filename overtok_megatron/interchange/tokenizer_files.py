@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.files import read_text
 from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from overtok_megatron.run_folder import TOKENIZER_FILES
@@ -26,7 +26,7 @@ _SPACE = "\u2581"  # sentencepiece's sign for a space
 def write_tokenizer(config: RunConfig, folder: Path, eod_id: int) -> list[str]:
     """Write the tokenizer's files into an exported folder; returns notes for the user where they do not give the same ids."""
     section = config.tokenizer
-    tokenizer = load_tokenizer(section.type, section.path, section.eod_token)
+    tokenizer = configured_tokenizer(section)
     if not _write_tokenizer_json(section.type, section.path, folder, eod_id):
         return [f"the sentencepiece model is not one of merges (BPE): only {_MODEL_FILE} is written"]
     theirs = tokenizers.Tokenizer.from_file(str(folder / _FILE))

@@ -44,7 +44,7 @@ def build_family(config: RunConfig, eod_id: int, kernels: RowKernels) -> NgramHa
     over = config.over_encoding
     return NgramHash(
         space=row_space(config.model, over),
-        base=hash_base(config.model, over),
+        base=hash_base(config),
         pad_id=over.pad_id,
         boundary=over.boundary,
         eod_id=eod_id,

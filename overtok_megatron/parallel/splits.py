@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from overtok_megatron.config.derived import part_start
 from overtok_megatron.parallel.collectives import group_rank, group_size
 
 
@@ -30,17 +31,12 @@ def split_bounds(size: int, parts: int) -> tuple[int, ...]:
     The first `size % parts` parts have one entry more than the others, so any size goes over any number of parts; without
     padding, and a part may be empty.
     """
-    return tuple(_part_start(size, parts, index) for index in range(parts + 1))
+    return tuple(part_start(size, parts, index) for index in range(parts + 1))
 
 
 def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
     """[start, stop) of one part of `split_bounds`."""
-    return _part_start(size, parts, index), _part_start(size, parts, index + 1)
-
-
-def _part_start(size: int, parts: int, index: int) -> int:
-    base, remainder = divmod(size, parts)
-    return index * base + min(index, remainder)
+    return part_start(size, parts, index), part_start(size, parts, index + 1)
 
 
 def largest_part(start: int, stop: int, index: int) -> int:

@@ -1,6 +1,7 @@
 """What `overtok config` prints: every value with where it came from, and everything that follows from them."""
 
 import json
+from collections.abc import Sequence
 
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.deepspeed_config import derive
@@ -16,22 +17,29 @@ from overtok_megatron.config.schema import RunConfig
 
 
 def describe(loaded: LoadedConfig, world_size: int) -> str:
-    """The resolved configuration as text: `key  value  where from`, then derived sizes, counts, bytes and DeepSpeed's JSON."""
-    config = loaded.config
-    rows = []
-    for section, values in config.model_dump(mode="json").items():
-        if values:
-            rows += [
-                (f"{section}.{name}", json.dumps(value, ensure_ascii=False), loaded.locate(f"{section}.{name}"))
-                for name, value in values.items()
-            ]
-    count, size = parameter_counts(config), bytes_per_rank(config, world_size)
-    steps = train_iters(config)
-    derived = [
+    """The resolved configuration as text: `key  value  origin`, then derived sizes, counts, bytes and DeepSpeed's JSON."""
+    deepspeed = json.dumps(derive(loaded.config, world_size), indent=2)
+    parts = [_aligned(_values(loaded)), _aligned(_derived(loaded.config, world_size)), ["DeepSpeed:", deepspeed]]
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _values(loaded: LoadedConfig) -> list[tuple[str, str, str]]:
+    """(key, value, origin) of every key."""
+    return [
+        (f"{section}.{name}", json.dumps(value, ensure_ascii=False), loaded.locate(f"{section}.{name}"))
+        for section, values in loaded.config.model_dump(mode="json").items()
+        for name, value in values.items()
+    ]
+
+
+def _derived(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
+    """(name, value) of what follows from the configuration."""
+    count, size, steps = parameter_counts(config), bytes_per_rank(config, world_size), train_iters(config)
+    return [
         ("ranks", f"{world_size} = {_axes(config, world_size)}"),
-        ("blocks a pipeline stage", ", ".join(map(str, blocks_per_stage(config)))),
-        ("micro-batches a step", str(accumulation_steps(config, world_size))),
-        ("tokens a step", f"{tokens_per_step(config):,}"),
+        ("blocks per pipeline stage", ", ".join(map(str, blocks_per_stage(config)))),
+        ("micro-batches per step", str(accumulation_steps(config, world_size))),
+        ("tokens per step", f"{tokens_per_step(config):,}"),
         ("steps", f"{steps:,}"),
         ("tokens in all", f"{steps * tokens_per_step(config):,}"),
         (
@@ -42,17 +50,18 @@ def describe(loaded: LoadedConfig, world_size: int) -> str:
         ("parameters, active", f"{count.active:,} dense ones take part in a token"),
         ("parameters, n-gram tables", f"{count.tables:,}"),
         (
-            "bytes a rank",
+            "bytes per rank",
             f"{size.total:,} (weights {size.weights:,}, gradients {size.gradients:,}, optimizer "
             f"{size.optimizer:,}, table rows {size.table_rows:,}, table state {size.table_state:,}), activations apart",
         ),
-        ("FLOPs a token", f"{flops_per_token(config):.4g} forward and backward"),
+        ("FLOPs per token", f"{flops_per_token(config):.4g} forward and backward"),
     ]
-    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    lines = [f"{key:<{wide[0]}}  {value:<{wide[1]}}  {place}" for key, value, place in rows]
-    label = max(len(name) for name, _ in derived)
-    lines += ["", *(f"{name:<{label}}  {value}" for name, value in derived)]
-    return "\n".join([*lines, "", "DeepSpeed:", json.dumps(derive(config, world_size), indent=2)])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, every column but the last as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows]
 
 
 def _axes(config: RunConfig, world_size: int) -> str:

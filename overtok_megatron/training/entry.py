@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OvertokError as error:
         if rank > 0:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        prefix = "error" if rank == 0 else f"error on rank {rank}"
+        print("\n".join(f"{prefix}: {line}" for line in error.lines), file=sys.stderr, flush=True)
         return 2
     run.grid.wait_for_all()  # all ranks leave together
     return 0 if finished else 128 + signal.SIGTERM

@@ -30,12 +30,12 @@ class TokenFeed:
         self._reads = grid.batch_group is None or grid.rank == grid.batch_source
         self._batches = TrainBatches(
             data.train,
-            config.data.seq_length,
-            config.training.micro_batch_size,
-            num_micro_batches,
-            grid.data_rank,
-            grid.shape.data,
-            config.data.shuffle_seed,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.training.micro_batch_size,
+            num_micro_batches=num_micro_batches,
+            data_parallel_rank=grid.data_rank,
+            data_parallel_size=grid.shape.data,
+            seed=config.data.shuffle_seed,
         )
 
     def steps(self, consumed: int, num_steps: int, announce: Callable[[Tensor], None]) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""A thousand mutated configurations: each is accepted, or refused in one line; of the accepted ones thirty train two steps."""
+"""A thousand mutated configurations: each is accepted, or refused by lines; of the accepted ones thirty train two steps."""
 
 import contextlib
 import functools
@@ -64,12 +64,16 @@ def guard() -> Iterator[None]:
 
 
 def wrong_line(text: str) -> str | None:
-    """What is wrong with an error as the user sees it, or None."""
-    if not text.startswith("error: ") or len(text.splitlines()) != 1:
-        return "not one line that begins with error:"
-    if len(text.rstrip("\n")) >= LONGEST:
-        return f"{len(text)} characters"
-    return None if text.rstrip("\n").isprintable() else "characters that a terminal does not show"
+    """What is wrong with an error as the user sees it, a line for each problem, or None."""
+    lines = text.removesuffix("\n").split("\n")
+    for line in lines:
+        if not line.startswith("error: "):
+            return "a line that does not begin with error:"
+        if len(line) >= LONGEST:
+            return f"a line of {len(line)} characters"
+        if not line.isprintable():
+            return "characters that a terminal does not show"
+    return None if len(set(lines)) == len(lines) else "a line comes twice"
 
 
 def resolve(case: Case, survey: Survey) -> bool:
@@ -139,7 +143,7 @@ def train(case: Case, config: RunConfig, survey: Survey, *, guarded: bool) -> No
             survey.trained += Trainer(config, device=torch.device("cpu"), num_threads=1).run()
     except OvertokError as error:
         survey.refused_in_training.append(str(error))
-        wrong = wrong_line(f"error: {error}")
+        wrong = wrong_line("\n".join(f"error: {line}" for line in error.lines))
         if wrong:
             survey.faults.append(f"training case {case.number} {case.keys} {case.overrides}: {wrong}: {error}")
     except _TooSlow:

@@ -81,7 +81,6 @@ def test_refused_at_once(run: Path, overrides: list[str], world: int, parts: lis
     begin = time.monotonic()
     message = refusal(run, overrides, world)
     assert time.monotonic() - begin < AT_ONCE
-    assert len(message) < 300
     for part in parts:
         assert part in message
 

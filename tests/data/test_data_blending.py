@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.data import sampler
-from overtok_megatron.data.batches import TrainBatches
 from overtok_megatron.data.blending import BlendOrder, Interleaving, WeightedDataset, unique_names
 from overtok_megatron.data.sampler import SampleOrder, permuted
 from overtok_megatron.errors import ConfigError
-from support.dataset_factory import write_dataset
+from support.dataset_factory import train_batches, write_dataset
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=6)
 
@@ -58,7 +57,7 @@ def test_every_set_is_shuffled_as_it_would_be_alone(sets: list[WeightedDataset])
     alone = [SampleOrder(one.dataset.num_tokens, 10, 7, "set") for one in sets]
     seen = Counter[int]()
     for sample in range(200):
-        index, start = order.place(sample)
+        index, start = order.locate(sample)
         assert start == alone[index].offset(seen[index])
         seen[index] += 1
     assert order.epochs(200) == {"s0": seen[0] / 10, "s1": seen[1] / 30, "s2": seen[2] / 5}
@@ -67,15 +66,15 @@ def test_every_set_is_shuffled_as_it_would_be_alone(sets: list[WeightedDataset])
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_and_history_do_not_show(sets: list[WeightedDataset], ranks: int) -> None:
-    whole = TrainBatches(sets, 10, 12, 1, 0, 1, seed=5)
-    parts = [TrainBatches(sets, 10, 2, 6 // ranks, rank, ranks, seed=5) for rank in range(ranks)]
+    whole = train_batches(sets, 10, 12, seed=5)
+    parts = [train_batches(sets, 10, 2, 6 // ranks, rank, ranks, seed=5) for rank in range(ranks)]
     for step in (9, 0, 100_000):
         together = np.concatenate([part.read(12 * step) for part in parts], axis=1)
         assert (together.reshape(12, 11) == whole.read(12 * step)[0]).all()
 
 
 def test_a_blend_of_one_is_the_set_itself(sets: list[WeightedDataset]) -> None:
-    alone, blend = (TrainBatches(one, 10, 4, 2, 0, 1, seed=5) for one in (sets[1].dataset, sets[1:2]))
+    alone, blend = (train_batches(one, 10, 4, 2, seed=5) for one in (sets[1].dataset, sets[1:2]))
     for step in range(20):
         assert (alone.read(8 * step) == blend.read(8 * step)).all()
 

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overtok_megatron.config.constants import IGNORE_INDEX
-from overtok_megatron.data.batches import TrainBatches, validation_batches
+from overtok_megatron.data.batches import validation_batches
 from overtok_megatron.data.indexed import IndexedDataset, IndexedWriter
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sampler import SampleOrder
 from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.errors import DataError
-from support.dataset_factory import write_dataset
+from support.dataset_factory import train_batches, write_dataset
 
 
 @pytest.fixture(scope="session")
@@ -152,8 +152,8 @@ def test_every_epoch_has_every_sample_once() -> None:
 def test_a_step_is_the_same_set_for_every_number_of_ranks(tmp_path: Path, ranks: int) -> None:
     dataset = write_dataset(tmp_path / "set", [[*range(1, 500), 0]])
     accumulation, micro = 6 // ranks, 2
-    whole = TrainBatches(dataset, 7, 12, 1, 0, 1, seed=5)
-    parts = [TrainBatches(dataset, 7, micro, accumulation, rank, ranks, seed=5) for rank in range(ranks)]
+    whole = train_batches(dataset, 7, 12, seed=5)
+    parts = [train_batches(dataset, 7, micro, accumulation, rank, ranks, seed=5) for rank in range(ranks)]
     for step in (0, 1, 9):
         together = np.concatenate([part.read(12 * step) for part in parts], axis=1)  # [A, ranks b, s + 1]
         assert (together.reshape(12, 8) == whole.read(12 * step)[0]).all()

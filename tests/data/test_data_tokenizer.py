@@ -8,9 +8,9 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.errors import DataError
 
 CORPUS = "A small corpus of words, with numbers 1234 and lines.\n\n" * 20 + "Voilà, naïve façades.\n"
@@ -58,7 +58,7 @@ def test_a_corpus_on_one_endless_line_trains(tmp_path: Path) -> None:
 
 
 def test_training_samples_the_whole_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overtok_megatron.data.tokenizers.sentencepiece._SENTENCES", 500)
+    monkeypatch.setattr("overtok_megatron.data.preparing.train_tokenizer._SENTENCES", 500)
     (tmp_path / "a.txt").write_text("plain plain plain\n" * 1000, encoding="utf-8")
     (tmp_path / "b.txt").write_text("zebra zebra zebra\n" * 1000, encoding="utf-8")
     for name in ("one", "two"):

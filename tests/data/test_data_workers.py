@@ -26,7 +26,7 @@ FILES = sotu_files()[:30]
 RUN = """
 import sys, time
 from pathlib import Path
-from overtok_megatron.data import encoding
+from overtok_megatron.data.preparing import encoding
 from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.preparing.prepare import Plan, prepare_sets
@@ -101,7 +101,7 @@ def test_kills_do_not_show(whole: dict[str, bytes], tmp_path: Path) -> None:
 
 
 def position(journal: Path) -> tuple[int, int]:
-    """(file, place) of the last whole record; (-1, -1) before the first."""
+    """(file, offset) of the last whole record; (-1, -1) before the first."""
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
     records = [json.loads(line) for line in lines]
     return tuple(records[-1]["position"][:2]) if records and "position" in records[-1] else (-1, -1)

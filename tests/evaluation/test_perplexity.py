@@ -11,8 +11,8 @@ import torch
 from overtok_megatron.cli import main
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.evaluation import harness
 from overtok_megatron.evaluation.perplexity import score_json, score_set, score_table, windows_at_once
 from support.dataset_factory import write_dataset

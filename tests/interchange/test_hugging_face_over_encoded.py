@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, read_rows
 from overtok_megatron.cli import main
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.generation import Sampling, generate_tokens
 from overtok_megatron.inference.loading import TrainedModel, load_trained
 from overtok_megatron.interchange.logits_check import our_logits

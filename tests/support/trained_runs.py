@@ -8,9 +8,9 @@ import torch
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.loading import TrainedModel, load_trained
 from support.assembling import cpu_model
 from support.distributed_harness import run_ranks

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from overtok_megatron.data.preparing.prepare import prepare
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from support.workspace import Workspace
 
 VOCAB = 512

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from overtok_megatron.cli import main
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import sotu_files
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from support.expect_error import command_error
 from support.overtok_process import run_overtok
 from support.workspace import Workspace

@@ -19,8 +19,8 @@ from overtok_megatron.checkpoint.weights_only import (
     write_weights,
 )
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.data.tokenizers.sentencepiece import train_sentencepiece
 from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes

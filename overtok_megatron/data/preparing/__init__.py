@@ -1,1 +1,4 @@
-"""From text files to token files: finding, reading, encoding and writing a corpus."""
+"""From a corpus to indexed sets on disk, and to a tokenizer: everything that happens once before a run.
+
+Knows tokenizers/ and the indexed sets, and nothing of how a run reads its samples.
+"""

@@ -49,7 +49,7 @@ class LeftOut:
             yield f"{what} left out, {reason}: {_listed(names, count)}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Account:
     """Of a corpus. files: seen ones that were left out, beside `num_read` whose text was read; documents likewise.
 

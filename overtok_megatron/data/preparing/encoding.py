@@ -35,14 +35,14 @@ _START = """
 import os, site, sys
 here = os.path.realpath(os.getcwd())
 if here not in map(os.path.realpath, site.getsitepackages()):
-    sys.path[:] = [place for place in sys.path if os.path.realpath(place or here) != here]
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path or here) != here]
 sys.path.append(sys.argv[2])
 from overtok_megatron.data.preparing.encoding import serve
 serve(int(sys.argv[1]))
 """
 EMPTY = "empty"
 NOTHING = "of which the tokenizer keeps nothing"
-_AHEAD = 4  # batches a worker that may be done or under way before the first of them is; bounds memory
+_AHEAD = 4  # batches per worker that may be done or under way before the first of them is; bounds memory
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class EncodedBatch:
     unsplit: LeftOut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DocumentEncoder:
-    """From chunks to the sets. shares: parts of all documents that each set gets, by the hash of the document's text.
+    """Encodes chunks for the sets. shares: parts of all documents that each set gets, by the hash of the document's text.
 
-    threads: of the tokenizer's library, -1 = one a core.
+    threads: of the tokenizer's library, -1 = one per core.
     """
 
     tokenizer: Tokenizer
@@ -86,11 +86,11 @@ class DocumentEncoder:
         counts, left, unsplit = [], LeftOut(), LeftOut()
         for chunk in batch:
             before = len(found)
-            for text, raw, place in located_documents(chunk, self.reading):
+            for text, raw, within in located_documents(chunk, self.reading):
                 if raw:
-                    found.append((text, raw, f"{chunk.path}: {place}"))
+                    found.append((text, raw, f"{chunk.path}: {within}"))
                 else:
-                    left.add(EMPTY, f"{chunk.path}: {place}")
+                    left.add(EMPTY, f"{chunk.path}: {within}")
             counts.append(len(found) - before)
             if lacks_separator(chunk, self.reading):
                 unsplit.add(_line_ends(chunk, self.reading), chunk.path)
@@ -112,10 +112,10 @@ class DocumentEncoder:
         """The set of a document: the same text always goes to the same one."""
         if len(self.shares) == 1:
             return 0
-        place = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64 * sum(self.shares)
+        point = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64 * sum(self.shares)
         for part, share in enumerate(self.shares):
-            place -= share
-            if place < 0:
+            point -= share
+            if point < 0:
                 return part
         return max(part for part, share in enumerate(self.shares) if share)  # rounding
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from overtok_megatron.data.manifest import dataset_paths, read_manifest
-from overtok_megatron.data.preparing.partial import aside_paths, lengths_path
+from overtok_megatron.data.partial_set import aside_paths, lengths_path
 from overtok_megatron.errors import DataError, OutputError
 from overtok_megatron.files import refuse_foreign, refuse_inputs
 

@@ -8,17 +8,18 @@ PREFIX-validation and PREFIX-test by the hash of their text.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
+from overtok_megatron.data.partial_set import Counts, PartialSet
 from overtok_megatron.data.preparing.account import Account, LeftOut
-from overtok_megatron.data.preparing.encoding import DocumentEncoder, encode_all
+from overtok_megatron.data.preparing.encoding import DocumentEncoder, EncodedBatch, encode_all
 from overtok_megatron.data.preparing.journal import Journal
 from overtok_megatron.data.preparing.ownership import abandoned_paths, journal_path, refuse_outputs
-from overtok_megatron.data.preparing.partial import Counts, PartialSet
 from overtok_megatron.data.preparing.sources import Chunk, Position, ReadOptions, read_chunks
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import DataError
@@ -79,9 +80,9 @@ def prepare_sets(
 ) -> Prepared:
     """Tokenize `files` as `plan` says. `advance` is told the bytes on disk of what is done.
 
-    Raises DataError on damaged or foreign input (file and place), where there is no text at all or none for one of the
-    sets, where another process writes them, or where they cannot be written; OutputError where they would take the place
-    of an input, or of what no earlier call wrote, or would lie beside a set of an earlier split that is not made anew.
+    Raises DataError on damaged or foreign input (naming file and byte or row), where there is no text at all or none for one
+    of the sets, where another process writes them, or where they cannot be written; OutputError where they would replace an
+    input, or what no earlier call wrote, or would lie beside a set of an earlier split that is not made anew.
     """
     assert plan.reading.separator != "", "an empty separator splits nothing"
     sets = [
@@ -91,23 +92,31 @@ def prepare_sets(
     try:
         refuse_outputs(str(prefix), plan.prefixes(prefix), stale_prefixes(plan, prefix), files)
         journal = Journal(journal_path(prefix))
-        try:
-            return _Job(files, str(prefix), plan, tokenizer, sets, journal).run(advance)
-        except (DataError, OSError):
-            try:
-                for one in sets:
-                    one.discard()
-            finally:
-                journal.remove()
-            raise
-        finally:
-            for one in sets:
-                one.close()
-            journal.close()
+        with _all_or_nothing(sets, journal):
+            job = _Job(files=files, prefix=str(prefix), plan=plan, tokenizer=tokenizer, sets=sets, journal=journal)
+            return job.run(advance)
     except OSError as error:  # reading has its own DataError, so this is the dataset
         raise DataError(
             f"dataset {prefix}: cannot be written ({error.strerror or error}); free space or name another prefix"
         ) from None
+
+
+@contextmanager
+def _all_or_nothing(sets: Sequence[PartialSet], journal: Journal) -> Iterator[None]:
+    """An error removes what was written and the journal; a kill leaves both, to go on from. Files are closed in any case."""
+    try:
+        yield
+    except (DataError, OSError):
+        try:
+            for one in sets:
+                one.discard()
+        finally:
+            journal.remove()
+        raise
+    finally:
+        for one in sets:
+            one.close()
+        journal.close()
 
 
 def stale_prefixes(plan: Plan, prefix: str | Path) -> list[str]:
@@ -123,11 +132,46 @@ def sets_beside(plan: Plan, prefix: str | Path) -> list[str]:
     return [name for name in other.prefixes(prefix) if dataset_paths(name)[2].is_file()]
 
 
+@dataclass
+class _Findings:
+    """What became of the files and documents so far. in_file: documents of the file that is being read."""
+
+    in_file: int = 0
+    blank_files: LeftOut = field(default_factory=LeftOut)
+    documents: LeftOut = field(default_factory=LeftOut)
+    unsplit_files: LeftOut = field(default_factory=LeftOut)
+
+    def add(self, batch: Sequence[Chunk], encoded: EncodedBatch) -> None:
+        self.documents.merge(encoded.left_out.tallies)
+        self.unsplit_files.merge(encoded.unsplit.tallies)
+        for chunk, count in zip(batch, encoded.documents, strict=True):
+            self.in_file += count
+            if chunk.end.file > chunk.begin.file:
+                if not self.in_file:
+                    self.blank_files.add(_BLANK, chunk.path)
+                self.in_file = 0
+
+    def record(self) -> list[Any]:
+        """For the journal, of JSON's types."""
+        return [self.in_file, self.blank_files.tallies, self.documents.tallies, self.unsplit_files.tallies]
+
+    @classmethod
+    def recall(cls, record: list[Any]) -> "_Findings":
+        """What `record` returned, read back."""
+        result = cls(record[0])
+        for left_out, tallies in zip(
+            (result.blank_files, result.documents, result.unsplit_files), record[1:], strict=True
+        ):
+            left_out.merge(tallies)
+        return result
+
+
 class _Job:
-    """One call: where it begins, what it does, and what it notes down."""
+    """One call: it begins where the journal says, encodes, seals, publishes, and records in the journal how far it is."""
 
     def __init__(
         self,
+        *,
         files: Sequence[Path],
         prefix: str,
         plan: Plan,
@@ -135,16 +179,20 @@ class _Job:
         sets: list[PartialSet],
         journal: Journal,
     ) -> None:
-        self._files, self._plan, self._tokenizer, self._sets, self._journal = files, plan, tokenizer, sets, journal
-        shares = plan.shares or (1.0,)
-        self._encoder = DocumentEncoder(tokenizer, plan.reading, tuple(filter(None, shares)), sets[0].dtype)
+        self._files, self._plan, self._tokenizer = files, plan, tokenizer
+        self._sets, self._journal = sets, journal
+        self._encoder = DocumentEncoder(
+            tokenizer=tokenizer,
+            reading=plan.reading,
+            shares=tuple(filter(None, plan.shares or (1.0,))),
+            dtype=sets[0].dtype,
+        )
         forms = [name for form in (Plan(), _EVERY_SET) for name in form.prefixes(prefix)]
         self._abandoned = abandoned_paths(prefix, plan.prefixes(prefix), forms)
-        self._blank, self._left_out, self._unsplit = LeftOut(), LeftOut(), LeftOut()  # files; documents; files
-        self._in_file = 0  # documents of the file that is being read
+        self._found = _Findings()
 
     def identity(self) -> dict[str, Any]:
-        """What must not have changed for a journal to be gone on from."""
+        """What must be the same for a call to continue from a journal."""
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self._files]
         return {
             "version": _VERSION,
@@ -159,28 +207,32 @@ class _Job:
         job = self.identity()
         record = self._journal.last(job)
         if record is not None and "manifests" in record:  # killed while the sets got their names
-            self._recall(record["seen"])
+            self._found = _Findings.recall(record["seen"])
             return self._publish({name: DatasetManifest(**one) for name, one in record["manifests"].items()})
-        begin = self._begin(job, record)
+        begin = self._resume(record) or self._start(job)
         advance(sum(path.stat().st_size for path in self._files[: begin.file]) + begin.disk)
         self._encode(begin, advance)
         manifests = self._seal()
-        self._journal.record(
-            {"manifests": {name: asdict(one) for name, one in manifests.items()}, "seen": self._seen()}
-        )
+        named = {name: asdict(one) for name, one in manifests.items()}
+        self._journal.record({"manifests": named, "seen": self._found.record()})
         return self._publish(manifests)
 
-    def _begin(self, job: dict[str, Any], record: dict[str, Any] | None) -> Position:
-        """Open the sets: behind what the journal knows, or anew."""
-        if record is not None:
-            counts = [Counts(*one) for one in record["counts"]]
-            if all(one.holds(count) for one, count in zip(self._sets, counts, strict=True)):
-                for one, count in zip(self._sets, counts, strict=True):
-                    one.open(count)
-                begin = Position(*record["position"])
-                self._recall(record["seen"])
-                log.info("going on at file %d of %d, byte or row %d", begin.file + 1, len(self._files), begin.place)
-                return begin
+    def _resume(self, record: dict[str, Any] | None) -> Position | None:
+        """Open the sets behind what the journal knows; None where it knows nothing, or the sets hold less."""
+        if record is None:
+            return None
+        counts = [Counts(*one) for one in record["counts"]]
+        if not all(one.holds(count) for one, count in zip(self._sets, counts, strict=True)):
+            return None
+        for one, count in zip(self._sets, counts, strict=True):
+            one.open(count)
+        begin = Position(*record["position"])
+        self._found = _Findings.recall(record["seen"])
+        log.info("going on at file %d of %d, byte or row %d", begin.file + 1, len(self._files), begin.offset)
+        return begin
+
+    def _start(self, job: dict[str, Any]) -> Position:
+        """Open the sets anew, and remove what a killed call for other sets left."""
         if self._journal.names_a_job:
             for path in self._abandoned:
                 path.unlink(missing_ok=True)
@@ -195,42 +247,23 @@ class _Job:
         for batch, encoded in encode_all(self._encoder, chunks, self._plan.workers):
             for one, part in zip(self._sets, encoded.sets, strict=True):
                 one.append(part.tokens, part.lengths, part.source_bytes)
-            self._left_out.merge(encoded.left_out.tallies)
-            self._unsplit.merge(encoded.unsplit.tallies)
-            self._note_blanks(batch, encoded.documents)
+            self._found.add(batch, encoded)
             if time.monotonic() - noted >= self._plan.journal_seconds:
                 self._note(batch[-1].end)
                 noted = time.monotonic()
             advance(sum(chunk.disk_bytes for chunk in batch))
 
-    def _note_blanks(self, batch: Sequence[Chunk], documents: Sequence[int]) -> None:
-        for chunk, count in zip(batch, documents, strict=True):
-            self._in_file += count
-            if chunk.end.file > chunk.begin.file:
-                if not self._in_file:
-                    self._blank.add(_BLANK, chunk.path)
-                self._in_file = 0
-
     def _note(self, position: Position) -> None:
+        """Record that everything before `position` is on the disk."""
         counts = [astuple(one.sync()) for one in self._sets]
-        self._journal.record({"position": astuple(position), "counts": counts, "seen": self._seen()})
-
-    def _seen(self) -> list[Any]:
-        """What the account knows so far, of JSON's types."""
-        return [self._in_file, self._blank.tallies, self._left_out.tallies, self._unsplit.tallies]
-
-    def _recall(self, seen: list[Any]) -> None:
-        self._in_file, *tallies = seen
-        for one, given in zip((self._blank, self._left_out, self._unsplit), tallies, strict=True):
-            one.merge(given)
+        self._journal.record({"position": astuple(position), "counts": counts, "seen": self._found.record()})
 
     def _seal(self) -> dict[str, DatasetManifest]:
-        documents = sum(one.counts.documents for one in self._sets)
+        """The manifests of the sets by prefix. Raises DataError where one would be empty."""
+        documents, left_out = sum(one.counts.documents for one in self._sets), self._found.documents
         if not documents:
             none = f"the corpus is empty: {len(self._files)} files hold no text"
-            also = (
-                f" that the tokenizer keeps ({self._left_out.reasons()} of documents)" if self._left_out.total else ""
-            )
+            also = f" that the tokenizer keeps ({left_out.reasons()} of documents)" if left_out.total else ""
             raise DataError(f"{none}{also}; name files or folders that hold some")
         for one in self._sets:
             if not one.counts.documents:
@@ -244,11 +277,11 @@ class _Job:
             one.publish()
         self._journal.remove()
         account = Account(
-            num_read=len(self._files) - self._blank.total,
-            files=self._blank,
+            num_read=len(self._files) - self._found.blank_files.total,
+            files=self._found.blank_files,
             num_written=sum(manifest.num_documents for manifest in manifests.values()),
-            documents=self._left_out,
-            unsplit=self._unsplit,
+            documents=self._found.documents,
+            unsplit=self._found.unsplit_files,
             num_texts=sum(self._plan.reading.kind(path) == "text" for path in self._files),
         )
         return Prepared(manifests, account)

@@ -37,15 +37,18 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Position:
-    """Where reading goes on: the file's number, the byte of its content (or its row), the line; disk: bytes read of it."""
+    """Where reading goes on: the file's number, the byte of its content (or its row), the line; disk: bytes read of the file.
+
+    A journal stores the fields in this order.
+    """
 
     file: int = 0
-    place: int = 0
+    offset: int = 0
     line: int = 1
     disk: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """Whole documents of one file. payload: raw bytes, or the values of Parquet rows; disk_bytes: its share of the file."""
 
@@ -68,7 +71,7 @@ def read_chunks(
 ) -> Iterator[Chunk]:
     """All files from `begin` on; the last chunk of each file, maybe an empty one, ends at the next file's first byte.
 
-    Raises DataError naming file and place where content is damaged or cut.
+    Raises DataError naming file and byte or row where content is damaged or cut.
     """
     begin = begin or Position()
     for number in range(begin.file, len(files)):
@@ -82,7 +85,8 @@ def read_chunks(
             separator = "\n" if kind == "jsonl" else reading.separator
             pieces = _byte_pieces(path, separator, start, size, chunk_bytes)
         for payload, end in pieces:
-            yield Chunk(path, kind, start, end, payload, (size if end.file > number else end.disk) - start.disk)
+            disk_bytes = (size if end.file > number else end.disk) - start.disk
+            yield Chunk(path=path, kind=kind, begin=start, end=end, payload=payload, disk_bytes=disk_bytes)
             start = end
 
 
@@ -99,8 +103,8 @@ def _byte_pieces(
     """Content cut behind separators (a file in one piece without one), each piece with the position behind it."""
     mark = None if separator is None else separator.encode()
     rest = bytearray()
-    place, line, searched, cut = start.place, start.line, 0, 0
-    for block, disk in blocks(path, start.place):
+    offset, line, searched, cut = start.offset, start.line, 0, 0
+    for block, disk in blocks(path, start.offset):
         rest += block
         if mark is None:
             continue
@@ -109,9 +113,9 @@ def _byte_pieces(
         if cut >= chunk_bytes:
             payload = bytes(rest[:cut])
             del rest[:cut]
-            place, searched, cut = place + len(payload), searched - cut, 0
+            offset, searched, cut = offset + len(payload), searched - cut, 0
             line += payload.count(b"\n")
-            yield payload, Position(start.file, place, line, min(disk, size))
+            yield payload, Position(start.file, offset, line, min(disk, size))
     yield bytes(rest), Position(start.file + 1)
 
 
@@ -125,8 +129,8 @@ def _last_end(content: bytearray, mark: bytes, begin: int, last: int) -> int:
 
 
 def _row_pieces(path: Path, key: str, start: Position, size: int) -> Iterator[tuple[bytes | list[object], Position]]:
-    row = start.place
-    for values, total in parquet_rows(path, key, start.place):
+    row = start.offset
+    for values, total in parquet_rows(path, key, start.offset):
         row += len(values)
         yield values, Position(start.file, row, row + 1, size * row // (total + 1))
     yield [], Position(start.file + 1)
@@ -136,7 +140,7 @@ def lacks_separator(chunk: Chunk, reading: ReadOptions) -> bool:
     """Whether a chunk is a whole text file in which the separator that was given does not occur."""
     if reading.separator is None or chunk.kind != "text" or not chunk.payload:
         return False
-    whole = chunk.begin.place == 0 and chunk.end.file > chunk.begin.file
+    whole = chunk.begin.offset == 0 and chunk.end.file > chunk.begin.file
     return whole and isinstance(chunk.payload, bytes) and reading.separator.encode() not in chunk.payload
 
 
@@ -148,15 +152,15 @@ def documents(chunk: Chunk, reading: ReadOptions) -> Iterator[tuple[str, bytes]]
 
 
 def located_documents(chunk: Chunk, reading: ReadOptions) -> Iterator[tuple[str, bytes, str]]:
-    """All documents of a chunk as text, as UTF-8, and with their place within the file, as `line 3`.
+    """All documents of a chunk as text, as UTF-8, and with where they are within the file, as `line 3`.
 
     Values of JSON and Parquet may be empty; two separators of a text with nothing between them do not make a document.
-    Raises DataError naming file and line, row or byte of what is no text, no JSON object, or lacks the key.
+    Raises DataError naming file and line, row or byte of what is not text, is not a JSON object, or lacks the key.
     """
     if isinstance(chunk.payload, list):
-        for number, value in enumerate(chunk.payload, chunk.begin.place):
-            place = f"row {number}"
-            yield *_checked(value, f"{chunk.path}: {place}", reading.key), place
+        for number, value in enumerate(chunk.payload, chunk.begin.offset):
+            within = f"row {number}"
+            yield *_checked(value, f"{chunk.path}: {within}", reading.key), within
     elif chunk.kind == "jsonl":
         yield from _json_documents(chunk, chunk.payload, reading.key)
     else:
@@ -173,51 +177,51 @@ def read_documents(files: Sequence[Path], reading: ReadOptions) -> Iterator[str]
 _COMPRESSED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
-def _decode(data: bytes, where: str, place: int) -> str:
+def _decode(data: bytes, where: str, offset: int) -> str:
     try:
-        return decode_text(data, place)
+        return decode_text(data, offset)
     except EncodingError as error:
         for mark, suffix in _COMPRESSED.items():
-            if place == 0 and data.startswith(mark):
+            if offset == 0 and data.startswith(mark):
                 raise DataError(f"{where}: compressed, by its first bytes; let its name end in {suffix}") from None
         raise DataError(f"{where}: {error}") from None
 
 
 def _text_documents(chunk: Chunk, payload: bytes, separator: str | None) -> Iterator[tuple[str, bytes, str]]:
-    text = _decode(payload, f"{chunk.path}", chunk.begin.place)
-    place, step = chunk.begin.place, 0 if separator is None else len(separator.encode())
-    if place == 0 and payload.startswith(codecs.BOM_UTF8):
-        place = len(codecs.BOM_UTF8)
+    text = _decode(payload, f"{chunk.path}", chunk.begin.offset)
+    offset, step = chunk.begin.offset, 0 if separator is None else len(separator.encode())
+    if offset == 0 and payload.startswith(codecs.BOM_UTF8):
+        offset = len(codecs.BOM_UTF8)
     for part in [text] if separator is None else text.split(separator):
         raw = part.encode()
         if raw:
-            yield part, raw, f"byte {place}"
-        place += len(raw) + step
+            yield part, raw, f"byte {offset}"
+        offset += len(raw) + step
 
 
 def _json_documents(chunk: Chunk, payload: bytes, key: str) -> Iterator[tuple[str, bytes, str]]:
-    place = chunk.begin.place
+    offset = chunk.begin.offset
     for number, line in enumerate(payload.split(b"\n"), chunk.begin.line):
         within = f"line {number}"
         where = f"{chunk.path}: {within}"
-        text = _decode(line, where, place).removeprefix("\ufeff")  # joined files have marks in their middle
+        text = _decode(line, where, offset).removeprefix("\ufeff")  # joined files have marks in their middle
         if text.strip():
             try:
                 value = json.loads(text)
             except ValueError as error:
                 reason = str(error).split(": line")[0]
                 raise DataError(
-                    f"{where} (byte {place}): not JSON ({reason}); a line holds one object, cut files are fetched again"
+                    f"{where} (byte {offset}): not JSON ({reason}); a line holds one object, cut files are fetched again"
                 ) from None
             except RecursionError:
-                raise DataError(f"{where} (byte {place}): JSON nested too deeply; drop the line") from None
+                raise DataError(f"{where} (byte {offset}): JSON nested too deeply; drop the line") from None
             if not isinstance(value, dict):
-                raise DataError(f"{where} (byte {place}): a JSON {type(value).__name__}; a line holds one object")
+                raise DataError(f"{where} (byte {offset}): a JSON {type(value).__name__}; a line holds one object")
             if key not in value:
                 keys = shown(", ".join(sorted(value)) or "none")[:100]
-                raise DataError(f"{where} (byte {place}): has no key {key!r}; its keys are {keys} (--key)")
-            yield *_checked(value[key], f"{where} (byte {place})", key), within
-        place += len(line) + 1
+                raise DataError(f"{where} (byte {offset}): has no key {key!r}; its keys are {keys} (--key)")
+            yield *_checked(value[key], f"{where} (byte {offset})", key), within
+        offset += len(line) + 1
 
 
 def _checked(value: object, where: str, key: str) -> tuple[str, bytes]:

@@ -15,7 +15,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, or the folder that holds one. Special tokens in a text are plain text to it.
+    """A tokenizer.json, or the folder that holds one. Special-token strings in a text are encoded as ordinary text.
 
     Nothing is added around a text, and nothing padded or cut, whatever the file asks for. Added tokens that are not special
     (runs of spaces, placeholders) are part of how a text is spelled, and found in it.
