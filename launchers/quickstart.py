@@ -1,4 +1,4 @@
-"""The quickstart's main job, all through the commands that a user types: prepare, train twice, compare, generate."""
+"""The quickstart, through the commands that a user types: prepare the data, train two models, compare them, generate text."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.environment import usable_devices
 from overtok_megatron.errors import ConfigError, OvertokError
+from overtok_megatron.launching.console import overtok_output, run_overtok
 from overtok_megatron.parallel.devices import num_accelerators
 from overtok_megatron.reports.curves import RunCurve, draw_curves, read_curve, table
 
@@ -39,17 +40,8 @@ def prepare_data(folder: Path, vocab_size: int) -> None:
             prepare(files, folder / name, tokenizer, bar.update)
 
 
-def overtok(*arguments: str) -> str:
-    """Run the console command; its output is shown as it comes, but for `generate`, whose text is returned."""
-    command = [sys.executable, "-P", "-m", "overtok_megatron.cli", *arguments]
-    if arguments[0] == "generate":
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    subprocess.run(command, check=True)
-    return ""
-
-
 def fitting_ranks(overrides: list[str]) -> int:
-    """As many ranks as there are GPUs, or two on a CPU; fewer where the batch does not divide by them."""
+    """As many ranks as there are GPUs, or two on a CPU; fewer where the batch is not divisible by that."""
     loaded = [load_config(path, overrides) for path in CONFIGS.values()]
     for ranks in range(usable_devices(os.environ, num_accelerators()) or 2, 0, -1):
         try:
@@ -68,7 +60,7 @@ def curves(overrides: list[str]) -> list[RunCurve]:
     result = []
     for name, path in CONFIGS.items():
         print(f"training the {name} model on {ranks} ranks", flush=True)
-        overtok("train", path, *overrides, "logging.progress_bar=on", "--processes", str(ranks))
+        run_overtok("train", path, *overrides, "logging.progress_bar=on", "--processes", ranks)
         config = load_config(path, overrides).config
         result.append(read_curve(name, Path(config.training.output_directory), parameter_counts(config)))
     return result
@@ -87,8 +79,8 @@ def main(overrides: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         return error.returncode
     samples = {
-        run.name: overtok(
-            "generate", str(run.directory), "--prompt", PROMPT, "--temperature", "0.7", "--max-new-tokens", "60"
+        run.name: overtok_output(
+            "generate", run.directory, "--prompt", PROMPT, "--temperature", 0.7, "--max-new-tokens", 60
         )
         for run in runs
     }

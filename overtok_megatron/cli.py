@@ -1,4 +1,4 @@
-"""One command, `overtok`, with a verb for each job; a user's mistake is one line."""
+"""The command `overtok`, with a verb for each job; a user's mistake is reported in one line."""
 
 import argparse
 import os
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"error: {rest[0]!r} is not an option of this verb (--help lists them){form}", file=sys.stderr)
         return 2
-    if rest:  # argparse takes positionals in one run: overrides behind an option come back here
+    if rest:  # argparse takes positionals from one place only: overrides after an option are returned in `rest`
         options.overrides += rest
     try:
         if getattr(options, "processes", 1) is None:

@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, follow the umask, and never replace a file that is not ours.
+"""Writes files whole or not at all, with the mode of the umask, and never over a file that is not ours.
 
-Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Not here:
-checkpoints (checkpoint/store.py) and datasets of several parts (data/partial_set.py), which outlive a kill in their own ways.
+Also how the text files that others wrote are read: byte-order marks, and encodings that are not UTF-8. Checkpoints
+(checkpoint/store.py) and datasets of several parts (data/partial_set.py) survive a kill by protocols of their own, made of the
+functions for syncing and renaming here.
 """
 
 import codecs
@@ -15,20 +16,20 @@ from typing import BinaryIO
 
 from overtok_megatron.errors import OutputError
 
-PARTIAL = ".partial"  # what names of things that are being written end in
+PARTIAL = ".partial"  # suffix of the names of files and folders that are being written
 _MARKS = (  # UTF-32's first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-_LOCK = ".lock"  # what names of a run's locks begin with; whoever is killed leaves them
-_FOLDER_MARK = "overtok.partial"  # in a folder that is being written
-_HEAD = 1024  # bytes that are looked at for an encoding without a mark
+LOCK = ".lock"  # prefix of the names of a run's locks; a killed process leaves its locks behind
+_FOLDER_MARK = "overtok.partial"  # a file that marks a folder as one that is being written by this program
+_HEAD = 1024  # bytes that are examined for an encoding without a mark
 
 
 class EncodingError(ValueError):
-    """A text is not UTF-8. The message says what it is, where, and the way out; the caller puts the file's name before it."""
+    """A text is not UTF-8. The message says what it is, where, and how to convert it; the caller adds the file's name."""
 
 
 def sync(path: Path) -> None:
@@ -40,39 +41,63 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_file(file: BinaryIO) -> None:
+    """Force to disk what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folders(root: Path) -> None:
+    """Force the names in a folder and in all folders below it to disk."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        sync(folder)
+
+
+def rename_synced(aside: Path, path: Path) -> None:
+    """Give the file or folder `aside` the name `path`, on disk; a file of that name is replaced."""
+    os.replace(aside, path)
+    sync(path.parent)
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write that gets the name `path`, synced, when the block ends; an error leaves `path` as it was.
 
-    It is written beside `path` under a name that nobody else has, so that nothing of others is written over meanwhile.
-    Raises OSError as the disk does.
+    The file is written beside `path` under a name that nobody else has, so that nothing of others is written over meanwhile.
+    durable: False = nothing is synced, for a file that may be lost when the host crashes; after the rename its folder is
+    not touched any more. Raises OSError as the disk does.
     """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with aside.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+            if durable:
+                sync_file(file)
+        if durable:
+            rename_synced(aside, path)
+        else:
+            os.replace(aside, path)
     except BaseException:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a small file: readers see the old or the new content, never a part. A text is written as UTF-8."""
-    with whole_file(path) as file:
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replace a small file: readers see the old or the new content, never a part. A text is written as UTF-8.
+
+    durable: as `whole_file`'s.
+    """
+    with whole_file(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `path`, where nothing or an empty folder is, when the block ends; an error leaves
-    nothing. What a killed call left beside `path` is removed; it is known by a file of ours in it.
+    """A folder to fill that gets the name `path`, where nothing or an empty folder is, when the block ends.
 
-    Raises OSError as the disk does, OutputError where the name beside `path` is somebody else's.
+    An error leaves nothing. What a killed call left beside `path` is removed; it is recognised by a file of ours in it. Raises
+    OSError as the disk does, OutputError where a folder of somebody else has the name beside `path`.
     """
     path = Path(os.path.realpath(path))  # through a link to an empty folder, say on a larger disk
     aside = path.with_name(path.name + PARTIAL)
@@ -91,22 +116,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync(aside)
         if path.exists():
             path.rmdir()
-        aside.rename(path)
+        rename_synced(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    sync(path.parent)
 
 
-def refuse_used_folder(path: Path, flag: str = "--output", but: Collection[str] = ()) -> None:
-    """Raise OutputError where `path` is a file, or a folder that holds something. but: names that may be in it."""
+def refuse_used_folder(path: Path, flag: str = "--output", allowed: Collection[str] = ()) -> None:
+    """Raise OutputError where `path` is a file, or a folder that holds something. allowed: names that may be in it."""
     if os.path.lexists(path) and not path.is_dir():
         raise OutputError(f"{path}: is there already and is not a folder; name another {flag}")
     try:
         names = sorted(os.listdir(path)) if path.is_dir() else []
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror}); name another {flag}") from None
-    found = [name for name in names if name not in but and not name.startswith(_LOCK)]
+    found = [name for name in names if name not in allowed and not name.startswith(LOCK)]
     if found:
         raise OutputError(f"{path}: is not empty (it holds {found[0]}); name another output folder ({flag})")
 
@@ -114,19 +138,19 @@ def refuse_used_folder(path: Path, flag: str = "--output", but: Collection[str] 
 def follow_umask(path: Path) -> None:
     """Give a file the mode that `open` would have given it: some libraries make theirs readable by their owner alone.
 
-    The umask is not asked for, since asking sets it for every thread: an empty file is made in the folder and looked at,
-    which respects a folder's default access list as well.
+    The umask itself cannot be read without setting it for every thread. Instead, an empty file is made in the folder and its
+    mode is read, which respects the folder's default access list as well.
     """
     probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     with probe.open("xb") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777
     probe.unlink()
-    if path.stat().st_mode & 0o777 != mode:  # where modes are the file system's, they agree, and none can be set
+    if path.stat().st_mode & 0o777 != mode:  # on a file system that fixes modes they are equal, and cannot be set
         path.chmod(mode)
 
 
 def refuse_foreign(path: Path, ours: bool | Callable[[Path], bool], what: str, flag: str = "--output") -> None:
-    """Raise OutputError where something lies at `path` that is not ours. what: what alone may be replaced there."""
+    """Raise OutputError where something lies at `path` that is not ours. what: the only thing that may be replaced there."""
     if os.path.lexists(path) and not (path.is_file() and (ours(path) if callable(ours) else ours)):
         raise OutputError(f"{path}: is there already and is not {what}; move it away, or name another {flag}")
 
@@ -142,7 +166,7 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """(device, inode) of what a name leads to; None where it leads nowhere."""
+    """(device, inode) of the file that a path leads to; None where there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -151,23 +175,23 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def shown(text: object) -> str:
-    """A name or a message in one line that any terminal can print: what is not printable is escaped."""
+    """A name or a message in one line that any terminal can print: characters that are not printable are escaped."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
 
 
-def decode_text(content: bytes, place: int = 0) -> str:
-    """A text in UTF-8, without the byte-order mark that may begin its file. place: of the first byte within the file.
+def decode_text(content: bytes, offset: int = 0) -> str:
+    """Decode UTF-8, without the byte-order mark with which a file may begin. offset: of the first byte within its file.
 
     Raises EncodingError on anything else; UTF-16 and UTF-32 are called by their names.
     """
-    if place == 0:
+    if offset == 0:
         _refuse_wide(content)
         if content.startswith(codecs.BOM_UTF8):
-            content, place = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+            content, offset = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise EncodingError(f"not UTF-8 at byte {place + error.start}; convert it, for example with iconv") from None
+        raise EncodingError(f"not UTF-8 at byte {offset + error.start}; convert it, for example with iconv") from None
 
 
 def read_text(path: Path) -> str:

@@ -1,226 +1,99 @@
-"""Who writes into a run's folder: one at a time of train, reshape, prune, import and grow. Readers take no lock.
+"""What lies in a run's folder, by name, and the one reader of its files of records.
 
-The kernel holds the locks (flock) and releases them when their holder dies, however it dies. There are two, because a
-training has several processes, and any of them may be killed alone:
+| name | what it holds | written by |
+| --- | --- | --- |
+| `config.yaml` | the resolved configuration; what makes a folder a run's that was started | config/loading.py |
+| `checkpoints/` | complete checkpoints, and `latest`, which names the newest of them | checkpoint/store.py |
+| `tokenizer.json` or `tokenizer.model` | the tokenizer of the run | data/tokenizers/kept.py |
+| `metrics.jsonl` | one record per reported step | training/metrics.py |
+| `evaluations.jsonl` | one record per scored checkpoint | evaluation/following.py |
+| `tensorboard/` | the same numbers as TensorBoard's events; those of evaluations in `tensorboard/evaluation/` | both of these |
+| `traces/` | the profiler's traces of chosen steps | training/tracing.py |
+| `train.log` | the log of the first rank | training/entry.py |
+| `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |
 
-| file | held by |
-| `.lock` | whoever writes; for a training the command `overtok train`, or the first rank where no parent process holds it |
-| `.lock.ranks` | whoever writes; in a training all ranks share it, so that it is held until the last of them is gone |
-
-Each file names its holder. On a file system shared by several hosts flock reaches all of them on NFS (unless mounted with
-`nolock` or `local_lock`), Lustre (with `flock`), CephFS, GPFS, CIFS, GFS2 and OCFS2. Elsewhere it may reach this host only,
-or there are no locks at all; whoever takes one says so.
+Checkpoints and configurations are read by the files that write them.
 """
 
-import errno
-import fcntl
 import json
-import logging
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import psutil
-
-from overtok_megatron.errors import CheckpointError
-
-log = logging.getLogger(__name__)
-
-COMMAND, RANKS = ".lock", ".lock.ranks"
-LOCK_FILES = frozenset((COMMAND, RANKS))
-_HELD = (errno.EWOULDBLOCK, errno.EACCES)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_THIS_HOST_ONLY = ("fuse", "9p", "virtiofs", "vboxsf", "prl_fs", "beegfs", "afs")
-_LOCAL_OPTIONS = {"nfs": ("nolock", "local_lock=all", "local_lock=flock"), "lustre": ("localflock",)}
-
-
-class RunLock:
-    """The locks of one process on one run's folder; they end with the process, or with `release`."""
-
-    def __init__(self, run: Path, work: str) -> None:
-        """work: what this process does there, for whoever finds the folder in use."""
-        self.run = run
-        self._work = work
-        self._files: dict[str, BinaryIO] = {}
-        self.exists = True  # False once the file system has said that it has no locks
-
-    def warning(self) -> str | None:
-        """What these locks do not keep away, if anything."""
-        if not self.exists:
-            return f"{self.run}: this file system has no locks: nothing keeps a second process from writing here"
-        return reach(self.run)
-
-    def take(self) -> None:
-        """Become the only writer. Raises CheckpointError naming the host and the process that is."""
-        self._open_folder()
-        try:
-            self._take(COMMAND, fcntl.LOCK_EX)
-            self._take(RANKS, fcntl.LOCK_EX)
-        except BaseException:
-            self.release()
-            raise
-
-    def lend(self) -> None:
-        """Leave the ranks' lock to the ranks of a training that this process starts; its own stays."""
-        self._close(RANKS)
-
-    def take_for_ranks(self) -> None:
-        """Become a training's first rank: below the command that holds the folder, or alone. Raises as `take`."""
-        self._open_folder()
-        try:
-            self._take(COMMAND, fcntl.LOCK_EX, pass_below=True)
-            if COMMAND in self._files:
-                self._take(RANKS, fcntl.LOCK_EX)  # ranks of another training may have outlived what started them
-                self._close(RANKS)  # nobody comes to this lock without the other one
-            self._take(RANKS, fcntl.LOCK_SH)
-        except BaseException:
-            self.release()
-            raise
-
-    def join_ranks(self) -> None:
-        """Be one more rank of a training whose first rank holds the folder."""
-        self._take(RANKS, fcntl.LOCK_SH, record=False)
-
-    def release(self) -> None:
-        """Let go of everything. A lock that nobody else shares is taken out of the folder."""
-        for name in list(self._files):
-            with suppress(OSError):
-                fcntl.flock(self._files[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_current(name):
-                    (self.run / name).unlink()
-            self._close(name)
-
-    def _open_folder(self) -> None:
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{self.run}: cannot be written ({error.strerror}); name another folder") from None
-
-    def _take(self, name: str, kind: int, *, record: bool = True, pass_below: bool = False) -> None:
-        """Take one lock. pass_below: go without it where a process above this one has it."""
-        path = self.run / name
-        while name not in self._files:
-            try:
-                file = path.open("a+b")
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = _Holder.read(file)
-                file.close()
-                if error.errno in _NO_LOCKS:
-                    self.exists = False
-                    return
-                if error.errno not in _HELD:
-                    raise CheckpointError(f"{path}: cannot be locked ({error.strerror})") from None
-                if pass_below and holder is not None and holder.is_above():
-                    return
-                raise CheckpointError(
-                    f"{self.run}: in use by {holder or 'another process'}; wait for it, end it, or name another folder"
-                ) from None
-            self._files[name] = file
-            if not self._is_current(name):
-                self._close(name)  # its last holder took it out of the folder meanwhile
-        if record:
-            own = _Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), self._work)
-            own.write(self._files[name])
-
-    def _close(self, name: str) -> None:
-        file = self._files.pop(name, None)
-        if file is not None:
-            file.close()
-
-    def _is_current(self, name: str) -> bool:
-        """Whether the file that is locked is the one that others find."""
-        try:
-            return os.path.samestat(os.fstat(self._files[name].fileno()), (self.run / name).stat())
-        except FileNotFoundError:
-            return False
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+TOKENIZER_FILES = {
+    "hugging_face": "tokenizer.json",
+    "sentencepiece": "tokenizer.model",
+}  # also in Hugging Face's folders
 
 
 @dataclass(frozen=True)
-class _Holder:
-    """What a lock's file says of who has it."""
+class RunFolder:
+    """The paths of a run's files, whether they exist or not, and their records."""
 
-    host: str
-    process: int
-    started: float  # seconds since the epoch; containers give the same process ids, and some the same host names
-    work: str
+    path: Path
 
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host} ({self.work})"
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
 
-    @staticmethod
-    def read(file: BinaryIO) -> "_Holder | None":
-        file.seek(0)
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def tokenizer(self, kind: str) -> Path:
+        """kind: of the configuration's tokenizer section, one that has a file."""
+        return self.path / TOKENIZER_FILES[kind]
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def evaluation_tensorboard(self) -> Path:
+        """A folder of its own, since TensorBoard reads one writer per folder."""
+        return self.tensorboard / "evaluation"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of the reported steps, oldest first: `step` and numbers by name. Raises as `read_records` does."""
+        return read_records(self.metrics)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """The records of the scored checkpoints, oldest first. Raises as `read_records` does."""
+        return read_records(self.evaluations)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line; none where there is no such file.
+
+    A line that is not an object is left out: a kill may cut a line, and a run that goes on appends further ones.
+    Raises OSError where the file cannot be read, ValueError where it is not UTF-8.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            return _Holder(**json.loads(file.read()))
-        except (OSError, ValueError, TypeError):  # not written yet
-            return None
-
-    def write(self, file: BinaryIO) -> None:
-        file.truncate(0)
-        file.write(json.dumps(asdict(self)).encode())
-        file.flush()
-
-    def is_above(self) -> bool:
-        """Whether this process descends from it."""
-        above = {one.pid: one.create_time() for one in psutil.Process().parents()}
-        return self.host == socket.gethostname() and abs(above.get(self.process, 0.0) - self.started) < 2.0
-
-
-@contextmanager
-def hold(run: Path, work: str) -> Iterator[RunLock]:
-    """Be the only writer into the folder `run`, which is made if need be. Raises CheckpointError naming whoever is.
-
-    Where what is done fails, folders that were made for it and are empty do not stay.
-    """
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
-    lock = RunLock(run, work)
-    lock.take()
-    try:
-        if warning := lock.warning():
-            log.warning("%s", warning)
-        yield lock
-    except BaseException:
-        lock.release()
-        with suppress(OSError):  # one holds something
-            for folder in made:
-                folder.rmdir()
-        raise
-    lock.release()
-
-
-def reach(run: Path, mounts: str | None = None) -> str | None:
-    """What to say where locks in the folder `run` may not reach every host that sees it; None where they do.
-
-    mounts: in the form of /proc/self/mounts, which is read where it is None.
-    """
-    try:
-        text = Path("/proc/self/mounts").read_text(encoding="utf-8") if mounts is None else mounts
-    except OSError:  # not Linux
-        return None
-    place, kind, options = _mount_of(run, text)
-    local = next((words for name, words in _LOCAL_OPTIONS.items() if kind.startswith(name)), ())
-    if kind.startswith(_THIS_HOST_ONLY) or any(word in options for word in local):
-        return (
-            f"{run}: {place} ({kind}) may keep locks on this host only: a second process is refused here, and perhaps not "
-            "on another host"
-        )
-    return None
-
-
-def _mount_of(run: Path, mounts: str) -> tuple[str, str, list[str]]:
-    """(mount point, file system, options) of the mount that a path lies on."""
-    real, found = run.resolve(), ("/", "unknown", [""])
-    for line in filter(None, mounts.splitlines()):
-        _, place, kind, options, *_ = line.split(" ")
-        place = place.replace("\\040", " ")
-        if real.is_relative_to(place) and len(place) >= len(found[0]):
-            found = (place, kind, options.split(","))
-    return found
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records

@@ -1,4 +1,4 @@
-"""Files come whole or not at all, follow the umask, and do not take the place of what is not ours; texts of any encoding."""
+"""Files are written whole or not at all, follow the umask, and never replace what is not ours; texts of any encoding."""
 
 import os
 from collections.abc import Iterator
@@ -107,7 +107,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     refuse_used_folder(path)
     (path / "a").touch()
     (path / ".lock.ranks").touch()
-    refuse_used_folder(path, but=["a"])
+    refuse_used_folder(path, allowed=["a"])
     with pytest.raises(OutputError, match="is not empty"):
         refuse_used_folder(path)
     with pytest.raises(OutputError, match="is not a folder"):

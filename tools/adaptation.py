@@ -6,7 +6,6 @@ losses on held-out code; seeds are those of the new projections and of the order
 """
 
 import argparse
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import hold_out_last, sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.launching.console import run_overtok
 from overtok_megatron.reports.curves import read_curve
+from overtok_megatron.run_folder import RunFolder
 
 ROOT = Path("runs/adaptation")
 CONFIG = "configs/adaptation.yaml"
@@ -51,12 +52,8 @@ def prepare_data(vocab_size: int) -> None:
         prepare(held_out, folder / f"{name}_held_out", tokenizer)
 
 
-def overtok(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "overtok_megatron.cli", *arguments], check=True)
-
-
 def train(config: str, own: Sequence[str], options: argparse.Namespace) -> None:
-    overtok("train", config, *own, *options.overrides, "--processes", str(options.processes))
+    run_overtok("train", config, *own, *options.overrides, "--processes", options.processes)
 
 
 def adapt(source: Path, output: Path, seed: int, options: argparse.Namespace) -> float:
@@ -71,8 +68,8 @@ def adapt(source: Path, output: Path, seed: int, options: argparse.Namespace) ->
         f"data.shuffle_seed={seed}",
         f"optimizer.learning_rate={options.learning_rate}",
     ]
-    train(str(source / "config.yaml"), own, options)
-    curve = read_curve(output.name, output, parameter_counts(parse_resolved(output / "config.yaml")))
+    train(str(RunFolder(source).config), own, options)
+    curve = read_curve(output.name, output, parameter_counts(parse_resolved(RunFolder(output).config)))
     return curve.ends[""]
 
 
@@ -84,7 +81,7 @@ def compare(name: str, seed: int, options: argparse.Namespace) -> tuple[float, f
     if not grown.exists():
         # rows of a plain model's first tables are to be as wide as those of the over-encoded one
         special = ["--freeze"] if SOURCES[name] else [f"over_encoding.row_width={ROW_WIDTH}"]
-        overtok("grow", str(base), "--output", str(grown), "--tables", NEW_TABLES, *special, f"training.seed={seed}")
+        run_overtok("grow", base, "--output", grown, "--tables", NEW_TABLES, *special, f"training.seed={seed}")
     plain = adapt(base, ROOT / f"{name}-adapted-{seed}", seed, options)
     return plain, adapt(grown, ROOT / f"{grown.name}-adapted", seed, options)
 

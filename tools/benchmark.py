@@ -189,15 +189,15 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
             folders = [Path(scratch) / f"{turn}-{kind}" for kind in ("background", "blocking", "changed")]
             for folder in folders:
                 folder.mkdir()
-            stall, during, background = save_beside_steps(partial(writer.begin, folders[0]), step, options.device)
+            stall, during, background = save_beside_steps(partial(writer.start_save, folders[0]), step, options.device)
             writer.forget()
             begin = time.perf_counter()
-            writer.begin(folders[1])()
+            writer.start_save(folders[1])()
             blocking = time.perf_counter() - begin
             for _ in range(10):
                 step()
             begin = time.perf_counter()
-            write = writer.begin(folders[2])
+            write = writer.start_save(folders[2])
             changed_stall = time.perf_counter() - begin
             write()
             rounds.append(

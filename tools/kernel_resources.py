@@ -61,15 +61,15 @@ class Resources:
 
 
 def cases(widths: Sequence[int] = WIDTHS) -> Iterator[Case]:
-    """What look-ups, sums and updates launch, over formats of rows and rules, at some row widths; and the hashing."""
+    """The kernels of look-ups, sums and updates, for each format of rows and each rule, at some row widths; and the hashing."""
     numbers = ("positions", "length", "base", "pad_id", "eod_id", "stripes", "total", "smallest")
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("extended", "numbers", "out"), "*i64")
     constants: dict[str, Any] = {"TABLES": 4, "LONGEST": 3, "RESET": True, "BLOCK": 256}
-    yield Case("ngram_rows", rows.ngram_rows_kernel, types, constants)
+    yield Case("ngram_row_ids", rows.ngram_row_ids_kernel, types, constants)
     for width in widths:
         tiles = rows._tiles(width)
         for grad, fresh in (("*fp32", True), ("*bf16", False)):
-            types = {"grad": grad, "order": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32"}
+            types = {"grad": grad, "sorted_lookups": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32"}
             constants = {"FRESH": fresh, "WIDTH": width, "COLUMNS": tiles["COLUMNS"]}
             yield Case(
                 f"add {grad[1:]} w {width}", rows.add_kernel, types, constants, warps=rows.add_warps(tiles["COLUMNS"])
@@ -81,7 +81,7 @@ def cases(widths: Sequence[int] = WIDTHS) -> Iterator[Case]:
         for stored in _FORMATS:
             for rule, states in _STATES.items():
                 types = dict.fromkeys(("rate", "decay", "beta1", "beta2", "eps", "factor"), "fp32") | {
-                    "index": "*i64", "grad": "*fp32", "flags": "*u8", "count": "i32", "key": "i32", "first": "i64",
+                    "index": "*i64", "grad": "*fp32", "flags": "*u8", "count": "i32", "key": "i32", "first_row_id": "i64",
                     "weight": stored, **states, **({"scale": "*fp32"} if stored == "*i8" else {}),
                 }  # fmt: skip
                 constants = {"RULE": rule, "SCALED": stored == "*i8", "FLAGGED": True, **tiles}

@@ -1,4 +1,4 @@
-"""What the verbs of `benchmark.py` share: the quickstart's configuration, and timing in turn."""
+"""What benchmarks share: the quickstart's configuration, timing in turn, and a save beside training steps."""
 
 import os
 import statistics
@@ -22,37 +22,37 @@ def configuration(overrides: list[str], data: str) -> RunConfig:
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, after two warm-up rounds, in turn: the machine's drift hits all alike.
+    """Median seconds of each contender, timed in turn after two warm-up rounds, so that drift of the machine affects all alike.
 
-    device: on which they work; a call has ended when the device has.
+    device: on which they work; a call has ended when the device is idle.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, work in contenders.items():
             synchronize(device)
-            begin = time.perf_counter()
+            started = time.perf_counter()
             work()
             synchronize(device)
             if turn >= 2:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def save_beside_steps(
-    begin_save: Callable[[], Callable[[], Any]], step: Callable[[], float], device: torch.device
+    start_save: Callable[[], Callable[[], Any]], step: Callable[[], float], device: torch.device
 ) -> tuple[float, list[float], float]:
-    """Write a save on a thread while steps run: (seconds that its beginning took, those of each step, those of the whole).
+    """Write a save on a thread while steps run: (seconds that its start took, those of each step, those of the whole).
 
-    begin_save: returns what the thread does. step: runs one step, and returns its seconds; at least one runs.
+    start_save: returns what the thread does. step: runs one step, and returns its seconds; at least one runs.
     """
     from overtok_megatron.training.saving import in_background
 
-    begin = time.perf_counter()
-    thread = in_background(begin_save(), device)
-    stall, during = time.perf_counter() - begin, [step()]
+    started = time.perf_counter()
+    thread = in_background(start_save(), device)
+    stall, during = time.perf_counter() - started, [step()]
     while thread.is_alive():
         during.append(step())
-    return stall, during, time.perf_counter() - begin
+    return stall, during, time.perf_counter() - started
 
 
 def single_process() -> None:

@@ -1,13 +1,13 @@
 """`benchmark.py overhead`: whole runs of the quickstart's two models in turn, started as a user starts them."""
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from overtok_megatron.launching.console import overtok_output
+from overtok_megatron.run_folder import RunFolder
 
 _WARM_UP = 10  # steps not counted
 
@@ -23,10 +23,9 @@ def _seconds_a_step(kind: str, options: argparse.Namespace, folder: Path) -> flo
         "training.train_tokens": "null",
         "training.train_iters": options.steps,
     }
-    command = [sys.executable, "-m", "overtok_megatron.cli", "train", str(config), "--processes", str(options.ranks)]
-    command += [f"{key}={value}" for key, value in overrides.items()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    changed = [f"{key}={value}" for key, value in overrides.items()]
+    overtok_output("train", config, "--processes", options.ranks, *changed)
+    records = RunFolder(folder).read_metrics()
     return statistics.median(record["speed/step_seconds"] for record in records[_WARM_UP:])
 
 

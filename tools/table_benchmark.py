@@ -14,11 +14,12 @@ import psutil
 import torch
 from measuring import alternate, configuration
 from memory_budget import Budget, held
-from table_contenders import Needs, fbgemm_tables, has_fbgemm, limit, our_tables, places, torch_tables
+from table_contenders import Needs, fbgemm_tables, has_fbgemm, limit, our_tables, row_ids, torch_tables
 from torch import Tensor
 
 from overtok_megatron.checkpoint.mapped import MappedRows
-from overtok_megatron.checkpoint.tables import FOLDER, write_rows
+from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
+from overtok_megatron.checkpoint.tables import write_rows
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.tokenizers.loading import configured_tokenizer
@@ -34,7 +35,7 @@ from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.parallel.devices import synchronize
 from overtok_megatron.training.metrics import peak_memory
 
-_PART = 2**22  # rows a file
+_PART = 2**22  # rows per file
 
 
 def text_rows(options: argparse.Namespace, size: int) -> Tensor:
@@ -44,7 +45,10 @@ def text_rows(options: argparse.Namespace, size: int) -> Tensor:
     text = torch.stack([torch.from_numpy(dataset.tokens(index * 128, 128).astype("int64")) for index in range(count)])
     extended = torch.cat([text.new_full((count, 2), -1), text], dim=1)
     columns = [
-        RowKernels().ngram_rows(extended[:, 3 - order :], HashTables((order,), (size - odd,), 8192, 0, False, 0, 1))
+        RowKernels().ngram_row_ids(
+            extended[:, 3 - order :],
+            HashTables(orders=(order,), sizes=(size - odd,), base=8192, pad_id=0, reset=False, eod_id=0, stripes=1),
+        )
         for order, odd in ((2, 7), (2, 5), (3, 3), (3, 1))
     ]
     return torch.cat(columns, dim=-1).flatten(0, 1)
@@ -53,11 +57,12 @@ def text_rows(options: argparse.Namespace, size: int) -> Tensor:
 def table_case(
     options: argparse.Namespace, size: int, width: int, rows: Tensor, budget: Budget
 ) -> dict[str, Any] | None:
-    """Every contender's seconds on one set of rows, and what they say per row and byte; None where not even ours fits.
+    """Every contender's seconds on one set of rows, with rates per row and byte; None where not even our tables fit.
 
-    Peers that are too big to lie beside all others are timed in turn with ours alone; ratios are of one alternation each.
+    Peers that are too big to be in memory beside all others are timed in turn with ours alone; each ratio comes from one
+    alternation.
     """
-    space = RowSpace(3, 2, size - 7, width)
+    space = RowSpace(ngram_order=3, num_slices=2, table_rows=size - 7, width=width)
     device = rows.device
     distinct = sum(column.unique().numel() for column in rows.unbind(1))
     need = Needs(space.total_rows, width, rows.numel(), distinct)
@@ -95,7 +100,7 @@ def table_case(
             budget.give_back(need.torch_tables(sparse=sparse))
             held(device)
     moved = width * (dtype.itemsize * (2 * rows.numel() + 3 * distinct) + 4 * 3 * distinct)
-    fetched = made.fetch_row_ids(places(rows, space), training=True)  # once more by hand, to time the update alone
+    fetched = made.fetch_row_ids(row_ids(rows, space), training=True)  # once more by hand, to time the update alone
     gradients = made.reduce_gradients(fetched, 1.0)
     synchronize(device)
     begin = time.perf_counter()
@@ -158,7 +163,7 @@ def draw(cases: dict[str, Any], options: argparse.Namespace) -> None:
             for name, points in lines.items():
                 panel.plot(*zip(*points, strict=True), "o-", label=name, linestyle="--" if "limit" in name else "-")
             panel.set(
-                title=f"{kind} ids, w = {width}", yscale="log", ylabel="ms a step", xlabel="log2 of rows of a table"
+                title=f"{kind} ids, w = {width}", yscale="log", ylabel="ms per step", xlabel="log2 of rows per table"
             )
             panel.legend(fontsize=7)
     figure.savefig(options.png, dpi=120)
@@ -170,9 +175,8 @@ def _synthetic_rows(folder: Path, config: RunConfig) -> None:
     for start in range(0, space.total_rows, _PART):
         stop = min(start + _PART, space.total_rows)
         values = torch.empty(stop - start, space.width).uniform_(-0.03, 0.03).to(torch.bfloat16)
-        metadata = {"start": str(start), "stop": str(stop), "steps": "0"}
         touched = torch.ones(stop - start, dtype=torch.uint8)
-        write_rows(folder, f"rows-{start:012d}", {"weight": values, "touched": touched}, metadata)
+        write_rows(folder, TableFile.full(start, stop), {"weight": values, "touched": touched}, steps=0)
 
 
 def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> TrainedModel:
@@ -180,7 +184,8 @@ def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> Tr
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=0).eval()
     tables = build_table_reader(config, 0, store, device=device, kernels=kernels)
-    return TrainedModel(config, model, tables, configured_tokenizer(config.tokenizer), 0)
+    tokenizer = configured_tokenizer(config.tokenizer)
+    return TrainedModel(config=config, model=model, tables=tables, tokenizer=tokenizer, step=0)
 
 
 def _mapped_rows(folder: Path, config: RunConfig) -> MappedRows:

@@ -62,9 +62,9 @@ def has_fbgemm() -> bool:
     return importlib.util.find_spec("fbgemm_gpu") is not None
 
 
-def places(rows: Tensor, space: RowSpace) -> Tensor:
-    """Where the rows [N, T] of the tables lie in our row space, [N, T]."""
-    return torch.stack([space.places(table, own) for table, own in enumerate(rows.unbind(1))], dim=1)
+def row_ids(rows: Tensor, space: RowSpace) -> Tensor:
+    """Row ids [N, T] of the tables' rows [N, T] in our row space."""
+    return torch.stack([space.row_ids(table, own) for table, own in enumerate(rows.unbind(1))], dim=1)
 
 
 def our_tables(
@@ -74,15 +74,17 @@ def our_tables(
 
     dtype: of the stored rows and their optimizer's state, float32 or bfloat16; look-ups and gradients are of grad's.
     """
-    device, ids = rows.device, places(rows, space)
+    device, ids = rows.device, row_ids(rows, space)
     kernels = choose_kernels("auto", device).rows
     store = RowStore(0, space.total_rows, space.width, std=0.0, seed=0, device=device, dtype=dtype, kernels=kernels)
-    store.rows.weight[ids.unique()] = 0.02  # so that pages are there, as after some training
+    store.rows.weight[ids.unique()] = 0.02  # so that the pages are in memory, as after some training
     optimizer = RowOptimizer(
         "rowwise_adagrad", store.rows, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, state_dtype=dtype, kernels=kernels
     )
     tables = ShardedTables(
-        NgramHash(space, 2, 0, "ignore", 0), store, FlatExchange((0, space.total_rows), None, kernels),
+        NgramHash(space=space, base=2, pad_id=0, boundary="ignore", eod_id=0),
+        store,
+        FlatExchange((0, space.total_rows), None, kernels=kernels),
         optimizer=optimizer, dtype=grad.dtype, device=device, kernels=kernels,
     )  # fmt: skip
 
@@ -106,9 +108,9 @@ def fbgemm_tables(rows: Tensor, size: int, grad: Tensor) -> dict[str, Callable[[
     except ImportError:
         return {}
     cuda = rows.device.type == "cuda"
-    place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    location = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
     layer = SplitTableBatchedEmbeddingBagsCodegen(
-        [(size, grad.shape[2], *place)] * rows.shape[1],
+        [(size, grad.shape[2], *location)] * rows.shape[1],
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=0.01,
         eps=1e-8,
@@ -137,16 +139,16 @@ def torch_tables(rows: Tensor, size: int, grad: Tensor, *, sparse: bool) -> Call
 
 
 def limit(tables: ShardedTables, rows: Tensor, space: RowSpace, grad: Tensor) -> Callable[[], object]:
-    """The machine's limit, the traffic that no way of doing it avoids: every row read and every look-up written, every
-    gradient read, every row read, modified and written in place. Nothing is made unique or summed, no optimizer state."""
+    """The lower bound set by memory traffic: every row read and every look-up written, every gradient read, every row read,
+    modified and written in place. No ids are sorted, no gradients are summed, and there is no optimizer state."""
     kernels, stored = tables.kernels, tables.store.rows
     assert isinstance(stored, TableRows)
-    found = kernels.unique(places(rows, space), space.total_rows)
+    found = kernels.unique(row_ids(rows, space), space.total_rows)
     changes = grad.new_ones(found.ids.numel(), grad.shape[2], dtype=torch.float32)
-    step = RowStep("sgd", 1e-3, 1.0, (0.0, 0.0), 0.0, 1.0, 0)
+    step = RowStep(rule="sgd", rate=1e-3, decay=1.0, betas=(0.0, 0.0), eps=0.0, grad_factor=1.0, noise=0)
 
     def work() -> None:
-        kernels.gather(stored, found.ids, found.slots, grad.dtype, found.order)
+        kernels.gather(stored, found.ids, found.slots, grad.dtype, found.sorted_lookups)
         grad.sum()
         kernels.update(stored, {}, found.ids, changes, step)
 

@@ -1,12 +1,13 @@
-"""Which keys of a configuration may differ between a checkpoint and the run that goes on from it; the rest are refused by name.
+"""Which keys of a configuration may differ between a checkpoint and the run that continues it; the others are refused by name.
 
-An allowed key takes effect from the first step, on every layout. A key is refused where it defines the model, where state in
-the checkpoint depends on it, or where it was read only when the weights were made and would have no effect any more.
+A changed key that is allowed takes effect from the first step, on every layout. A key is refused where it defines the model,
+where state in the checkpoint depends on it, or where it is read only when weights are made and would have no effect any more.
 """
 
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.model_keys import MODEL_KEYS
 from overtok_megatron.errors import CheckpointError
@@ -14,7 +15,7 @@ from overtok_megatron.errors import CheckpointError
 _NEW_RUN = "set another training.output_directory"
 _FROM_WEIGHTS = "start a new run from it by training.initial_checkpoint"
 
-# Of the run that is gone on with; a new run that takes only the weights may differ in them.
+# Keys that a run cannot change when it continues, with the reason. A new run that takes only the weights may differ in them.
 RUN_KEYS: dict[str, str] = {
     "training.precision": "the master weights are of that precision",
     "training.seed": "it is read when weights are made and rows are rounded",
@@ -26,13 +27,13 @@ RUN_KEYS: dict[str, str] = {
 
 
 def check_same_model(config: dict[str, Any], manifest: Manifest, path: Path, other_way: str = _NEW_RUN) -> None:
-    """Raises CheckpointError naming the first key by which a config's model differs from the checkpoint's.
+    """Raise CheckpointError naming the first key by which a config's model differs from the checkpoint's.
 
     other_way: what to do instead of changing the model.
     """
     for section, keys in MODEL_KEYS.items():
         for key in keys or config[section]:
-            mine, theirs = (_shape_of(key, values[section].get(key)) for values in (config, manifest.config))
+            mine, theirs = (_model_part(key, values[section].get(key)) for values in (config, manifest.config))
             if key == "init_std" or mine == theirs:
                 continue
             if section == "over_encoding" and key != "enabled" and not config[section]["enabled"]:
@@ -44,9 +45,9 @@ def check_same_model(config: dict[str, Any], manifest: Manifest, path: Path, oth
 
 
 def check_continuable(config: dict[str, Any], manifest: Manifest, path: Path) -> None:
-    """Raises CheckpointError naming the first key by which a run of `config` cannot go on from a checkpoint of a run.
+    """Raise CheckpointError naming the first key because of which a run of `config` cannot continue a run's checkpoint.
 
-    Needs no process group: a run is refused before its ranks start.
+    This needs no process group: a run is refused before its ranks start.
     """
     check_same_model(config, manifest, path)
     for key, reason in RUN_KEYS.items():
@@ -74,23 +75,23 @@ def _same(config: dict[str, Any], manifest: Manifest, path: Path, key: str, reas
 
 
 def _shown(value: Any) -> str:
-    """As YAML has it."""
+    """A value as YAML writes it."""
     return "null" if value is None else str(value)
 
 
-def _shape_of(key: str, value: Any) -> Any:
-    """What of a key's value makes the model; whether added tables take updates does not."""
+def _model_part(key: str, value: Any) -> Any:
+    """The part of a key's value that defines the model: whether added tables are trained is not in it."""
     if key == "added":
         return [{name: own for name, own in group.items() if name != "frozen"} for group in value or []]
     return value
 
 
-# What decides how DeepSpeed lays out its files, beside the sizes in the manifest's layout.
+# Keys that decide what DeepSpeed's files hold, beside the layout.
 _FILE_KEYS = ("parallel.offload_optimizer", "parallel.pipeline_partition", "training.kernels")
 
 
-def same_engine_files(config: dict[str, Any], layout: dict[str, int], manifest: Manifest) -> bool:
-    """Whether DeepSpeed's own files fit a run of `config` and `layout`; else they are read parameter by parameter."""
+def same_engine_files(config: dict[str, Any], layout: CheckpointLayout, manifest: Manifest) -> bool:
+    """Whether DeepSpeed can load its own files in a run of `config` and `layout`; else they are read by parameter."""
     pairs = [(config["deepspeed"], manifest.config.get("deepspeed", {})), (layout, manifest.layout)]
     for key in _FILE_KEYS:
         section, name = key.split(".")

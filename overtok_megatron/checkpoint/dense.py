@@ -1,7 +1,7 @@
-"""The model's dense weights as safetensors, one file a model-parallel rank, readable at any other size.
+"""The model's dense weights as safetensors files, one per model-parallel rank, readable by any other number of ranks.
 
-What training needs beyond them (master weights, moments) is in the engine's own files; generation and conversion read
-only these.
+What training needs beyond the weights (master weights, moments) is read by dense_state.py. Generation and conversion read only
+these files. Their metadata says along which dimension each weight is split over the tensor ranks.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
@@ -23,7 +24,7 @@ FOLDER = "dense"
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file of a checkpoint for reading. Raises CheckpointError where it is missing, damaged or foreign."""
+    """Open a safetensors file of a checkpoint for reading. Raises CheckpointError where it is missing, damaged or foreign."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -33,78 +34,87 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def dense_files(ranks: int) -> list[str]:
-    """Names of the dense weights' files, one a model-parallel rank: pipeline stages in order, each with its tensor ranks."""
+    """Names of the files of `ranks` model-parallel ranks: pipeline stages in order, each with its tensor ranks."""
     return [f"{FOLDER}/model-{rank:05d}-of-{ranks:05d}.safetensors" for rank in range(ranks)]
 
 
-def save_dense(folder: Path, state: dict[str, torch.Tensor], splits: dict[str, int], rank: int, ranks: int) -> str:
-    """Write one model-parallel rank's weights; `splits` names the dimension along which a weight is a shard."""
+def save_dense(folder: Path, weights: dict[str, Tensor], split_dims: dict[str, int], rank: int, ranks: int) -> str:
+    """Write the weights of model-parallel rank `rank` of `ranks`; returns the file's name.
+
+    split_dims: the dimension along which a weight is a shard; weights that are not in it are whole.
+    """
     name = dense_files(ranks)[rank]
     (folder / name).parent.mkdir(exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_tensors(tensors, folder / name, {"splits": json.dumps(splits)})
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    save_tensors(tensors, folder / name, {"splits": json.dumps(split_dims)})
     return name
 
 
-def read_weights(path: Path, wanted: Container[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """The weights of one file as they are (of them those `wanted`), and along which dimension each is a shard.
+def _split_dims(file: Any) -> dict[str, int]:
+    """Along which dimension each weight of an open file is a shard."""
+    found: dict[str, int] = json.loads(file.metadata()["splits"])
+    return found
 
-    Raises CheckpointError.
+
+def read_weights(path: Path, wanted: Container[str] | None = None) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """(weights of one file as they were written, along which dimension each is a shard).
+
+    wanted: the names to read; None = all. Raises CheckpointError.
     """
     with open_tensors(path) as file:
-        splits: dict[str, int] = json.loads(file.metadata()["splits"])
-        names = [key for key in file.keys() if wanted is None or key in wanted]  # noqa: SIM118  # no mapping
-        return {key: file.get_tensor(key) for key in names}, splits
+        names = [key for key in file.keys() if wanted is None or key in wanted]  # noqa: SIM118  # not a mapping
+        return {key: file.get_tensor(key) for key in names}, _split_dims(file)
 
 
-def load_dense(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
-    """The full dense weights that `ranks` model-parallel ranks of any layout wrote. Raises CheckpointError."""
-    parts: dict[str, list[torch.Tensor]] = {}
-    splits: dict[str, int] = {}
+def load_dense(folder: Path, ranks: int) -> dict[str, Tensor]:
+    """The whole dense weights of a checkpoint with `ranks` model-parallel ranks. Raises CheckpointError."""
+    shards: dict[str, list[Tensor]] = {}
+    split_dims: dict[str, int] = {}
     for name in dense_files(ranks):
-        weights, own_splits = read_weights(folder / name)
-        splits |= own_splits
+        weights, file_split_dims = read_weights(folder / name)
+        split_dims |= file_split_dims
         for key, weight in weights.items():
-            parts.setdefault(key, []).append(weight)
-    return {key: torch.cat(tensors, dim=splits[key]) if key in splits else tensors[0] for key, tensors in parts.items()}
+            shards.setdefault(key, []).append(weight)
+    return {
+        key: torch.cat(tensors, dim=split_dims[key]) if key in split_dims else tensors[0]
+        for key, tensors in shards.items()
+    }
 
 
-def read_parts(
-    folder: Path, ranks: int, wanted: Mapping[str, Splits] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that `ranks` model-parallel ranks of any layout wrote, one after the other, each read just in part.
+def read_parts(folder: Path, ranks: int, wanted: Mapping[str, Splits] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint with `ranks` model-parallel ranks, one after the other, each read only in part.
 
-    wanted: the names, each with the splits whose part is read (none = all of it); None = all weights whole.
-    Raises CheckpointError where one is missing.
+    wanted: the names, each with the splits whose part is read (none = all of it); None = all weights, whole.
+    Raises CheckpointError where a weight is missing.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensors(folder / name)) for name in dense_files(ranks)]
         holders: dict[str, list[Any]] = {}
-        splits: dict[str, int] = {}
+        split_dims: dict[str, int] = {}
         for file in files:
-            splits |= json.loads(file.metadata()["splits"])
-            for key in file.keys():  # noqa: SIM118  # no mapping
+            split_dims |= _split_dims(file)
+            for key in file.keys():  # noqa: SIM118  # not a mapping
                 holders.setdefault(key, []).append(file)
-        for name, own in (dict.fromkeys(holders, ()) if wanted is None else wanted).items():
+        for name, splits in (dict.fromkeys(holders, ()) if wanted is None else wanted).items():
             if name not in holders:
                 raise CheckpointError(f"{folder}: holds no {name}; written by another version?")
-            slices = [file.get_slice(name) for file in holders[name]]
-            yield name, _part(slices if name in splits else slices[:1], splits.get(name, 0), own)
+            shards = [file.get_slice(name) for file in holders[name]]
+            yield name, _read_part(shards if name in split_dims else shards[:1], split_dims.get(name, 0), splits)
 
 
-def _part(slices: list[Any], dim: int, splits: Splits) -> torch.Tensor:
-    """A weight cut into `slices` along `dim`: of it the part of `splits`."""
-    found, begin = [], 0
-    for part in slices:
-        ranges = [(0, size) for size in part.get_shape()]
-        end = begin + ranges[dim][1]
-        ranges[dim] = (begin, end)
+def _read_part(shards: list[Any], dim: int, splits: Splits) -> Tensor:
+    """The part `splits` of a weight whose stored `shards` lie one after the other along `dim`."""
+    found, first = [], 0  # index along dim at which the next shard starts in the whole weight
+    for shard in shards:
+        ranges = [(0, size) for size in shard.get_shape()]
+        stop = first + ranges[dim][1]
+        ranges[dim] = (first, stop)
         for split in splits:
             low, high = ranges[split.dim]
             ranges[split.dim] = (max(low, split.start), min(high, split.stop))
         low, high = ranges[dim]
-        ranges[dim] = (low - begin, high - begin)
+        ranges[dim] = (low - first, high - first)
         if low < high:
-            found.append(part[tuple(slice(*own) for own in ranges)])
-        begin = end
+            found.append(shard[tuple(slice(*own) for own in ranges)])
+        first = stop
     return found[0] if len(found) == 1 else torch.cat(found, dim=dim)

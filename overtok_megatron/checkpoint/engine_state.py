@@ -1,13 +1,12 @@
-"""The dense optimizer state in DeepSpeed's files, by parameter name, whatever ZeRO stage and pipeline wrote them.
+"""The optimizer state of dense parameters in DeepSpeed's files, by parameter name, for every ZeRO stage.
 
-Every rank of the layout that wrote them has its part; here the parts of one model-parallel rank become whole parameters of
-that rank (master weight and both moments). What belongs to which file follows from DeepSpeed's own records in them.
-Tensor-parallel shards are joined by the caller, who knows along which dimension.
+Each rank of the layout that wrote the files has a part of the state. Here the parts of one model-parallel rank become the
+whole parameters of that rank: master weight and both moments. Which part belongs to which parameter follows from DeepSpeed's
+own records in the files. Shards of tensor-parallel ranks are joined in dense_state.py.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,212 +14,138 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overtok_megatron.checkpoint.dense import Splits, dense_files, open_tensors, read_weights
-from overtok_megatron.checkpoint.writing import save_tensors
+from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.parallel.splits import own_part
 
-ORDER = "optimizer_parameters"  # names in the optimizer's order, beside the state of an engine without ZeRO
+OPTIMIZER_PARAMETERS = "optimizer_parameters"  # key of the names in the optimizer's order, for files without ZeRO
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_NAMES = ("master", *MOMENTS)
 ENGINE_FOLDER = "engine"  # of DeepSpeed's files, in a checkpoint
-WHOLE = -1  # in place of a ZeRO stage: the state of whole parameters, which no rank of an engine wrote
-WEIGHTS_ONLY = -2  # in place of a ZeRO stage: whole parameters and rows, no optimizer state
-Load = Callable[[str], Any]
+LoadFile = Callable[[str], Any]
+Fragments = dict[str, dict[str, Tensor]]  # one rank's flat part of each parameter's values: parameter -> name -> values
 
 
 @dataclass
 class ParameterState:
-    """float32 values by what they are: `master`, `exp_avg`, `exp_avg_sq`, all of one shape."""
+    """float32 values by name: `master`, `exp_avg`, `exp_avg_sq`, all of one shape; and the steps that the optimizer took."""
 
     values: dict[str, Tensor]
     steps: int
 
 
 def read_engine_state(
-    folder: Path, load: Load, *, zero_stage: int, model_rank: int, data_ranks: int, weights: dict[str, Tensor]
+    folder: Path, layout: CheckpointLayout, model_rank: int, weights: dict[str, Tensor], load_file: LoadFile
 ) -> Iterator[tuple[str, ParameterState]]:
-    """The state of those parameters of the model-parallel rank `model_rank` that `weights` holds as they were there.
+    """The state of those parameters of a model-parallel rank that `weights` holds, as that rank's weights were saved.
 
-    load: reads one file without executing what is in it. Raises CheckpointError where a parameter is incomplete.
+    folder: of DeepSpeed's files. load_file: reads one file without executing what is in it. Raises CheckpointError where a
+    parameter is incomplete.
     """
-    if zero_stage == 0:
-        yield from _read_plain(load(str(folder / f"mp_rank_{model_rank:02d}_model_states.pt")), weights)
+    if layout.zero_stage == 0:
+        yield from _read_without_zero(load_file(str(folder / f"mp_rank_{model_rank:02d}_model_states.pt")), weights)
         return
-    files = [_zero_files(folder, rank, model_rank) for rank in range(data_ranks)]
-    states = [load(str(optimizer))["optimizer_state_dict"] for optimizer, _ in files]
-    if zero_stage == 3:
-        groups = load(str(files[0][1]))["param_shapes"]
-        pieces = [_pieces_of_stage_3(state, groups, data_ranks) for state in states]
-    else:
-        pieces = [_pieces(state) for state in states]
-    steps = next(int(step) for _, _, step in _flat_groups(states[0], zero_stage))
+    ranks, steps = _read_zero_ranks(folder, layout, model_rank, load_file)
     for name, weight in weights.items():
-        parts = [own[name] for own in pieces if name in own]
+        fragments = [rank[name] for rank in ranks if name in rank]
         values = {}
-        for key in ("master", *MOMENTS):
-            flat = torch.cat([part[key] for part in parts]) if parts else torch.empty(0)
+        for key in STATE_NAMES:
+            flat = torch.cat([fragment[key] for fragment in fragments]) if fragments else torch.empty(0)
             if flat.numel() < weight.numel():
                 raise CheckpointError(
                     f"{folder}: holds {flat.numel()} of the {weight.numel()} values of {name} ({key}); "
                     "the checkpoint is damaged"
                 )
-            values[key] = flat[: weight.numel()].float().view(weight.shape)
+            values[key] = flat[: weight.numel()].float().view(weight.shape)  # stage 3 pads the last rank's part
         yield name, ParameterState(values, steps)
 
 
+def _read_without_zero(content: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[tuple[str, ParameterState]]:
+    """The state of an engine without ZeRO: torch's, whole in one file, with float32 masters beside it for bf16."""
+    state, masters = content["optimizer"], None
+    if "fp32_groups" in state:
+        masters = [tensor for group in state["fp32_groups"] for tensor in group]
+        state = state["optimizer_state_dict"]
+    for index, name in enumerate(content[OPTIMIZER_PARAMETERS]):
+        if name not in weights:
+            continue
+        moments = state["state"][index]
+        values = {"master": weights[name] if masters is None else masters[index]}
+        values |= {key: moments[key] for key in MOMENTS}
+        shape = weights[name].shape
+        values = {key: value.float().view(shape) for key, value in values.items()}
+        yield name, ParameterState(values, _steps_of(moments, state))
+
+
+def _steps_of(moments: dict[str, Any], state: dict[str, Any]) -> int:
+    """The steps beside a parameter's moments; apex keeps them in the parameter group instead."""
+    return int(moments["step"] if "step" in moments else state["param_groups"][0]["step"])
+
+
+def _read_zero_ranks(
+    folder: Path, layout: CheckpointLayout, model_rank: int, load_file: LoadFile
+) -> tuple[list[Fragments], int]:
+    """(what each data rank holds of every parameter, steps that the optimizer took)."""
+    files = [_zero_files(folder, rank, model_rank) for rank in range(layout.data_ranks)]
+    states = [load_file(str(optimizer_file))["optimizer_state_dict"] for optimizer_file, _ in files]
+    if layout.zero_stage == 3:
+        shapes = load_file(str(files[0][1]))["param_shapes"]
+        ranks = [_fragments_of_stage_3(state, shapes, layout.data_ranks) for state in states]
+        return ranks, _flat_groups_of_stage_3(states[0])[0].steps
+    ranks = [_fragments_of_stage_1_or_2(state) for state in states]
+    return ranks, _flat_groups_of_stage_1_or_2(states[0])[0].steps
+
+
 def _zero_files(folder: Path, data_rank: int, model_rank: int) -> tuple[Path, Path]:
-    """A rank's optimizer file (DeepSpeed puts `bf16_` before some) and its model file."""
+    """(optimizer file, model file) of a rank; DeepSpeed puts `bf16_` before the name of some optimizer files."""
     stem = f"zero_pp_rank_{data_rank}_mp_rank_{model_rank:02d}"
     plain, half = folder / f"{stem}_optim_states.pt", folder / f"bf16_{stem}_optim_states.pt"
     return (half if half.is_file() else plain), folder / f"{stem}_model_states.pt"
 
 
-def _flat_groups(state: dict[str, Any], zero_stage: int) -> Iterator[tuple[Tensor, dict[str, Tensor], Any]]:
-    """(flat master weights, flat moments, step) of each of a rank's groups."""
-    stage_3 = zero_stage == 3
-    masters = state["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"]
-    base = state["optimizer_state_dict" if stage_3 else "base_optimizer_state"]
+@dataclass(frozen=True)
+class _FlatGroup:
+    """One rank's part of a parameter group: `values` by STATE_NAMES, each one flat tensor."""
+
+    values: dict[str, Tensor]
+    steps: int
+
+
+def _flat_groups_of_stage_1_or_2(state: dict[str, Any]) -> list[_FlatGroup]:
+    return _flat_groups(state["single_partition_of_fp32_groups"], state["base_optimizer_state"])
+
+
+def _flat_groups_of_stage_3(state: dict[str, Any]) -> list[_FlatGroup]:
+    return _flat_groups(state["fp32_flat_groups"], state["optimizer_state_dict"])
+
+
+def _flat_groups(masters: list[Tensor], state: dict[str, Any]) -> list[_FlatGroup]:
+    groups = []
     for index, master in enumerate(masters):
-        moments = base["state"][index]
-        step = moments["step"] if "step" in moments else base["param_groups"][0]["step"]  # apex keeps it in the group
-        yield master, {key: moments[key] for key in MOMENTS}, step
+        moments = state["state"][index]
+        values = {"master": master, **{key: moments[key] for key in MOMENTS}}
+        groups.append(_FlatGroup(values, _steps_of(moments, state)))
+    return groups
 
 
-def _pieces(state: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """A rank's fragments by parameter, from where DeepSpeed says that they lie in the flat groups; empty ranks have none."""
-    found = {}
-    for (master, moments, _), places in zip(_flat_groups(state, 1), state["param_slice_mappings"], strict=True):
-        for name, place in places.items():
-            flat = {"master": master, **moments}
-            found[name] = {key: value.narrow(0, place.start, place.numel) for key, value in flat.items()}
+def _fragments_of_stage_1_or_2(state: dict[str, Any]) -> Fragments:
+    """From where DeepSpeed says that the fragments lie in the flat groups; a rank may hold nothing of a parameter."""
+    found: Fragments = {}
+    groups = _flat_groups_of_stage_1_or_2(state)
+    for group, slices in zip(groups, state["param_slice_mappings"], strict=True):
+        for name, part in slices.items():
+            found[name] = {key: value.narrow(0, part.start, part.numel) for key, value in group.values.items()}
     return found
 
 
-def _pieces_of_stage_3(
-    state: dict[str, Any], groups: list[dict[str, Any]], data_ranks: int
-) -> dict[str, dict[str, Tensor]]:
-    """Stage 3 cuts every parameter into equal parts, padded, and lays a rank's parts end to end."""
-    flats = list(_flat_groups(state, 3))
-    whole = {"master": torch.cat([master.flatten() for master, _, _ in flats])}
-    for key in MOMENTS:
-        whole[key] = torch.cat([moments[key].flatten() for _, moments, _ in flats])
-    found, begin = {}, 0
-    for shapes in groups:
-        for name, shape in shapes.items():
+def _fragments_of_stage_3(state: dict[str, Any], shapes: list[dict[str, Any]], data_ranks: int) -> Fragments:
+    """Stage 3 cuts every parameter into equal parts, the last padded, and concatenates the parts of a rank."""
+    groups = _flat_groups_of_stage_3(state)
+    flat = {key: torch.cat([group.values[key].flatten() for group in groups]) for key in STATE_NAMES}
+    found: Fragments = {}
+    start = 0
+    for group_shapes in shapes:
+        for name, shape in group_shapes.items():
             size = -(-math.prod(shape) // data_ranks)
-            found[name] = {key: value.narrow(0, begin, size) for key, value in whole.items()}
-            begin += size
+            found[name] = {key: value.narrow(0, start, size) for key, value in flat.items()}
+            start += size
     return found
-
-
-def _read_plain(content: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[tuple[str, ParameterState]]:
-    """Without ZeRO the torch optimizer's state is whole in one file, with float32 masters beside it for bf16."""
-    state, masters = content["optimizer"], None
-    if "fp32_groups" in state:
-        masters = [tensor for group in state["fp32_groups"] for tensor in group]
-        state = state["optimizer_state_dict"]
-    for index, name in enumerate(content[ORDER]):
-        if name not in weights:
-            continue
-        own = state["state"][index]
-        step = own["step"] if "step" in own else state["param_groups"][0]["step"]
-        values = {"master": weights[name] if masters is None else masters[index]}
-        values |= {key: own[key] for key in MOMENTS}
-        shape = weights[name].shape
-        yield name, ParameterState({key: value.float().view(shape) for key, value in values.items()}, int(step))
-
-
-def read_dense_states(
-    folder: Path, layout: dict[str, int], wanted: Mapping[str, Splits], load: Load
-) -> Iterator[tuple[str, ParameterState]]:
-    """The state of the `wanted` parameters from a checkpoint of any layout, each as the part of its splits (none = all).
-
-    Raises CheckpointError where one is missing. Memory: what one pipeline stage's ranks held, at a time.
-    """
-    missing = set(wanted)
-    for stage in range(layout["pipeline_parallel_size"]):
-        read = _read_whole if layout["zero_stage"] == WHOLE else _read_stage
-        for name, state in read(folder, stage, layout, wanted, load):
-            yield name, state
-            missing.discard(name)
-    if missing:
-        raise CheckpointError(f"{folder}: holds no {min(missing)}; written by another version?")
-
-
-def stage_names(folder: Path, stage: int, layout: dict[str, int]) -> list[str]:
-    """The parameters that a pipeline stage held."""
-    first = stage * layout["tensor_parallel_size"]
-    name = dense_files(layout["tensor_parallel_size"] * layout["pipeline_parallel_size"])[first]
-    with open_tensors(folder / name) as file:
-        return list(file.keys())
-
-
-def _read_stage(
-    folder: Path, stage: int, layout: dict[str, int], wanted: Mapping[str, Splits], load: Load
-) -> Iterator[tuple[str, ParameterState]]:
-    tensor_ranks = layout["tensor_parallel_size"]
-    names = dense_files(tensor_ranks * layout["pipeline_parallel_size"])
-    own = range(stage * tensor_ranks, (stage + 1) * tensor_ranks)
-    weights, splits = zip(*(read_weights(folder / names[rank], wanted) for rank in own), strict=True)
-    if not weights[0]:
-        return
-    data_ranks = layout["data_parallel_size"] * layout["context_parallel_size"]
-    states = [
-        dict(
-            read_engine_state(
-                folder / ENGINE_FOLDER,
-                load,
-                zero_stage=layout["zero_stage"],
-                model_rank=rank,
-                data_ranks=data_ranks,
-                weights=held,
-            )
-        )
-        for rank, held in zip(own, weights, strict=True)
-    ]
-    for name in weights[0]:
-        yield name, _join([state[name] for state in states], splits[0].get(name), wanted[name])
-
-
-def whole_file(stage: int) -> str:
-    """Name of the file with the whole optimizer state of a stage's parameters, in a checkpoint written anew."""
-    return f"dense/optimizer-{stage:05d}.safetensors"
-
-
-def write_whole(folder: Path, stage: int, states: dict[str, ParameterState]) -> str:
-    """Write the whole state of a stage's parameters; returns the file's name."""
-    name = whole_file(stage)
-    tensors = {
-        f"{parameter}/{key}": value.contiguous()
-        for parameter, state in states.items()
-        for key, value in state.values.items()
-    }
-    steps = json.dumps({parameter: state.steps for parameter, state in states.items()})
-    (folder / name).parent.mkdir(exist_ok=True)
-    save_tensors(tensors, folder / name, {"steps": steps})
-    return name
-
-
-def _read_whole(
-    folder: Path, stage: int, layout: dict[str, int], wanted: Mapping[str, Splits], load: Load
-) -> Iterator[tuple[str, ParameterState]]:
-    with open_tensors(folder / whole_file(stage)) as file:
-        for name, steps in json.loads(file.metadata()["steps"]).items():
-            if name not in wanted:
-                continue
-            values = {}
-            for key in ("master", *MOMENTS):
-                part = file.get_slice(f"{name}/{key}")
-                ranges = [slice(None)] * len(part.get_shape())
-                for split in wanted[name]:
-                    ranges[split.dim] = slice(split.start, split.stop)
-                values[key] = part[tuple(ranges)]
-            yield name, ParameterState(values, steps)
-
-
-def _join(parts: list[ParameterState], dim: int | None, splits: Splits) -> ParameterState:
-    values = {}
-    for key, first in parts[0].values.items():
-        whole = first if dim is None else torch.cat([part.values[key] for part in parts], dim=dim)
-        values[key] = own_part(whole, splits)
-    return ParameterState(values, parts[0].steps)

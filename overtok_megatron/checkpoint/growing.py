@@ -1,8 +1,9 @@
-"""A trained model with more n-gram tables, which computes what it computed: new rows are zero, old ones change their places.
+"""A trained model with more n-gram tables that computes what it computed before: new rows are zero, old ones get new row ids.
 
-Rows of all tables are dealt over one row space by the sizes of all, so that every old row moves. They are sorted in two
-passes, each of which reads and writes in order: from the old files into one heap of rows for each new file, and from the
-heaps into the files. Memory: two files of rows. Disk: the old tables once more, for as long as it takes.
+The row space interleaves the rows of all tables by the sizes of all, so that with more tables every old row gets another id.
+The rows are sorted by their new ids in two passes, each of which reads and writes sequentially. The first appends every old row
+to a bucket on disk, one bucket per new file of rows; the second reads each bucket and writes its file. Memory: two files of
+rows. Disk: the old tables once more, until the new ones are written.
 """
 
 import shutil
@@ -26,38 +27,39 @@ from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_space import RowSpace
 
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size
-HEAPS = f"growing{PARTIAL}"  # in the new run's folder, while it is made
-_PLACES = "place"
+SCRATCH = f"growing{PARTIAL}"  # folder of the buckets in the new run's folder, until the new checkpoint is written
+_ROW_IDS = "row-ids"  # the column of new ids beside the columns of each row
 _ENCODER = "embedding.over_encoding"
 
 
 def grow(source: Path, output: Path, config: RunConfig, locate: Locate) -> Path:
     """Write the model of the checkpoint folder `source`, with the tables that `config` has beyond its own, below `output`.
 
-    A checkpoint of weights at step 0, from which a run of `config` starts; returns its folder. New projections have their
-    usual initial values, from the run's seed. Raises ConfigError where the grown model would not compute the same or is
-    not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be written.
+    The result is a checkpoint of weights at step 0, from which a run of `config` starts; returns its folder. New projections
+    have their usual initial values, from the run's seed. Raises ConfigError where the grown model would not compute the same
+    or is not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be written.
     """
     manifest = read_manifest(source)
     old = RunConfig.model_validate(manifest.config)
     check_grown(old, config)
     validate_model(config, locate)
     verify_checkpoint(source)
-    aside = output / HEAPS
+    scratch = output / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # rows of a killed call would be appended to, and are perhaps cut
     try:
         return write_weights(
             output,
             config,
-            _dense(source, config),
-            _rows(source, old, config, aside),
+            _grown_dense(source, config),
+            _grown_rows(source, old, config, scratch),
             eod_id=manifest.eod_id,
             tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         )
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _dense(source: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
+def _grown_dense(source: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
     """The old weights, then the projections that they lack."""
     known = set()
     for name, weight in read_dense_weights(source, read_manifest(source)):
@@ -70,68 +72,71 @@ def _dense(source: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
             yield f"{_ENCODER}.{key}", parameter.detach().to(DTYPES[config.training.precision])
 
 
-def _rows(source: Path, old: RunConfig, new: RunConfig, aside: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The rows of the new row space, a file at a time."""
+def _grown_rows(source: Path, old: RunConfig, new: RunConfig, scratch: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(first row id, columns) of the rows of the new row space, file by file."""
     space = row_space(new.model, new.over_encoding)
     dtype = ROW_DTYPES[new.over_encoding.row_dtype]
     columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (dtype, (space.width,))}
     if dtype == torch.int8:
         columns["scale"] = (torch.float32, ())
-    step = max(1, _FILE_BYTES // (space.width * dtype.itemsize))
-    heaps = _Heaps(aside, step)
+    rows_per_file = max(1, _FILE_BYTES // (space.width * dtype.itemsize))
+    buckets = _RowBuckets(scratch, rows_per_file)
     if old.over_encoding.enabled:
-        before = row_space(old.model, old.over_encoding)
+        old_space = row_space(old.model, old.over_encoding)
         for start, values in read_rows(source):
-            heaps.add(moved_places(before, space, start, values["weight"].shape[0]), values)
-    for start in range(0, space.total_rows, step):
-        count = min(step, space.total_rows - start)
-        part = {name: torch.zeros(count, *shape, dtype=kind) for name, (kind, shape) in columns.items()}
-        heaps.take(start, part)
-        yield start, part
+            buckets.append(_new_row_ids(old_space, space, start, values["weight"].shape[0]), values)
+    for start in range(0, space.total_rows, rows_per_file):
+        count = min(rows_per_file, space.total_rows - start)
+        file = {name: torch.zeros(count, *shape, dtype=kind) for name, (kind, shape) in columns.items()}
+        buckets.move_into(start, file)
+        yield start, file
 
 
-def moved_places(old: RowSpace, new: RowSpace, start: int, count: int) -> Tensor:
-    """Where the rows at places [start, start + count) of a row space lie in one with more tables, [count] int64."""
-    tables, rows = old.rows_at(torch.arange(start, start + count))
+def _new_row_ids(old: RowSpace, new: RowSpace, start: int, count: int) -> Tensor:
+    """The ids, in a row space with more tables, of the rows with ids [start, start + count) in the old one; [count] int64."""
+    tables, rows = old.table_rows_of(torch.arange(start, start + count))
     result = torch.empty_like(rows)
     for table in range(old.num_tables):
-        own = tables == table
-        result[own] = new.places(table, rows[own])
+        in_table = tables == table
+        result[in_table] = new.row_ids(table, rows[in_table])
     return result
 
 
-class _Heaps:
-    """Rows on disk, one heap for each range of `step` places of the new row space, in the order in which they came."""
+class _RowBuckets:
+    """Rows on disk in buckets, one per range of `rows_per_bucket` row ids, each in the order in which its rows were appended.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    A bucket is one file per column, with nothing but the values.
+    """
+
+    def __init__(self, folder: Path, rows_per_bucket: int) -> None:
         self._folder = folder
-        self._step = step
+        self._rows_per_bucket = rows_per_bucket
 
-    def _path(self, heap: int, column: str) -> Path:
-        return self._folder / f"{heap}-{column}"
+    def _path(self, bucket: int, column: str) -> Path:
+        return self._folder / f"{bucket}-{column}"
 
-    def add(self, places: Tensor, values: dict[str, Tensor]) -> None:
-        """places [r] int64 in the new row space, and what belongs to each row, [r, ...] by name."""
+    def append(self, row_ids: Tensor, values: dict[str, Tensor]) -> None:
+        """Append rows to their buckets. row_ids [r] int64; values: the columns [r, ...] of these rows by name."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        heaps = places // self._step
-        order = heaps.argsort(stable=True)
-        numbers, counts = heaps.unique(return_counts=True)
-        for name, column in {_PLACES: places, **values}.items():
-            parts = column[order].split(counts.tolist())
-            for heap, part in zip(numbers.tolist(), parts, strict=True):
-                with self._path(heap, name).open("ab") as file:
+        buckets = row_ids // self._rows_per_bucket
+        permutation = buckets.argsort(stable=True)
+        numbers, counts = buckets.unique(return_counts=True)
+        for name, column in {_ROW_IDS: row_ids, **values}.items():
+            parts = column[permutation].split(counts.tolist())
+            for bucket, part in zip(numbers.tolist(), parts, strict=True):
+                with self._path(bucket, name).open("ab") as file:
                     part.contiguous().view(torch.uint8).numpy().tofile(file)
 
-    def take(self, start: int, into: dict[str, Tensor]) -> None:
-        """Put the rows of the heap that begins at place `start` where they belong in tensors [step, ...] by name."""
-        heap = start // self._step
-        path = self._path(heap, _PLACES)
+    def move_into(self, start: int, columns: dict[str, Tensor]) -> None:
+        """Move the rows of the bucket that starts at row id `start` into columns [rows_per_bucket, ...] by name, in place."""
+        bucket = start // self._rows_per_bucket
+        path = self._path(bucket, _ROW_IDS)
         if not path.exists():
             return
-        places = torch.from_numpy(np.fromfile(path, dtype=np.int64)) - start
+        indices = torch.from_numpy(np.fromfile(path, dtype=np.int64)) - start
         path.unlink()
-        for name, target in into.items():
-            path = self._path(heap, name)
+        for name, column in columns.items():
+            path = self._path(bucket, name)
             raw = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-            target[places] = raw.view(target.dtype).view(-1, *target.shape[1:])
+            column[indices] = raw.view(column.dtype).view(-1, *column.shape[1:])
             path.unlink()

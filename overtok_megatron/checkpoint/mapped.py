@@ -1,7 +1,7 @@
-"""Rows read from a checkpoint's files as they are asked for: memory that does not depend on the size of the tables.
+"""Rows read from a checkpoint's files as they are asked for: memory does not depend on the size of the tables.
 
-Reads by position and not through mapped pages: those would count as this process's memory for as long as it runs. Which
-rows are in memory is left to the system's page cache.
+Rows are read with pread and not through memory-mapped pages: those would count as memory of this process for as long as it
+runs. Which rows stay in memory is left to the system's page cache.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overtok_megatron.checkpoint.tables import FOLDER, table_files
+from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
+from overtok_megatron.checkpoint.tables import table_files
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.rows import RowKernels, TableRows
 
@@ -21,24 +22,25 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
 class _Column:
-    """One tensor of a safetensors file, read a row at a time. Format: header length (u64), a JSON header, the data."""
+    """One tensor of a safetensors file, read row by row. Format: header length (u64), a JSON header, the data."""
 
-    def __init__(self, handle: int, data: int, entry: dict[str, Any]) -> None:
+    def __init__(self, handle: int, data_start: int, entry: dict[str, Any]) -> None:
+        """data_start: the offset in the file at which the data of all tensors starts. entry: of the header."""
         self.dtype = _DTYPES[entry["dtype"]]
-        self.shape = entry["shape"][1:]
+        self.row_shape = entry["shape"][1:]
         self._handle = handle
-        self._begin = data + entry["data_offsets"][0]
-        self._row_bytes = self.dtype.itemsize * (self.shape[0] if self.shape else 1)
+        self._start = data_start + entry["data_offsets"][0]
+        self._row_bytes = self.dtype.itemsize * (self.row_shape[0] if self.row_shape else 1)
 
-    def read(self, index: list[int]) -> Tensor:
-        """Rows [r, *shape]."""
+    def read(self, rows: list[int]) -> Tensor:
+        """The rows of the file at these indices, [r, *row_shape]."""
         size = self._row_bytes
-        parts = [os.pread(self._handle, size, self._begin + size * row) for row in index]
-        return torch.frombuffer(bytearray(b"".join(parts)), dtype=self.dtype).view(len(index), *self.shape)
+        parts = [os.pread(self._handle, size, self._start + size * row) for row in rows]
+        return torch.frombuffer(bytearray(b"".join(parts)), dtype=self.dtype).view(len(rows), *self.row_shape)
 
 
 class MappedRows:
-    """All rows of a checkpoint, read-only, on disk. `read` gives what a shard in memory would."""
+    """All rows of a checkpoint, read-only, on disk. `read` gives what a `RowStore` in memory gives."""
 
     rows: TableRows | None = None
     device = torch.device("cpu")
@@ -51,43 +53,45 @@ class MappedRows:
         self._weights: list[_Column] = []
         self._scales: list[_Column | None] = []
         end = 0
-        for path in table_files(folder):
-            if not path.name.startswith("rows-"):
+        for file in table_files(folder):
+            if not file.is_full:
                 raise CheckpointError(
-                    f"{path}: an incremental save, which cannot be read in place; write the checkpoint anew with "
+                    f"{folder / file.name}: an incremental save, which cannot be read in place; write the checkpoint anew with "
                     f"`overtok checkpoint reshape {folder}`, or leave the tables in memory"
                 )
-            begin, end = self._open(path, end, width)
-            self._starts.append(begin)
+            self._open(folder, file, end, width)
+            end = file.stop
         if end != total_rows:
             raise CheckpointError(f"{folder / FOLDER}: holds {end} of {total_rows} rows; of another model, or damaged")
 
-    def _open(self, path: Path, expected: int, width: int) -> tuple[int, int]:
+    def _open(self, folder: Path, file: TableFile, expected_start: int, width: int) -> None:
+        path = folder / file.name
         handle = os.open(path, os.O_RDONLY)  # for as long as the process lives
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             (length,) = struct.unpack("<Q", os.pread(handle, 8, 0))
             header = json.loads(os.pread(handle, length, 8))
-            begin, end = (int(header["__metadata__"][key]) for key in ("start", "stop"))
-            self._weights.append(_Column(handle, 8 + length, header["weight"]))
-            self._scales.append(_Column(handle, 8 + length, header["scale"]) if "scale" in header else None)
+            weight = _Column(handle, 8 + length, header["weight"])
+            scale = _Column(handle, 8 + length, header["scale"]) if "scale" in header else None
         except (OSError, ValueError, LookupError, struct.error) as error:
             raise CheckpointError(f"{path}: unreadable ({error})") from None
-        if begin != expected or self._weights[-1].shape != [width]:
-            raise CheckpointError(
-                f"{path}: rows from {begin} of width {self._weights[-1].shape[0]}; expected from {expected} of width {width}"
-            )
-        return begin, end
+        if file.start != expected_start or weight.row_shape != [width]:
+            found = f"{path}: rows from {file.start} of width {weight.row_shape[0]}"
+            raise CheckpointError(f"{found}; expected from {expected_start} of width {width}")
+        self._starts.append(file.start)
+        self._weights.append(weight)
+        self._scales.append(scale)
 
-    def read(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        edges = torch.searchsorted(index, torch.tensor([*self._starts, self.stop])).tolist()
-        parts = [torch.empty(0, self._weights[0].shape[0], dtype=dtype)] if self._weights else []
+    def read(self, row_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of row_ids [r] int64, ascending -> [r, w] of a dtype."""
+        edges = torch.searchsorted(row_ids, torch.tensor([*self._starts, self.stop])).tolist()
+        parts = [torch.empty(0, self._weights[0].row_shape[0], dtype=dtype)] if self._weights else []
         for number, start in enumerate(self._starts):
             first, last = edges[number], edges[number + 1]
             if first == last:
                 continue
-            own = (index[first:last] - start).tolist()
+            file_rows = (row_ids[first:last] - start).tolist()
             scale = self._scales[number]
-            stored = TableRows(self._weights[number].read(own), None if scale is None else scale.read(own))
-            parts.append(self.kernels.fetch(stored, torch.arange(len(own)), dtype))
+            stored = TableRows(self._weights[number].read(file_rows), None if scale is None else scale.read(file_rows))
+            parts.append(self.kernels.fetch(stored, torch.arange(len(file_rows)), dtype))
         return torch.cat(parts)

@@ -1,9 +1,14 @@
-"""Where checkpoints live on disk and how one becomes visible: written aside, synced, renamed, then named in `latest`.
+"""The folder of a run's checkpoints, and how a checkpoint becomes visible: written aside, synced, renamed, named in `latest`.
 
-Layout of `<run>/checkpoints/`: `step_00000100/` complete ones, `step_00000100.partial/` one being written (or cut),
-`latest` the name of the newest complete one. Each holds `manifest.json` with the size and SHA-256 of every file, and
-`manifest.sha256` with that of the manifest, in the form that `sha256sum -c` reads.
-This file knows no tensors; it is what a killed process may leave behind in any state.
+| in `<run>/checkpoints/` | what it is |
+| --- | --- |
+| `step_00000100/` | a complete checkpoint |
+| `step_00000100.partial/` | one that is being written, or whose writer was killed |
+| `latest` | the name of the newest complete checkpoint |
+
+Each checkpoint holds `manifest.json` with the size and SHA-256 of every file, and `manifest.sha256` with the SHA-256 of the
+manifest, in the form that `sha256sum -c` reads. A process may be killed at any moment: the previous checkpoint stays
+complete, and `clean` removes the rest. This file knows nothing of tensors.
 """
 
 import hashlib
@@ -14,30 +19,42 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.files import PARTIAL, sync, write_atomically
+from overtok_megatron.files import PARTIAL, rename_synced, sync_folders, write_atomically
+from overtok_megatron.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 LATEST = "latest"
-_REPLACED = ".replaced.partial"  # a complete one that makes room for another of its step
+_REPLACED = ".replaced.partial"  # suffix of a complete checkpoint that makes room for another one of its step
 _FORMAT = 3
 
 Digest = tuple[int, str]  # size in bytes, SHA-256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is: `config` as a nested dict, `layout` axis sizes and ZeRO stage, `files` name -> [bytes, sha256]."""
+    """What a checkpoint is. config: the run's, as a nested dict. files: the digest of each file by its name in the folder."""
 
     step: int
     consumed_samples: int
     config: dict[str, Any]
-    layout: dict[str, int]
+    layout: CheckpointLayout
     eod_id: int
     tokenizer_fingerprint: str
     files: dict[str, Digest]
     format: int = _FORMAT
+
+    def to_values(self) -> dict[str, Any]:
+        """The manifest as values of JSON's types."""
+        return {**asdict(self), "layout": self.layout.to_numbers()}
+
+    @classmethod
+    def from_values(cls, values: Any) -> "Manifest":
+        """Raises ValueError, TypeError, LookupError or AttributeError where `values`, parsed JSON, are not a manifest's."""
+        files = {name: (entry[0], entry[1]) for name, entry in values["files"].items()}
+        return cls(**{**values, "layout": CheckpointLayout.from_numbers(values["layout"]), "files": files})
 
 
 def file_digest(path: Path) -> Digest:
@@ -59,7 +76,7 @@ class CheckpointStore:
     """The checkpoints of one run. Only the first rank calls the methods that change anything."""
 
     def __init__(self, run_directory: Path) -> None:
-        self.root = run_directory / "checkpoints"
+        self.root = RunFolder(run_directory).checkpoints
 
     def partial(self, step: int) -> Path:
         """The folder in which the checkpoint of `step` is being written."""
@@ -69,8 +86,8 @@ class CheckpointStore:
         """The folder of a complete checkpoint of `step`."""
         return self.root / f"step_{step:08d}"
 
-    def begin(self, step: int) -> Path:
-        """Make an empty partial folder."""
+    def start_save(self, step: int) -> Path:
+        """Make the partial folder of a checkpoint, empty; returns it."""
         folder = self.partial(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -83,24 +100,24 @@ class CheckpointStore:
     def publish(self, manifest: Manifest) -> Path:
         """Make the partial folder of `manifest.step` a complete checkpoint and the latest one."""
         partial = self.partial(manifest.step)
-        text = json.dumps(asdict(manifest), indent=1)
+        text = json.dumps(manifest.to_values(), indent=1)
         write_atomically(partial / MANIFEST, text)
         write_atomically(partial / MANIFEST_DIGEST, _digest_line(text))
-        for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-            sync(folder)
+        sync_folders(partial)
         final = self.final(manifest.step)
         old = final.with_name(final.name + _REPLACED)
-        if final.exists():  # a resumed run comes by again; clean() puts it back if we are killed before the next line
+        if (
+            final.exists()
+        ):  # a resumed run saves this step again; clean() puts it back if we are killed before the next line
             os.replace(final, old)
-        os.replace(partial, final)
-        sync(self.root)
+        rename_synced(partial, final)
         write_atomically(self.root / LATEST, final.name)
         if old.exists():
             self._remove(old)
         return final
 
     def _remove(self, path: Path) -> None:
-        """Make a complete checkpoint invisible, then remove it: removing takes long and may be cut."""
+        """Rename a complete checkpoint, so that it is invisible, then remove it: removing takes long and may be cut."""
         aside = path.with_name(f"{path.name.removesuffix(_REPLACED)}.removed{PARTIAL}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
@@ -126,8 +143,10 @@ class CheckpointStore:
         return sorted(path.parent for path in self.root.glob(f"step_*/{MANIFEST}") if path.parent.suffix != PARTIAL)
 
     def prune(self, keep_last: int, keep_every: int | None = None) -> list[Path]:
-        """Remove all but the `keep_last` newest complete checkpoints, those of steps that `keep_every` divides, and the one
-        that `latest` names; returns what was removed."""
+        """Remove complete checkpoints; returns the removed folders.
+
+        Kept are the `keep_last` newest ones, those of steps that `keep_every` divides, and the one that `latest` names.
+        """
         latest = self.latest()  # older than others where a user has turned the pointer back
         doomed = [
             path
@@ -154,7 +173,7 @@ class CheckpointStore:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """The checkpoint that `run` means: itself, or the latest one of a run's folder. Raises CheckpointError."""
+    """The checkpoint in the folder `run`: `run` itself, or the latest one of a run's folder. Raises CheckpointError."""
     if (run / MANIFEST).is_file():
         return run
     path = CheckpointStore(run).latest()
@@ -176,7 +195,7 @@ def read_manifest(path: Path) -> Manifest:
         raw = json.loads(text)
         if raw["format"] != _FORMAT:  # first: another format may have other keys
             raise CheckpointError(f"{path / MANIFEST}: format {raw['format']}, this version reads {_FORMAT}")
-        manifest = Manifest(**{**raw, "files": {name: (entry[0], entry[1]) for name, entry in raw["files"].items()}})
+        manifest = Manifest.from_values(raw)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}); is this a checkpoint folder?") from None
     digest = path / MANIFEST_DIGEST
@@ -207,8 +226,9 @@ def verify_checkpoint(path: Path) -> Manifest:
     manifest = read_manifest(path)
     for name in sorted(manifest.files):
         verify_file(path, name, manifest)
-    strangers = [file for file in path.rglob("*") if file.is_file() and file.relative_to(path).as_posix() not in
-                 {*manifest.files, MANIFEST, MANIFEST_DIGEST}]  # fmt: skip
-    if strangers:
-        raise CheckpointError(f"{min(strangers)}: no file of this checkpoint; remove it")
+    known = {*manifest.files, MANIFEST, MANIFEST_DIGEST}
+    files = [file for file in path.rglob("*") if file.is_file()]
+    foreign = [file for file in files if file.relative_to(path).as_posix() not in known]
+    if foreign:
+        raise CheckpointError(f"{min(foreign)}: no file of this checkpoint; remove it")
     return manifest

@@ -1,10 +1,9 @@
 """Table rows as safetensors files by global row range: written by any number of ranks, read by any other number.
 
-`tables/rows-<start>-<stop>.safetensors` holds rows [start, stop): `weight`, `touched` and every optimizer state.
-`tables/changed-<n>-<start>-<stop>.safetensors` holds, beside their global numbers in `rows`, only those of [start, stop)
-that changed since the save before; n = 1, 2, ... counts them. A checkpoint has all files that it needs: what an incremental
-save does not write again it links, so that removing the older checkpoint takes nothing away.
-Metadata: the range and the optimizer's step count, of which the last file's holds.
+A full file holds all rows of its range: `weight`, `touched` and every state of the row optimizer. An incremental file holds,
+beside the row ids in `rows`, only those rows of its range that changed since the save before. A checkpoint has all files that
+it needs: an incremental save hard-links the files that it does not write again, so that the older checkpoint can be removed.
+The names of the files: table_file.py. Metadata: the range and the optimizer's step count; the last file's count holds.
 """
 
 import os
@@ -18,20 +17,20 @@ from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
 from overtok_megatron.checkpoint.store import Digest, file_digest
+from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
 
-FOLDER = "tables"
 _FILE_BYTES = 1 << 28  # rows are written in files of about this size, which bounds the memory of a save
 _PIECE_BYTES = 1 << 24  # copied at a time, during which no row can change
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The files that a rank's rows are in after a save: the full ones and the increments on them, with their digests."""
+    """The files that hold a rank's rows after a save: full ones and the increments on them, by name with their digests."""
 
     folder: Path
     files: dict[str, Digest]
@@ -39,132 +38,130 @@ class Chain:
 
 
 class TableWriter:
-    """Saves one rank's rows, all of them or those that changed, in two halves.
+    """Saves one rank's rows, all of them or only those that changed, in two halves.
 
-    `begin` notes what is to be written and takes no time that grows with the tables but for one flag a row; the function that
-    it returns writes, on any thread, while rows go on changing. increments: how many saves may build on a full one.
+    `start_save` notes what is to be written. It takes no time that grows with the tables except for reading one flag per row.
+    The function that it returns writes the files, on any thread, while training goes on changing rows.
     """
 
-    def __init__(self, tables: ShardedTables, increments: int) -> None:
+    def __init__(self, tables: ShardedTables, max_increments: int) -> None:
+        """max_increments: how many incremental saves may build on a full one."""
         self._tables = tables
         self._store = tables.store
         self._optimizer = tables.optimizer
-        self._limit = increments
+        self._max_increments = max_increments
         self._chain: Chain | None = None
 
     def forget(self) -> None:
-        """The next save is a full one: the last was not completed, so it is not known what has changed since."""
+        """Make the next save a full one: the last was not completed, so it is not known what has changed since."""
         self._chain = None
 
-    def begin(self, folder: Path) -> Callable[[], dict[str, Digest]]:
-        """Start a save below `folder`; call what is returned once, to write: it returns the files with their digests."""
+    def start_save(self, folder: Path) -> Callable[[], dict[str, Digest]]:
+        """Start a save below `folder`; call the returned function once to write the files: it returns their digests."""
         store = self._store
         chain, self._chain = self._chain, None
         changed = store.take_changed()
-        full = chain is None or chain.increments >= self._limit or 2 * changed.numel() > store.num_rows
         if store.num_rows == 0:
             return dict
-        metadata = {"start": str(store.start), "stop": str(store.stop), "steps": str(self._optimizer.steps)}
-        if full or chain is None:
+        steps = self._optimizer.steps
+        if chain is None or chain.increments >= self._max_increments or 2 * changed.numel() > store.num_rows:
             snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns())
-            return lambda: self._finish(folder, self._write_all(folder, snapshot, metadata), 0)
+            return lambda: self._finish(folder, self._write_all(folder, snapshot, steps), 0)
         values = {name: _rows_to_host(column, changed) for name, column in self._tables.columns().items()}
         values["rows"] = changed.cpu() + store.start
-        return lambda: self._finish(folder, self._write_changed(folder, chain, values, metadata), chain.increments + 1)
+        increments = chain.increments + 1
+        return lambda: self._finish(folder, self._write_changed(folder, chain, values, steps), increments)
 
     def _finish(self, folder: Path, files: dict[str, Digest], increments: int) -> dict[str, Digest]:
         self._tables.snapshot = None
         self._chain = Chain(folder, files, increments)
         return files
 
-    def _write_all(self, folder: Path, snapshot: RowSnapshot, metadata: dict[str, str]) -> dict[str, Digest]:
+    def _write_all(self, folder: Path, snapshot: RowSnapshot, steps: int) -> dict[str, Digest]:
         store, columns = self._store, self._tables.columns()
         row_bytes = sum(tensor[:1].nbytes for tensor in columns.values())
-        step, piece = max(1, _FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
+        rows_per_file, rows_per_piece = max(1, _FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
         files: dict[str, Digest] = {}
-        for begin in range(0, store.num_rows, step):
-            end = min(begin + step, store.num_rows)
-            parts = [snapshot.take(min(place + piece, end)) for place in range(begin, end, piece)]
-            values = {name: torch.cat([part[name] for part in parts]) for name in columns}
-            own = metadata | {"start": str(store.start + begin), "stop": str(store.start + end)}
-            files |= write_rows(folder, f"rows-{store.start + begin:012d}-{store.start + end:012d}", values, own)
+        for first in range(0, store.num_rows, rows_per_file):
+            stop = min(first + rows_per_file, store.num_rows)
+            pieces = [snapshot.take(min(row + rows_per_piece, stop)) for row in range(first, stop, rows_per_piece)]
+            values = {name: torch.cat([piece[name] for piece in pieces]) for name in columns}
+            files |= write_rows(folder, TableFile.full(store.start + first, store.start + stop), values, steps)
         return files
 
-    def _write_changed(
-        self, folder: Path, chain: Chain, values: dict[str, Tensor], metadata: dict[str, str]
-    ) -> dict[str, Digest]:
+    def _write_changed(self, folder: Path, chain: Chain, values: dict[str, Tensor], steps: int) -> dict[str, Digest]:
         (folder / FOLDER).mkdir(exist_ok=True)
         for name in chain.files:
             os.link(chain.folder / name, folder / name)
-        number, store = chain.increments + 1, self._store
-        name = f"changed-{number:04d}-{store.start:012d}-{store.stop:012d}"
-        return chain.files | write_rows(folder, name, values, metadata)
+        file = TableFile(chain.increments + 1, self._store.start, self._store.stop)
+        return chain.files | write_rows(folder, file, values, steps)
 
     def published(self, folder: Path) -> None:
-        """The save's folder has got its final name, by which the next increment finds the files to link."""
+        """Note the final name of the save's folder, below which the next increment finds the files to link."""
         if self._chain is not None:
             self._chain = Chain(folder, self._chain.files, self._chain.increments)
 
 
 def _rows_to_host(column: Tensor, rows: Tensor) -> Tensor:
-    """column[rows] in host memory; rows [c] int64. On the device only a piece of it exists at a time."""
+    """column[rows] in host memory; rows [c] int64. On the device only a piece of the result exists at a time."""
     result = torch.empty(rows.numel(), *column.shape[1:], dtype=column.dtype)
     step = max(1, _PIECE_BYTES // column[:1].nbytes)
-    for begin in range(0, rows.numel(), step):
-        result[begin : begin + step] = column[rows[begin : begin + step]]
+    for first in range(0, rows.numel(), step):
+        result[first : first + step] = column[rows[first : first + step]]
     return result
 
 
-def write_rows(folder: Path, stem: str, values: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Digest]:
-    """Write one file of rows below `folder` and sync it; its name with its digest."""
+def write_rows(folder: Path, file: TableFile, values: dict[str, Tensor], steps: int) -> dict[str, Digest]:
+    """Write a table file of the checkpoint `folder` and sync it; returns its name with its digest.
+
+    values: columns [r, ...] by name. steps: how many steps the row optimizer has taken.
+    """
     (folder / FOLDER).mkdir(exist_ok=True)
-    name = f"{FOLDER}/{stem}.safetensors"
-    values = {**values, "touched": values["touched"] > 0}  # in memory it is more than yes or no
-    save_tensors(values, folder / name, metadata)
-    return {name: file_digest(folder / name)}
+    values = {**values, "touched": values["touched"] > 0}  # in memory the flag has more than two values
+    metadata = {"start": str(file.start), "stop": str(file.stop), "steps": str(steps)}
+    save_tensors(values, folder / file.name, metadata)
+    return {file.name: file_digest(folder / file.name)}
 
 
-def table_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's tables in the order in which they apply: full ones, then increments as they were made."""
-    return [
-        *sorted((folder / FOLDER).glob("rows-*.safetensors")),
-        *sorted((folder / FOLDER).glob("changed-*.safetensors")),
-    ]
+def table_files(folder: Path) -> list[TableFile]:
+    """The table files of a checkpoint in the order in which they apply: full ones, then increments as they were made."""
+    names = [path.relative_to(folder).as_posix() for path in (folder / FOLDER).glob("*")]
+    return sorted(file for name in names if (file := TableFile.parse(name)) is not None)
 
 
 def load_tables(folder: Path, tables: ShardedTables) -> None:
-    """Fill this rank's rows and their optimizer's state from whichever files hold them.
+    """Fill this rank's rows and the state of their optimizer from whichever files hold them.
 
-    Raises CheckpointError where rows are missing or of another width, the optimizer's state is another one, or a file is
-    damaged.
+    Raises CheckpointError where rows are missing or of another width, where the state is another optimizer's, or where a file
+    is damaged.
     """
     tables.optimizer.steps = _fill(folder, tables.store, tables.columns())
 
 
 def load_rows(folder: Path, store: RowStore) -> None:
-    """Fill a store with the values of its rows alone; none counts as touched. Raises as `load_tables`."""
+    """Fill a store with the values of its rows alone; none counts as touched. Raises as `load_tables` does."""
     columns = store.columns()
     del columns["touched"]
     _fill(folder, store, columns)
 
 
 def _fill(folder: Path, store: RowStore, columns: dict[str, Tensor]) -> int:
-    """Fill columns of a store's rows, in place, from all files that overlap it; the optimizer's steps of the last of them."""
+    """Fill columns of a store's rows, in place, from all files that overlap it; returns the last file's step count."""
     filled = steps = 0
-    for path, file, begin, end in _overlapping(folder, store.start, store.stop):
-        _check_columns(path, file, columns)
-        if path.name.startswith("rows-"):
-            start = int(file.metadata()["start"])
+    for file, contents, file_steps in _overlapping(folder, store.start, store.stop):
+        _check_columns(folder / file.name, contents, columns)
+        first, stop = max(file.start, store.start), min(file.stop, store.stop)
+        if file.is_full:
             for key, target in columns.items():
-                target[begin - store.start : end - store.start].copy_(file.get_slice(key)[begin - start : end - start])
-            filled += end - begin
+                values = contents.get_slice(key)[first - file.start : stop - file.start]
+                target[first - store.start : stop - store.start].copy_(values)
+            filled += stop - first
         else:
-            rows = file.get_tensor("rows")
-            ours = ((rows >= store.start) & (rows < store.stop)).nonzero().squeeze(1)
-            place = (rows[ours] - store.start).to(store.device)
+            local_rows, kept = _changed_rows(contents, store.start, store.stop)
+            local_rows = local_rows.to(store.device)
             for key, target in columns.items():
-                target[place] = file.get_tensor(key)[ours].to(target.device, target.dtype)
-        steps = int(file.metadata()["steps"])
+                target[local_rows] = contents.get_tensor(key)[kept].to(target.device, target.dtype)
+        steps = file_steps
     if filled != store.num_rows:
         raise CheckpointError(
             f"{folder / FOLDER}: holds {filled} of the rows {store.start} to {store.stop}; the "
@@ -173,43 +170,48 @@ def _fill(folder: Path, store: RowStore, columns: dict[str, Tensor]) -> int:
     return steps
 
 
-def _overlapping(folder: Path, start: int, stop: int) -> Iterator[tuple[Path, Any, int, int]]:
-    """(path, open file, begin, end) of the files that hold rows of [start, stop), in order."""
-    for path in table_files(folder):
-        with open_tensors(path) as file:
-            metadata = file.metadata()
-            begin, end = max(int(metadata["start"]), start), min(int(metadata["stop"]), stop)
-            if begin < end:
-                yield path, file, begin, end
+def _overlapping(folder: Path, start: int, stop: int) -> Iterator[tuple[TableFile, Any, int]]:
+    """(file, its open contents, its step count) of the files with rows of [start, stop), in the order in which they apply."""
+    for file in table_files(folder):
+        if max(file.start, start) < min(file.stop, stop):
+            with open_tensors(folder / file.name) as contents:
+                yield file, contents, int(contents.metadata()["steps"])
 
 
-def _check_columns(path: Path, file: Any, columns: dict[str, Tensor]) -> None:
-    missing = sorted(columns.keys() - set(file.keys()))
+def _changed_rows(contents: Any, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(rows less `start`, their indices in the file), int64, of an incremental file's rows that lie in [start, stop)."""
+    row_ids = contents.get_tensor("rows")
+    kept = ((row_ids >= start) & (row_ids < stop)).nonzero().squeeze(1)
+    return row_ids[kept] - start, kept
+
+
+def _check_columns(path: Path, contents: Any, columns: dict[str, Tensor]) -> None:
+    missing = sorted(columns.keys() - set(contents.keys()))
     if missing:
         raise CheckpointError(
             f"{path}: holds no {missing[0]}; over_encoding.optimizer differs from the run that wrote it"
         )
     for key, target in columns.items():
-        shape = file.get_slice(key).get_shape()
+        shape = contents.get_slice(key).get_shape()
         if shape[1:] != list(target.shape[1:]):
             raise CheckpointError(
                 f"{path}: {key} has rows of shape {shape[1:]}, this model needs {list(target.shape[1:])}"
             )
 
 
-def merged_rows(folder: Path) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
-    """The arguments of write_rows for a checkpoint's full files with all increments applied, one after the other."""
-    full = sorted((folder / FOLDER).glob("rows-*.safetensors"))
-    for path in full:
-        with open_tensors(path) as file:
-            metadata = file.metadata()
-            values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
-        start, stop = int(metadata["start"]), int(metadata["stop"])
-        for other, changed, _, _ in _overlapping(folder, start, stop):
-            if other.name.startswith("changed-"):
-                rows = changed.get_tensor("rows")
-                ours = ((rows >= start) & (rows < stop)).nonzero().squeeze(1)
-                for key, target in values.items():
-                    target[rows[ours] - start] = changed.get_tensor(key)[ours]
-                metadata["steps"] = changed.metadata()["steps"]
-        yield path.stem, values, metadata
+def merged_rows(folder: Path) -> Iterator[tuple[TableFile, dict[str, Tensor], int]]:
+    """The arguments of `write_rows` for the full files of a checkpoint with all increments applied, one after the other."""
+    for full in table_files(folder):
+        if not full.is_full:
+            continue
+        with open_tensors(folder / full.name) as contents:
+            steps = int(contents.metadata()["steps"])
+            values = {key: contents.get_tensor(key) for key in contents.keys()}  # noqa: SIM118  # not a mapping
+        for file, contents, file_steps in _overlapping(folder, full.start, full.stop):
+            if file.is_full:
+                continue
+            local_rows, kept = _changed_rows(contents, full.start, full.stop)
+            for key, target in values.items():
+                target[local_rows] = contents.get_tensor(key)[kept]
+            steps = file_steps
+        yield full, values, steps

@@ -1,4 +1,4 @@
-"""Tensors to a safetensors file, as every part of a checkpoint and of an exported model is written."""
+"""Writes tensors to a safetensors file; all parts of checkpoints and of exported models are written by it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +10,9 @@ from overtok_megatron.files import follow_umask, sync
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write one file and sync it. Its mode follows the umask: the library alone leaves it to its owner (0600).
+    """Write one file and sync it. Its mode follows the umask: the library makes files that only their owner reads (0600).
 
-    Raises SafetensorError or OSError as the library and the disk do.
+    Raises SafetensorError or OSError, as the library and the disk do.
     """
     save_file(dict(tensors), path, metadata)
     follow_umask(path)

@@ -1,1 +1,1 @@
-"""The verbs of `overtok`, by room; each module has `add_verbs`. Every verb is a thin call into one room."""
+"""The verbs of `overtok`. Each module has `add_verbs`; a verb parses its arguments and calls one room of the package."""

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.commands.arguments import positive
-from overtok_megatron.commands.models import carried_tokenizer, carry_tokenizer
+from overtok_megatron.commands.model_arguments import carried_tokenizer, carry_tokenizer
 
 
 def _inspect_checkpoint(options: argparse.Namespace) -> int:
-    from overtok_megatron.checkpoint.report import describe
+    from overtok_megatron.checkpoint.inspection import describe_checkpoint
     from overtok_megatron.checkpoint.store import find_checkpoint
 
-    print(describe(find_checkpoint(Path(options.checkpoint))))
+    print(describe_checkpoint(find_checkpoint(Path(options.checkpoint))))
     return 0
 
 
@@ -32,7 +32,7 @@ def _verify_checkpoint(options: argparse.Namespace) -> int:
 
 def _reshape_checkpoint(options: argparse.Namespace) -> int:
     from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
-    from overtok_megatron.config.run_places import run_of
+    from overtok_megatron.config.moved_runs import run_of
     from overtok_megatron.config.schema import RunConfig
     from overtok_megatron.training.reshaping import reshape
 
@@ -48,7 +48,7 @@ def _reshape_checkpoint(options: argparse.Namespace) -> int:
 
 def _prune_checkpoints(options: argparse.Namespace) -> int:
     from overtok_megatron.checkpoint.store import CheckpointStore
-    from overtok_megatron.run_folder import hold
+    from overtok_megatron.run_lock import hold
 
     run = Path(options.run)
     if not CheckpointStore(run).root.is_dir():

@@ -7,7 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from overtok_megatron.commands.models import add_tokenizer, tokenizer_of
+from overtok_megatron.commands.model_arguments import add_tokenizer, tokenizer_of
+from overtok_megatron.run_folder import RunFolder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -22,7 +23,7 @@ def _import(options: argparse.Namespace) -> int:
         _compare(run, source, run, options.text, rounded=False)
     print(f"{path}: the weights of {source}")
     print(f"to go on: overtok prepare TEXTS --tokenizer {quote(str(run))} --output SET, then")
-    print(f"overtok train {quote(str(run / 'config.yaml'))} data.train=SET")
+    print(f"overtok train {quote(str(RunFolder(run).config))} data.train=SET")
     return 0
 
 
@@ -48,11 +49,11 @@ def _compare(
     """Print how far both models' logits are apart; where it is too far, or cannot be told, `made` is removed."""
     from overtok_megatron.errors import CheckpointError
     from overtok_megatron.interchange.logits_check import compare
-    from overtok_megatron.interchange.passage import PASSAGE
+    from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 
     try:
         found = compare(
-            run, folder, PASSAGE if text is None else _read(Path(text)), rounded=rounded, tokenizer=tokenizer
+            run, folder, SAMPLE_TEXT if text is None else _read(Path(text)), rounded=rounded, tokenizer=tokenizer
         )
         if not found.equal:
             raise CheckpointError(f"{made}: does not compute what the source does: {found}; removed")

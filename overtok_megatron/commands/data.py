@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from overtok_megatron.commands.arguments import positive, workers
 from overtok_megatron.errors import DataError
 from overtok_megatron.files import shown
+from overtok_megatron.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from overtok_megatron.data.preparing.sources import ReadOptions
@@ -20,8 +21,8 @@ def _tokenizer(options: argparse.Namespace) -> "Tokenizer":
     from overtok_megatron.data.tokenizers.loading import infer_kind, load_tokenizer
 
     path = None if options.tokenizer == "bytes" else Path(options.tokenizer)
-    if path is not None and (path / "config.yaml").is_file():
-        return _tokenizer_of_run(path / "config.yaml", options)
+    if path is not None and (config := RunFolder(path).config).is_file():
+        return _tokenizer_of_run(config, options)
     kind = options.tokenizer_type or ("bytes" if path is None else infer_kind(path))
     if kind == "bytes" and (path is not None or options.eod_token is not None):
         raise DataError(

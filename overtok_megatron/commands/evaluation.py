@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overtok_megatron.commands.arguments import positive
-from overtok_megatron.commands.models import add_model, load_model
+from overtok_megatron.commands.model_arguments import add_model, load_model
 from overtok_megatron.errors import InputError
+from overtok_megatron.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from overtok_megatron.config.schema import RunConfig
@@ -20,7 +21,7 @@ Sets = Sequence[tuple[str, str]]  # (name, "" = none; prefix)
 
 @dataclass(frozen=True)
 class _Question:
-    """What a model is asked: of JSON's types, to know it again; and its answer, as figures and as text."""
+    """What a model is asked, of JSON's types, by which a record is recognized; and its answer, as metrics and as text."""
 
     asked: dict[str, Any]
     answer: Callable[["TrainedModel"], tuple[dict[str, float], str]]
@@ -34,27 +35,27 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _question(options: argparse.Namespace, sets: Sets = ()) -> _Question:
-    """sets: those to score without --data; none = those of each model's own run."""
+    """sets: those to score where --data names none; () = those of each model's own run."""
     return _tasks(options) if options.tasks else _sets(options, [("", prefix) for prefix in options.data or ()] or sets)
 
 
 def _follow(options: argparse.Namespace) -> int:
     from overtok_megatron.config.loading import load_config
-    from overtok_megatron.config.run_places import located
+    from overtok_megatron.config.moved_runs import with_current_paths
     from overtok_megatron.evaluation.following import follow
 
     run = Path(options.run)
-    if not (run / "config.yaml").is_file():
+    if not RunFolder(run).config.is_file():
         raise InputError(f"--follow: {run} holds no config.yaml; name the output folder of a run that was started")
     sets: Sets = ()
     if not options.data and not options.tasks:  # of the run, not of each checkpoint: a grown model's first knows none
-        sets = _validation_sets(located(load_config(run / "config.yaml").config, run), options.run)
+        sets = _validation_sets(with_current_paths(load_config(RunFolder(run).config).config, run), options.run)
     question = _question(options, sets)
 
     def score(path: Path) -> dict[str, float]:
-        figures, text = question.answer(load_model(options, path))
+        metrics, text = question.answer(load_model(options, path))
         print(text if options.json else f"{path.name}\n{text}", flush=True)
-        return figures
+        return metrics
 
     for _ in follow(run, question.asked, score):
         pass
@@ -74,10 +75,10 @@ def _sets(options: argparse.Namespace, given: Sets) -> _Question:
     def answer(trained: "TrainedModel") -> tuple[dict[str, float], str]:
         from tqdm import tqdm
 
-        from overtok_megatron.evaluation.perplexity import open_set, score_figures, score_json, score_set, score_table
+        from overtok_megatron.evaluation.perplexity import open_set, score_json, score_metrics, score_set, score_table
 
         sets = given or _validation_sets(trained.config, options.run)
-        for _, prefix in sets:  # a misspelt one is told before hours are spent on the others
+        for _, prefix in sets:  # a misspelt prefix is reported before hours are spent on the other sets
             open_set(trained, prefix)
         scores = []
         length = trained.config.data.seq_length
@@ -85,7 +86,7 @@ def _sets(options: argparse.Namespace, given: Sets) -> _Question:
             windows = -(-(open_set(trained, prefix).num_tokens - 1) // length)
             with tqdm(total=windows, unit="window", desc=name or prefix, disable=None) as bar:
                 scores.append(score_set(trained, prefix, options.batch_size, bar.update, name=name))
-        return score_figures(scores), score_json(scores, trained.step) if options.json else score_table(scores)
+        return score_metrics(scores), score_json(scores, trained.step) if options.json else score_table(scores)
 
     named = any(name for name, _ in given)
     return _Question({"sets": dict(given) if named else [prefix for _, prefix in given]}, answer)
@@ -99,7 +100,7 @@ def _tasks(options: argparse.Namespace) -> _Question:
     tasks = [name for names in options.tasks for name in names.split(",")]
 
     def answer(trained: "TrainedModel") -> tuple[dict[str, float], str]:
-        from overtok_megatron.evaluation.harness import results_figures, results_json, results_table, run_tasks
+        from overtok_megatron.evaluation.harness import results_json, results_metrics, results_table, run_tasks
 
         results = run_tasks(
             trained,
@@ -110,7 +111,7 @@ def _tasks(options: argparse.Namespace) -> _Question:
             num_fewshot=options.num_fewshot,
         )
         text = results_json(results, trained.step) if options.json else results_table(results)
-        return results_figures(results), text
+        return results_metrics(results), text
 
     return _Question({"tasks": tasks, "limit": options.limit, "num_fewshot": options.num_fewshot}, answer)
 

@@ -4,38 +4,39 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.commands.models import add_tokenizer, carried_tokenizer, carry_tokenizer, tokenizer_of
+from overtok_megatron.commands.model_arguments import add_tokenizer, carried_tokenizer, carry_tokenizer, tokenizer_of
 
 
 def _grow(options: argparse.Namespace) -> int:
-    from overtok_megatron.checkpoint.growing import HEAPS, grow
+    from overtok_megatron.checkpoint.growing import SCRATCH, grow
     from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
     from overtok_megatron.config.growth import grow_config, parse_tables
     from overtok_megatron.config.loading import change_config, save_resolved
-    from overtok_megatron.config.run_places import located, run_of
+    from overtok_megatron.config.moved_runs import run_of, with_current_paths
     from overtok_megatron.config.schema import RunConfig
     from overtok_megatron.errors import ConfigError
     from overtok_megatron.files import refuse_used_folder
-    from overtok_megatron.run_folder import hold
+    from overtok_megatron.run_folder import CHECKPOINTS, RunFolder
+    from overtok_megatron.run_lock import hold
 
     source, output = find_checkpoint(Path(options.run)), Path(options.output)
     manifest, run = read_manifest(source), run_of(source)
-    old = located(RunConfig.model_validate(manifest.config), run)
+    old = with_current_paths(RunConfig.model_validate(manifest.config), run)
     section, reason = carried_tokenizer(old, run, manifest.tokenizer_fingerprint, tokenizer_of(options))
     old = old.model_copy(update={"tokenizer": section or old.tokenizer})
     grown = grow_config(old, [parse_tables(text) for text in options.tables], freeze=options.freeze)
-    refuse_used_folder(output, but=("checkpoints", HEAPS))  # these two a killed call leaves
+    refuse_used_folder(output, allowed=(CHECKPOINTS, SCRATCH))  # these two a killed call leaves
     start = {"output_directory": str(output), "initial_checkpoint": None, "resume": "auto"}  # from what grow writes
     grown = grown.model_copy(update={"training": grown.training.model_copy(update=start)})
     loaded = change_config(grown, options.overrides, "--tables")
-    place = loaded.config.training.output_directory
-    if place != str(output):
-        raise ConfigError(f"training.output_directory: {place}; --output says where the new run lies: leave it out")
+    directory = loaded.config.training.output_directory
+    if directory != str(output):
+        raise ConfigError(f"training.output_directory: {directory}; --output says where the new run lies: leave it out")
     with hold(output, "overtok grow"):
         path = grow(source, output, loaded.config, loaded.locate)
         carry_tokenizer(section, reason, output)
-        save_resolved(loaded.config, output / "config.yaml")
-    print(f"{path}: the model of {source} with more tables; go on with overtok train {output / 'config.yaml'}")
+        save_resolved(loaded.config, RunFolder(output).config)
+    print(f"{path}: the model of {source} with more tables; go on with overtok train {RunFolder(output).config}")
     return 0
 
 

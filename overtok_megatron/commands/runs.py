@@ -34,13 +34,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
-    """The configuration; where it is a run's own and the run was moved, or is not seen from here, as the run lies now."""
+    """The configuration; where it is the file of a run that was moved, with the paths of the run as they are now."""
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
     from overtok_megatron.config.loading import COMMAND_LINE
-    from overtok_megatron.config.run_places import moved_here, own_run
+    from overtok_megatron.config.moved_runs import find_moved_run, relocate
     from overtok_megatron.data.tokenizers.kept import find_tokenizer
 
-    run = own_run(loaded, path)
+    run = find_moved_run(loaded, path)
     if run is None:
         return loaded
     print(
@@ -48,10 +48,10 @@ def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
         f"goes on in {run}",
         file=sys.stderr,
     )
-    moved = moved_here(loaded, run)
+    moved = relocate(loaded, run)
     latest = CheckpointStore(run).latest()
     if latest is not None and loaded.locate("tokenizer.path") != COMMAND_LINE:
-        with suppress(CheckpointError):  # what is missing is told where the file is opened
+        with suppress(CheckpointError):  # a missing tokenizer is reported where the file is opened
             section = find_tokenizer(loaded.config, run, read_manifest(latest).tokenizer_fingerprint)
             return replace(moved, config=moved.config.model_copy(update={"tokenizer": section}))
     return moved

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.commands.arguments import port, positive
-from overtok_megatron.commands.models import add_model, load_model
+from overtok_megatron.commands.model_arguments import add_model, load_model
 from overtok_megatron.errors import InputError
 
 
@@ -31,7 +31,7 @@ def _serve(options: argparse.Namespace) -> int:
         trained,
         settings,
         limits,
-        places=options.max_batch,
+        max_batch=options.max_batch,
         max_waiting=options.max_waiting,
         prefill_chunk=options.prefill_chunk,
     )

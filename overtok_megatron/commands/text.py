@@ -4,7 +4,7 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from overtok_megatron.commands.models import add_model, load_model
+from overtok_megatron.commands.model_arguments import add_model, load_model
 from overtok_megatron.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _converse(trained: "TrainedModel", sampling: "Sampling") -> None:
-    """Prompts from the terminal until its end (Ctrl-D), each continued as it is decoded; Ctrl-C stops a text."""
+    """Continue prompts from the terminal until it ends (Ctrl-D), printing text as it is decoded; Ctrl-C stops a text."""
     from overtok_megatron.inference.generation import stream_texts
 
     with contextlib.suppress(ImportError):
@@ -45,7 +45,7 @@ def _converse(trained: "TrainedModel", sampling: "Sampling") -> None:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:  # gives up the line
+        except KeyboardInterrupt:  # discards the line
             print()
             continue
         if not prompt:

@@ -55,10 +55,15 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // ranks_per_replica(config)
 
 
-def even_parts(total: int, parts: int) -> list[int]:
-    """`total` things in parts as even as can be, earlier parts one more."""
+def part_start(total: int, parts: int, index: int) -> int:
+    """Where part `index` of `total` entries begins: the first `total % parts` parts have one entry more than the others."""
     base, remainder = divmod(total, parts)
-    return [base + (index < remainder) for index in range(parts)]
+    return index * base + min(index, remainder)
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """The sizes of parts that are as even as can be; earlier parts may have one entry more."""
+    return [part_start(total, parts, index + 1) - part_start(total, parts, index) for index in range(parts)]
 
 
 def blocks_per_stage(config: RunConfig) -> list[int]:
@@ -93,7 +98,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def hash_base(config: RunConfig) -> int:
-    """p of the n-gram ids."""
+    """p of the polynomial that hashes n-grams."""
     return config.over_encoding.hash_base or config.model.vocab_size
 
 

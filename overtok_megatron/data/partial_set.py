@@ -15,7 +15,7 @@ import numpy as np
 
 from overtok_megatron.data.index_file import DTYPES, dtype_code, write_index
 from overtok_megatron.data.manifest import DatasetManifest, dataset_paths
-from overtok_megatron.files import PARTIAL, sync
+from overtok_megatron.files import PARTIAL, sync, sync_file
 
 
 def aside_paths(prefix: str | Path) -> list[Path]:
@@ -92,8 +92,7 @@ class PartialSet:
     def sync(self) -> Counts:
         """Sync everything to the disk; returns the counts to record, with which `open` continues."""
         for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         return self.counts
 
     def seal(self) -> DatasetManifest:
@@ -108,7 +107,7 @@ class PartialSet:
                 digest.update(data)
 
             write_index(write, self._code, self._lengths_path, self.counts.documents)
-            _sync(file)
+            sync_file(file)
         vocab_size, eod_id, fingerprint = self._identity
         manifest = DatasetManifest(
             vocab_size=vocab_size,
@@ -122,7 +121,7 @@ class PartialSet:
         )
         with self._aside[2].open("wb") as file:
             file.write(json.dumps(asdict(manifest), indent=1).encode())
-            _sync(file)
+            sync_file(file)
         return manifest
 
     def publish(self) -> None:
@@ -155,8 +154,3 @@ class PartialSet:
             for file in files:  # one that failed to flush still holds its descriptor
                 if not file.closed:
                     os.close(file.fileno())
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -38,10 +38,11 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context
 
 @register_model(NAME)
 class OvertokLM(TemplateLM):
-    """Scores and continues texts with the run's latest checkpoint; contexts are as long as in training at most."""
+    """Scores and continues texts with the run's latest checkpoint, in contexts of at most the trained length."""
 
     def __init__(
         self,
+        *,
         run: str | None = None,
         storage: str = "device",
         batch_size: int | str = 1,
@@ -50,8 +51,8 @@ class OvertokLM(TemplateLM):
         trained: TrainedModel | None = None,
         tokenizer: str | None = None,
     ) -> None:
-        """run: a run's output folder or a checkpoint; tokenizer: the run's, where it is not found by itself; or `trained`, a
-        model that is loaded already."""
+        """run: a run's output folder or a checkpoint. tokenizer: the run's, where it is not found otherwise. trained: a
+        model that is already loaded, instead of `run`."""
         super().__init__()
         if trained is None:
             trained = load_for_evaluation(run, storage, device, tokenizer)
@@ -59,11 +60,11 @@ class OvertokLM(TemplateLM):
         self.max_length = trained.config.data.seq_length
         self._device = trained.device
         self.batch_size = batch_size  # lm-eval reads it
-        self._most = max_batch_size
-        self._tokens: int | None = BATCH_TOKENS  # of a batch
+        self._max_requests = max_batch_size  # in a batch
+        self._batch_tokens: int | None = BATCH_TOKENS  # at most in a batch
         if not str(batch_size).startswith("auto"):
-            self._tokens = None
-            self._most = min(int(batch_size), max_batch_size or int(batch_size))
+            self._batch_tokens = None
+            self._max_requests = min(int(batch_size), max_batch_size or int(batch_size))
 
     @property
     def eot_token_id(self) -> int:
@@ -78,17 +79,17 @@ class OvertokLM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[Scored]:
-        """For each request the log-likelihood of its continuation, and whether greedy decoding would give it."""
+        """For each request: the log-likelihood of its continuation, and whether greedy decoding would give it."""
         sizes = [len(context) + len(continuation) for _, context, continuation in requests]
         if cut := sum(size > self.max_length + 1 for size in sizes):
             log.warning(
                 "%d of %d requests are longer than the trained context of %d tokens: cut on the left",
                 *(cut, len(requests), self.max_length),
             )
-        order = sorted(range(len(requests)), key=lambda index: -sizes[index])
+        longest_first = sorted(range(len(requests)), key=lambda index: -sizes[index])
         results: dict[int, Scored] = {}
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
-            for chosen in self._batches(order, [min(size, self.max_length) for size in sizes]):
+            for chosen in self._batches(longest_first, [min(size, self.max_length) for size in sizes]):
                 for index, scored in zip(chosen, self._score([requests[index] for index in chosen]), strict=True):
                     results[index] = scored
                     if requests[index][0] is not None:  # windows of a longer text have no texts of their own
@@ -96,19 +97,19 @@ class OvertokLM(TemplateLM):
                 bar.update(len(chosen))
         return [results[index] for index in range(len(requests))]
 
-    def _batches(self, order: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-        """`order` in pieces: of so many requests, or of so many tokens when all are padded to the longest; one at least."""
-        piece: list[int] = []
+    def _batches(self, indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+        """`indices` cut into batches, each with as many requests as allowed, or as many tokens after padding; at least one."""
+        batch: list[int] = []
         longest = 0
-        for index in order:
+        for index in indices:
             longest = max(longest, sizes[index])
-            full = self._tokens is not None and longest * (len(piece) + 1) > self._tokens
-            if piece and (full or len(piece) == self._most):
-                yield piece
-                piece, longest = [], sizes[index]
-            piece.append(index)
-        if piece:
-            yield piece
+            full = self._batch_tokens is not None and longest * (len(batch) + 1) > self._batch_tokens
+            if batch and (full or len(batch) == self._max_requests):
+                yield batch
+                batch, longest = [], sizes[index]
+            batch.append(index)
+        if batch:
+            yield batch
 
     def _score(self, requests: Sequence[Request]) -> list[Scored]:
         inputs = []
@@ -161,10 +162,10 @@ class OvertokLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of a request's stop strings (left out), or the end of the document."""
         prompts = self.trained.tokenizer.encode_batch([request.args[0] for request in requests])
-        order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[1]))
+        by_settings = sorted(range(len(requests)), key=lambda index: str(requests[index].args[1]))
         results: dict[int, str] = {}
         with tqdm(total=len(requests), desc="generation", disable=disable_tqdm or None) as bar:
-            for _, group in groupby(order, key=lambda index: str(requests[index].args[1])):
+            for _, group in groupby(by_settings, key=lambda index: str(requests[index].args[1])):
                 same = sorted(group, key=lambda index: len(prompts[index]))
                 settings = dict(normalize_gen_kwargs(requests[same[0]].args[1], _MAX_GENERATED))
                 sizes = [min(len(prompt) + settings["max_gen_toks"], self.max_length) for prompt in prompts]
@@ -198,7 +199,7 @@ class OvertokLM(TemplateLM):
                 "tokens; ask for fewer by --gen_kwargs max_gen_toks=N"
             )
         prompts = [tokens[-room:] or [self.eot_token_id] for tokens in contexts]
-        # as lm-eval's own adapter decodes: without the prompt, and so without a space that begins the text
+        # decoded without the prompt, as lm-eval's own adapter does, and so without a space that begins the text
         return generate_texts(self.trained, prompts, sampling, stops, alone=True)
 
 
@@ -213,6 +214,6 @@ def load_for_evaluation(
     if device is not None and device.startswith("cuda") and num_accelerators() == 0:
         device = None  # lm-eval asks for cuda:0 whatever there is
     chosen = default_device() if device is None else named_device(device, "model_args: device")
-    kept = next(known for known in STORAGES if known == storage)
+    known_storage = next(known for known in STORAGES if known == storage)
     path = None if tokenizer is None else Path(str(tokenizer))
-    return load_trained(Path(str(run)), chosen, kept, tokenizer_path=path)
+    return load_trained(Path(str(run)), chosen, known_storage, tokenizer_path=path)

@@ -1,6 +1,6 @@
-"""Every checkpoint of a run scored as it appears, beside the training: a line of evaluations.jsonl and TensorBoard scalars.
+"""Score every checkpoint of a run as it appears, while it trains: a line in evaluations.jsonl and TensorBoard scalars for each.
 
-What was scored once is not scored again: a record names the checkpoint by the digest of its manifest, and what was asked.
+Nothing is scored twice: a record names the checkpoint by the digest of its manifest, and says what was asked.
 """
 
 import json
@@ -17,12 +17,11 @@ from overtok_megatron.config.derived import train_iters
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import refuse_foreign
+from overtok_megatron.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-RECORDS = "evaluations.jsonl"
 _BEGIN = '{"step": '  # of a record
-BOARD = "tensorboard/evaluation"  # a folder of its own: TensorBoard reads one writer a folder
 
 
 def follow(
@@ -33,10 +32,11 @@ def follow(
     seconds: float = 10.0,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, figures by name) of each checkpoint of `run`, oldest first, until that of the run's last step is scored.
+    """(step, metrics by name) of each checkpoint of `run`, oldest first, until the one of the run's last step is scored.
 
-    asked: what `score` does, of JSON's types. score: a checkpoint's folder to its figures. seconds: between looks for new
-    ones. A checkpoint that the run removes while it is scored is left out. Raises CheckpointError on a damaged one.
+    asked: what `score` measures, of JSON's types. score: from a checkpoint's folder to its metrics. seconds: between two looks
+    for new checkpoints. One that the run removes while it is being scored is left out. Raises CheckpointError where a
+    checkpoint is damaged.
     """
     store = CheckpointStore(run)
     with _Records(run) as records:
@@ -46,14 +46,14 @@ def follow(
                     digest = (path / MANIFEST_DIGEST).read_text(encoding="utf-8").split()[0]
                     if (digest, asked) in records:
                         continue
-                    figures = score(path)
+                    metrics = score(path)
                 except (CheckpointError, OSError, IndexError):
                     if path.exists():
                         raise
                     log.info("%s: removed by the run before it was scored", path)
                     continue
-                records.add(step_of(path), digest, asked, figures)
-                yield step_of(path), figures
+                records.add(step_of(path), digest, asked, metrics)
+                yield step_of(path), metrics
             if _ended(store):
                 return
             sleep(seconds)
@@ -73,20 +73,16 @@ def _ended(store: CheckpointStore) -> bool:
 
 class _Records:
     def __init__(self, run: Path) -> None:
-        self._path = run / RECORDS
-        self._known: list[tuple[str, dict[str, Any]]] = []
+        folder = RunFolder(run)
+        self._path = folder.evaluations
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         refuse_foreign(self._path, _BEGIN.startswith(text[: len(_BEGIN)]), "one of --follow's records", "RUN")
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-                self._known.append((record["checkpoint"], record["asked"]))
-            except (ValueError, LookupError, TypeError):  # a line cut by a kill
-                continue
+        records = [record for record in folder.read_evaluations() if record.keys() >= {"checkpoint", "asked"}]
+        self._known = [(record["checkpoint"], record["asked"]) for record in records]
         self._file = self._path.open("a", encoding="utf-8")
         if text and not text.endswith("\n"):
             self._file.write("\n")
-        self._board = SummaryWriter(str(run / BOARD))
+        self._board = SummaryWriter(str(folder.evaluation_tensorboard))
 
     def __enter__(self) -> "_Records":
         return self
@@ -98,11 +94,11 @@ class _Records:
     def __contains__(self, key: tuple[str, dict[str, Any]]) -> bool:
         return key in self._known
 
-    def add(self, step: int, digest: str, asked: dict[str, Any], figures: dict[str, float]) -> None:
-        record = {"step": step, "checkpoint": digest, "asked": asked, "figures": figures}
+    def add(self, step: int, digest: str, asked: dict[str, Any], metrics: dict[str, float]) -> None:
+        record = {"step": step, "checkpoint": digest, "asked": asked, "figures": metrics}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self._known.append((digest, asked))
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._board.add_scalar(f"evaluation/{name}", value, step)
         self._board.flush()

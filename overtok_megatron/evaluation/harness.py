@@ -23,9 +23,9 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results. include: folders with definitions of tasks, which go before lm-eval's own of the same name.
+    """lm-eval's results. include: folders with definitions of tasks, which take precedence over lm-eval's own of the same name.
 
-    batch: requests at once, or "auto" = by their tokens.
+    batch: requests in a batch, or "auto" = as many as have a fixed number of tokens.
     Raises InputError for a folder that is not there and for a task that neither they nor lm-eval define.
     """
     for folder in include:
@@ -56,12 +56,12 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def results_json(results: dict[str, Any], step: int) -> str:
-    """The figures of every task, and the checkpoint's step."""
+    """One JSON object: the checkpoint's step, and the metrics of every task."""
     kept = {name: results[name] for name in ("results", "n-shot", "n-samples", "versions")}
     return json.dumps({"step": step, **kept}, indent=1, default=handle_non_serializable)
 
 
-def results_figures(results: dict[str, Any]) -> dict[str, float]:
+def results_metrics(results: dict[str, Any]) -> dict[str, float]:
     """Every metric of every task, as lambada/perplexity; without standard errors."""
     return {
         f"{task}/{metric.removesuffix(',none').replace(',', '/')}": float(value)

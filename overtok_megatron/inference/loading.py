@@ -1,4 +1,4 @@
-"""A checkpoint of any layout, as a plain model on one device with its tables in memory."""
+"""Load a checkpoint that any layout wrote as a model on one device, with its n-gram tables in memory or on disk."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,9 @@ import torch
 from overtok_megatron.checkpoint.dense import load_dense
 from overtok_megatron.checkpoint.mapped import MappedRows
 from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
-from overtok_megatron.checkpoint.tables import FOLDER, load_rows
-from overtok_megatron.config.run_places import located, run_of
+from overtok_megatron.checkpoint.table_file import FOLDER
+from overtok_megatron.checkpoint.tables import load_rows
+from overtok_megatron.config.moved_runs import run_of, with_current_paths
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.data.tokenizers.loading import configured_tokenizer
@@ -26,9 +27,9 @@ from overtok_megatron.ngram.row_store import RowReader
 from overtok_megatron.ngram.sharded_tables import TableReader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """model in evaluation mode; tables None for a plain model."""
+    """A model in evaluation mode, with its tokenizer. tables: None for a plain model. step: the training step that saved it."""
 
     config: RunConfig
     model: Transformer
@@ -41,11 +42,17 @@ class TrainedModel:
         """Where the model computes."""
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of keys and values."""
+        return next(self.model.parameters()).dtype
+
     def fetch_rows(self, tokens: torch.Tensor, history: torch.Tensor | None = None) -> FetchedRows | None:
         """The rows of the n-grams of tokens int64 [b, s] (history [b, n - 1]: the tokens before); None for a plain model."""
         return None if self.tables is None else self.tables.fetch_rows(tokens, history=history)
 
 
+Precision = Literal["bf16", "fp32"]
 Storage = Literal["device", "host", "mapped"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 
@@ -54,38 +61,28 @@ def load_trained(
     run: Path,
     device: torch.device,
     storage: Storage = "device",
-    precision: Literal["bf16", "fp32"] | None = None,
+    precision: Precision | None = None,
     tokenizer_path: Path | None = None,
 ) -> TrainedModel:
-    """Load the model that `run` names.
+    """Load the latest checkpoint of the run `run`, or the checkpoint `run`, as a model on `device`.
 
+    storage: n-gram tables beside the model, in host memory, or left on disk, where rows are read as they are needed. The
+    checksums of files that stay on disk are not compared, because they are as large as the tables (`overtok checkpoint verify`
+    compares them).
     precision: to compute in; None = that of training.
-    storage: tables beside the model, in host memory, or left on disk, where rows are read as they are needed; then the
-    checksums of their files, which are as large as the tables, are not compared (`overtok checkpoint verify` does).
-    tokenizer_path: where the run's tokenizer lies; None = it is looked for, in the run's folder and where it was.
-    The configuration names files as they lie now. Raises CheckpointError where files are missing, damaged or do not
-    fit, and where the tokenizer is another one.
+    tokenizer_path: where the run's tokenizer is; None = it is looked for in the run's folder, and where it was in training.
+    The configuration of the result names files where they are now.
+    Raises CheckpointError where files are missing, damaged or do not fit, and where the tokenizer is another one.
     """
     path = find_checkpoint(run)
     manifest = read_manifest(path)
-    for name in manifest.files:
-        if storage == "mapped" and name.startswith(FOLDER):
-            continue
-        if name.endswith(".safetensors"):  # what is read here; a flipped byte would be a wrong text, not an error
-            verify_file(path, name, manifest)
-    config = RunConfig.model_validate(manifest.config)
-    section = find_tokenizer(config, run_of(path), manifest.tokenizer_fingerprint, tokenizer_path)
-    config = located(config, run_of(path)).model_copy(update={"tokenizer": section})
-    if precision is not None:
-        config = config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
-    if storage != "mapped":
-        over = config.over_encoding.model_copy(update={"storage": storage, "ranks_per_host": None})
-        config = config.model_copy(update={"over_encoding": over})
+    _verify_files(path, manifest, storage)
+    config = _config_to_load(path, manifest, storage, precision, tokenizer_path)
     tokenizer = configured_tokenizer(config.tokenizer)
     _check_tokenizer(tokenizer, manifest, config, path)
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=manifest.eod_id)
-    weights = load_dense(path, manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"])
+    weights = load_dense(path, manifest.layout.model_parallel_ranks)
     if config.model.tie_word_embeddings:
         weights = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}
     _copy_weights(model, weights, path)
@@ -93,7 +90,30 @@ def load_trained(
     if config.over_encoding.enabled:
         store = _open_rows(path, config, storage, device, kernels)
         tables = build_table_reader(config, manifest.eod_id, store, device=device, kernels=kernels)
-    return TrainedModel(config, model.eval(), tables, tokenizer, manifest.step)
+    return TrainedModel(config=config, model=model.eval(), tables=tables, tokenizer=tokenizer, step=manifest.step)
+
+
+def _verify_files(path: Path, manifest: Manifest, storage: Storage) -> None:
+    """Compare the checksums of the files that will be read: a flipped byte would give a wrong text, not an error."""
+    for name in manifest.files:
+        stays_on_disk = storage == "mapped" and name.startswith(FOLDER)
+        if name.endswith(".safetensors") and not stays_on_disk:
+            verify_file(path, name, manifest)
+
+
+def _config_to_load(
+    path: Path, manifest: Manifest, storage: Storage, precision: Precision | None, tokenizer_path: Path | None
+) -> RunConfig:
+    """The checkpoint's configuration, with files where they are now and the caller's precision and storage."""
+    config = RunConfig.model_validate(manifest.config)
+    section = find_tokenizer(config, run_of(path), manifest.tokenizer_fingerprint, tokenizer_path)
+    config = with_current_paths(config, run_of(path)).model_copy(update={"tokenizer": section})
+    if precision is not None:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
+    if storage != "mapped":
+        over = config.over_encoding.model_copy(update={"storage": storage, "ranks_per_host": None})
+        config = config.model_copy(update={"over_encoding": over})
+    return config
 
 
 def _open_rows(path: Path, config: RunConfig, storage: Storage, device: torch.device, kernels: Kernels) -> RowReader:
@@ -101,9 +121,9 @@ def _open_rows(path: Path, config: RunConfig, storage: Storage, device: torch.de
     if storage == "mapped":
         space = row_space(config.model, config.over_encoding)
         return MappedRows(path, space.total_rows, space.width, RowKernels())
-    place = device if storage == "device" else torch.device("cpu")
-    own = kernels if place == device else choose_kernels(config.training.kernels, place)
-    store = build_row_store(config, device=place, kernels=own.rows)
+    row_device = device if storage == "device" else torch.device("cpu")
+    row_kernels = kernels if row_device == device else choose_kernels(config.training.kernels, row_device)
+    store = build_row_store(config, device=row_device, kernels=row_kernels.rows)
     load_rows(path, store)
     return store
 

@@ -21,36 +21,36 @@ from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.config.derived import hash_base
-from overtok_megatron.config.run_places import run_of
+from overtok_megatron.config.moved_runs import run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import refuse_used_folder, whole_folder
-from overtok_megatron.interchange.hugging_face import (
+from overtok_megatron.interchange.families import (
     FAMILIES,
     family_of,
     hugging_face_values,
     releases_of,
     require_transformers,
-    to_theirs,
 )
 from overtok_megatron.interchange.model_card import model_card
 from overtok_megatron.interchange.rotary_form import release_4_values
 from overtok_megatron.interchange.tensor_files import write_shards
 from overtok_megatron.interchange.tokenizer_files import write_tokenizer
+from overtok_megatron.interchange.weight_names import to_theirs
 from overtok_megatron.kernels.rows import SCATTER
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_space import STRIPES
 
 TABLES_INDEX = "tables.index.json"
 MODELING = "modeling_overtok.py"
-_ENCODER = "embedding."  # what our names of the over-encoder have before theirs
+_PREFIX = "embedding."  # of our names of the over-encoder's weights, which the modelling file's names lack
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """dtype: of the dense weights; None = as they are. max_shard_bytes: of a file. tokenizer: the run's; None = looked for."""
+    """dtype: of the dense weights, None = as they are. max_shard_bytes: per file. tokenizer: its path, None = look for it."""
 
     dtype: str | None = None
     max_shard_bytes: int = 5 * 10**9
@@ -67,56 +67,100 @@ def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> lis
     config = RunConfig.model_validate(manifest.config)
     section = find_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint, options.tokenizer)
     config = config.model_copy(update={"tokenizer": section})
-    values = config_values(config, manifest)
+    values = config_values(config, manifest.eod_id)
     refuse_used_folder(output)
     try:
         with whole_folder(output) as aside:
-            return _write(source, aside, manifest, config, values, options)
+            export = _Export(source=source, folder=aside, manifest=manifest, config=config, options=options)
+            return export.write(values)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output}: cannot be written ({' '.join(str(error).split())})") from None
 
 
-def _write(
-    source: Path, folder: Path, manifest: Manifest, config: RunConfig, values: dict[str, Any], options: ExportOptions
-) -> list[str]:
-    dtypes: set[torch.dtype] = set()
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    """One export of the checkpoint folder `source` into `folder`. config: the run's, with the tokenizer as it lies now."""
 
-    def noted(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights:
-            dtypes.add(weight.dtype)
-            yield name, weight
+    source: Path
+    folder: Path
+    manifest: Manifest
+    config: RunConfig
+    options: ExportOptions
 
-    weights = _dense(source, manifest, config, options)
-    over = config.over_encoding.enabled  # transformers takes experts apart and together for its own families only
-    size = write_shards(folder, noted(to_theirs(config.model, weights, fused=over)), options.max_shard_bytes)
-    size += _write_rows(source, folder, options.max_shard_bytes) if over else 0
-    values["dtype"] = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
-    _write_json(folder / "config.json", values)
-    ends = {"eos_token_id": manifest.eod_id, "pad_token_id": manifest.eod_id}
-    _write_json(folder / "generation_config.json", {"_from_model_config": False, "do_sample": False, **ends})
-    notes = write_tokenizer(config, folder, manifest.eod_id)
-    if config.data.document_attention == "within":
-        notes.append(
-            "it was trained with attention within documents, but in transformers it attends across end-of-document tokens "
-            "as well: logits are the same on text without any inside; give it one document at a time"
-        )
-    (folder / "README.md").write_text(model_card(config, manifest, source, size, values, notes), encoding="utf-8")
-    if over:
-        shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
-    return notes
+    def write(self, values: dict[str, Any]) -> list[str]:
+        """Write all files; returns notes for the user. values: config.json but for the dtype."""
+        config, eod_id = self.config, self.manifest.eod_id
+        over = config.over_encoding.enabled
+        size, dtype = self._write_dense()
+        if over:
+            size += self._write_rows()
+            shutil.copyfile(Path(__file__).with_name(MODELING), self.folder / MODELING)
+        values = {**values, "dtype": str(dtype).removeprefix("torch.")}
+        _write_json(self.folder / "config.json", values)
+        generation = {"_from_model_config": False, "do_sample": False, "eos_token_id": eod_id, "pad_token_id": eod_id}
+        _write_json(self.folder / "generation_config.json", generation)
+        notes = write_tokenizer(config, self.folder, eod_id)
+        if config.data.document_attention == "within":
+            notes.append(
+                "it was trained with attention within documents, but in transformers it attends across end-of-document tokens "
+                "as well: logits are the same on text without any inside; give it one document at a time"
+            )
+        card = model_card(config, self.manifest, self.source, size=size, values=values, notes=notes)
+        (self.folder / "README.md").write_text(card, encoding="utf-8")
+        return notes
+
+    def _write_dense(self) -> tuple[int, torch.dtype]:
+        """(bytes of the dense weights, their largest dtype)."""
+        dtypes: set[torch.dtype] = set()
+
+        def noted(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, weight in weights:
+                dtypes.add(weight.dtype)
+                yield name, weight
+
+        # transformers splits and joins experts only for its own families
+        fused = self.config.over_encoding.enabled
+        weights = noted(to_theirs(self.config.model, self._dense_weights(), fused=fused))
+        size = write_shards(self.folder, weights, self.options.max_shard_bytes)
+        return size, max(dtypes, key=lambda dtype: dtype.itemsize)
+
+    def _dense_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Our weights in the model's order and the wanted dtype; those of the over-encoder by the modelling file's names."""
+        wanted = dict.fromkeys(weight_shapes(self.config), ())
+        for name, weight in read_parts(self.source, self.manifest.layout.model_parallel_ranks, wanted):
+            own = weight if self.options.dtype is None else weight.to(DTYPES[self.options.dtype])
+            yield (name.removeprefix(_PREFIX) if name.startswith(f"{_PREFIX}over_encoding.") else name), own
+
+    def _write_rows(self) -> int:
+        """Write the rows as they are stored, in files of at most max_shard_bytes, and their index; returns their bytes."""
+        files: list[tuple[str, int, int]] = []
+        total = 0
+        for file_start, columns in read_rows(self.source):
+            num_rows = columns["weight"].shape[0]
+            row_bytes = sum(column[:1].nbytes for column in columns.values())
+            step = max(1, self.options.max_shard_bytes // row_bytes)
+            for first in range(0, num_rows, step):
+                part = {name: column[first : first + step].clone() for name, column in columns.items()}
+                start, stop = file_start + first, file_start + min(first + step, num_rows)
+                name = f"tables-{len(files) + 1:05d}.safetensors"
+                save_tensors(part, self.folder / name, {"format": "pt", "start": str(start), "stop": str(stop)})
+                files.append((name, start, stop))
+                total += sum(column.nbytes for column in part.values())
+        _write_json(self.folder / TABLES_INDEX, {"files": files})
+        return total
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+def config_values(config: RunConfig, eod_id: int) -> dict[str, Any]:
     """The content of config.json but for the dtype. Raises CheckpointError where no family computes the model."""
     transformers = require_transformers()
     family = family_of(config.model)
     name = FAMILIES[family]
     # no pad_token_id: a torch embedding takes no gradient for it; generation_config.json has one
-    own = {"bos_token_id": None, "eos_token_id": manifest.eod_id, "pad_token_id": None}
+    own = {"bos_token_id": None, "eos_token_id": eod_id, "pad_token_id": None}
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(config.model, config.data.seq_length), **own)
     values: dict[str, Any] = made.to_dict() | release_4_values(config.model, family)
@@ -133,7 +177,7 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
         },
         "transformers_releases": releases_of(config.model, fused=True),  # what the modelling file refuses others by
         "table_storage": "device",
-        "over_encoding": encoder_settings(config, manifest.eod_id),
+        "over_encoding": encoder_settings(config, eod_id),
         "overtok": {  # what `overtok import` reads
             "model": config.model.model_dump(mode="json"),
             "over_encoding": config.over_encoding.model_dump(mode="json"),
@@ -146,14 +190,14 @@ def config_values(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
 def encoder_settings(config: RunConfig, eod_id: int) -> dict[str, Any]:
     """What the modelling file needs to find rows: explained there."""
     over, space = config.over_encoding, row_space(config.model, config.over_encoding)
-    prefix = f"{_ENCODER}over_encoding."
+    prefix = f"{_PREFIX}over_encoding."
     projections = {
         name.removeprefix(prefix): shape[1] // space.width
         for name, shape in weight_shapes(config).items()
         if name.startswith(prefix)
     }
     return {
-        "orders": [space.order_of(table) for table in range(space.num_tables)],
+        "orders": list(space.orders),
         "sizes": list(space.sizes),
         "row_width": space.width,
         "projections": projections,
@@ -165,30 +209,3 @@ def encoder_settings(config: RunConfig, eod_id: int) -> dict[str, Any]:
         "stripes": STRIPES,
         "scatter": SCATTER,
     }
-
-
-def _dense(source: Path, manifest: Manifest, config: RunConfig, options: ExportOptions) -> Iterator[tuple[str, Tensor]]:
-    """Our weights in the model's order and the wanted dtype; those of the over-encoder by the modelling file's names."""
-    ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
-    for name, weight in read_parts(source, ranks, dict.fromkeys(weight_shapes(config), ())):
-        own = weight if options.dtype is None else weight.to(DTYPES[options.dtype])
-        yield (name.removeprefix(_ENCODER) if name.startswith(f"{_ENCODER}over_encoding.") else name), own
-
-
-def _write_rows(source: Path, folder: Path, most_bytes: int) -> int:
-    """The rows as they are stored, in files of at most `most_bytes`, and their index; returns their bytes."""
-    files: list[tuple[str, int, int]] = []
-    total = 0
-    for start, columns in read_rows(source):
-        weight = columns["weight"]
-        row_bytes = sum(column[:1].nbytes for column in columns.values())
-        step = max(1, most_bytes // row_bytes)
-        for begin in range(0, weight.shape[0], step):
-            part = {name: column[begin : begin + step].clone() for name, column in columns.items()}
-            first, stop = start + begin, start + min(begin + step, weight.shape[0])
-            name = f"tables-{len(files) + 1:05d}.safetensors"
-            save_tensors(part, folder / name, {"format": "pt", "start": str(first), "stop": str(stop)})
-            files.append((name, first, stop))
-            total += sum(column.nbytes for column in part.values())
-    _write_json(folder / TABLES_INDEX, {"files": files})
-    return total

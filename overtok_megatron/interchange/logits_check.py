@@ -1,4 +1,4 @@
-"""Whether a converted model computes what the other one does: logits of both on real text, in float32."""
+"""Checks that a converted model computes what its source computes: logits of both on real text, in float32."""
 
 import codecs
 import contextlib
@@ -16,16 +16,16 @@ from overtok_megatron.files import read_text
 from overtok_megatron.inference.loading import TrainedModel, load_trained
 from overtok_megatron.interchange import exporting
 from overtok_megatron.interchange.exporting import MODELING
-from overtok_megatron.interchange.hugging_face import require_transformers
+from overtok_megatron.interchange.families import require_transformers
 
 _TOKENS = 256  # of the text
-_ROUNDING = 1e-5  # float32 in another order of operations, beside the largest logit
-_HALF_ROUNDING = 5e-2  # weights that were rounded to sixteen bits on the way
+_ROUNDING = 1e-5  # of float32 operations in another order, relative to the largest logit
+_HALF_ROUNDING = 5e-2  # the same where weights were rounded to sixteen bits
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest difference of two logits, the largest logit, over how many tokens, and the largest difference allowed."""
+    """Largest difference of two logits, largest logit, number of tokens compared, and largest allowed difference."""
 
     difference: float
     largest: float
@@ -46,7 +46,7 @@ class Comparison:
 def hugging_face_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Logits [1, s, V] float32 of the model in a Hugging Face folder; tokens [1, s].
 
-    Of code in the folder only the modelling file of this package is executed. Raises CheckpointError where it is another.
+    The only code in the folder that is executed is this package's modelling file. Raises CheckpointError where it is another.
     """
     modeling = folder / MODELING
     if modeling.is_file() and modeling.read_bytes() != Path(exporting.__file__).with_name(MODELING).read_bytes():
@@ -57,9 +57,8 @@ def hugging_face_logits(folder: Path, tokens: Tensor) -> Tensor:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     more: dict[str, Any] = {}
-    if (folder / "config.json").read_bytes().startswith(
-        codecs.BOM_UTF8
-    ) and not modeling.is_file():  # transformers reads none
+    marked = (folder / "config.json").read_bytes().startswith(codecs.BOM_UTF8)
+    if marked and not modeling.is_file():  # transformers does not read a file with a byte-order mark
         raw = json.loads(read_text(folder / "config.json"))
         more["config"] = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -77,14 +76,15 @@ def hugging_face_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def our_logits(trained: TrainedModel, tokens: Tensor) -> Tensor:
-    """The same of ours."""
+    """Logits [1, s, V] float32 of a trained model; tokens [1, s]."""
     fetched = trained.fetch_rows(tokens)
     return trained.model.logits(tokens, fetched).float()
 
 
 def compare(run: Path, folder: Path, text: str, *, rounded: bool = False, tokenizer: Path | None = None) -> Comparison:
-    """Both models on the beginning of a text. rounded: whether weights lost digits on the way. tokenizer: as `load_trained`'s.
+    """Compare the logits of both models on the beginning of a text.
 
+    rounded: whether the conversion rounded the weights. tokenizer: as `load_trained`'s.
     Raises CheckpointError where the logits have different shapes, or the text is empty.
     """
     trained = load_trained(run, torch.device("cpu"), precision="fp32", tokenizer_path=tokenizer)

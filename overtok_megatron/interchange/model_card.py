@@ -1,14 +1,14 @@
-"""The README.md of an exported model: what it is, its figures, how it is loaded."""
+"""The README.md of an exported model: what it is, its sizes and losses, and how it is loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.counts import parameter_counts, table_shape
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.interchange.hugging_face import releases_of
+from overtok_megatron.interchange.families import releases_of
 from overtok_megatron.loss_metrics import validation_losses
+from overtok_megatron.run_folder import RunFolder
 
 _PLAIN = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,9 +26,9 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 
 
 def model_card(
-    config: RunConfig, manifest: Manifest, source: Path, size: int, values: dict[str, Any], notes: list[str]
+    config: RunConfig, manifest: Manifest, source: Path, *, size: int, values: dict[str, Any], notes: list[str]
 ) -> str:
-    """Markdown. size: bytes of all tensors; values: config.json; notes: what else a reader must know."""
+    """The card as Markdown. size: bytes of all tensors; values: of config.json; notes: what else a reader must know."""
     count = parameter_counts(config)
     over = config.over_encoding
     spans = releases_of(config.model, fused=over.enabled)
@@ -63,8 +63,7 @@ def model_card(
 def reported_losses(checkpoint: Path, step: int) -> dict[str, float]:
     """The validation losses by set that the run reported at a checkpoint's step, where its metrics are beside it."""
     try:
-        lines = (checkpoint.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found = [record for line in lines if (record := json.loads(line)).get("step") == step]
+        found = [record for record in RunFolder(checkpoint.parent.parent).read_metrics() if record.get("step") == step]
         return {name: float(loss) for record in found for name, loss in validation_losses(record).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError):
         return {}

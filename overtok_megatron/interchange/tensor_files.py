@@ -1,7 +1,7 @@
-"""Tensors in one or several safetensors files with Hugging Face's index: read one by one, written shard by shard."""
+"""Tensors in one or several safetensors files with Hugging Face's index: read one by one, written file by file."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,33 +59,35 @@ class TensorFiles:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> int:
-    """Write tensors in files of at most `most_bytes` (one tensor may be larger), with an index where they are several.
+    """Write tensors in files of at most `most_bytes` (one tensor may be larger), with an index where there are several files.
 
-    Returns the bytes of all. Memory: one file. Names with numbers are given when it is known how many files there are.
+    Returns the bytes of all tensors. Memory: one file. The files get their numbers once it is known how many there are.
     """
-    held: dict[str, Tensor] = {}
     pieces: list[tuple[Path, list[str]]] = []
     total = 0
-
-    def flush() -> None:
+    for shard in _gather(tensors, most_bytes):
         path = folder / f"piece-{len(pieces)}.safetensors"
-        save_tensors(held, path, {"format": "pt"})
-        pieces.append((path, list(held)))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(own.nbytes for own in held.values()) + tensor.nbytes > most_bytes:
-            flush()
-        held[name] = tensor.clone(memory_format=torch.contiguous_format)  # parts of one tensor would be refused
-        total += tensor.nbytes
-    if held:
-        flush()
-    where: dict[str, str] = {}
+        save_tensors(shard, path, {"format": "pt"})
+        pieces.append((path, list(shard)))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(pieces):
         file = _SINGLE if len(pieces) == 1 else f"model-{number + 1:05d}-of-{len(pieces):05d}.safetensors"
         path.rename(folder / file)
-        where |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(pieces) > 1:
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": where}
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return total
+
+
+def _gather(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name for one file after the other. The dictionary is emptied after use."""
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if gathered and sum(own.nbytes for own in gathered.values()) + tensor.nbytes > most_bytes:
+            yield gathered
+            gathered.clear()
+        gathered[name] = tensor.clone(memory_format=torch.contiguous_format)  # views of one tensor would be refused
+    if gathered:
+        yield gathered

@@ -1,4 +1,4 @@
-"""Compiles cpu.cpp and rows.cpp with the machine's C++ compiler, once; the library is kept in the user's cache folder."""
+"""Compiles the C++ kernels of this folder with the machine's compiler, once; the library is kept in the user's cache folder."""
 
 import ctypes
 import hashlib
@@ -13,8 +13,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "rows.cpp")]
-_HEADER = Path(__file__).with_name("bfloat16.h")
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / f"{name}.cpp" for name in ("cpu", "row_hash", "row_lookups", "row_gradients", "row_optimizers")]
+_HEADERS = [_FOLDER / f"{name}.h" for name in ("bfloat16", "rows")]
 # The parts of fast-math that let loops be vectorised. Not all of it: NaN must stay NaN, or a diverged run would look healthy,
 # and a library linked with -ffast-math makes the whole process flush subnormal numbers when it is loaded.
 _MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]
@@ -37,7 +38,7 @@ def load_library() -> ctypes.CDLL | None:
     if compiler is None:
         log.warning("no C++ compiler: torch's own operators are used on CPU, which are slower")
         return None
-    text = b"".join(source.read_bytes() for source in [*_SOURCES, _HEADER])
+    text = b"".join(source.read_bytes() for source in [*_SOURCES, *_HEADERS])
     content = text + " ".join([compiler, *_FLAGS]).encode() + _processor().encode()
     folder = Path.home() / ".cache" / "overtok_megatron"
     path = folder / f"cpu-{hashlib.sha256(content).hexdigest()[:16]}.so"

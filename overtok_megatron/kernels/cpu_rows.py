@@ -1,6 +1,6 @@
-"""Rows of the n-gram tables on CPU through the compiled loops of rows.cpp: same signatures and meaning as rows.py.
+"""Rows of the n-gram tables on CPU through the compiled loops of row_*.cpp: same signatures and meaning as rows.py.
 
-A radix sort for unique ids, sums without copies, look-ups and updates in one pass over the rows that they touch.
+Distinct ids come from a radix sort; gradients are summed without a copy; a look-up or an update is one pass over its rows.
 """
 
 import ctypes
@@ -8,7 +8,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import CHANGED, Distinct, HashTables, RowKernels, RowStep, Sums, TableRows
+from overtok_megatron.kernels.rows import (
+    CHANGED,
+    DistinctIds,
+    HashTables,
+    RowGradientSums,
+    RowKernels,
+    RowStep,
+    TableRows,
+)
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -20,7 +28,7 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("rule", "format", "narrow_state")),
         *((name, ctypes.c_float) for name in ("rate", "decay", "beta1", "beta2", "eps", "factor")),
         *((name, ctypes.c_uint32) for name in ("noise", "flag")),
-        ("first", ctypes.c_int64),
+        ("first_row_id", ctypes.c_int64),
     ]
 
 
@@ -43,10 +51,10 @@ class CpuRowKernels(RowKernels):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.unique_rows.restype = ctypes.c_int64
+        library.unique_ids.restype = ctypes.c_int64
         library.sum_f32.restype = ctypes.c_double
 
-    def ngram_rows(self, extended: Tensor, tables: HashTables) -> Tensor:
+    def ngram_row_ids(self, extended: Tensor, tables: HashTables) -> Tensor:
         extended = extended.contiguous()
         count, longest = len(tables.sizes), max(tables.orders)
         length = extended.shape[-1] - longest + 1
@@ -61,33 +69,33 @@ class CpuRowKernels(RowKernels):
         )  # fmt: skip
         lines = extended.numel() // extended.shape[-1]
         sizes = (ctypes.c_int64(lines), ctypes.c_int64(length))
-        self._library.ngram_rows(_pointer(extended), *sizes, ctypes.byref(hashed), _pointer(out))
+        self._library.ngram_row_ids(_pointer(extended), *sizes, ctypes.byref(hashed), _pointer(out))
         return out
 
-    def unique(self, ids: Tensor, limit: int) -> Distinct:
+    def unique(self, ids: Tensor, limit: int) -> DistinctIds:
         ids, bits, shift = ids.contiguous(), limit.bit_length(), ids.numel().bit_length()
-        if bits + shift > 64 or ids.numel() >= 2**31:  # an id and its place are sorted as one number
+        if bits + shift > 64 or ids.numel() >= 2**31:  # an id and its look-up are sorted as one number
             return super().unique(ids, limit)
-        unique, order = (torch.empty(ids.numel(), dtype=torch.int64) for _ in range(2))
+        unique, sorted_lookups = (torch.empty(ids.numel(), dtype=torch.int64) for _ in range(2))
         slots = torch.empty_like(ids)
         sizes = map(ctypes.c_int64, (ids.numel(), bits, shift))
-        count = self._library.unique_rows(_pointer(ids), *sizes, *map(_pointer, (unique, slots, order)))
-        return Distinct(unique[:count].clone(), slots, order)
+        count = self._library.unique_ids(_pointer(ids), *sizes, *map(_pointer, (unique, slots, sorted_lookups)))
+        return DistinctIds(unique[:count].clone(), slots, sorted_lookups)
 
-    def order(self, slots: Tensor, count: int) -> Tensor:
+    def sort_lookups(self, slots: Tensor, count: int) -> Tensor:
         slots = slots.contiguous()
         assert slots.numel() < 2**31 and count <= 2**31
-        order = torch.empty(slots.numel(), dtype=torch.int64)
+        sorted_lookups = torch.empty(slots.numel(), dtype=torch.int64)
         sizes = map(ctypes.c_int64, (slots.numel(), count.bit_length()))
-        self._library.order_rows(_pointer(slots), *sizes, _pointer(order))
-        return order
+        self._library.sort_lookups(_pointer(slots), *sizes, _pointer(sorted_lookups))
+        return sorted_lookups
 
     def _gathered(
         self,
         rows: TableRows,
         index: Tensor | None,
         slots: Tensor | None,
-        order: Tensor | None,
+        sorted_lookups: Tensor | None,
         count: int,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -96,7 +104,7 @@ class CpuRowKernels(RowKernels):
         self._library.gather_rows(
             _pointer(rows.weight),
             ctypes.c_int64(_FORMAT[rows.weight.dtype]),
-            *map(_pointer, (rows.scale, index, slots, order)),
+            *map(_pointer, (rows.scale, index, slots, sorted_lookups)),
             ctypes.c_int64(count),
             ctypes.c_int64(rows.weight.shape[1]),
             _pointer(out),
@@ -108,18 +116,23 @@ class CpuRowKernels(RowKernels):
         return self._gathered(rows, index.contiguous(), None, None, index.numel(), dtype)
 
     def gather(
-        self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype, order: Tensor | None = None
+        self,
+        rows: TableRows,
+        index: Tensor | None,
+        slots: Tensor,
+        dtype: torch.dtype,
+        sorted_lookups: Tensor | None = None,
     ) -> Tensor:
-        gathered = self._gathered(rows, index, slots.contiguous(), order, slots.numel(), dtype)
+        gathered = self._gathered(rows, index, slots.contiguous(), sorted_lookups, slots.numel(), dtype)
         return gathered.view(*slots.shape, rows.weight.shape[1])
 
-    def add(self, sums: Sums, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+    def add(self, sums: RowGradientSums, sorted_lookups: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
         grad, total = grad.contiguous(), sums.total
         assert total.is_contiguous() and total.dtype == sums.squares.dtype == torch.float32
         function = getattr(self._library, f"add_rows_{_SUFFIX[grad.dtype]}")
         sizes = (ctypes.c_int64(grad.shape[0]), ctypes.c_int64(grad.shape[1]))
         ends = (ctypes.c_int64(total.shape[0]), ctypes.c_int64(fresh))
-        function(_pointer(grad), _pointer(order), *sizes, _pointer(total), _pointer(sums.squares), *ends)
+        function(_pointer(grad), _pointer(sorted_lookups), *sizes, _pointer(total), _pointer(sums.squares), *ends)
 
     def sum(self, values: Tensor) -> Tensor:
         values = values.contiguous()
@@ -135,7 +148,7 @@ class CpuRowKernels(RowKernels):
         narrow = any(tensor.dtype == torch.bfloat16 for tensor in state.values())
         update = _Update(
             _RULE[step.rule], _FORMAT[rows.weight.dtype], narrow, step.rate, step.decay, *step.betas, step.eps,
-            step.grad_factor, step.noise, CHANGED, rows.first,
+            step.grad_factor, step.noise, CHANGED, rows.first_row_id,
         )  # fmt: skip
         self._library.update_rows(
             *map(_pointer, (rows.weight, rows.scale, rows.flags, *states, index, grad)),

@@ -1,8 +1,9 @@
-"""What a step does with rows of the n-gram tables, in torch's operators, on any device.
+"""What a training step does with rows of the n-gram tables, in torch's operators, on any device.
 
-This is the meaning of the compiled forms (cpu_rows.py, triton_rows.py), their test oracle, and what serves without them.
+These operators define what the compiled forms (cpu_rows.py, triton_rows.py) compute, are their test oracle, and run where
+there is no compiled form.
 
-Shapes: N look-ups, U distinct rows of them, m rows of a shard, w row width, T tables, n longest n-gram.
+Shapes: N look-ups, U distinct rows among them, m rows of a rank, r of them touched, w row width, T tables, n longest n-gram.
 """
 
 from dataclasses import dataclass
@@ -16,32 +17,35 @@ RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 CHANGED = 3  # flag of an updated row
-SCATTER = 2533  # neighbouring heaps lie so many heaps apart: the golden section of ngram.sizing's 4099
+SCATTER = (
+    2533  # stripe k lies at position k * SCATTER modulo their number: the golden section of ngram.row_space.STRIPES
+)
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """The rows of one shard as they are stored.
+    """The rows of one rank as they are stored.
 
-    weight [m, w] float32, bfloat16, or int8 with scale [m] float32 (a row is scale times weight; else None). first: the
-    place of row 0 in the row space, which keys the rounding, so that it does not depend on who owns a row. flags [m] uint8:
-    an update sets those of its rows to CHANGED; None where nobody asks.
+    weight [m, w] float32, bfloat16, or int8 with scale [m] float32 (a row is scale times weight; else None). first_row_id:
+    the row id of local row 0. Row ids key the rounding, so that it does not depend on which rank owns a row. flags [m]
+    uint8: an update sets the flags of its rows to CHANGED; None where nobody reads them.
     """
 
     weight: Tensor
     scale: Tensor | None = None
-    first: int = 0
+    first_row_id: int = 0
     flags: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowStep:
-    """One step of a row optimizer, all but the rows. Gradients are multiplied by grad_factor first.
+    """The numbers of one step of a row optimizer. Gradients are multiplied by grad_factor first.
 
     rowwise_adagrad: s += mean(g^2); row = decay row - rate g / (sqrt(s) + eps).
     adam: m, v per element, row = decay row - rate m / (sqrt(v) + eps), rate with the bias correction in it.
-    rowwise_adam: the same with one v a row, of mean(g^2). sgd: row = decay row - rate g.
-    noise: 32 bits made of seed and step (`noise_key`), with which what is stored in fewer bits is rounded stochastically.
+    rowwise_adam: the same with one v per row, of mean(g^2). sgd: row = decay row - rate g.
+    noise: 32 bits made of seed and step (`noise_key`), which key the stochastic rounding of rows and states that are stored
+    in fewer bits than float32.
     """
 
     rule: RowRule
@@ -53,12 +57,12 @@ class RowStep:
     noise: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HashTables:
-    """n-gram tables as numbers: of table t, orders[t] tokens are hashed to sizes[t] rows, which lie at `place` (see there).
+    """n-gram tables as numbers: table t hashes n-grams of order orders[t] to sizes[t] rows; `row_id` gives their row ids.
 
-    base: p of the polynomial. pad_id stands for missing tokens; reset: nothing up to and including the last eod_id
-    before a position is seen. stripes: how the rows are dealt over the row space.
+    base: p of the polynomial. pad_id stands for missing tokens; reset: everything up to and including the last eod_id
+    before a position is hidden. stripes: over how many stripes of the row space the rows are interleaved.
     """
 
     orders: tuple[int, ...]
@@ -70,56 +74,57 @@ class HashTables:
     stripes: int
 
 
-class Distinct(NamedTuple):
-    """What is distinct among N look-ups.
+class DistinctIds(NamedTuple):
+    """The distinct ids among N look-ups.
 
-    ids [U] int64, ascending. slots int64: the place of each look-up's id there. order [N] int64: the look-ups of each
-    slot brought together, slot * 2^32 + look-up, ascending.
+    ids [U] int64, ascending. slots int64: the index of each look-up's id there. sorted_lookups [N] int64: the look-ups
+    ordered by slot, each packed as slot * 2^32 + look-up, ascending.
     """
 
     ids: Tensor
     slots: Tensor
-    order: Tensor
+    sorted_lookups: Tensor
 
 
-class Sums(NamedTuple):
-    """Gradients added up by rows: total [U, w] float32, and squares [U] float32, of each row of it the sum of squares."""
+class RowGradientSums(NamedTuple):
+    """Gradients summed by row: total [U, w] float32, and squares [U] float32, the sum of squares of each row of total."""
 
     total: Tensor
     squares: Tensor
 
     @classmethod
-    def empty(cls, count: int, width: int, device: torch.device) -> "Sums":
-        """Room for sums that hold nothing yet."""
+    def empty(cls, count: int, width: int, device: torch.device) -> "RowGradientSums":
+        """Memory for sums, not yet filled."""
         return cls(torch.empty(count, width, device=device), torch.empty(count, device=device))
 
 
-def place(table: int, row: Tensor, sizes: tuple[int, ...], stripes: int) -> Tensor:
-    """Place in the row space of rows [..] int64 of a table, int64.
+def row_id(table: int, row: Tensor, sizes: tuple[int, ...], stripes: int) -> Tensor:
+    """Row ids of rows [..] int64 of a table, int64: the row's index in the row space that all tables share.
 
-    Rows are counted across the tables (row 0 of every table, row 1 of every table, ..; what a table has beyond the
-    smallest comes last) and then dealt like cards into `stripes` heaps, which lie one after the other in a scattered
-    order; the last cards, which do not go round, lie behind. So every contiguous range of the row space has its share of
-    every table and of frequent and rare n-grams. stripes: no multiple of 17 or 149, the factors of the scattering step.
+    Rows are numbered round robin over the tables (row 0 of every table, row 1 of every table, ..; the rows that a table has
+    beyond the smallest table come last). Consecutive numbers then go to consecutive stripes, and the stripes lie one after
+    the other in a scattered order; the last numbers, which do not fill every stripe, follow at the end. Every contiguous
+    range of the row space thus holds its share of every table and of frequent and rare n-grams. stripes: not a multiple of
+    17 or 149, the factors of SCATTER.
     """
     smallest = min(sizes)
     beyond = sum(size - smallest for size in sizes[:table]) + len(sizes) * smallest - smallest
-    count = torch.where(row < smallest, row * len(sizes) + table, row + beyond)
+    number = torch.where(row < smallest, row * len(sizes) + table, row + beyond)
     length = sum(sizes) // stripes
-    heap = count % stripes * SCATTER % stripes
-    return torch.where(count < length * stripes, heap * length + count // stripes, count)
+    position = number % stripes * SCATTER % stripes
+    return torch.where(number < length * stripes, position * length + number // stripes, number)
 
 
-def table_rows_at(places: Tensor, sizes: tuple[int, ...], stripes: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `place`: tables and their rows, int64 [..] both, that lie at places [..] int64 of the row space."""
+def table_rows_of(row_ids: Tensor, sizes: tuple[int, ...], stripes: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `row_id`: the tables of row ids [..] int64 and their rows within these tables, both int64 [..]."""
     smallest, length = min(sizes), sum(sizes) // stripes
-    heap = places // max(length, 1) * pow(SCATTER, -1, stripes) % stripes
-    count = torch.where(places < length * stripes, places % max(length, 1) * stripes + heap, places)
-    beyond = torch.tensor([0, *(size - smallest for size in sizes)], device=places.device).cumsum(0)
-    over = count - len(sizes) * smallest  # place among the rows beyond the smallest table
+    stripe = row_ids // max(length, 1) * pow(SCATTER, -1, stripes) % stripes
+    number = torch.where(row_ids < length * stripes, row_ids % max(length, 1) * stripes + stripe, row_ids)
+    beyond = torch.tensor([0, *(size - smallest for size in sizes)], device=row_ids.device).cumsum(0)
+    over = number - len(sizes) * smallest  # index among the rows beyond the smallest table
     long = torch.searchsorted(beyond, over, right=True) - 1
-    tables = torch.where(over < 0, count % len(sizes), long)
-    return tables, torch.where(over < 0, count // len(sizes), over - beyond[long] + smallest)
+    tables = torch.where(over < 0, number % len(sizes), long)
+    return tables, torch.where(over < 0, number // len(sizes), over - beyond[long] + smallest)
 
 
 def mix(value: int) -> int:
@@ -140,15 +145,15 @@ def _mix(values: Tensor) -> Tensor:
     return values ^ (values >> 16)
 
 
-def noise(key: int, rows: Tensor, first_column: int, columns: int) -> Tensor:
-    """32 bits, as int64 [r, columns], for each column of rows [r] int64 (places in the row space)."""
-    of_row = _mix(_mix((rows & _MASK) ^ key) ^ (rows >> 32))
-    column = torch.arange(first_column, first_column + columns, device=rows.device) * _GOLDEN
+def noise(key: int, row_ids: Tensor, first_column: int, columns: int) -> Tensor:
+    """Random bits, 32 as int64 [r, columns], for each column of rows with ids [r] int64; they depend on key, id and column."""
+    of_row = _mix(_mix((row_ids & _MASK) ^ key) ^ (row_ids >> 32))
+    column = torch.arange(first_column, first_column + columns, device=row_ids.device) * _GOLDEN
     return _mix((of_row.unsqueeze(1) + column) & _MASK)
 
 
 def round_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
-    """float32 values -> bfloat16, up or down with the odds of their distance; bits: 32 random ones each, int64."""
+    """Round float32 values to bfloat16 stochastically: unbiased. bits: 32 random bits for each value, int64."""
     raw = values.view(torch.int32).to(torch.int64)
     raised = (raw + (bits >> 16)) & 0xFFFF0000
     rounded = (raised - ((raised >> 31) << 32)).to(torch.int32).view(torch.float32)
@@ -156,7 +161,7 @@ def round_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
 
 
 def round_int8(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 values [r, w] -> int8 [r, w] and their scale [r] float32, rounded as round_bfloat16 does."""
+    """Round float32 values [r, w] to int8 [r, w] with a scale [r] float32, stochastically as round_bfloat16 does."""
     scale = values.abs().amax(dim=1) * (1.0 / 127.0)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     lifted = values * inverse.unsqueeze(1) + (bits >> 8).float() * 2.0**-24
@@ -164,7 +169,7 @@ def round_int8(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RowKernels:
-    """torch's operators. Every result is the same at every run; the order of a row's gradients is that of the look-ups."""
+    """torch's operators. Results are deterministic: a row's gradients are added in the order of its look-ups."""
 
     def windows(self, extended: Tensor, tables: HashTables) -> list[Tensor]:
         """x_t, x_{t-1}, .., x_{t-n+1} of extended [b, n-1+s] int64 (MISSING is below 0) -> n tensors [b, s] int64."""
@@ -181,10 +186,10 @@ class RowKernels:
             result.append(torch.where(present, token, tables.pad_id))
         return result
 
-    def ngram_rows(self, extended: Tensor, tables: HashTables) -> Tensor:
-        """Places in the row space [b, s, T] int64 of the n-grams of extended [b, n-1+s] int64.
+    def ngram_row_ids(self, extended: Tensor, tables: HashTables) -> Tensor:
+        """Row ids [b, s, T] int64 of the n-grams of extended [b, n-1+s] int64.
 
-        Reduced at every Horner step: every intermediate is below 2^62, as rows per table are below 2^31.
+        The polynomial is reduced at every Horner step: every intermediate is below 2^62, as rows per table are below 2^31.
         """
         window = self.windows(extended, tables)
         result = []
@@ -193,52 +198,58 @@ class RowKernels:
             row = window[order - 1] % size
             for back in range(order - 2, -1, -1):
                 row = (row * base + window[back]) % size
-            result.append(place(table, row, tables.sizes, tables.stripes))
+            result.append(row_id(table, row, tables.sizes, tables.stripes))
         return torch.stack(result, dim=-1)
 
-    def unique(self, ids: Tensor, limit: int) -> Distinct:
-        """ids int64 of any shape, in [0, limit)."""
-        ascending, places = ids.reshape(-1).sort(stable=True)
+    def unique(self, ids: Tensor, limit: int) -> DistinctIds:
+        """The distinct ones of ids, int64 of any shape, in [0, limit)."""
+        ascending, lookups = ids.reshape(-1).sort(stable=True)
         first = torch.ones_like(ascending, dtype=torch.bool)
         torch.ne(ascending[1:], ascending[:-1], out=first[1:])
         slot = first.cumsum(0) - 1
-        slots = torch.empty_like(slot).scatter_(0, places, slot).view(ids.shape)
-        return Distinct(ascending[first], slots, slot << 32 | places)
+        slots = torch.empty_like(slot).scatter_(0, lookups, slot).view(ids.shape)
+        return DistinctIds(ascending[first], slots, slot << 32 | lookups)
 
     def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows index [r] int64 as [r, w] of a dtype, float32 or bfloat16."""
+        """Local rows index [r] int64 as [r, w] of a dtype, float32 or bfloat16."""
         values = rows.weight.index_select(0, index)
         if rows.scale is not None:
             values = values.float() * rows.scale.index_select(0, index).unsqueeze(1)
         return values.to(dtype)
 
-    def order(self, slots: Tensor, count: int) -> Tensor:
-        """The order, as in `Distinct`, of look-ups whose slots [N] int64, below count, are known."""
+    def sort_lookups(self, slots: Tensor, count: int) -> Tensor:
+        """sorted_lookups [N], as in `DistinctIds`, of look-ups with slots [N] int64 below count."""
         flat = slots.reshape(-1)
         return (flat << 32 | torch.arange(flat.numel(), device=flat.device)).sort().values
 
     def gather(
-        self, rows: TableRows, index: Tensor | None, slots: Tensor, dtype: torch.dtype, order: Tensor | None = None
+        self,
+        rows: TableRows,
+        index: Tensor | None,
+        slots: Tensor,
+        dtype: torch.dtype,
+        sorted_lookups: Tensor | None = None,
     ) -> Tensor:
-        """Row index[slots] (slots itself without an index) for slots int64 of any shape -> [*slots, w] of a dtype.
+        """Row index[slots] (row `slots` without an index) for slots int64 of any shape -> [*slots, w] of a dtype.
 
-        order: of these slots, where it is known; a form of these kernels may read each row just once then.
+        sorted_lookups: of these slots, where they are known; a compiled form may then read each row just once.
         """
         where = slots if index is None else index[slots]
         if rows.scale is None:
             return F.embedding(where, rows.weight).to(dtype)
         return self.fetch(rows, where.reshape(-1), dtype).view(*slots.shape, rows.weight.shape[1])
 
-    def add(self, sums: Sums, order: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
-        """sums += grad [N, w] float32 or bfloat16, row by row to the slots of `order`, in its order.
+    def add(self, sums: RowGradientSums, sorted_lookups: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
+        """sums += grad [N, w] float32 or bfloat16: the gradient of each look-up goes to its slot, in the sorted order.
 
-        fresh: they hold nothing yet; rows without a look-up become zero.
+        fresh: the sums hold nothing yet; rows without a look-up become zero.
         """
         total = sums.total
         if total.numel() == 0:
             return
-        counts = torch.bincount(order >> 32, minlength=total.shape[0])  # index_add_ would add in any order on CUDA
-        values = grad[order & _MASK].float()
+        # not index_add_, which on CUDA adds in any order
+        counts = torch.bincount(sorted_lookups >> 32, minlength=total.shape[0])
+        values = grad[sorted_lookups & _MASK].float()
         added = torch.segment_reduce(values, "sum", lengths=counts, axis=0, initial=0.0)
         if fresh:
             total.copy_(added)
@@ -247,11 +258,11 @@ class RowKernels:
         torch.sum(total.square(), dim=1, out=sums.squares)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a float32 tensor, float64 scalar, the same at every run."""
+        """Sum of a float32 tensor as a float64 scalar, deterministic."""
         return values.double().sum()
 
     def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
-        """One optimizer step on rows index [r] int64, distinct, with gradients grad [r, w] float32; in place.
+        """One optimizer step, in place, on local rows index [r] int64, distinct, with gradients grad [r, w] float32.
 
         state: square_sum [m] of rowwise_adagrad; exp_avg [m, w] with exp_avg_sq [m, w] of adam, [m] of rowwise_adam;
         float32 or bfloat16.
@@ -286,19 +297,19 @@ class RowKernels:
         news: dict[str, Tensor],
         key: int,
     ) -> None:
-        width, places = values.shape[1], index + rows.first
+        width, row_ids = values.shape[1], index + rows.first_row_id
         if rows.weight.dtype == torch.float32:
             rows.weight.index_copy_(0, index, values)
         elif rows.scale is None:
-            rows.weight.index_copy_(0, index, round_bfloat16(values, noise(key, places, 0, width)))
+            rows.weight.index_copy_(0, index, round_bfloat16(values, noise(key, row_ids, 0, width)))
         else:
-            stored, scale = round_int8(values, noise(key, places, 0, width))
+            stored, scale = round_int8(values, noise(key, row_ids, 0, width))
             rows.weight.index_copy_(0, index, stored)
             rows.scale.index_copy_(0, index, scale)
         if rows.flags is not None:
             rows.flags.index_fill_(0, index, CHANGED)
         for number, (name, new) in enumerate(news.items(), start=1):
             if state[name].dtype == torch.bfloat16:
-                bits = noise(key, places, number * width, new.shape[1] if new.ndim > 1 else 1)
+                bits = noise(key, row_ids, number * width, new.shape[1] if new.ndim > 1 else 1)
                 new = round_bfloat16(new, bits.view(new.shape))
             state[name].index_copy_(0, index, new)

@@ -1,4 +1,4 @@
-"""Starting a run: everything is checked here, in one process, before the deepspeed launcher spawns the others."""
+"""Start a run on this host: everything is checked in one process before DeepSpeed's launcher starts the ranks."""
 
 import os
 import shutil
@@ -12,10 +12,12 @@ from pathlib import Path
 import psutil
 
 from overtok_megatron.config.loading import LoadedConfig, save_resolved
+from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate, validate_host
 from overtok_megatron.environment import rank_environment, usable_devices
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.run_folder import hold
+from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.run_lock import hold
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 
@@ -33,10 +35,24 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
 
     master_port: where the ranks meet; None = a free one. Returns the launcher's exit code.
     """
+    config = loaded.config
+    devices = _check(loaded, processes)
+    directory = _make_folder(config)
+    environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
+    with hold(directory, "overtok train") as lock:
+        resolved = _store_inputs(config, directory)
+        lock.lend()  # the ranks hold the run as well: this process may be killed while they live
+        return run_ranks(launcher_command(ENTRY, [str(resolved)], processes, master_port), environment)
+
+
+def _check(loaded: LoadedConfig, processes: int) -> int:
+    """Check all that can be checked before the ranks start; returns how many CUDA devices the run may use.
+
+    Compiles the kernels, too, so that the ranks find them compiled. Raises the named errors of a user's mistake.
+    """
     # late: they import torch, and `overtok --help` and configuration errors need not wait for it
-    from overtok_megatron.checkpoint.weights_only import starting_point
+    from overtok_megatron.checkpoint.starting_point import starting_point
     from overtok_megatron.data.run_data import open_run_data
-    from overtok_megatron.data.tokenizers.kept import keep_tokenizer
     from overtok_megatron.kernels.choice import choose_kernels
     from overtok_megatron.parallel.devices import CPU, first_device, num_accelerators
 
@@ -52,39 +68,47 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
         validate_host(config, processes, memory, loaded.locate)
     open_run_data(config)
     starting_point(config)
-    choose_kernels(config.training.kernels, first_device() if devices else CPU)  # compiles once, before the ranks do
+    choose_kernels(config.training.kernels, first_device() if devices else CPU)
+    return devices
+
+
+def _make_folder(config: RunConfig) -> Path:
     directory = Path(config.training.output_directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
-    environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
-    with hold(directory, "overtok train") as lock:
-        keep_tokenizer(config.tokenizer, directory)
-        resolved = directory / "config.yaml"
-        try:
-            save_resolved(config, resolved)
-        except OSError as error:
-            raise ConfigError(f"training.output_directory: {resolved}: cannot be written ({error.strerror})") from None
-        lock.lend()  # the ranks hold the run as well: this process may be killed while they live
-        return run_ranks(launcher_command(ENTRY, [str(resolved)], processes, master_port), environment)
+    return directory
+
+
+def _store_inputs(config: RunConfig, directory: Path) -> Path:
+    """Put the tokenizer and the resolved configuration into the run's folder; returns the configuration's file."""
+    from overtok_megatron.data.tokenizers.kept import keep_tokenizer
+
+    keep_tokenizer(config.tokenizer, directory)
+    resolved = RunFolder(directory).config
+    try:
+        save_resolved(config, resolved)
+    except OSError as error:
+        raise ConfigError(f"training.output_directory: {resolved}: cannot be written ({error.strerror})") from None
+    return resolved
 
 
 def run_ranks(command: list[str], environment: dict[str, str]) -> int:
-    """Run a launcher to its end, passing on SIGTERM to its ranks; its exit code."""
+    """Run a launcher to its end and pass SIGTERM on to its ranks; returns its exit code."""
     process = subprocess.Popen(command, env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: stop_ranks(process.pid))
     try:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the ranks got it too: they save and leave; a second one goes through
+        except KeyboardInterrupt:  # the ranks got it too: they save and leave; a second Ctrl-C is raised
             return process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def launcher_command(module: str, arguments: list[str], processes: int, master_port: int | None = None) -> list[str]:
-    """DeepSpeed's launcher, running `python -m module arguments` in that many processes of this host."""
+    """The command line of DeepSpeed's launcher that runs `python -m module arguments` in so many processes of this host."""
     launcher = shutil.which(
         "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     )
@@ -93,7 +117,7 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
         sys.executable,
         launcher,
         "--hostfile",
-        os.devnull,  # its default, /job/hostfile, exists in pods of some operators, and names other hosts
+        os.devnull,  # the default, /job/hostfile, exists in pods of some Kubernetes operators, and names other hosts
         "--num_gpus",
         str(processes),
         "--master_port",
@@ -109,7 +133,8 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
 def stop_ranks(launcher: int) -> None:
     """Ask the ranks below a launcher to save and leave.
 
-    Not the launcher itself: DeepSpeed's dies of SIGTERM at once, and its part for each host kills after half a minute.
+    The launcher itself gets no signal: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
+    half a minute.
     """
     for process in psutil.Process(launcher).children(recursive=True):
         with suppress(psutil.Error):

@@ -17,26 +17,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.model.cache import KVCache
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.model.rotary import Rotary
 from overtok_megatron.parallel.collectives import exchange_dims, group_rank, group_size
 from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DecodeStep:
-    """What one decoding call knows beyond its hidden states; caches hold all keys and values so far, [b, g, room, e].
+    """What one decoding call knows beyond its hidden states.
 
-    positions [b, s] int64 of the new tokens; begin: cached positions before them; mask [b, 1, s, begin + s] bool, and
-    the same for layers with a sliding window.
+    positions [b, s] int64 of the new tokens in their sequences; mask [b, 1, s, c] bool, which columns of the cache each of
+    them sees, and the same for layers with a sliding window.
     """
 
     positions: Tensor
-    begin: int
     mask: Tensor
     sliding_mask: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
+    cache: KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ class Attention(nn.Module):
         q = self.kernels.rotate(q, *angles).transpose(1, 2)  # [b, h, s, e]
         k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g, s, e]
         if decode is not None:
-            k, v = self._remember(k, v, decode)
+            k, v = decode.cache.write(self.layer_index, k, v)
             seen = decode.mask if self.window is None else decode.sliding_mask
             mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=seen)
         elif self.recompute_core and torch.is_grad_enabled():
@@ -146,18 +145,3 @@ class Attention(nn.Module):
         if repeats == 1:
             return k, v
         return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-
-    def _remember(self, k: Tensor, v: Tensor, decode: DecodeStep) -> tuple[Tensor, Tensor]:
-        end = decode.begin + k.shape[2]
-        keys, values = decode.keys[self.layer_index], decode.values[self.layer_index]
-        keys[:, :, decode.begin : end] = k
-        values[:, :, decode.begin : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-
-def empty_cache(
-    *, batch: int, room: int, num_layers: int, num_key_value_heads: int, head_size: int, like: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values for `num_layers` layers, each [b, g, room, e] of `like`'s dtype and device."""
-    shape = (batch, num_key_value_heads, room, head_size)
-    return tuple([torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)] for _ in "kv")  # type: ignore[return-value]  # a generator of two

@@ -4,6 +4,7 @@ This is the root of the room: below it values are passed, not configuration obje
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.kernels.dtypes import DTYPES, ROW_DTYPES
 from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.ngram.exchange import Exchange, FlatExchange
+from overtok_megatron.ngram.families import TableFamily
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.placement import make_exchange, owned_range
 from overtok_megatron.ngram.prefetch import Prefetch
@@ -27,32 +29,35 @@ def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
     """The tables that a validated, enabled over-encoding section asks for."""
     assert over.enabled and over.table_rows is not None
     added = [TableGroup(tuple(one.orders), one.num_slices, one.table_rows, one.frozen) for one in over.added]
-    width = row_width(model, over)
-    return RowSpace(over.ngram_order, over.num_slices, over.table_rows, width, tuple(added), over.frozen)
+    return RowSpace(
+        ngram_order=over.ngram_order,
+        num_slices=over.num_slices,
+        table_rows=over.table_rows,
+        width=row_width(model, over),
+        added=tuple(added),
+        frozen=over.frozen,
+    )
+
+
+def build_family(config: RunConfig, eod_id: int, kernels: RowKernels) -> NgramHash:
+    """The family of tables that the configuration describes. eod_id: the token that ends a document."""
+    over = config.over_encoding
+    return NgramHash(
+        space=row_space(config.model, over),
+        base=hash_base(config),
+        pad_id=over.pad_id,
+        boundary=over.boundary,
+        eod_id=eod_id,
+        kernels=kernels,
+    )
 
 
 def build_row_store(
     config: RunConfig, *, device: torch.device, kernels: RowKernels, group: dist.ProcessGroup | None = None
 ) -> RowStore:
     """This rank's rows with their initial values. device: where they lie; group: all ranks, None = all rows are here."""
-    over = config.over_encoding
-    space = row_space(config.model, over)
-    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    return RowStore(
-        *owned_range(space.total_rows, rank, size, over.ranks_per_host),
-        space.width,
-        std=over.init_std,
-        seed=config.training.seed,
-        device=device,
-        dtype=ROW_DTYPES[over.row_dtype],
-        kernels=kernels,
-    )
-
-
-def build_hash(config: RunConfig, eod_id: int, kernels: RowKernels) -> NgramHash:
-    """How tokens become row ids. eod_id: the token that ends a document."""
-    over = config.over_encoding
-    return NgramHash(row_space(config.model, over), hash_base(config), over.pad_id, over.boundary, eod_id, kernels)
+    space = row_space(config.model, config.over_encoding)
+    return _row_store(config, space.total_rows, space.width, device=device, kernels=kernels, group=group)
 
 
 def build_table_reader(
@@ -60,9 +65,9 @@ def build_table_reader(
 ) -> TableReader:
     """Tables to be read, over a store that holds all rows. device: where the model computes, with its kernels."""
     return TableReader(
-        build_hash(config, eod_id, kernels.rows),
+        build_family(config, eod_id, kernels.rows),
         store,
-        FlatExchange((0, store.stop), None, store.kernels),
+        FlatExchange((0, store.stop), None, kernels=store.kernels),
         dtype=DTYPES[config.training.precision],
         device=device,
         kernels=kernels.rows,
@@ -78,18 +83,74 @@ def build_tables(
     group: dist.ProcessGroup | None = None,
     sequence_slice: tuple[int, int] = (0, 1),
 ) -> ShardedTables:
-    """This rank's tables with initial rows, to be trained.
+    """This rank's tables with initial rows, to be trained. eod_id: the token that ends a document; else as below."""
+    family = build_family(config, eod_id, kernels.rows)
+    return build_family_tables(
+        config, family, device=device, kernels=kernels, group=group, sequence_slice=sequence_slice
+    )
+
+
+def build_family_tables(
+    config: RunConfig,
+    family: TableFamily,
+    *,
+    device: torch.device,
+    kernels: Kernels,
+    group: dist.ProcessGroup | None = None,
+    sequence_slice: tuple[int, int] = (0, 1),
+) -> ShardedTables:
+    """This rank's tables of any family, stored, exchanged and updated as the over-encoding section says.
 
     device: where the model computes, with its kernels. group: the table group, which is the world; None = all rows are here.
-    sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
+    sequence_slice: (index, count) of the slice of every sequence that this rank looks up. All ranks must call this.
     """
-    over = config.over_encoding
-    space, dtype = row_space(config.model, over), DTYPES[config.training.precision]
-    on_host = over.storage == "host"
+    on_host = config.over_encoding.storage == "host"
     store_device = torch.device("cpu") if on_host else device
     row_kernels = kernels.rows if store_device == device else choose_kernels(config.training.kernels, store_device).rows
-    store = build_row_store(config, device=store_device, kernels=row_kernels, group=group)
-    optimizer = RowOptimizer(
+    store = _row_store(config, family.total_rows, family.width, device=store_device, kernels=row_kernels, group=group)
+    dtype = DTYPES[config.training.precision]
+    prefetch = None
+    if on_host:  # the thread's exchange has process groups of its own
+        prefetch = Prefetch(_exchange(config, family, group, row_kernels), partial(store.read, dtype=dtype))
+    return ShardedTables(
+        family,
+        store,
+        _exchange(config, family, group, row_kernels),
+        optimizer=_row_optimizer(config, store),
+        dtype=dtype,
+        device=device,
+        kernels=kernels.rows,
+        group=group,
+        sequence_slice=sequence_slice,
+        prefetch=prefetch,
+    )
+
+
+def _row_store(
+    config: RunConfig,
+    total_rows: int,
+    width: int,
+    *,
+    device: torch.device,
+    kernels: RowKernels,
+    group: dist.ProcessGroup | None,
+) -> RowStore:
+    over = config.over_encoding
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    return RowStore(
+        *owned_range(total_rows, rank, size, over.ranks_per_host),
+        width,
+        std=over.init_std,
+        seed=config.training.seed,
+        device=device,
+        dtype=ROW_DTYPES[over.row_dtype],
+        kernels=kernels,
+    )
+
+
+def _row_optimizer(config: RunConfig, store: RowStore) -> RowOptimizer:
+    over = config.over_encoding
+    return RowOptimizer(
         over.optimizer,
         store.rows,
         weight_decay=over.weight_decay,
@@ -97,30 +158,20 @@ def build_tables(
         eps=over.eps,
         state_dtype=ROW_DTYPES[over.state_dtype],
         seed=config.training.seed,
-        kernels=row_kernels,
+        kernels=store.kernels,
     )
 
-    def exchange() -> Exchange:  # each has process groups of its own in host memory
-        return make_exchange(
-            space.total_rows,
-            group,
-            ranks_per_host=over.ranks_per_host,
-            kernels=row_kernels,
-            gradient_dtype=ROW_DTYPES[over.gradient_dtype],
-            trained=space.trained_at if space.any_frozen else None,
-            backend="gloo" if on_host else None,
-        )
 
-    prefetch = Prefetch(exchange(), partial(store.read, dtype=dtype)) if on_host else None
-    return ShardedTables(
-        build_hash(config, eod_id, kernels.rows),
-        store,
-        exchange(),
-        optimizer=optimizer,
-        dtype=dtype,
-        device=device,
-        kernels=kernels.rows,
-        group=group,
-        sequence_slice=sequence_slice,
-        prefetch=prefetch,
+def _exchange(
+    config: RunConfig, family: TableFamily, group: dist.ProcessGroup | None, kernels: RowKernels
+) -> Exchange[Any]:
+    over = config.over_encoding
+    return make_exchange(
+        family.total_rows,
+        group,
+        ranks_per_host=over.ranks_per_host,
+        kernels=kernels,
+        gradient_dtype=ROW_DTYPES[over.gradient_dtype],
+        trained_rows=family.trained_rows,
+        backend="gloo" if over.storage == "host" else None,
     )

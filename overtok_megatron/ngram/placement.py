@@ -1,25 +1,32 @@
-"""Which rank owns which rows, and the exchange between them: flat, or in two levels where hosts have several ranks."""
+"""Which rank owns which rows, and the exchange between the ranks: flat, or in two levels where hosts have several ranks."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from overtok_megatron.kernels.rows import RowKernels
-from overtok_megatron.ngram.exchange import Exchange, FlatExchange, Trained, TwoLevelExchange
-from overtok_megatron.ngram.row_space import row_bounds
+from overtok_megatron.ngram.exchange import Exchange, FlatExchange
+from overtok_megatron.ngram.row_space import RowFilter
+from overtok_megatron.ngram.two_level_exchange import TwoLevelExchange
+from overtok_megatron.parallel.splits import split_bounds, split_range
 
 
-def owner_place(rank: int, world_size: int, ranks_per_host: int | None) -> int:
-    """Where in the order of owners a rank comes: its own number, or in two levels by (place within the host, host)."""
+def owner_index(rank: int, world_size: int, ranks_per_host: int | None) -> int:
+    """Which of the contiguous ranges of rows a rank owns.
+
+    In a flat exchange that is the rank. In two levels ranges are ordered by (rank within the host, host), so that the ranks
+    with the same number on all hosts own neighbouring ranges.
+    """
     if ranks_per_host is None:
         return rank
-    host, within = divmod(rank, ranks_per_host)
-    return within * (world_size // ranks_per_host) + host
+    host, rank_in_host = divmod(rank, ranks_per_host)
+    return rank_in_host * (world_size // ranks_per_host) + host
 
 
 def owned_range(total_rows: int, rank: int, world_size: int, ranks_per_host: int | None) -> tuple[int, int]:
-    """First place in the row space that a rank owns, and the end."""
-    bounds, place = row_bounds(total_rows, world_size), owner_place(rank, world_size, ranks_per_host)
-    return bounds[place], bounds[place + 1]
+    """The first row id that a rank owns, and the end of its range."""
+    return split_range(total_rows, world_size, owner_index(rank, world_size, ranks_per_host))
 
 
 def make_exchange(
@@ -29,34 +36,42 @@ def make_exchange(
     ranks_per_host: int | None,
     kernels: RowKernels,
     gradient_dtype: torch.dtype,
-    trained: Trained | None = None,
+    trained_rows: RowFilter | None = None,
     backend: str | None = None,
-) -> Exchange:
-    """The exchange over all ranks of the world, of which `group` is the group; None = one rank.
+) -> Exchange[Any]:
+    """The exchange over all ranks of the world. All ranks must call this, because it may make process groups.
 
-    trained: which rows take updates; None = all. backend: of process groups made for it; None = none are made where `group`
-    itself serves. A collective of the world.
+    group: of all ranks; None = one rank. ranks_per_host: given, it asks for the exchange in two levels. trained_rows: which
+    rows take updates; None = all. backend: of the process groups that are made for the exchange; None = the default one, and
+    the flat exchange uses `group` itself.
     """
-    world = 1 if group is None else dist.get_world_size(group)
-    bounds = row_bounds(total_rows, world)
-    if world == 1:
-        return FlatExchange(bounds, None, kernels, gradient_dtype, trained)
+    world_size = 1 if group is None else dist.get_world_size(group)
+    bounds = split_bounds(total_rows, world_size)
+    if world_size == 1:
+        return FlatExchange(bounds, None, kernels=kernels, gradient_dtype=gradient_dtype, trained_rows=trained_rows)
     if ranks_per_host is None:
-        own = group if backend is None else dist.new_group(list(range(world)), backend=backend, group_desc="tables")
-        return FlatExchange(bounds, own, kernels, gradient_dtype, trained)
-    hosts = world // ranks_per_host
-    within = [list(range(host * ranks_per_host, (host + 1) * ranks_per_host)) for host in range(hosts)]
-    across = [list(range(place, world, ranks_per_host)) for place in range(ranks_per_host)]
-    host_group = _own_group(within, backend, "tables, host")
-    host_lines = _own_group(across, backend, "tables, hosts")
-    return TwoLevelExchange(bounds, host_group, host_lines, kernels, gradient_dtype, trained)
+        if backend is not None:
+            group = dist.new_group(list(range(world_size)), backend=backend, group_desc="tables")
+        return FlatExchange(bounds, group, kernels=kernels, gradient_dtype=gradient_dtype, trained_rows=trained_rows)
+    hosts = world_size // ranks_per_host
+    ranks_of_hosts = [list(range(host * ranks_per_host, (host + 1) * ranks_per_host)) for host in range(hosts)]
+    same_rank_in_host = [list(range(first, world_size, ranks_per_host)) for first in range(ranks_per_host)]
+    return TwoLevelExchange(
+        bounds,
+        host_group=_group_of_this_rank(ranks_of_hosts, backend, "tables, host"),
+        network_group=_group_of_this_rank(same_rank_in_host, backend, "tables, hosts"),
+        kernels=kernels,
+        gradient_dtype=gradient_dtype,
+        trained_rows=trained_rows,
+    )
 
 
-def _own_group(lists: list[list[int]], backend: str | None, name: str) -> dist.ProcessGroup | None:
-    if len(lists[0]) == 1:
+def _group_of_this_rank(partition: list[list[int]], backend: str | None, name: str) -> dist.ProcessGroup | None:
+    """The group of those ranks of a partition of the world among which this rank is; None where groups have one rank."""
+    if len(partition[0]) == 1:
         return None
     own = None
-    for ranks in lists:  # every rank makes every group, in the same order
+    for ranks in partition:  # every rank must make every group, in the same order
         group = dist.new_group(ranks, backend=backend, group_desc=name)
         if dist.get_rank() in ranks:
             own = group

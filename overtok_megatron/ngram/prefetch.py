@@ -1,51 +1,56 @@
-"""Rows of coming steps, fetched on a thread while the model computes; what a step updates is renewed before it is used.
+"""Rows of coming steps, fetched on a thread while the model computes.
 
-So the numbers are those without it, bit for bit. The thread has an exchange of its own, with process groups of its own,
-because collectives of one group must come in the same order on all ranks.
+Rows that a step updates after they were fetched are renewed before they are used, so losses are bit for bit the same as without
+prefetching. The thread has an exchange of its own, with process groups of its own, because all ranks must call the collectives
+of one group in the same order.
 """
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic
 
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import TableRows
-from overtok_megatron.ngram.exchange import Exchange, Plan
+from overtok_megatron.ngram.exchange import Exchange, PlanT, ReadRows
 
 
-class Prefetch:
-    """exchange: the thread's own; read: local rows [r] int64 -> their values [r, w]. All calls are collectives of it."""
+class Prefetch(Generic[PlanT]):
+    """A queue of the steps whose rows are being fetched or are there. All ranks must call each method in the same order.
 
-    def __init__(self, exchange: Exchange, read: Callable[[Tensor], Tensor]) -> None:
+    exchange: the thread's own. read: local rows [r] int64 -> their values [r, w].
+    """
+
+    def __init__(self, exchange: Exchange[PlanT], read: ReadRows) -> None:
         self._exchange = exchange
         self._read = read
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._coming: deque[Future[tuple[Plan, TableRows]]] = deque()
+        self._steps: deque[Future[tuple[PlanT, TableRows]]] = deque()
 
     @property
     def pending(self) -> bool:
-        return bool(self._coming)
+        """Whether a step was started and not yet taken."""
+        return bool(self._steps)
 
     def start(self, ids: Tensor) -> None:
-        """Begin to fetch the rows of one more step."""
-        self._coming.append(self._thread.submit(self._fetch, ids))
+        """Begin to fetch the rows of one more step. ids: row ids, int64 of any shape."""
+        self._steps.append(self._thread.submit(self._fetch, ids))
 
-    def _fetch(self, ids: Tensor) -> tuple[Plan, TableRows]:
+    def _fetch(self, ids: Tensor) -> tuple[PlanT, TableRows]:
         plan = self._exchange.plan(ids)
         return plan, TableRows(self._exchange.fetch(plan, self._read))
 
-    def take(self) -> tuple[Plan, TableRows]:
-        """The plan and the rows of the first step that was announced and not yet taken."""
-        return self._coming.popleft().result()
+    def take(self) -> tuple[PlanT, TableRows]:
+        """The plan and the rows of the first step that was started and not yet taken."""
+        return self._steps.popleft().result()
 
     def wait(self) -> None:
-        """Until nothing is being fetched: rows may change now."""
-        for future in self._coming:
-            future.result()
+        """Wait until nothing is being fetched; then rows may change."""
+        for step in self._steps:
+            step.result()
 
     def refresh(self, touched: Tensor) -> None:
-        """Renew what was fetched of the rows touched [r] int64, local and ascending, which have just changed."""
-        for future in self._coming:
-            plan, rows = future.result()
+        """Renew the fetched copies of the local rows touched [r] int64, ascending, which have just changed."""
+        for step in self._steps:
+            plan, rows = step.result()
             self._exchange.refresh(plan, rows.weight, touched, self._read)

@@ -1,7 +1,7 @@
 """The dense part of an over-encoder: n-gram rows are projected to the hidden size and combined with the 1-gram embedding.
 
 Shapes: b batch, s sequence (a slice of it under tensor parallelism), T tables, B of them base tables, w row width, d hidden
-(B w where nothing else is asked for).
+(B w unless row_width is configured).
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ Combine = Literal["sum", "mean", "scaled"]
 
 
 class NgramProjection(nn.Module):
-    """Joins the gathered n-gram rows to the 1-gram embedding (paper section 3.2; METHOD of combination is a switch).
+    """Joins the gathered n-gram rows to the 1-gram embedding (paper section 3.2).
 
-    The B projections W_s: w -> d of the base tables, summed, are one d x (B w) linear on the concatenation of the rows, and
-    so are those of each group of tables that was added later. combine: "sum" e + o; "mean" (e + o) / (1 + B), the paper's
-    pseudo-code; "scaled" e + o / (1 + B). B, not T: added tables leave the scale of what is there as it is. group: the
-    tensor-parallel group, whose ranks each see their own slice of the sequence.
+    The B projections W_s: w -> d of the base tables, summed, are one d x (B w) linear layer on the concatenation of the rows;
+    so are the projections of each group of tables that was added later. combine, with e the embedding and o the projected
+    rows: "sum" e + o; "mean" (e + o) / (1 + B), the paper's pseudo-code; "scaled" e + o / (1 + B). The share has B and not T,
+    so that added tables do not rescale the parts that were trained before. group: the tensor-parallel group, whose ranks
+    each see their own slice of the sequence.
     """
 
     def __init__(
@@ -47,14 +48,14 @@ class NgramProjection(nn.Module):
         self.group = group
         self.row_width = row_width or hidden_size // num_tables
         self.projection = nn.Parameter(torch.empty(hidden_size, num_tables * self.row_width))
-        # Weights of their own: products over more columns may sum in another order, and what is there must keep its bits.
-        # No ParameterList: ZeRO 3 gathers a module's own parameters
+        # Added groups have weights of their own: a product over more columns may sum in another order, and the outputs of the
+        # base tables must keep their bits. Not a ParameterList, because ZeRO 3 gathers a module's own parameters only.
         for number, tables in enumerate(self.added_tables):
             weight = nn.Parameter(torch.empty(hidden_size, tables * self.row_width))
             self.register_parameter(f"added_projection_{number}", weight)
 
     def reset(self, seed: int, name: str) -> None:
-        """Deviation (B w)^-1/2: the n-gram part begins at the scale of its rows; that of added tables likewise."""
+        """Draw weights of deviation (B w)^-1/2, so that the n-gram part begins at the scale of its rows; added groups alike."""
         for key, weight in self.named_parameters():
             initialise(weight, weight.shape[1] ** -0.5, seed, f"{name}.{key}")
 
@@ -66,7 +67,7 @@ class NgramProjection(nn.Module):
             gathered.split([self.num_tables, *self.added_tables], dim=-2), self.parameters(), strict=True
         ):
             whole = copy_to_group(weight, self.group)  # each rank saw a slice: the gradient is summed
-            # Contiguous: the very product of a model without the other groups, so that their rows of zero change no bit
+            # Contiguous, so that this is the same product as in a model without the other groups: rows of zero change no bit.
             own = F.linear(part.flatten(-2).contiguous(), whole)
             total = own if total is None else total + own
         assert total is not None
@@ -83,12 +84,12 @@ class NgramProjection(nn.Module):
 
     @torch.no_grad()
     def order_norms(self, fetched: FetchedRows, orders: tuple[int, ...]) -> dict[int, float]:
-        """Mean L2 norm of each order's projected contribution; look-ups [.., s, T], orders [T]: what each table hashes."""
+        """Mean L2 norm of each n-gram order's projected part; look-ups [.., s, T]; orders [T]: of each table."""
         gathered = fetched.gather()  # [.., s, T, w]
         weight = torch.cat(list(self.parameters()), dim=1).unflatten(1, (len(orders), self.row_width))  # [d, T, w]
         norms = {}
         for order in sorted(set(orders)):
-            own = [table for table, other in enumerate(orders) if other == order]
+            own = [table for table, table_order in enumerate(orders) if table_order == order]
             part = F.linear(gathered[..., own, :].flatten(-2), weight[:, own].flatten(1))
             norms[order] = part.float().norm(dim=-1).mean().item()
         return norms

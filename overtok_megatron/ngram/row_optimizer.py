@@ -1,8 +1,8 @@
-"""Optimizers that update just the rows that a step touched: cost follows tokens, never the size of the tables.
+"""Optimizers that update only the rows that a step touched: the cost follows tokens, never the size of the tables.
 
-A row that a step does not touch keeps its value and its state: no momentum drift, no weight decay ("lazy", as
+A row that a step does not touch keeps its value and its state: no momentum drift, no weight decay ("lazy", as in
 torch.optim.SparseAdam). Weight decay is decoupled (AdamW) and reaches touched rows only. The rules themselves are in
-kernels/rows.py.
+kernels/rows.py (RowStep).
 """
 
 import torch
@@ -19,10 +19,10 @@ _STATES: dict[RowRule, dict[str, bool]] = {  # name -> whether there is one valu
 
 
 class RowOptimizer:
-    """Updates rows of a shard in place. `state` maps a name to its tensor, rows first; `steps` counts updates.
+    """Updates a rank's rows in place. `state` maps a name to its tensor, one entry per row; `steps` counts updates.
 
-    rule: see RowStep. Adam's bias correction counts steps of the run, not of the row (torch.optim.SparseAdam's rule).
-    seed: of the stochastic rounding of rows and states that are stored in fewer bits than float32.
+    rule: see RowStep. Adam's bias correction counts steps of the run, not of the row, as torch.optim.SparseAdam does.
+    seed: keys the stochastic rounding of rows and states that are stored in fewer bits than float32.
     """
 
     def __init__(
@@ -51,19 +51,25 @@ class RowOptimizer:
             for name, wide in _STATES[rule].items()
         }
 
-    def update(self, index: Tensor, grad: Tensor, learning_rate: float, grad_factor: float = 1.0) -> None:
-        """One step. index [r] int64, distinct, local to the shard; grad [r, width] float32, to be taken times grad_factor.
+    def update(self, local_rows: Tensor, grad: Tensor, learning_rate: float, grad_factor: float = 1.0) -> None:
+        """One step on local_rows [r] int64, distinct, with gradients grad [r, width] float32 times grad_factor.
 
-        Counts as a step (bias correction) also when r is 0, so that all ranks count alike.
+        Counts as a step (bias correction) also where r is 0, so that all ranks count alike.
         """
         self.steps += 1
-        if index.numel() == 0:
+        if local_rows.numel() == 0:
             return
         rate = learning_rate
         if self.rule in ("adam", "rowwise_adam"):
             beta1, beta2 = self.betas
             rate *= (1.0 - beta2**self.steps) ** 0.5 / (1.0 - beta1**self.steps)
-        decay = 1.0 - learning_rate * self.weight_decay
-        key = noise_key(self.seed, self.steps)
-        step = RowStep(self.rule, rate, decay, self.betas, self.eps, grad_factor, key)
-        self.kernels.update(self.rows, self.state, index, grad, step)
+        step = RowStep(
+            rule=self.rule,
+            rate=rate,
+            decay=1.0 - learning_rate * self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            grad_factor=grad_factor,
+            noise=noise_key(self.seed, self.steps),
+        )
+        self.kernels.update(self.rows, self.state, local_rows, grad, step)

@@ -1,26 +1,30 @@
-"""How many rows the n-gram tables have, where each row lies, and which rank owns which. Pure arithmetic.
+"""How many rows the n-gram tables have, and the row id of each. Pure arithmetic.
 
-All tables are one row space: table s of a group has `table_rows + 2 s` rows, and `kernels.rows.place` deals the rows of all
-tables over it, so that ranks, which own contiguous ranges of it, have equal shares of the look-ups. Whether a table size
-makes the hash collide more than it must is judged in `overtok_megatron.config.collisions`.
+All tables share one row space: table s of a group has `table_rows + 2 s` rows, and `kernels.rows.row_id` interleaves the rows
+of all tables over it. Ranks own contiguous ranges of the row space, and interleaving gives them equal shares of the look-ups.
+Whether a table size makes the hash collide more than it must is judged in `overtok_megatron.config.collisions`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import place, table_rows_at
+from overtok_megatron.kernels.rows import row_id, table_rows_of
 
-STRIPES = 4099  # prime, so that every stripe has rows of every table; many, so that every rank has several
+# Over how many stripes rows are interleaved: a prime, so that every stripe has rows of every table; large, so that every rank
+# has several stripes.
+STRIPES = 4099
+RowFilter = Callable[[Tensor], Tensor]  # row ids int64 [..] -> bool [..]
 
 
 @dataclass(frozen=True)
 class TableGroup:
-    """Tables that came together: `num_slices` for each of `orders`, one order after the other.
+    """Tables of one configuration entry: `num_slices` for each of `orders`, one order after the other.
 
-    table_rows: m >= 1, rows of the first. frozen: their rows take no update.
+    table_rows: m >= 1, rows of the first table. frozen: the rows take no updates.
     """
 
     orders: tuple[int, ...]
@@ -39,17 +43,17 @@ class TableGroup:
 
     @property
     def table_orders(self) -> tuple[int, ...]:
-        """The n-gram length that each table hashes."""
+        """The n-gram order of each table."""
         return tuple(order for order in self.orders for _ in range(self.num_slices))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowSpace:
-    """The tables of an over-encoder laid end to end (paper section 3.2: orders 2..n, k slices each), then those added.
+    """The base tables of an over-encoder (paper section 3.2: orders 2..n, k slices each), then the tables added to them.
 
     ngram_order: n >= 2, the longest n-gram of the base tables. num_slices: k >= 1, base tables per order. table_rows: m >= 1,
-    rows of table 0. width: values per row, of every table. added: tables that a trained model got later. frozen: rows of the
-    base tables take no update.
+    rows of table 0. width: values per row, the same for every table. added: tables that a trained model got later. frozen:
+    rows of the base tables take no updates.
     """
 
     ngram_order: int
@@ -79,45 +83,32 @@ class RowSpace:
 
     @cached_property
     def orders(self) -> tuple[int, ...]:
-        """The n-gram length that each table hashes."""
+        """The n-gram order of each table."""
         return tuple(order for group in self.groups for order in group.table_orders)
 
     @property
     def longest(self) -> int:
-        """The longest n-gram of all tables: one token more than the history that decoding keeps."""
+        """The highest n-gram order of all tables."""
         return max(self.orders)
 
-    def places(self, table: int, rows: Tensor | None = None) -> Tensor:
-        """Where rows [..] int64 of a table (None = all of them) lie in the row space."""
-        return place(table, torch.arange(self.sizes[table]) if rows is None else rows, self.sizes, STRIPES)
+    def row_ids(self, table: int, rows: Tensor | None = None) -> Tensor:
+        """Row ids of rows [..] int64 of a table; rows None = all rows of the table."""
+        return row_id(table, torch.arange(self.sizes[table]) if rows is None else rows, self.sizes, STRIPES)
 
-    def rows_at(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `places`: which table and which of its rows lie at places [..] int64 of the row space."""
-        return table_rows_at(places, self.sizes, STRIPES)
+    def table_rows_of(self, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `row_ids`: the table of each of row_ids [..] int64 and its row within the table."""
+        return table_rows_of(row_ids, self.sizes, STRIPES)
 
     @property
     def any_frozen(self) -> bool:
         return any(group.frozen for group in self.groups)
 
-    def trained_at(self, places: Tensor) -> Tensor:
-        """Whether rows at places [..] int64 take updates, bool [..]; by arithmetic, without memory a row."""
-        tables, _ = self.rows_at(places)
+    def is_trained(self, row_ids: Tensor) -> Tensor:
+        """Whether each of row_ids [..] int64 takes updates, bool [..]; by arithmetic, without memory per row."""
+        tables, _ = self.table_rows_of(row_ids)
         flags = [not group.frozen for group in self.groups for _ in range(group.num_tables)]
-        return torch.tensor(flags, device=places.device)[tables]
+        return torch.tensor(flags, device=row_ids.device)[tables]
 
     @property
     def total_rows(self) -> int:
         return sum(self.sizes)
-
-    def order_of(self, table: int) -> int:
-        """The n-gram length that a table hashes: 2 for the first k tables, then 3, ..."""
-        return self.orders[table]
-
-
-def row_bounds(total_rows: int, num_ranks: int) -> tuple[int, ...]:
-    """Where each rank's rows begin, and the end: `num_ranks + 1` ascending numbers.
-
-    Base + remainder: the first `total_rows % num_ranks` ranks own one row more. No padding rows; a rank may own none.
-    """
-    base, remainder = divmod(total_rows, num_ranks)
-    return tuple(rank * base + min(rank, remainder) for rank in range(num_ranks + 1))

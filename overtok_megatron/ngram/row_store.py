@@ -1,8 +1,7 @@
-"""The rows that one rank owns: allocation and layout-independent initial values. Knows nothing of exchange or updates.
+"""The rows that one rank owns: allocation and layout-independent initial values. Exchange and updates are elsewhere.
 
-Row r is drawn from a counter-based generator (Philox) whose key is the seed and whose counter is the row's place in
-the row space: any rank can make any row, the tables are the same for every number of ranks, and no random stream of
-the program moves.
+Row r is drawn from a counter-based generator (Philox) whose key is the seed and whose counter follows from the row id r: any
+rank can make any row, the tables are the same for every number of ranks, and no other random stream moves.
 """
 
 from typing import Protocol
@@ -14,8 +13,8 @@ from torch import Tensor
 from overtok_megatron.kernels.rows import CHANGED, RowKernels, TableRows, round_int8
 
 _VALUES_PER_COUNT = 8  # one Philox count yields four 64-bit words, that is eight float32 draws
-_CHUNK_VALUES = 1 << 20  # drawn at a time: stays in cache
-_FLAGS_AT_ONCE = 1 << 24  # looked through at a time, so that no temporary grows with the tables
+_CHUNK_VALUES = 1 << 20  # how many values are drawn at a time: they stay in cache
+_FLAGS_AT_ONCE = 1 << 24  # how many flags are read at a time, so that no temporary tensor grows with the tables
 _TOUCHED = 1  # a row's flag: ever updated; CHANGED: also since the last save began
 
 
@@ -36,7 +35,7 @@ def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Te
 
 
 class RowReader(Protocol):
-    """Rows [start, stop) of the row space, wherever they are; `rows` is None where they are not to be had as tensors."""
+    """Rows [start, stop) of the row space, wherever they lie; `rows` is None where they are not in memory as tensors."""
 
     start: int
     stop: int
@@ -49,14 +48,14 @@ class RowReader(Protocol):
     def device(self) -> torch.device: ...
 
     def read(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows index [r] int64, local and ascending -> [r, width] of a dtype."""
+        """Local rows index [r] int64, ascending -> [r, width] of a dtype."""
 
 
 class RowStore:
-    """Rows [start, stop) of the row space, held by one rank; not a module parameter, so no engine sweeps over it.
+    """Rows [start, stop) of the row space, owned by one rank. Not a module parameter, so that no engine sweeps over them.
 
-    rows: their values, of dtype float32, bfloat16, or int8 with a scale each. flags [stop - start] uint8: whether a row
-    was ever updated, and since the last save began.
+    rows: their values, of dtype float32, bfloat16, or int8 with a scale per row. flags [stop - start] uint8: whether a row
+    was ever updated, and whether it was updated since the last save began.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class RowStore:
         self.start = start
         self.stop = stop
         self.kernels = kernels or RowKernels()
-        # pages of zeros are not there until a row is written
+        # zeros() maps pages lazily: unwritten rows take no memory
         weight = torch.zeros(stop - start, width, dtype=dtype, device=device)
         scale = torch.zeros(stop - start, device=device) if dtype == torch.int8 else None
         self.flags = torch.zeros(stop - start, dtype=torch.uint8, device=device)
@@ -87,7 +86,7 @@ class RowStore:
     def _fill(self, begin: int, values: Tensor) -> None:
         part = slice(begin, begin + values.shape[0])
         if self.rows.scale is not None:
-            values, scale = round_int8(values, torch.full(values.shape, 2**31))  # half a unit: to nearest
+            values, scale = round_int8(values, torch.full(values.shape, 2**31))  # bits of 0.5: to nearest
             self.rows.scale[part] = scale.to(self.rows.scale.device)
         self.rows.weight[part] = values.to(self.rows.weight.device)
 
@@ -100,11 +99,11 @@ class RowStore:
         return self.rows.weight.device
 
     def read(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows index [r] int64, local -> [r, width] of a dtype."""
+        """Local rows index [r] int64 -> [r, width] of a dtype."""
         return self.kernels.fetch(self.rows, index, dtype)
 
     def columns(self) -> dict[str, Tensor]:
-        """The stored values by name: tensors with one row for each of the shard's."""
+        """The stored values by name: tensors with one entry per local row."""
         scale = {} if self.rows.scale is None else {"scale": self.rows.scale}
         return {"weight": self.rows.weight, **scale, "touched": self.flags}
 

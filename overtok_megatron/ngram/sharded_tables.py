@@ -1,18 +1,19 @@
-"""This rank's share of the n-gram tables: its rows, their optimizer, and the exchange with all other ranks.
+"""This rank's share of the n-gram tables of one family: its rows, their optimizer, and the exchange with all other ranks.
 
 Shapes: A micro-batches, b batch, s sequence, T tables, w row width, U distinct rows of a step, r touched rows of this rank.
 """
 
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowKernels, Sums, TableRows
-from overtok_megatron.ngram.exchange import Exchange, FlatPlan, Plan
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, TableRows
+from overtok_megatron.ngram.exchange import Exchange, PlanT
+from overtok_megatron.ngram.families import TableFamily
 from overtok_megatron.ngram.fetched_rows import DistinctRows, FetchedRows
-from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_store import RowReader, RowStore
@@ -22,31 +23,31 @@ from overtok_megatron.parallel.collectives import named
 
 @dataclass(frozen=True)
 class RowGradients:
-    """The gradients of a step for the rows that this rank owns: grad [r, w] float32, to be taken times `scale`.
+    """The gradients of a step for the rows that this rank owns: grad [r, w] float32, to be multiplied by `scale`.
 
-    index int64 [r]: the local rows, distinct and ascending. square: float64 scalar, the sum of squares over all ranks of
-    the scaled gradients, which is the tables' part of the global norm (contract C5).
+    local_rows int64 [r]: the rows, distinct and ascending. square: float64 scalar, the sum of squares over all ranks of the
+    scaled gradients, which is the tables' part of the global norm (contract C5).
     """
 
-    index: Tensor
+    local_rows: Tensor
     grad: Tensor
     scale: float
     square: Tensor
 
 
-class TableReader:
+class TableReader(Generic[PlanT]):
     """Tables that are only read, as in evaluation and generation.
 
-    device: where the model computes, with its kernels; the rows may lie elsewhere, and have their own. group: all ranks,
-    which all call `fetch_rows`; None = every row is here. sequence_slice: (index, count) of the slice of every sequence
-    that this rank looks up.
+    family: how row ids are made, and the width of rows. device: where the model computes, with its kernels; the rows may lie
+    elsewhere, and have kernels of their own. group: all ranks, which all must call `fetch_rows`; None = every row is here.
+    sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
     """
 
     def __init__(
         self,
-        ngram_hash: NgramHash,
+        family: TableFamily,
         store: RowReader,
-        exchange: Exchange,
+        exchange: Exchange[PlanT],
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -54,7 +55,7 @@ class TableReader:
         group: dist.ProcessGroup | None = None,
         sequence_slice: tuple[int, int] = (0, 1),
     ) -> None:
-        self.ngram_hash = ngram_hash
+        self.family = family
         self.store = store
         self.exchange = exchange
         self.dtype = dtype
@@ -64,56 +65,62 @@ class TableReader:
         self.slice_index, self.num_slices = sequence_slice
 
     def row_ids(self, tokens: Tensor | None, history: Tensor | None = None) -> Tensor:
-        """Row ids int64 [.., s / slices, T] of tokens [.., s] on the model's device; none, [0], for tokens None."""
+        """Row ids int64 [.., s / slices, T] of tokens [.., s] on the model's device; an empty tensor [0] for tokens None."""
         if tokens is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        ids = self.ngram_hash.rows(tokens, history)
+        ids = self.family.row_ids(tokens, history)
         return ids.chunk(self.num_slices, dim=-2)[self.slice_index]
 
-    def fetch_rows(self, tokens: Tensor | None, *, history: Tensor | None = None) -> FetchedRows:
+    def fetch_rows(self, tokens: Tensor | None, *, history: Tensor | None = None) -> FetchedRows[PlanT]:
         """Fetch the rows of the n-grams of tokens int64 [.., s]: slots [.., s / slices, T], without gradients.
 
-        history [.., n - 1]: the tokens before, in decoding. tokens None: this rank looks nothing up, and serves its rows.
+        history [.., n - 1]: the tokens before, in decoding. tokens None: this rank looks nothing up and only serves its rows.
         """
         return self.fetch_row_ids(self.row_ids(tokens, history))
 
-    def fetch_row_ids(self, ids: Tensor, *, training: bool = False) -> FetchedRows:
-        """Fetch rows by their ids, int64 of any shape, which is that of the slots. training: with a gradient buffer."""
+    def fetch_row_ids(self, ids: Tensor, *, training: bool = False) -> FetchedRows[PlanT]:
+        """Fetch rows by their ids, int64 of any shape, which is the shape of the slots. training: with a gradient buffer."""
         plan = self.exchange.plan(ids.to(self.store.device))
-        stored, index = self.store.rows, None
-        if self.group is None and stored is not None and self.store.device == self.device:
-            assert isinstance(plan, FlatPlan)
-            index = plan.asked  # every row is here, in place
-        else:
-            stored = TableRows(self.exchange.fetch(plan, self._read))
-        return self._fetched(plan, stored, index, training=training)
+        stored = self.store.rows
+        if plan.own_rows is not None and stored is not None and self.store.device == self.device:
+            return self._fetched(plan, stored, plan.own_rows, training=training)  # every row is here: read in place
+        return self._fetched(plan, TableRows(self.exchange.fetch(plan, self._read)), training=training)
 
-    def _read(self, index: Tensor) -> Tensor:
-        return self.store.read(index, self.dtype)
+    def _read(self, local_rows: Tensor) -> Tensor:
+        return self.store.read(local_rows, self.dtype)
 
-    def _fetched(self, plan: Plan, stored: TableRows, index: Tensor | None = None, *, training: bool) -> FetchedRows:
+    def _fetched(
+        self, plan: PlanT, stored: TableRows, index: Tensor | None = None, *, training: bool
+    ) -> FetchedRows[PlanT]:
+        """stored: the store's rows with the index of each slot among them, or without an index the plan's rows alone."""
         if index is None:
             stored = TableRows(_moved(stored.weight, self.device))
-        sorted_lookups = _moved(plan.order, self.device) if training else None
-        rows = DistinctRows(stored, index, plan, sorted_lookups, self.dtype, self.kernels)
+        rows = DistinctRows(
+            stored=stored,
+            index=index,
+            plan=plan,
+            sorted_lookups=_moved(plan.sorted_lookups, self.device) if training else None,
+            dtype=self.dtype,
+            kernels=self.kernels,
+        )
         return FetchedRows(_moved(plan.slots, self.device), rows)
 
 
-class ShardedTables(TableReader):
+class ShardedTables(TableReader[PlanT]):
     """Tables that are trained: this rank's rows with their optimizer.
 
-    Order of calls in a training step, all of which every rank makes: `fetch_rows(tokens, training=True)`, the forward and
-    backward passes, `reduce_gradients`, `update_rows`. prefetch: where given, `announce(tokens)` may name the batches of
-    coming steps; a step's numbers are the same without.
+    A training step calls, on every rank and in this order: `fetch_rows(tokens, training=True)`, the forward and backward
+    passes, `reduce_gradients`, `update_rows`. prefetch: where given, `announce(tokens)` may name the batches of coming
+    steps; losses are the same without it.
     """
 
     store: RowStore
 
     def __init__(
         self,
-        ngram_hash: NgramHash,
+        family: TableFamily,
         store: RowStore,
-        exchange: Exchange,
+        exchange: Exchange[PlanT],
         *,
         optimizer: RowOptimizer,
         dtype: torch.dtype,
@@ -121,10 +128,10 @@ class ShardedTables(TableReader):
         kernels: RowKernels,
         group: dist.ProcessGroup | None = None,
         sequence_slice: tuple[int, int] = (0, 1),
-        prefetch: Prefetch | None = None,
+        prefetch: Prefetch[PlanT] | None = None,
     ) -> None:
         super().__init__(
-            ngram_hash, store, exchange,
+            family, store, exchange,
             dtype=dtype, device=device, kernels=kernels, group=group, sequence_slice=sequence_slice,
         )  # fmt: skip
         self.optimizer = optimizer
@@ -132,60 +139,61 @@ class ShardedTables(TableReader):
         self.snapshot: RowSnapshot | None = None  # being written by a save
 
     def announce(self, tokens: Tensor | None) -> None:
-        """Name the tokens of a coming training step, in the order of the steps, so that its rows are fetched meanwhile."""
+        """Begin to fetch the rows of a coming training step, from its tokens; to be called in the order of the steps."""
         if self.prefetch is not None:
             self.prefetch.start(self.row_ids(tokens).to(self.store.device))
 
     def fetch_rows(
         self, tokens: Tensor | None, *, history: Tensor | None = None, training: bool = False
-    ) -> FetchedRows:
+    ) -> FetchedRows[PlanT]:
         """As `TableReader.fetch_rows`. training: all micro-batches of a step [A, b, s], with a gradient buffer."""
         if training and self.prefetch is not None and self.prefetch.pending:
             return self._fetched(*self.prefetch.take(), training=True)
         return self.fetch_row_ids(self.row_ids(tokens, history), training=training)
 
-    def reduce_gradients(self, fetched: FetchedRows, scale: float) -> RowGradients:
-        """After the last backward pass: send the gradients of the fetched rows to their owners, one all-to-all.
+    def reduce_gradients(self, fetched: FetchedRows[PlanT], scale: float) -> RowGradients:
+        """Send the gradients of the fetched rows to their owners, after the last backward pass; one all-to-all.
 
-        scale: what the gradients are to be multiplied with, the same on all ranks.
+        scale: what the gradients are to be multiplied by, the same on all ranks.
         """
-        own = Sums(*(_moved(part, self.store.device) for part in fetched.rows.gradients(self.device)))
-        index, sums = self.exchange.return_gradients(fetched.rows.plan, own)
+        own = RowGradientSums(*(_moved(part, self.store.device) for part in fetched.rows.gradients(self.device)))
+        local_rows, sums = self.exchange.return_gradients(fetched.rows.plan, own)
         square = (self.store.kernels.sum(sums.squares) * scale**2).to(self.device)
         if self.group is not None:
             with named("all-reduce of squares", self.group):
                 dist.all_reduce(square, group=self.group)
-        return RowGradients(index, sums.total, scale, square)
+        return RowGradients(local_rows, sums.total, scale, square)
 
     def update_rows(self, gradients: RowGradients, learning_rate: float, clip_factor: float) -> None:
         """Update the touched rows with their gradients times `clip_factor` (1.0 = not clipped)."""
+        touched = gradients.local_rows
         if self.prefetch is not None:
-            self.prefetch.wait()  # what it still reads is about to change
-        snapshot = self.snapshot  # read once: the thread that writes it removes it when it is done
+            self.prefetch.wait()  # it may still read rows that are about to change
+        snapshot = self.snapshot  # read once: the thread of a save removes it when the save is written
         if snapshot is not None:
-            snapshot.preserve(gradients.index)
-        self.optimizer.update(gradients.index, gradients.grad, learning_rate, gradients.scale * clip_factor)
+            snapshot.preserve(touched)
+        self.optimizer.update(touched, gradients.grad, learning_rate, gradients.scale * clip_factor)
         if self.prefetch is not None:
-            self.prefetch.refresh(gradients.index)
+            self.prefetch.refresh(touched)
 
     def columns(self) -> dict[str, Tensor]:
-        """Everything that belongs to a row, by name: tensors with one row for each of the store's."""
+        """Everything that a row has, values and optimizer state, by name: tensors with one entry per local row."""
         return {**self.store.columns(), **self.optimizer.state}
 
     def num_touched(self) -> int:
         """How many of this rank's rows were ever updated."""
         return self.store.num_touched()
 
-    def payload_bytes(self, fetched: FetchedRows) -> int:
-        """What this rank sends to other ranks for a step: rows travel in the model's dtype."""
-        width = self.ngram_hash.space.width
+    def payload_bytes(self, fetched: FetchedRows[PlanT]) -> int:
+        """Bytes that this rank sends to other ranks for a step: rows travel in the model's dtype."""
+        width = self.family.width
         return self.exchange.payload_bytes(
             fetched.rows.plan, width * self.dtype.itemsize, width * self.exchange.gradient_dtype.itemsize
         )
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On another device, by a copy that others may overlap; the tensor itself where it is there already."""
+    """The tensor on a device: itself where it is there already, else a copy, to a GPU without waiting for it."""
     if tensor.device == device:
         return tensor
     if device.type == "cpu":

@@ -1,8 +1,8 @@
-"""The rows of a shard as they were at one moment, handed out piece by piece while training goes on changing them.
+"""The rows of one rank as they were at one moment, read piece by piece by a save while training goes on changing them.
 
-Copy on write in software: whoever changes rows first lets the snapshot keep their old values, once a row and only of rows that
-were not handed out yet. A snapshot therefore costs nothing when it is made. While it is read it takes host memory by what
-changes, and one flag per row where the rows are.
+Copy on write: before rows change, `preserve` keeps their old values, at most once per row and only of rows that were not read
+yet. Making a snapshot therefore copies nothing. While it is read, it takes host memory for the rows that change meanwhile, and
+one flag per row where the rows lie.
 """
 
 import threading
@@ -19,36 +19,39 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 class RowSnapshot:
-    """columns: name -> tensor [rows, ...], live; pieces are taken in ascending order of rows, by another thread."""
+    """columns: name -> tensor [rows, ...], which training goes on changing.
+
+    One thread takes the rows in ascending order (`take`), another one changes rows and calls `preserve` before.
+    """
 
     def __init__(self, columns: dict[str, Tensor]) -> None:
         self._columns = columns
-        self._begin = 0
+        self._next_row = 0  # the first local row that was not taken yet
         self._lock = threading.Lock()
         any_column = next(iter(columns.values()))
-        self._kept_flags = torch.zeros(any_column.shape[0], dtype=torch.bool, device=any_column.device)
+        self._is_kept = torch.zeros(any_column.shape[0], dtype=torch.bool, device=any_column.device)
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
 
-    def preserve(self, rows: Tensor) -> None:
-        """Keep the values of `rows` [r] int64, distinct and ascending, which are about to change."""
+    def preserve(self, local_rows: Tensor) -> None:
+        """Keep the values of local_rows [r] int64, distinct and ascending, which are about to change."""
         with self._lock:
-            ahead = rows[(rows >= self._begin) & ~self._kept_flags[rows]]
-            if ahead.numel():
-                self._kept_flags[ahead] = True
-                values = {name: to_host(column[ahead]) for name, column in self._columns.items()}
-                self._kept.append((to_host(ahead), values))
+            not_taken = local_rows[(local_rows >= self._next_row) & ~self._is_kept[local_rows]]
+            if not_taken.numel():
+                self._is_kept[not_taken] = True
+                values = {name: to_host(column[not_taken]) for name, column in self._columns.items()}
+                self._kept.append((to_host(not_taken), values))
 
     def take(self, end: int) -> dict[str, Tensor]:
-        """The next rows, up to `end`, as CPU tensors."""
+        """The local rows from the last call's end (at first 0) up to `end`, as CPU tensors."""
         with self._lock:
-            begin, self._begin = self._begin, end
+            begin, self._next_row = self._next_row, end
             part = {name: column[begin:end].to("cpu", copy=True) for name, column in self._columns.items()}
-            # the copies above waited for the device, so what `preserve` sent to the host before them is there
+            # The copies above waited for the device, so the copies to the host that `preserve` began before have ended.
             edges = torch.tensor([begin, end])
             for rows, values in self._kept:
                 first, last = torch.searchsorted(rows, edges).tolist()
-                place = rows[first:last] - begin
+                index = rows[first:last] - begin
                 for name, old in values.items():
-                    part[name][place] = old[first:last]
+                    part[name][index] = old[first:last]
             self._kept = [(rows, values) for rows, values in self._kept if int(rows[-1]) >= end]
             return part

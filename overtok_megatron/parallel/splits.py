@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from overtok_megatron.config.derived import part_start
 from overtok_megatron.parallel.collectives import group_rank, group_size
 
 
@@ -24,11 +25,18 @@ class ParameterSplit:
     stop: int
 
 
+def split_bounds(size: int, parts: int) -> tuple[int, ...]:
+    """Where each of `parts` contiguous parts of `size` entries begins, and the end: `parts + 1` ascending numbers.
+
+    The first `size % parts` parts have one entry more than the others, so any size goes over any number of parts; without
+    padding, and a part may be empty.
+    """
+    return tuple(part_start(size, parts, index) for index in range(parts + 1))
+
+
 def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, stop) of part `index`. The first `size % parts` parts hold one entry more, so any size can be split."""
-    base, remainder = divmod(size, parts)
-    start = index * base + min(index, remainder)
-    return start, start + base + (index < remainder)
+    """[start, stop) of one part of `split_bounds`."""
+    return part_start(size, parts, index), part_start(size, parts, index + 1)
 
 
 def largest_part(start: int, stop: int, index: int) -> int:

@@ -1,7 +1,5 @@
-"""Runs side by side: a table of their ends and a picture of their curves, from the records that they wrote."""
+"""Compare runs by what they recorded: a table of their last losses, and a picture of their loss curves."""
 
-import contextlib
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,15 +9,16 @@ from pathlib import Path
 from overtok_megatron.config.counts import ParameterCounts
 from overtok_megatron.errors import DataError
 from overtok_megatron.loss_metrics import perplexity, validation_losses
+from overtok_megatron.run_folder import RunFolder
 
 _WARM_STEPS = 5  # left out of medians: the first steps fill caches and buffers
 _MARKS = "os^Dvp"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunCurve:
-    """A run's records. training and validation: (step, loss) in nats a token, validation by the names of its sets ("" = one
-    without); seconds: median of a step; memory: peak bytes of the first rank."""
+    """What a run has recorded. training and validation: (step, loss), in nats per token; validation by the names of its sets
+    ("" = a set without a name). seconds: the median time of a step. memory: peak bytes on the first rank."""
 
     name: str
     directory: Path
@@ -37,17 +36,14 @@ class RunCurve:
 
 
 def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCurve:
-    """Read a run's metrics.jsonl. Raises DataError where there is none, or no validation in it.
+    """Read a run's metrics.jsonl. Raises DataError where there is none, or where it holds no validation loss.
 
-    Sets that the run no longer had at its last validation are left out: their ends are of another step than the others'.
+    Sets that the run no longer had at its last validation are left out, because their last losses are of an earlier step.
     """
-    path = directory / "metrics.jsonl"
+    path = RunFolder(directory).metrics
     if not path.is_file():
         raise DataError(f"{path}: no such file; train the run first")
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a line cut by a kill
-            records.append(json.loads(line))
+    records = RunFolder(directory).read_metrics()
     validated = [(record["step"], losses) for record in records if (losses := validation_losses(record))]
     if not validated:
         raise DataError(f"{path}: holds no validation loss; set data.validation")
@@ -68,13 +64,13 @@ def read_curve(name: str, directory: Path, parameters: ParameterCounts) -> RunCu
 
 
 def table(runs: Sequence[RunCurve]) -> str:
-    """A Markdown table, one row a run; step times relative to the first. Named validation sets have columns of their own."""
+    """A Markdown table, one row per run; step times relative to the first. Named validation sets have columns of their own."""
     names = _set_names(runs)
     header = [
         "",
         "dense parameters",
         "in tables",
-        *(f"{name + ' ' if name else ''}{figure}" for name in names for figure in ("validation loss", "perplexity")),
+        *(f"{name + ' ' if name else ''}{metric}" for name in names for metric in ("validation loss", "perplexity")),
         "tokens/s",
         "peak memory a rank",
         "step time",
@@ -101,17 +97,17 @@ def table(runs: Sequence[RunCurve]) -> str:
 
 
 def _set_names(runs: Iterable[RunCurve]) -> list[str]:
-    """Names of all runs' validation sets, in the order in which they first come."""
+    """Names of all runs' validation sets, in the order of their first appearance."""
     return list(dict.fromkeys(name for run in runs for name in run.validation))
 
 
 def _loss_cells(loss: float | None) -> tuple[str, str]:
-    """Loss and perplexity; a run that lacks another's set has neither."""
+    """The cells of loss and perplexity; "-" for a set that the run does not have."""
     return ("-", "-") if loss is None else (f"{loss:.4f}", f"{perplexity(loss):.2f}")
 
 
 def draw_curves(runs: Sequence[RunCurve], path: Path) -> None:
-    """All curves of every run as one PNG: training thin, validation with marks, of another form for each named set."""
+    """Draw the curves of all runs into one PNG: training thin, validation with marks, which differ between named sets."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,7 +126,7 @@ def draw_curves(runs: Sequence[RunCurve], path: Path) -> None:
     axes.set_ylabel("loss, nats a token (thin: training)")
     curves = [curve for run in runs for curve in (run.training, *run.validation.values())]
     losses = [loss for curve in curves for _, loss in curve if math.isfinite(loss)]
-    if losses:  # a run that diverged has others than finite ones
+    if losses:  # a run that diverged may have no finite one
         axes.set_ylim(min(losses) - 0.1, min(losses) + 3.0)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, bodies within bounds, answers whole or streamed, and work that ends when nobody waits for it."""
+"""The HTTP side: routes, bodies of bounded size, answers whole or streamed; work is cancelled when its client leaves."""
 
 import asyncio
 import json
@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,18 +20,17 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from overtok_megatron.inference.loading import TrainedModel
-from overtok_megatron.serving.answers import Answer, choice, logprobs, model_card, usage
+from overtok_megatron.serving.answers import Answer, Choice, choices_of, joined, model_card
 from overtok_megatron.serving.requests import Completion, Limits, RequestError, parse_completion
-from overtok_megatron.serving.scheduler import BatchScheduler, BusyError, SequenceRequest, TokenDelta, TokenScore
+from overtok_megatron.serving.scheduler import BatchScheduler, BusyError, SequenceRequest, TokenDelta
 
-_SEND_SECONDS = 30.0  # a client that takes no bytes for so long is gone
+_SEND_SECONDS = 30.0  # a client that takes no bytes for so long is taken to have left
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """model: the name that requests give. seconds: of one request, waiting included; body_seconds: of its body's arrival.
-
-    hosts: names by which the server may be called (Host header), empty = any.
+    """model: the name that requests give. max_body: bytes. seconds: that a request may take, waiting included; body_seconds:
+    that its body may take to arrive. hosts: names by which the server may be called (Host header), empty = any.
     """
 
     model: str
@@ -41,15 +41,17 @@ class ServerSettings:
 
 
 class Service:
-    """The handlers of one engine."""
+    """The handlers of requests to one model."""
 
-    def __init__(self, engine: BatchScheduler, trained: TrainedModel, settings: ServerSettings, limits: Limits) -> None:
-        self.engine, self.trained, self.settings, self.limits = engine, trained, settings, limits
+    def __init__(
+        self, scheduler: BatchScheduler, trained: TrainedModel, settings: ServerSettings, limits: Limits
+    ) -> None:
+        self.scheduler, self.trained, self.settings, self.limits = scheduler, trained, settings, limits
         self.created = int(time.time())
 
     async def health(self, request: Request) -> Response:
-        running, waiting = self.engine.load
-        alive = self.engine.alive
+        running, waiting = self.scheduler.load
+        alive = self.scheduler.alive
         status = {"status": "ok" if alive else "stopped", "running": running, "waiting": waiting}
         return JSONResponse(status, 200 if alive else 503)
 
@@ -65,7 +67,7 @@ class Service:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise RequestError(415, "Content-Type must be application/json")  # also what keeps other sites' forms out
         body = await self._body(request)
-        # tokenizing may take long: not on the loop that serves the others
+        # in a thread: tokenizing may take long, and the event loop serves the others
         completion = await asyncio.to_thread(
             parse_completion, body, self.settings.model, self.trained.tokenizer, self.limits
         )
@@ -87,132 +89,104 @@ class Service:
 
 
 class CompletionResponse(Response):
-    """Submits the jobs of a completion when it is sent; cancels them when the client leaves or the answer is out."""
+    """Submits the sequences of a completion when it is sent; cancels them when the client leaves or the answer is out."""
 
     def __init__(self, service: Service, completion: Completion) -> None:
         super().__init__()
         self.service, self.completion = service, completion
-        self.answer = Answer(service.settings.model)
-        self.pieces: asyncio.Queue[tuple[int, TokenDelta]] = asyncio.Queue()
-        self.prompt_tokens = sum(map(len, completion.prompts))
+        self.answer = Answer(service.settings.model, completion, service.trained.tokenizer)
+        self.choices = choices_of(completion)
+        self._loop = asyncio.get_running_loop()
+        self._delivered: asyncio.Queue[tuple[Choice, TokenDelta]] = asyncio.Queue()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        jobs = self._jobs(asyncio.get_running_loop())
+        requests = self._sequence_requests()
         try:
-            self.service.engine.submit(jobs)
+            self.service.scheduler.submit(requests)
         except BusyError as error:
             raise RequestError(429, str(error), code="server_busy") from None
-        work = asyncio.create_task(self._answer(len(jobs), send))
-        left = asyncio.create_task(_disconnected(receive))
+        streamed = self.completion.request.stream
+        answering = asyncio.create_task(self._send_stream(send) if streamed else self._send_whole(send))
+        leaving = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
         except TimeoutError:  # the client takes no bytes
             return
         finally:
-            self.service.engine.cancel(jobs)
-            for task in (work, left):
+            self.service.scheduler.cancel(requests)
+            for task in (answering, leaving):
                 task.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
+            await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    def _jobs(self, loop: asyncio.AbstractEventLoop) -> list[SequenceRequest]:
+    def _sequence_requests(self) -> list[SequenceRequest]:
+        """One for each choice, in their order."""
         completion, request = self.completion, self.completion.request
         deadline = time.monotonic() + self.service.settings.seconds
-        seed = secrets.randbits(62)  # of a request that names none
-
-        def job(index: int) -> SequenceRequest:
-            def deliver(piece: TokenDelta) -> None:  # on the engine's thread
-                loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
-
-            return SequenceRequest(
-                prompt=completion.prompts[index // completion.n],
+        seed = secrets.randbits(62)  # for a request that names none
+        return [
+            SequenceRequest(
+                prompt=choice.prompt.tokens,
                 max_new_tokens=completion.max_new_tokens,
-                sampling=completion.sampling(index % completion.n, seed),
+                sampling=completion.sampling(choice.sample, seed),
                 stops=completion.stops,
                 top_scores=request.logprobs,
                 prompt_scores=bool(request.echo) and request.logprobs is not None,
                 deadline=deadline,
-                deliver=deliver,
-                whole_characters=bool(request.echo) and completion.by_ids[index // completion.n],
+                deliver=partial(self._deliver, choice),
+                whole_characters=bool(request.echo) and choice.prompt.by_ids,
             )
-
-        return [job(index) for index in range(len(completion.prompts) * completion.n)]
-
-    async def _answer(self, count: int, send: Send) -> None:
-        if self.completion.request.stream:
-            await self._stream(count, send)
-        else:
-            await self._whole(count, send)
-
-    async def _whole(self, count: int, send: Send) -> None:
-        parts: list[list[TokenDelta]] = [[] for _ in range(count)]
-        left = count
-        while left:
-            index, piece = await self.pieces.get()
-            parts[index].append(piece)
-            left -= piece.finish is not None
-        reasons = [pieces[-1].finish for pieces in parts]
-        for reason in ("timeout", "error"):
-            if reason in reasons:
-                raise _failed(reason)
-        choices = [
-            choice(
-                index,
-                self._prompt_text(index) + "".join(piece.text for piece in pieces),
-                self._scores(index, [score for piece in pieces for score in piece.scores]),
-                reasons[index],
-            )
-            for index, pieces in enumerate(parts)
+            for choice in self.choices
         ]
-        generated = sum(piece.tokens for pieces in parts for piece in pieces)
-        body = json.dumps(self.answer.body(choices, usage(self.prompt_tokens, generated))).encode()
+
+    def _deliver(self, choice: Choice, delta: TokenDelta) -> None:
+        """Called on the scheduler's thread."""
+        self._loop.call_soon_threadsafe(self._delivered.put_nowait, (choice, delta))
+
+    async def _deltas(self) -> AsyncIterator[tuple[Choice, TokenDelta]]:
+        """What is delivered, until every choice has ended."""
+        running = len(self.choices)
+        while running:
+            choice, delta = await self._delivered.get()
+            running -= delta.finish is not None
+            yield choice, delta
+
+    async def _send_whole(self, send: Send) -> None:
+        collected: list[list[TokenDelta]] = [[] for _ in self.choices]
+        async for choice, delta in self._deltas():
+            collected[choice.index].append(delta)
+        texts = [joined(deltas) for deltas in collected]
+        for reason in ("timeout", "error"):
+            if any(text.finish == reason for text in texts):
+                raise _failed(reason)
+        parts = [self.answer.part(choice, text) for choice, text in zip(self.choices, texts, strict=True)]
+        usage = self.answer.usage(sum(text.tokens for text in texts))
+        body = json.dumps(self.answer.body(parts, usage)).encode()
         await _send(send, {"type": "http.response.start", "status": 200, "headers": _headers("application/json", body)})
         await _send(send, {"type": "http.response.body", "body": body})
 
-    async def _stream(self, count: int, send: Send) -> None:
+    async def _send_stream(self, send: Send) -> None:
         await _send(send, {"type": "http.response.start", "status": 200, "headers": _headers("text/event-stream")})
-        async for event in self._events(count):
+        async for event in self._events():
             body = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode()
             await _send(send, {"type": "http.response.body", "body": body, "more_body": True})
         await _send(send, {"type": "http.response.body", "body": b""})
 
-    async def _events(self, count: int) -> AsyncIterator[dict[str, Any] | str]:
-        options = self.completion.request.stream_options
-        left, generated = count, 0
-        begun = [False] * count
-        while left:
-            index, piece = await self.pieces.get()
-            left -= piece.finish is not None
-            generated += piece.tokens
-            if piece.finish in ("timeout", "error"):
-                yield _failed(piece.finish).body()
+    async def _events(self) -> AsyncIterator[dict[str, Any] | str]:
+        generated = 0
+        async for choice, delta in self._deltas():
+            generated += delta.tokens
+            if delta.finish in ("timeout", "error"):
+                yield _failed(delta.finish).body()
                 return
-            text = piece.text if begun[index] else self._prompt_text(index) + piece.text
-            if text or piece.scores or piece.finish:
-                begun[index] = True
-                yield self.answer.body([choice(index, text, self._scores(index, piece.scores), piece.finish)])
+            part = self.answer.part(choice, delta)
+            if part["text"] or delta.scores or delta.finish:
+                yield self.answer.body([part])
+        options = self.completion.request.stream_options
         if options is not None and options.include_usage:
-            yield self.answer.body([], usage(self.prompt_tokens, generated))
+            yield self.answer.body([], self.answer.usage(generated))
         yield "[DONE]"
-
-    def _prompt_text(self, index: int) -> str:
-        return self.completion.texts[index // self.completion.n] if self.completion.request.echo else ""
-
-    def _scores(self, index: int, scores: list[TokenScore]) -> dict[str, Any] | None:
-        """Offsets of a prompt's tokens are within it already, those of its continuation come behind it."""
-        if self.completion.request.logprobs is None:
-            return None
-        tokenizer = self.service.trained.tokenizer
-        shift = len(self._prompt_text(index))
-        size = len(self.completion.prompts[index // self.completion.n])
-        begun = bool(self.completion.texts[index // self.completion.n])
-        of_prompt = size if shift and scores and scores[0].logprob is None else 0
-        both = [
-            logprobs(scores[:of_prompt], tokenizer, 0, begun=False),
-            logprobs(scores[of_prompt:], tokenizer, shift, begun=begun),
-        ]
-        return {key: both[0][key] + both[1][key] for key in both[0]}
 
 
 def _failed(reason: str) -> RequestError:
@@ -259,17 +233,17 @@ def build_app(
     settings: ServerSettings,
     limits: Limits,
     *,
-    places: int,
+    max_batch: int,
     max_waiting: int,
     prefill_chunk: int,
 ) -> Starlette:
-    """The ASGI application; its lifespan starts and stops the engine."""
-    engine = BatchScheduler(trained, places=places, max_waiting=max_waiting, prefill_chunk=prefill_chunk)
-    service = Service(engine, trained, settings, limits)
+    """The ASGI application; its lifespan starts and stops the scheduler."""
+    scheduler = BatchScheduler(trained, max_batch=max_batch, max_waiting=max_waiting, prefill_chunk=prefill_chunk)
+    service = Service(scheduler, trained, settings, limits)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        with engine:
+        with scheduler:
             yield
 
     return Starlette(

@@ -1,7 +1,7 @@
-"""A completion request as OpenAI's clients send it: what is understood, within which bounds, and how a mistake is told.
+"""A completion request as OpenAI's clients send it: which keys are understood, within which bounds, and how errors are worded.
 
-Everything comes from strangers: sizes are bounded before anything is built from them, and what is not understood is
-refused, never left out silently. Knows no HTTP server and no model but its limits.
+Everything comes from strangers: sizes are bounded before anything is built from them, and a key that is not understood is
+refused, never ignored. Nothing here knows the HTTP server, or more of the model than its limits.
 """
 
 import json
@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference.generation import Sampling
 
-_MAX_STOPS, _MAX_STOP_CHARACTERS, _MAX_TOP_SCORES = 4, 256, 5  # the API's own bounds, but for the length of a stop
+_MAX_STOPS, _MAX_STOP_CHARACTERS, _MAX_TOP_SCORES = 4, 256, 5  # the API's own bounds, except the length of a stop
 _DEFAULT_TOKENS = 16  # the API's own
 
 
 class RequestError(Exception):
-    """A request that is not served: HTTP status, message of one line, the parameter at fault and a code, where there are."""
+    """A request that is not served: HTTP status, a message of one line, and where known the parameter at fault and a code."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. context and new_tokens in tokens; choices: texts that a request is answered with."""
+    """The most that one request may ask for. context and new_tokens: in tokens; choices: texts of one answer."""
 
     context: int
     new_tokens: int
@@ -45,7 +45,7 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """Keys with a single allowed value are those whose default alone is served. top_k is no key of OpenAI's."""
+    """The keys of a request. Keys with a single allowed value are served with their default only. top_k is not OpenAI's."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -71,22 +71,28 @@ class CompletionRequest(BaseModel):
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A request that can be served: its prompts as tokens and as text, and how each is continued.
+class Prompt:
+    """A prompt as tokens and as text. by_ids: it was given as token ids, and its text ends before a character that they only
+    begin."""
 
-    by_ids: which prompts were given as token ids. The text of those ends before a character that they only begin.
-    """
+    tokens: list[int]
+    text: str
+    by_ids: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A request that can be served: its prompts, and how each is continued, n times."""
 
     request: CompletionRequest
-    prompts: list[list[int]]
-    texts: list[str]
-    by_ids: list[bool]
+    prompts: list[Prompt]
     max_new_tokens: int
     stops: list[str]
     n: int
 
-    def sampling(self, choice: int, seed: int) -> Sampling:
-        """Of the choice-th text of a prompt: each has a seed of its own, the first that of the request, else `seed`."""
+    def sampling(self, sample: int, seed: int) -> Sampling:
+        """How text number `sample` of a prompt is drawn: the first with the request's seed, or `seed` where it has none; each
+        further one with the next seed."""
         request = self.request
         first = seed if request.seed is None else request.seed
         return Sampling(
@@ -94,12 +100,12 @@ class Completion:
             temperature=1.0 if request.temperature is None else request.temperature,
             top_k=request.top_k or 0,
             top_p=1.0 if request.top_p is None else request.top_p,
-            seed=min(first + choice, 2**63 - 1),
+            seed=min(first + sample, 2**63 - 1),
         )
 
 
 def parse_completion(body: bytes, model: str, tokenizer: Tokenizer, limits: Limits) -> Completion:
-    """The request in a body, checked. Raises RequestError with status 400, or 404 for another model's name."""
+    """The request in a body, checked. Raises RequestError: status 400, or 404 for the name of another model."""
     request = _read(body)
     if request.model != model:
         shown = repr(request.model[:80])
@@ -110,13 +116,13 @@ def parse_completion(body: bytes, model: str, tokenizer: Tokenizer, limits: Limi
         _refuse("stop", f"at most {_MAX_STOPS} strings of 1 to {_MAX_STOP_CHARACTERS} characters")
     if request.stream_options is not None and not request.stream:
         _refuse("stream_options", "only with stream")
-    prompts, texts, by_ids = _prompts(request.prompt, tokenizer, limits, n)
+    prompts = _parse_prompts(request.prompt, tokenizer, limits, n)
     wanted = _DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
     if wanted == 0 and not request.echo:
         _refuse("max_tokens", "0 only with echo")
     if wanted > limits.new_tokens:
         _refuse("max_tokens", f"at most {limits.new_tokens} here")
-    longest = max(map(len, prompts))
+    longest = max(len(prompt.tokens) for prompt in prompts)
     if longest + wanted > limits.context:
         raise RequestError(
             400,
@@ -124,7 +130,7 @@ def parse_completion(body: bytes, model: str, tokenizer: Tokenizer, limits: Limi
             "prompt" if longest >= limits.context else "max_tokens",
             "context_length_exceeded",
         )
-    return Completion(request, prompts, texts, by_ids, wanted, stops, n)
+    return Completion(request=request, prompts=prompts, max_new_tokens=wanted, stops=stops, n=n)
 
 
 def _refuse(param: str, rule: str) -> NoReturn:
@@ -147,7 +153,7 @@ def _read(body: bytes) -> CompletionRequest:
         return CompletionRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = str(first["loc"][0])[:80] if first["loc"] else "a key"  # one that is no text has no place
+        param = str(first["loc"][0])[:80] if first["loc"] else "a key"  # a key that is not text is not in it
         message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
         raise RequestError(400, f"{_printable(param)}: {message}", _printable(param)) from None
 
@@ -156,33 +162,31 @@ def _printable(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-def _prompts(
-    prompt: Any, tokenizer: Tokenizer, limits: Limits, n: int
-) -> tuple[list[list[int]], list[str], list[bool]]:
-    """(tokens, texts, whether given as ids) of a text, a list of texts, a list of token ids, or a list of such lists."""
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
-        prompt = [prompt]
-    if not isinstance(prompt, list) or not prompt:
+def _parse_prompts(value: Any, tokenizer: Tokenizer, limits: Limits, n: int) -> list[Prompt]:
+    """The prompts of a text, a list of texts, a list of token ids, or a list of such lists."""
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if not isinstance(value, list) or not value:
         _refuse("prompt", "a text, texts, token ids, or lists of token ids, and not empty")
-    if len(prompt) * n > limits.choices:
+    if len(value) * n > limits.choices:
         _refuse(
-            "n" if n > 1 else "prompt", f"{len(prompt)} prompts times n = {n}; at most {limits.choices} texts a request"
+            "n" if n > 1 else "prompt", f"{len(value)} prompts times n = {n}; at most {limits.choices} texts a request"
         )
-    tokens: list[list[int]] = []
-    texts: list[str] = []
-    for number, one in enumerate(prompt):
-        if isinstance(one, str):
-            try:
-                one.encode("utf-8")  # JSON can spell halves of characters, which no tokenizer takes
-            except UnicodeEncodeError:
-                _refuse("prompt", f"text {number + 1} holds half a surrogate pair")
-            tokens.append(tokenizer.encode(one))
-            texts.append(one)
-        elif isinstance(one, list) and all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in one):
-            tokens.append(one)
-            texts.append(tokenizer.decode(one).rstrip("\ufffd"))
-        else:
-            _refuse("prompt", f"entry {number + 1} is neither a text nor token ids of 0 to {tokenizer.vocab_size - 1}")
-        if not tokens[-1]:
-            _refuse("prompt", f"entry {number + 1} is empty")
-    return tokens, texts, [not isinstance(one, str) for one in prompt]
+    return [_parse_prompt(entry, number, tokenizer) for number, entry in enumerate(value, start=1)]
+
+
+def _parse_prompt(entry: Any, number: int, tokenizer: Tokenizer) -> Prompt:
+    """One prompt, a text or a list of token ids; number: counted from 1, for messages."""
+    if isinstance(entry, str):
+        try:
+            entry.encode("utf-8")  # JSON can spell halves of characters, which no tokenizer takes
+        except UnicodeEncodeError:
+            _refuse("prompt", f"text {number} holds half a surrogate pair")
+        prompt = Prompt(tokenizer.encode(entry), entry, by_ids=False)
+    elif isinstance(entry, list) and all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in entry):
+        prompt = Prompt(entry, tokenizer.decode(entry).rstrip("\ufffd"), by_ids=True)
+    else:
+        _refuse("prompt", f"entry {number} is neither a text nor token ids of 0 to {tokenizer.vocab_size - 1}")
+    if not prompt.tokens:
+        _refuse("prompt", f"entry {number} is empty")
+    return prompt

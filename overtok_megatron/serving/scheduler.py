@@ -1,8 +1,9 @@
-"""One thread that owns the model and decodes whatever sequences there are together; the rest of the server only asks it.
+"""One thread owns the model and decodes all sequences together; the rest of the server only hands it requests.
 
-Knows no HTTP. Prompts are fed in chunks, one prompt after the other, between the steps of the sequences that run: a long prompt
-delays each of their tokens by a chunk at most. A sequence joins the batch when its prompt is fed, and leaves it when it ends,
-is cancelled or runs out of time. Each has a random stream of its own: what it says depends on its seed, not on others.
+Nothing here knows HTTP. Prompts are fed in chunks, one prompt after the other, between the decoding steps of the batch: a long
+prompt delays each token of the others by one chunk at most. A sequence joins the batch when its prompt is fed, and leaves it
+when it ends, is cancelled or runs out of time. Each sequence has a random stream of its own: its text depends on its seed, not
+on the other sequences.
 """
 
 import logging
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import Decoder, Sampling, choose
+from overtok_megatron.inference.generation import IncrementalDecoder, Sampling, choose
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.stream import TextStream
 from overtok_megatron.parallel.devices import make_current
@@ -27,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class BusyError(OvertokError):
-    """More sequences wait than the server lets wait."""
+    """More sequences would wait than the server allows."""
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """log-probability of a token (none for a prompt's first) and of the likeliest ones in its place, likeliest first.
+    """The log-probability of a token (None for a prompt's first one), and the likeliest tokens at its position, best first.
 
     They are the model's own, before temperature and truncation. offset: characters of the text before the token.
     """
@@ -45,7 +46,8 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """What a step adds to a sequence. finish: why it ended, with its last piece: stop, length, timeout or error."""
+    """What a step adds to a sequence. tokens: how many were generated. finish: why the sequence ended (stop, length, timeout
+    or error), with its last delta; None before."""
 
     text: str
     scores: list[TokenScore]
@@ -53,13 +55,13 @@ class TokenDelta:
     finish: str | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SequenceRequest:
-    """One sequence to be continued by at most `max_new_tokens` (0: only its prompt's scores are wanted).
+    """One sequence to be continued by at most `max_new_tokens` (0: only the scores of its prompt are wanted).
 
-    whole_characters: whether its text has all of a character that its prompt begins.
-    top_scores: how many likeliest tokens are reported at each place; None = no scores. prompt_scores: of the prompt, too.
-    deadline: by time.monotonic(). deliver: called on the engine's thread, the last time with a piece that has `finish`.
+    top_scores: how many likeliest tokens are scored at each position, None = no scores. prompt_scores: whether the prompt's
+    tokens are scored, too. deadline: on the monotonic clock. deliver: called on the scheduler's thread with each delta, the
+    last one with `finish`. whole_characters: whether the text has all of a character that the prompt begins.
     """
 
     prompt: Sequence[int]
@@ -74,44 +76,50 @@ class SequenceRequest:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-class _Running:
-    """A job that has a place: its prompt is being fed, or it is in the batch."""
+class _Sequence:
+    """A request that occupies a slot: its prompt is being fed, or it has a row of the batch."""
 
-    def __init__(self, job: SequenceRequest, trained: TrainedModel, device: torch.device) -> None:
-        self.job = job
-        self.stream = TextStream(trained.tokenizer, job.stops, job.prompt, whole_characters=job.whole_characters)
-        self.generator = torch.Generator(device=device).manual_seed(job.sampling.seed)
-        self.count = 0
-        self.token = -1
+    def __init__(self, request: SequenceRequest, trained: TrainedModel) -> None:
+        self.request = request
+        self.stream = TextStream(
+            trained.tokenizer, request.stops, request.prompt, whole_characters=request.whole_characters
+        )
+        self.generator = torch.Generator(device=trained.device).manual_seed(request.sampling.seed)
+        self.num_generated = 0
+        self.token = -1  # the last one generated
 
     @property
     def given_up(self) -> bool:
-        return self.job.cancelled.is_set() or time.monotonic() > self.job.deadline
+        return self.request.cancelled.is_set() or time.monotonic() > self.request.deadline
 
 
-class _Prompt:
-    """A prompt as it is fed in chunks, by a decoder of its own."""
+class _Prefill:
+    """A sequence whose prompt is being fed in chunks, by a decoder of its own."""
 
-    def __init__(self, one: _Running, trained: TrainedModel, device: torch.device) -> None:
-        self.one = one
+    def __init__(self, sequence: _Sequence, trained: TrainedModel) -> None:
+        self.sequence = sequence
         self.scores: list[TokenScore] = []
-        self._tokens = torch.tensor([list(one.job.prompt)], device=device)  # [1, p]
+        self._tokens = torch.tensor([list(sequence.request.prompt)], device=trained.device)  # [1, p]
         self._spelled = TextStream(trained.tokenizer)  # for the offsets of scores
         self._trained = trained
 
     @cached_property
-    def decoder(self) -> Decoder:
-        """Made when it is first used, by when the engine knows whom to tell that there is no memory for it."""
-        return Decoder(self._trained, 1, self._tokens.shape[1])
+    def decoder(self) -> IncrementalDecoder:
+        """Made at its first use: only then does the scheduler know whom to tell that memory does not suffice."""
+        return IncrementalDecoder(self._trained, 1, self._tokens.shape[1])
 
     @property
-    def left(self) -> int:
+    def num_fed(self) -> int:
+        return self.decoder.cache.lengths[0]
+
+    @property
+    def num_left(self) -> int:
         """Tokens that are still to be fed."""
-        return self._tokens.shape[1] - self.decoder.length
+        return self._tokens.shape[1] - self.num_fed
 
     def feed(self, count: int) -> Tensor:
-        """The next `count` tokens: logits [1, V] float32 of the last of them."""
-        begin, scored = self.decoder.length, self.one.job.prompt_scores
+        """Feed the next `count` tokens: logits [1, V] float32 of the last of them."""
+        begin, scored = self.num_fed, self.sequence.request.prompt_scores
         tokens = self._tokens[:, begin : begin + count]
         logits = self.decoder.feed(tokens, last=not scored)[0].float()  # [1 or count, V]
         if scored:
@@ -119,35 +127,36 @@ class _Prompt:
         return logits[-1:]
 
     def _score(self, logits: Tensor, begin: int) -> None:
-        """Of what follows the tokens from `begin` on: logits [r, V] are theirs. Offsets are within the prompt's text."""
-        job = self.one.job
+        """Score the tokens that follow those from `begin` on, whose logits are [r, V]. Offsets are within the prompt's text."""
+        request = self.sequence.request
         if begin == 0:
-            self.scores.append(TokenScore(job.prompt[0], None, [], 0))
-            self._spelled.add(job.prompt[0])
-        following = job.prompt[begin + 1 : begin + 1 + len(logits)]
+            self.scores.append(TokenScore(request.prompt[0], None, [], 0))
+            self._spelled.add(request.prompt[0])
+        following = request.prompt[begin + 1 : begin + 1 + len(logits)]
         offsets = []
         for token in following:
             offsets.append(self._spelled.length)
             self._spelled.add(token)
-        self.scores += _scores(logits[: len(following)], following, job.top_scores or 0, offsets)
+        self.scores += _token_scores(logits[: len(following)], following, request.top_scores or 0, offsets)
 
 
 class BatchScheduler:
-    """Start it with `with`; leaving ends what runs and joins the thread.
+    """Start it with `with`; leaving the block ends all sequences and joins the thread.
 
-    prefill_chunk: tokens of prompts that are fed at most between two steps of the batch.
+    max_batch: sequences that are decoded together, the one whose prompt is being fed included. max_waiting: sequences that
+    may wait for a slot. prefill_chunk: the most tokens of prompts that are fed between two steps of the batch.
     """
 
-    def __init__(self, trained: TrainedModel, *, places: int, max_waiting: int, prefill_chunk: int) -> None:
+    def __init__(self, trained: TrainedModel, *, max_batch: int, max_waiting: int, prefill_chunk: int) -> None:
         self.trained = trained
-        self.places = places
+        self.max_batch = max_batch
         self.max_waiting = max_waiting
         self.prefill_chunk = prefill_chunk
-        self._device = trained.device
-        self._batch = ContinuousBatch(trained, places)
-        # Changed by the engine's thread alone and under the lock, for others read them; that thread reads without it.
-        self._running: list[_Running] = []  # in the batch's row order
-        self._prompt: _Prompt | None = None  # takes a place, too
+        self._batch = ContinuousBatch(trained, max_batch)
+        # These three are changed only by the scheduler's thread and under the lock, because other threads read them; that
+        # thread itself reads them without the lock. Others only extend `_waiting`, under the lock as well.
+        self._running: list[_Sequence] = []  # in the batch's row order
+        self._prefill: _Prefill | None = None
         self._waiting: deque[SequenceRequest] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -169,151 +178,154 @@ class BatchScheduler:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Sequences (that have a place, waiting)."""
+        """Sequences (that have a slot, that wait for one)."""
         with self._changed:
-            return self._taken, len(self._waiting)
+            return self._num_slots_used, len(self._waiting)
 
     @property
-    def _taken(self) -> int:
-        return len(self._running) + (self._prompt is not None)
+    def _num_slots_used(self) -> int:
+        return len(self._running) + (self._prefill is not None)
 
-    def submit(self, jobs: Sequence[SequenceRequest]) -> None:
-        """Take all of `jobs`, or raise BusyError and take none."""
+    def submit(self, requests: Sequence[SequenceRequest]) -> None:
+        """Take all of `requests`, or raise BusyError and take none."""
         with self._changed:
-            self._drop_waiting()  # those that were given up hold no place in the queue
-            free = self.places - self._taken
-            if len(self._waiting) + len(jobs) > self.max_waiting + free:
+            self._drop_waiting()  # requests that were given up take no room in the queue
+            free = self.max_batch - self._num_slots_used
+            if len(self._waiting) + len(requests) > self.max_waiting + free:
                 raise BusyError(f"{len(self._waiting)} sequences wait already; try again later")
-            self._waiting.extend(jobs)
+            self._waiting.extend(requests)
             self._changed.notify()
 
     def _drop_waiting(self) -> None:
-        """Forget waiting jobs that were given up or are out of time. The caller holds the lock."""
+        """Forget waiting requests that were given up or are out of time. The caller holds the lock."""
         now = time.monotonic()
-        late = [job for job in self._waiting if job.deadline < now]
-        self._waiting = deque(job for job in self._waiting if job.deadline >= now and not job.cancelled.is_set())
-        for job in late:
-            job.deliver(TokenDelta("", [], 0, "timeout"))
+        late = [request for request in self._waiting if request.deadline < now]
+        self._waiting = deque(
+            request for request in self._waiting if request.deadline >= now and not request.cancelled.is_set()
+        )
+        for request in late:
+            request.deliver(TokenDelta("", [], 0, "timeout"))
 
-    def cancel(self, jobs: Sequence[SequenceRequest]) -> None:
-        """Nobody listens any more: give their places to others."""
-        for job in jobs:
-            job.cancelled.set()
+    def cancel(self, requests: Sequence[SequenceRequest]) -> None:
+        """Nobody waits for these any more: their slots are given to others."""
+        for request in requests:
+            request.cancelled.set()
 
     def _work(self) -> None:
-        make_current(self._device)  # a new thread starts on device 0
+        make_current(self.trained.device)  # a new thread starts on device 0
         while True:
             with self._changed:
-                while not (self._waiting or self._taken or self._stopping):
+                while not (self._waiting or self._num_slots_used or self._stopping):
                     self._changed.wait()
                 if self._stopping:
                     break
                 self._drop_waiting()
             try:
-                self._feed()
+                self._feed_prompts()
                 self._step()
             except Exception:  # out of memory, a file that vanished: the requests fail, the server lives
                 log.exception("decoding failed; the requests in the batch are given up")
                 self._end_all("error")
-                self._batch = ContinuousBatch(self.trained, self.places)
+                self._batch = ContinuousBatch(self.trained, self.max_batch)
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
-        for job in waiting:
-            job.deliver(TokenDelta("", [], 0, "error"))
+        for request in waiting:
+            request.deliver(TokenDelta("", [], 0, "error"))
         self._end_all("error")
 
     def _end_all(self, reason: str) -> None:
         with self._changed:
             ended, self._running = self._running, []
-            if self._prompt is not None:
-                ended.append(self._prompt.one)
-                self._prompt = None
-        for one in ended:
-            one.job.deliver(TokenDelta(one.stream.finish(), [], 0, reason))
+            if self._prefill is not None:
+                ended.append(self._prefill.sequence)
+                self._prefill = None
+        for sequence in ended:
+            sequence.request.deliver(TokenDelta(sequence.stream.finish(), [], 0, reason))
 
-    def _feed(self) -> None:
-        """Feed one chunk of prompts, and let those into the batch that are fed."""
+    def _feed_prompts(self) -> None:
+        """Feed one chunk of prompts; sequences whose prompts are then complete join the batch."""
         left = self.prefill_chunk
-        while left and (prompt := self._next_prompt()):
-            count = min(left, prompt.left)
+        while left and (prefill := self._next_prefill()):
+            count = min(left, prefill.num_left)
             left -= count
-            logits = prompt.feed(count)
-            if not prompt.left:
-                self._join(prompt, logits)
+            logits = prefill.feed(count)
+            if not prefill.num_left:
+                self._join(prefill, logits)
 
-    def _next_prompt(self) -> _Prompt | None:
-        """The prompt that is being fed, or else the first that waits for a place, where there is one."""
-        if self._prompt is not None and self._prompt.one.given_up:
+    def _next_prefill(self) -> _Prefill | None:
+        """The prompt that is being fed, or else the first waiting one where a slot is free."""
+        if self._prefill is not None and self._prefill.sequence.given_up:
             with self._changed:
-                one, self._prompt = self._prompt.one, None
-            one.job.deliver(TokenDelta("", [], 0, "timeout"))
-        if self._prompt is None and self._taken < self.places:
+                given_up, self._prefill = self._prefill.sequence, None
+            given_up.request.deliver(TokenDelta("", [], 0, "timeout"))
+        if self._prefill is None and self._num_slots_used < self.max_batch:
             with self._changed:
                 if self._waiting:
-                    one = _Running(self._waiting.popleft(), self.trained, self._device)
-                    self._prompt = _Prompt(one, self.trained, self._device)
-        return self._prompt
+                    self._prefill = _Prefill(_Sequence(self._waiting.popleft(), self.trained), self.trained)
+        return self._prefill
 
-    def _join(self, prompt: _Prompt, logits: Tensor) -> None:
+    def _join(self, prefill: _Prefill, logits: Tensor) -> None:
         """Give the sequence a row of the batch, and choose its first token from logits [1, V]."""
-        one = prompt.one
-        self._batch.join(prompt.decoder)
+        sequence = prefill.sequence
+        self._batch.join(prefill.decoder)
         with self._changed:
-            self._running.append(one)
-            self._prompt = None
-        if one.job.max_new_tokens == 0:
-            self._leave(len(self._running) - 1, TokenDelta(one.stream.finish(), prompt.scores, 0, "length"))
+            self._running.append(sequence)
+            self._prefill = None
+        if sequence.request.max_new_tokens == 0:
+            self._leave(len(self._running) - 1, TokenDelta(sequence.stream.finish(), prefill.scores, 0, "length"))
         else:
-            self._advance(len(self._running) - 1, logits, prompt.scores)
+            self._advance(len(self._running) - 1, logits, prefill.scores)
 
     def _step(self) -> None:
         """One more token for every sequence of the batch."""
         for row in range(len(self._running) - 1, -1, -1):
-            one = self._running[row]
-            if one.given_up:
-                self._leave(row, TokenDelta(one.stream.finish(), [], 0, "timeout"))
+            sequence = self._running[row]
+            if sequence.given_up:
+                self._leave(row, TokenDelta(sequence.stream.finish(), [], 0, "timeout"))
         if not self._running:
             return
-        logits = self._batch.step([one.token for one in self._running]).float()  # [k, V]
-        for row in range(len(self._running) - 1, -1, -1):  # from the last: one that leaves gives its row to the last
+        logits = self._batch.step([sequence.token for sequence in self._running]).float()  # [k, V]
+        for row in range(
+            len(self._running) - 1, -1, -1
+        ):  # from the last row, which takes over the row of one that leaves
             self._advance(row, logits[row : row + 1], [])
 
     def _advance(self, row: int, logits: Tensor, scores: list[TokenScore]) -> None:
         """Choose the row's next token from logits [1, V], deliver what it adds, and let the row leave where it ends."""
-        one = self._running[row]
-        job = one.job
-        one.token = int(choose(logits, job.sampling, one.generator))
-        if one.token == self.trained.tokenizer.eod_id:
-            self._leave(row, TokenDelta(one.stream.finish(), scores, 0, "stop"))
+        sequence = self._running[row]
+        request = sequence.request
+        sequence.token = int(choose(logits, request.sampling, sequence.generator))
+        if sequence.token == self.trained.tokenizer.eod_id:
+            self._leave(row, TokenDelta(sequence.stream.finish(), scores, 0, "stop"))
             return
-        if job.top_scores is not None:
-            offset = one.stream.length
-            scores = [*scores, *_scores(logits, [one.token], job.top_scores, [offset])]
-        text = one.stream.add(one.token)
-        one.count += 1
-        if one.stream.stopped:
+        if request.top_scores is not None:
+            offset = sequence.stream.length
+            scores = [*scores, *_token_scores(logits, [sequence.token], request.top_scores, [offset])]
+        text = sequence.stream.add(sequence.token)
+        sequence.num_generated += 1
+        if sequence.stream.stopped:
             self._leave(row, TokenDelta(text, scores, 1, "stop"))
-        elif one.count == job.max_new_tokens:
-            text += one.stream.finish()
-            self._leave(row, TokenDelta(text, scores, 1, "stop" if one.stream.stopped else "length"))
+        elif sequence.num_generated == request.max_new_tokens:
+            text += sequence.stream.finish()
+            self._leave(row, TokenDelta(text, scores, 1, "stop" if sequence.stream.stopped else "length"))
         else:
-            job.deliver(TokenDelta(text, scores, 1, None))
+            request.deliver(TokenDelta(text, scores, 1, None))
 
-    def _leave(self, row: int, piece: TokenDelta) -> None:
-        one = self._running[row]
+    def _leave(self, row: int, delta: TokenDelta) -> None:
+        sequence = self._running[row]
         self._batch.leave(row)
         with self._changed:
             self._running[row] = self._running[-1]
             self._running.pop()
-        one.job.deliver(piece)
+        sequence.request.deliver(delta)
 
 
-def _scores(logits: Tensor, tokens: Sequence[int], count: int, offsets: Sequence[int]) -> list[TokenScore]:
-    """Of one token for each row of logits [r, V] float32."""
+def _token_scores(logits: Tensor, tokens: Sequence[int], count: int, offsets: Sequence[int]) -> list[TokenScore]:
+    """One score for each row of logits [r, V] float32: of its token, and of the `count` likeliest ones."""
     if not tokens:
         return []
-    shares = logits.log_softmax(dim=-1)
-    own = shares.gather(1, torch.tensor([list(tokens)], device=logits.device).T)[:, 0].tolist()
-    best = shares.topk(count, dim=-1)
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor([list(tokens)], device=logits.device).T)[:, 0].tolist()
+    best = logprobs.topk(count, dim=-1)
     tops = [list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-    return [TokenScore(*parts) for parts in zip(tokens, own, tops, offsets, strict=True)]
+    return [TokenScore(*parts) for parts in zip(tokens, chosen, tops, offsets, strict=True)]

@@ -1,4 +1,4 @@
-"""The server process: uvicorn around the application, with bounds on connections, headers and waiting, ended by signals."""
+"""The server process: uvicorn with limits on connections, headers and waiting times, until a signal ends it."""
 
 import asyncio
 import ipaddress
@@ -18,7 +18,7 @@ _SHUTDOWN_SECONDS = 10
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes a connection whose request line and headers do not arrive in time; uvicorn itself would wait for ever."""
+    """Closes a connection whose request line and headers do not arrive in time; uvicorn itself would wait forever."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -35,7 +35,7 @@ class ImpatientProtocol(H11Protocol):
         self._unwatch()
 
     def _watch(self) -> None:
-        """A timer runs from the first moment without a request in work until there is one."""
+        """Run a timer from the moment when no request is being answered until the next one has arrived."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._unwatch()
         elif self._timer is None and not self.transport.is_closing():
@@ -53,7 +53,7 @@ class ImpatientProtocol(H11Protocol):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
+    """Whether `host` can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -61,10 +61,10 @@ def is_loopback(host: str) -> bool:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises InputError where the address cannot be had."""
+    """A listening socket; port 0 takes a free one. Raises InputError where the address cannot be listened on."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # by its name: asyncio switches Nagle's delay (40 ms a token) off only where it reads TCP on the socket
+        # IPPROTO_TCP by name: only then does asyncio switch off Nagle's delay, 40 ms per token
         listening = socket.socket(family, kind, socket.IPPROTO_TCP)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,7 +81,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def server_config(app: Starlette, connections: int) -> uvicorn.Config:
-    """uvicorn's settings, with every bound that it knows."""
+    """uvicorn's settings, with every limit that it has."""
     return uvicorn.Config(
         app,
         http=ImpatientProtocol,
@@ -99,8 +99,8 @@ def server_config(app: Starlette, connections: int) -> uvicorn.Config:
 
 
 def serve(config: uvicorn.Config, listening: socket.socket) -> None:
-    """Answer until SIGTERM or Ctrl-C, then finish what is being answered (for ten seconds at most) and return."""
+    """Answer until SIGTERM or Ctrl-C, then finish the requests in progress (for at most ten seconds) and return."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # uvicorn takes both while it runs and raises them again when it is done
+        signal.signal(number, signal.SIG_IGN)  # uvicorn handles both while it runs, and raises them again at its end
     with listening:
         uvicorn.Server(config).run(sockets=[listening])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.config import derived
+from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import DivergedError
 from overtok_megatron.kernels.choice import choose_kernels
@@ -93,15 +94,15 @@ class TrainingEngine:
         fetched = self._fetch_rows(inputs, training=True)
         micro_batches = self._micro_batches(inputs, targets, fetched)
 
-        # Phase 2: forward and backward of all micro-batches. Their gradients add up, of dense parameters in DeepSpeed's
-        # buffers, of rows in the buffer of `fetched`. DeepSpeed begins phases 3 and 4 itself, behind the last backward pass.
+        # Phase 2: forward and backward of all micro-batches. Gradients of dense parameters add up in DeepSpeed's buffers,
+        # those of rows in the buffer of `fetched`. After the last backward pass DeepSpeed starts phases 3 and 4 by itself.
         self._set_learning_rate(learning_rate)
         self.joint_norm.begin_step(reduce_rows=lambda: self._reduce_rows(fetched))
         results = self._train_pipeline(micro_batches) if self.is_pipeline else self._train(micro_batches)
 
-        # Phase 3: reduce gradients. It is done by now: DeepSpeed averaged dense gradients over the data ranks, then it computed
-        # its norm, and INSIDE THAT NORM `reduce_rows` sent row gradients to the owners of the rows. The norm is patched so
-        # (deepspeed/joint_norm.py), because clipping needs one norm of both.
+        # Phase 3: reduce gradients. This is done by now. DeepSpeed averaged dense gradients over the data ranks, and computed
+        # its norm, which is patched (deepspeed/joint_norm.py) to call `reduce_rows`: row gradients were sent to the owners of
+        # the rows INSIDE DeepSpeed's norm, because clipping needs one norm of dense parameters and rows.
         norms = self.joint_norm.finish_step()
         if not math.isfinite(norms.joint):
             raise DivergedError(
@@ -109,12 +110,12 @@ class TrainingEngine:
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
 
-        # Phase 4: clip and update. DeepSpeed has clipped and updated dense parameters; rows follow, by the same factor.
+        # Phase 4: clip and update. DeepSpeed did both for the dense parameters; rows follow, clipped by the same factor.
         if self.tables is not None and norms.row_gradients is not None:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
             self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
 
-        # Phase 5: report, by one small reduction over all ranks.
+        # Phase 5: report. One small reduction over all ranks.
         return self.reduction.reduce(results, self._row_counts(fetched), norms, stop_asked=self.stop_asked)
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class TrainingEngine:
             micro_batches = self._micro_batches(inputs, targets, self._fetch_rows(inputs, training=False))
             losses = self._evaluate_pipeline(micro_batches) if self.is_pipeline else self._evaluate(micro_batches)
             if losses and self.grid.tensor_rank == 0:
-                scored = torch.stack([(batch.targets >= 0).sum() for batch in micro_batches]).sum()
+                scored = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
                 sums += torch.stack([torch.stack(losses).double().sum(), scored.double()])
         self.deepspeed_engine.train()
         if self.is_pipeline:
@@ -174,7 +175,7 @@ class TrainingEngine:
             self.deepspeed_engine.backward(
                 result.objective / batch.targets.numel()
             )  # the last one reduces dense gradients
-            self.deepspeed_engine.step()  # the last one computes the norm, which exchanges ROW GRADIENTS, clips and updates
+            self.deepspeed_engine.step()  # the last one computes the norm (which exchanges ROW GRADIENTS), clips and updates
             results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
         return results
 
@@ -182,7 +183,7 @@ class TrainingEngine:
         """As `_train`, through all stages."""
         assert isinstance(self.model, PipelineStage)
         self.model.expect(micro_batches)
-        # Forward and backward of all micro-batches; then the norm, which exchanges ROW GRADIENTS; then clipping and update.
+        # Forward and backward of all micro-batches; then the norm (which exchanges ROW GRADIENTS); then clipping and update.
         self.deepspeed_engine.train_batch(_tensors(micro_batches))
         return self.model.take_results()
 

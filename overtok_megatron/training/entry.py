@@ -21,15 +21,16 @@ from overtok_megatron.environment import (
     usable_devices,
 )
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.run_folder import RunFolder
 
 
 def set_up_logging(directory: Path, rank: int, console: bool) -> None:
-    """Lines with time and rank: to `train.log` on the first rank, to the console as well unless a bar is drawn there."""
+    """Write log lines with time and rank to `train.log` on the first rank, and to the console unless a bar is drawn there."""
     root = logging.getLogger("overtok_megatron")
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
     form = logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S")
-    handlers: list[logging.Handler] = [logging.FileHandler(directory / "train.log")] if rank == 0 else []
+    handlers: list[logging.Handler] = [logging.FileHandler(RunFolder(directory).log)] if rank == 0 else []
     stream = logging.StreamHandler(sys.stdout)
     stream.setLevel(logging.INFO if console else logging.WARNING)
     for handler in [*handlers, stream]:
@@ -77,12 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print("\n".join(f"{prefix}: {line}" for line in error.lines), file=sys.stderr, flush=True)
         return 2
-    run.grid.wait_for_all()  # nobody leaves while another still waits for it
+    run.grid.wait_for_all()  # all ranks leave together
     return 0 if finished else 128 + signal.SIGTERM
 
 
 def run_and_leave() -> None:
-    """Exit at once with main's code: taking gloo's threads apart at interpreter exit aborts the process now and then."""
+    """Exit at once with main's code: gloo's threads sometimes abort the process when the interpreter exits."""
     code = main()
     logging.shutdown()
     sys.stdout.flush()

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.files import write_atomically
 from overtok_megatron.loss_metrics import validation_losses
+from overtok_megatron.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -21,23 +22,13 @@ class StepRecords:
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, first_step: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        self._keep_before(first_step)
+        files = RunFolder(folder)
+        self.path = files.metrics
+        if self.path.exists():
+            kept = [json.dumps(record) + "\n" for record in files.read_metrics() if record["step"] <= first_step]
+            write_atomically(self.path, "".join(kept))  # a kill here loses no record
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if tensorboard else None
-
-    def _keep_before(self, first_step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line cut by a kill
-                continue
-            if record["step"] <= first_step:
-                kept.append(line)
-        write_atomically(self.path, "".join(line + "\n" for line in kept))  # a kill here loses no record
+        self._board = SummaryWriter(str(files.tensorboard), purge_step=first_step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record `values` (name -> number; names are TensorBoard tags) after optimizer step `step` (1, 2, ...)."""

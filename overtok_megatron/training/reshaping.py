@@ -1,4 +1,4 @@
-"""A checkpoint written anew without a layout: whole weights and optimizer state, tables with their increments merged.
+"""Rewrites a checkpoint without a layout: whole weights and optimizer state, tables with their increments merged.
 
 Any layout loads it, each rank reading only its own part; resuming from a checkpoint of other ranks without this step works
 too, but every rank then reads whole files.
@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import WEIGHTS_ONLY, WHOLE, read_dense_states, stage_names, write_whole
+from overtok_megatron.checkpoint.dense_state import read_dense_states, stage_names, write_whole_state
+from overtok_megatron.checkpoint.layout import CheckpointLayout, LayoutKind
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import merged_rows, write_rows
 from overtok_megatron.errors import CheckpointError, OutputError
 from overtok_megatron.kernels.dtypes import DTYPES
-from overtok_megatron.run_folder import hold
+from overtok_megatron.run_lock import hold
 from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
 
 
@@ -25,7 +26,7 @@ def reshape(source: Path, output: Path) -> Path:
     a checkpoint of this step. Memory: the weights and state of one pipeline stage, or one file of rows.
     """
     manifest = verify_checkpoint(source)
-    if manifest.layout["zero_stage"] in (WHOLE, WEIGHTS_ONLY):
+    if manifest.layout.kind is not LayoutKind.WRITTEN_BY_RANKS:
         raise CheckpointError(f"{source}: holds whole parameters already; any layout loads it as it is")
     with hold(output, "overtok checkpoint reshape"):
         return _write(source, manifest, CheckpointStore(output))
@@ -36,17 +37,17 @@ def _write(source: Path, manifest: Manifest, store: CheckpointStore) -> Path:
     if there.exists() and not there.samefile(source):  # of another run: it would be lost
         raise OutputError(f"{there}: is there already; remove it, or name another --output")
     store.clean()
-    folder = store.begin(manifest.step)
-    stages = manifest.layout["pipeline_parallel_size"]
+    folder = store.start_save(manifest.step)
+    stages = manifest.layout.pipeline
     dtype = DTYPES[manifest.config["training"]["precision"]]
     names: list[str] = []
     for stage in range(stages):
-        wanted = dict.fromkeys(stage_names(source, stage, manifest.layout), ())
+        wanted = dict.fromkeys(stage_names(source, manifest.layout, stage), ())
         states = dict(read_dense_states(source, manifest.layout, wanted, load_engine_file))
         weights = {name: state.values["master"].to(dtype) for name, state in states.items()}
-        names += [save_dense(folder, weights, {}, stage, stages), write_whole(folder, stage, states)]
+        names += [save_dense(folder, weights, {}, stage, stages), write_whole_state(folder, stage, states)]
     files: dict[str, Digest] = {name: file_digest(folder / name) for name in names}
-    for stem, values, metadata in merged_rows(source):
-        files |= write_rows(folder, stem, values, metadata)
-    layout = dict.fromkeys(manifest.layout, 1) | {"pipeline_parallel_size": stages, "zero_stage": WHOLE}
+    for file, values, steps in merged_rows(source):
+        files |= write_rows(folder, file, values, steps)
+    layout = CheckpointLayout(pipeline=stages, kind=LayoutKind.WHOLE)
     return store.publish(replace(manifest, layout=layout, files=files))

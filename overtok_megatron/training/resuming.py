@@ -11,9 +11,11 @@ import torch
 from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_engine_files
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
 from overtok_megatron.checkpoint.dense import read_parts
-from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState, read_dense_states
+from overtok_megatron.checkpoint.dense_state import read_dense_states
+from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
+from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
-from overtok_megatron.checkpoint.tables import FOLDER as TABLES
+from overtok_megatron.checkpoint.table_file import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_rows, load_tables
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import splits_of
@@ -22,26 +24,26 @@ from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_fil
 from overtok_megatron.training.deepspeed.engine_object import set_progress
 from overtok_megatron.training.engine import TrainingEngine
 
-_STATE_OF_GROUP = ("params", "step")  # of an optimizer's group, beside its settings; apex counts steps there
+_STATE_OF_GROUP = ("params", "step")  # the entries of a parameter group that are not settings; apex counts steps there
 
 
-def layout_of(engine: TrainingEngine) -> dict[str, int]:
+def layout_of(engine: TrainingEngine) -> CheckpointLayout:
     """Who wrote the engine's files: on the same layout DeepSpeed reads them back, on another they are taken apart."""
     shape = engine.grid.shape
-    return {
-        "pipeline_parallel_size": shape.pipe,
-        "data_parallel_size": shape.data,
-        "context_parallel_size": shape.context,
-        "tensor_parallel_size": shape.tensor,
-        "zero_stage": engine.config.parallel.zero_stage,
-    }
+    return CheckpointLayout(
+        pipeline=shape.pipe,
+        data=shape.data,
+        context=shape.context,
+        tensor=shape.tensor,
+        zero_stage=engine.config.parallel.zero_stage,
+    )
 
 
 def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
-    """Bring everything back from a complete checkpoint of the same model, whatever layout wrote it.
+    """Load weights, rows and all optimizer state from a complete checkpoint of the same model, written on any layout.
 
-    On the same layout the next step has the same bits, on another the same numbers to rounding. Raises CheckpointError naming
-    the first difference of the model, or the first damaged file.
+    On the same layout the next step has the same bits, on another layout the same numbers to rounding. Raises CheckpointError
+    naming the first difference of the model, or the first damaged file.
     """
     config = engine.config.model_dump(mode="json")
     manifest = _checked_manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
@@ -59,7 +61,7 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
 def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
     """Start from the dense weights and rows of a complete checkpoint of any layout, with or without optimizer state.
 
-    Master weights begin at the weights as they were written, moments and row state at zero; each rank reads its own part.
+    Master weights start as the weights that were written, moments and row state as zeros; each rank reads its own part.
     Raises CheckpointError naming the first difference of the model, or the first damaged file.
     """
     config = engine.config.model_dump(mode="json")
@@ -69,10 +71,9 @@ def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
     agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, names), path)
     parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
-    ranks = manifest.layout["pipeline_parallel_size"] * manifest.layout["tensor_parallel_size"]
 
     def read() -> None:
-        for name, weight in read_parts(path, ranks, splits):
+        for name, weight in read_parts(path, manifest.layout.model_parallel_ranks, splits):
             zeros = torch.zeros(weight.shape)
             state = ParameterState({"master": weight.float(), **dict.fromkeys(MOMENTS, zeros)}, 0)
             engine.adapter.set_state(parameters[name], state)
@@ -105,7 +106,7 @@ def _load_engine_files(engine: TrainingEngine, path: Path) -> None:
 
 
 def _verify_share(grid: ProcessGrid, path: Path, manifest: Manifest, names: list[str]) -> None:
-    """Hash this rank's share of some files: every file once, over all ranks."""
+    """Check the hashes of this rank's share of the files `names`; over all ranks each file is read once."""
     for name in sorted(names)[grid.rank :: grid.shape.world_size]:
         verify_file(path, name, manifest)
 

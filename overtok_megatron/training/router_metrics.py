@@ -1,4 +1,4 @@
-"""Metrics of a step's routers, over all layers, micro-batches and ranks: what a run with experts reports.
+"""Metrics of the routers in a step, over all layers, micro-batches and ranks: what a run with experts reports.
 
 Nothing here waits for the device or talks to other ranks: sums of this rank go into the one reduction that the loss goes
 into, and are read with it. Shapes: L layers of the model, E experts, F statistics of a router: E counts of choices, the sum

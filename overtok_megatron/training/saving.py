@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import ORDER
+from overtok_megatron.checkpoint.engine_state import OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import write_atomically
 from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.splits import is_pipeline_replica, splits_of
 from overtok_megatron.training.agreement import WRITE_ERRORS, reason
@@ -51,14 +52,9 @@ def in_background(work: Callable[[], Any], device: torch.device) -> threading.Th
 
 
 def leave_note(folder: Path, rank: int, digests: dict[str, Digest]) -> None:
-    """Tell the first rank that this one is done. From then on nothing here may be touched: the folder may be gone.
-
-    Therefore the note is renamed without the sync of its folder that `files.write_atomically` ends with.
-    """
+    """Tell the first rank that this one is done. From then on nothing here may be touched: the folder may be gone."""
     (folder / _NOTES).mkdir(exist_ok=True)
-    aside = folder / f"{_NOTES}-{rank}"
-    aside.write_text(json.dumps(digests), encoding="utf-8")
-    os.replace(aside, folder / _NOTES / f"{rank}.json")
+    write_atomically(folder / _NOTES / f"{rank}.json", json.dumps(digests), durable=False)
 
 
 def _split_dims(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
@@ -99,7 +95,7 @@ class Saver:
         self._failure: str | None = None
 
     def save(self, step: int, consumed_samples: int) -> None:
-        """Begin a checkpoint of this moment; it is complete after the next call of save() or finish().
+        """Start a checkpoint of the present state; it is complete after the next call of save() or finish().
 
         Raises CheckpointError on every rank if any rank could not write this one or the last; the one before stays the latest.
         """
@@ -107,17 +103,17 @@ class Saver:
         started = time.perf_counter()
         self._step, self._failure = step, None
         folder = self.store.partial(step)
-        self._raise_on_all(self._failure_of(lambda: self.store.begin(step)) if self._rank == 0 else None)
+        self._raise_on_all(self._failure_of(lambda: self.store.start_save(step)) if self._rank == 0 else None)
         files = self._write_dense_state(folder)
-        write_tables = None if self._writer is None else self._writer.begin(folder)
+        write_tables = None if self._writer is None else self._writer.start_save(folder)
         manifest = {"step": step, "consumed_samples": consumed_samples, **self._identity}
 
         def complete() -> None:
             try:
                 self._complete(folder, files, write_tables, manifest, started)
-            except Exception as error:  # whatever it is, it must not end with the thread
+            except Exception as error:  # of any kind: it must not be lost when the thread ends
                 self._failure = reason(error)
-                self.engine.stop_asked = True  # all ranks hear of it after this step, and come to save() or finish()
+                self.engine.stop_asked = True  # all ranks learn of it after this step, and call save() or finish()
 
         self._abandoned.clear()
         self._thread = in_background(complete, self.engine.device)
@@ -125,13 +121,13 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun last is complete. Raises CheckpointError as save() does."""
+        """Wait until the checkpoint that was started last is complete. Raises CheckpointError as save() does."""
         if self._thread is None:
             return
         if self._rank > 0:
             self._thread.join()
         if any(self.engine.grid.gather_objects(self._failure if self._rank > 0 else None)):
-            self._abandoned.set()  # the first rank waits for a note that does not come
+            self._abandoned.set()  # else the first rank would wait for a note that is never left
         self._thread.join()
         self._thread = None
         self._raise_on_all(self._failure)
@@ -183,13 +179,14 @@ class Saver:
         client_state = {
             "step": self._step,
             **universal_info(parameters, split_dims, grid),
-            ORDER: engine.optimizer_order,
+            OPTIMIZER_PARAMETERS: engine.optimizer_order,
         }
 
         def write_weights() -> None:
             own = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
-            rank = grid.coordinate("pipe") * grid.shape.tensor + grid.tensor_rank
-            written.append(save_dense(folder, own, split_dims, rank, grid.shape.pipe * grid.shape.tensor))
+            layout = layout_of(engine)
+            number = layout.file_number(grid.coordinate("pipe"), grid.tensor_rank)
+            written.append(save_dense(folder, own, split_dims, number, layout.model_parallel_ranks))
 
         first_replica = grid.coordinate("data") == grid.coordinate("context") == 0
         self._raise_on_all(self._failure_of(write_weights) if first_replica else None)
@@ -218,7 +215,7 @@ class Saver:
         files: dict[str, Digest] = {}
         for rank in range(self.engine.grid.shape.world_size):
             note = folder / _NOTES / f"{rank}.json"
-            while not note.is_file():  # a rank that dies ends the run, and this thread with it
+            while not note.is_file():  # a rank that dies ends the run, and so this thread
                 if self._abandoned.wait(0.02):
                     return
             content = json.loads(note.read_text(encoding="utf-8"))
@@ -226,7 +223,7 @@ class Saver:
         shutil.rmtree(folder / _NOTES)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if name not in files:  # small ones that DeepSpeed writes by itself
+            if name not in files:  # small files that DeepSpeed writes without its checkpoint engine
                 files[name] = file_digest(path)
         layout, config = layout_of(self.engine), self.engine.config.model_dump(mode="json")
         path = self.store.publish(Manifest(config=config, layout=layout, files=files, **manifest))

@@ -16,16 +16,16 @@ def table_metrics(engine: TrainingEngine, tokens: Tensor) -> dict[str, float]:
     tables, model = engine.tables, engine.model
     if tables is None:
         return {}
-    space = tables.ngram_hash.space
+    family = tables.family
     touched = over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, engine.device)
-    values = {"tables/touched_share": touched / space.total_rows}
+    values = {"tables/touched_share": touched / family.total_rows}
     inputs, _ = engine.inputs_and_targets(tokens)
     first_stage = engine.grid.is_first_stage
     # The rows that the step fetched cannot serve: they have the values of before its update. Every rank owns some rows.
     fetched = tables.fetch_rows(inputs[:1] if first_stage else None)
     if first_stage:
         assert model.embedding is not None and model.embedding.over_encoding is not None
-        values["tables/collision_share"] = tables.ngram_hash.collision_share(inputs)
-        for order, norm in model.embedding.over_encoding.order_norms(fetched, space.orders).items():
+        values["tables/collision_share"] = family.collision_share(inputs)
+        for order, norm in model.embedding.over_encoding.order_norms(fetched, family.orders).items():
             values[f"tables/norm_{order}gram"] = norm
     return values

@@ -1,4 +1,4 @@
-"""A profiler's trace of chosen steps and ranks: every operator, and every collective by the name of its group."""
+"""Traces of chosen steps and ranks by torch's profiler: every operator, and every collective by the name of its group."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from overtok_megatron.parallel.devices import num_accelerators
 class Tracer:
     """Writes `<folder>/step_<first>-rank_<rank>.json`, for chrome://tracing or Perfetto, of steps first .. last.
 
-    steps: [first, last] (1, 2, ...), or empty = never. ranks: those that write.
+    steps: [first, last] (1, 2, ...), or empty = no trace. ranks: the ranks that write one.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int], ranks: Sequence[int]) -> None:

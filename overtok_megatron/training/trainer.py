@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from overtok_megatron.checkpoint.starting_point import starting_point
 from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
-from overtok_megatron.checkpoint.weights_only import starting_point
 from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
-from overtok_megatron.loss_metrics import validation_figures
-from overtok_megatron.run_folder import RunLock
+from overtok_megatron.loss_metrics import validation_metrics
+from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.run_lock import RunLock
 from overtok_megatron.training.agreement import agree
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
@@ -67,7 +68,7 @@ class Trainer:
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule.of(config)
         self.step_metrics = StepMetrics(config, device)
-        self.tracer = Tracer(self.folder / "traces", config.logging.trace_steps, config.logging.trace_ranks)
+        self.tracer = Tracer(RunFolder(self.folder).traces, config.logging.trace_steps, config.logging.trace_ranks)
 
     def _lock_folder(self) -> RunLock:
         """Lock the run's folder for this training; every rank raises CheckpointError where another process writes there."""
@@ -187,7 +188,7 @@ class Trainer:
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
             loss, num_tokens = self.engine.evaluate(self.feed.validation(dataset))
-            values |= validation_figures(name, loss, num_tokens, dataset.manifest.source_bytes)
+            values |= validation_metrics(name, loss, num_tokens, dataset.manifest.source_bytes)
         return values
 
     def _save(self, done: int) -> None:

@@ -1,4 +1,4 @@
-"""`overtok grow`: the grown model's logits are the old one's, bit for bit; old rows move whole, new ones are zero."""
+"""`overtok grow`: the logits of a grown model are the old model's, bit for bit; old rows move unchanged, new ones are zero."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +44,7 @@ def configuration(over: dict[str, Any], model: dict[str, Any], precision: str) -
 
 
 def write_source(run: Path, config: RunConfig) -> Path:
-    """A checkpoint of a model with its initial values, none of which is zero."""
+    """Write a checkpoint of a model with its initial values, none of which is zero."""
     model, rows = cpu_model(config), []
     if config.over_encoding.enabled:
         tables = cpu_reader(config, EOD)
@@ -93,7 +93,7 @@ SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(*SOURCES[kind])
     write_source(tmp_path / "run-0", config)
-    monkeypatch.setattr(growing, "_FILE_BYTES", 20_000)  # many files, and heaps
+    monkeypatch.setattr(growing, "_FILE_BYTES", 20_000)  # many files, and buckets
     requests = [
         ["orders=2-4,slices=1,rows=7", "orders=2,slices=3,rows=1009"],
         ["order=5,rows=211", "orders=2-3,rows=13"],  # grown once more
@@ -121,8 +121,20 @@ def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monk
     assert len(list((find_checkpoint(output) / "tables").iterdir())) > 3
 
 
+def test_buckets_that_a_killed_call_left_are_not_read(tmp_path: Path) -> None:
+    write_source(tmp_path / "old", configuration(OVER, {}, "fp32"))
+    left = tmp_path / "new" / growing.SCRATCH
+    left.mkdir(parents=True)
+    (left / "0-row-ids").write_bytes(bytes(8))
+    (left / "0-weight").write_bytes(b"cut")
+    words = ["--tables", GOOD, *LOOSE]
+    assert main(["grow", str(tmp_path / "old"), "--output", str(tmp_path / "new"), *words]) == 0
+    assert torch.equal(read_model(tmp_path / "new")[3], read_model(tmp_path / "old")[3])
+    assert not left.exists()
+
+
 def _check_rows(before: RunConfig, after: RunConfig, old_tables: TableReader | None, tables: TableReader) -> None:
-    """Row by row of each table, read at its places."""
+    """Every row of each table is found under its new row id."""
     new = row_space(after.model, after.over_encoding)
     assert isinstance(tables.store, RowStore)
     columns = tables.store.columns()
@@ -133,9 +145,9 @@ def _check_rows(before: RunConfig, after: RunConfig, old_tables: TableReader | N
         kept = old.num_tables
         for name, column in old_tables.store.columns().items():
             for table in range(kept):
-                assert torch.equal(columns[name][new.places(table)], column[old.places(table)])
+                assert torch.equal(columns[name][new.row_ids(table)], column[old.row_ids(table)])
     for table in range(kept, new.num_tables):
-        assert not columns["weight"][new.places(table)].any()
+        assert not columns["weight"][new.row_ids(table)].any()
 
 
 @pytest.fixture(scope="module")

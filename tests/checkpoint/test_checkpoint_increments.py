@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from overtok_megatron.checkpoint import tables as tables_module
-from overtok_megatron.checkpoint.tables import TableWriter, load_tables, merged_rows, write_rows
+from overtok_megatron.checkpoint.tables import TableWriter, load_tables, merged_rows, table_files, write_rows
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
 from support.over_tables import columns, make_tables
@@ -64,7 +64,7 @@ def test_a_save_writes_the_moment_that_it_began(tmp_path: Path, monkeypatch: pyt
     tables = make_tables(std=1.0)
     train_rows(tables, list(range(0, 82, 3)), seed=0)
     expected = copies([tables])
-    write = TableWriter(tables, 0).begin(tmp_path)
+    write = TableWriter(tables, 0).start_save(tmp_path)
     slow, real = threading.Event(), write_rows
 
     def slowly(*arguments: object) -> object:
@@ -94,12 +94,12 @@ def test_increments_build_on_each_other_and_start_anew(tmp_path: Path, writers: 
         folder = tmp_path / f"step_{turn}"
         partial = tmp_path / f"step_{turn}.partial"
         partial.mkdir()
-        names = {name for saver in savers for name in saver.begin(partial)()}
+        names = {name for saver in savers for name in saver.start_save(partial)()}
         partial.rename(folder)
         for saver in savers:
             saver.published(folder)
         assert names == {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
-        kinds.append(max([int(name.split("-")[1]) for name in names if "/changed-" in name], default=0))
+        kinds.append(max(file.increment for file in table_files(folder)))
         folders.append(folder)
         expected.append(copies(parts))
     # the fourth is full because two may build on one, the fifth because most rows had changed
@@ -117,12 +117,13 @@ def test_a_save_after_a_failed_one_is_full(tmp_path: Path) -> None:
     writer = TableWriter(tables, 5)
     for name in "abc":
         (tmp_path / name).mkdir()
-    writer.begin(tmp_path / "a")()
+    writer.start_save(tmp_path / "a")()
     train_rows(tables, [3], seed=0)
-    writer.begin(tmp_path / "b")
+    writer.start_save(tmp_path / "b")
     writer.forget()
     train_rows(tables, [5], seed=1)
-    assert [name.split("/")[1].split("-")[0] for name in writer.begin(tmp_path / "c")()] == ["rows"]
+    writer.start_save(tmp_path / "c")()
+    assert [file.is_full for file in table_files(tmp_path / "c")] == [True]
     check_loads(tmp_path / "c", copies([tables]), readers=1, steps=2)
 
 
@@ -133,12 +134,12 @@ def test_merging_gives_full_files(tmp_path: Path) -> None:
         folder = tmp_path / str(turn)
         folder.mkdir()
         train_rows(tables, list(range(turn, 82, 7)), seed=turn)
-        writer.begin(folder)()
+        writer.start_save(folder)()
     merged = tmp_path / "merged"
     merged.mkdir()
-    for stem, values, metadata in merged_rows(tmp_path / "2"):
-        write_rows(merged, stem, values, metadata)
-    assert all(path.name.startswith("rows-") for path in (merged / "tables").iterdir())
+    for file, values, steps in merged_rows(tmp_path / "2"):
+        write_rows(merged, file, values, steps)
+    assert all(file.is_full for file in table_files(merged))
     check_loads(merged, copies([tables]), readers=2, steps=3)
 
 
@@ -148,7 +149,8 @@ def test_an_increment_is_small(tmp_path: Path) -> None:
     sizes = []
     for name in "ab":
         (tmp_path / name).mkdir()
-        files = writer.begin(tmp_path / name)()
-        sizes.append(sum(size for file, (size, _) in files.items() if name == "a" or "/changed-" in file))
+        files = writer.start_save(tmp_path / name)()
+        last = table_files(tmp_path / name)[-1]
+        sizes.append(files[last.name][0])
         train_rows(tables, list(range(0, 10_000, 100)), seed=0)
     assert sizes[1] < 0.03 * sizes[0]

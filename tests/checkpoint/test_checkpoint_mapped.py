@@ -1,4 +1,4 @@
-"""Rows read in place from a checkpoint's files: what loaded rows give, whatever the files; memory that does not grow."""
+"""Rows read in place from a checkpoint's files equal loaded rows, however the files are cut; memory does not grow."""
 
 from pathlib import Path
 
@@ -42,12 +42,12 @@ def test_files_that_do_not_serve(tmp_path: Path) -> None:
     (tables,) = trained_tables(1)
     writer = TableWriter(tables, 2)
     (tmp_path / "full").mkdir()
-    writer.begin(tmp_path / "full")()
+    writer.start_save(tmp_path / "full")()
     expect_error(lambda: mapped(tmp_path / "full", 84), "holds 82 of 84 rows")
     expect_error(lambda: mapped(tmp_path / "full", 82, 8), "of width 6", "of width 8")
     tables.store.flags[3] = CHANGED
     (tmp_path / "changed").mkdir()
-    writer.begin(tmp_path / "changed")()
+    writer.start_save(tmp_path / "changed")()
     expect_error(lambda: mapped(tmp_path / "changed"), "incremental", "overtok checkpoint reshape")
     (path,) = (tmp_path / "full" / "tables").iterdir()
     path.write_bytes(path.read_bytes()[:20])

@@ -1,4 +1,4 @@
-"""What verbs that write models may not write over, the modes of what they write, and foreign files with byte-order marks."""
+"""Verbs that write models: what they refuse to write over, the modes of their files, and inputs with byte-order marks."""
 
 import os
 import shutil

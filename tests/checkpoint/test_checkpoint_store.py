@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from overtok_megatron.checkpoint import store as store_module
+from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import (
     CheckpointStore,
     Manifest,
@@ -31,11 +32,19 @@ class Killed(BaseException):
 
 def fill(store: CheckpointStore, step: int, content: bytes = CONTENT) -> Manifest:
     """A partial folder with a file in a subfolder, and its manifest."""
-    folder = store.begin(step)
+    folder = store.start_save(step)
     (folder / "tables").mkdir()
     (folder / "tables" / "rows").write_bytes(content)
     digest = file_digest(folder / "tables" / "rows")
-    return Manifest(step, step * 4, {"model": {}}, {"tensor_parallel_size": 1}, 0, "abc", {"tables/rows": digest})
+    return Manifest(
+        step=step,
+        consumed_samples=step * 4,
+        config={"model": {}},
+        layout=CheckpointLayout(zero_stage=1),
+        eod_id=0,
+        tokenizer_fingerprint="abc",
+        files={"tables/rows": digest},
+    )
 
 
 def publish(store: CheckpointStore, step: int, content: bytes = CONTENT) -> Path:
@@ -70,7 +79,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
 
 def test_partial_folders_are_invisible_and_cleaned(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    folder = store.begin(3)
+    folder = store.start_save(3)
     (folder / "manifest.json").write_text("{}")
     assert store.latest() is None
     assert store.complete() == []
@@ -85,10 +94,10 @@ def test_partial_folders_are_invisible_and_cleaned(tmp_path: Path) -> None:
     read_manifest(path)
 
 
-def test_begin_empties_and_discard_removes(tmp_path: Path) -> None:
+def test_starting_a_save_empties_and_discarding_removes(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    (store.begin(1) / "left").write_bytes(b"over")
-    assert list(store.begin(1).iterdir()) == []
+    (store.start_save(1) / "left").write_bytes(b"over")
+    assert list(store.start_save(1).iterdir()) == []
     store.discard(1)
     store.discard(1)
     assert list(store.root.iterdir()) == []
@@ -241,6 +250,7 @@ def test_a_dangling_pointer_is_named(tmp_path: Path, text: str) -> None:
         (b'{"format": 3, "files": {"rows": []}}', "unreadable"),
         (b'{"format": 3, "files": {"rows": 3}}', "unreadable"),
         (b'{"format": 3, "files": {}}', "unreadable"),
+        (b'{"format": 3, "files": {}, "layout": 7}', "layout: 7 is not a mapping"),
         (b'{"format": 9, "pieces": {}}', "format 9, this version reads 3"),
         (b'{"format": "pt"}', "format pt, this version reads 3"),
     ],
@@ -284,9 +294,9 @@ def test_a_flipped_bit_is_found_anywhere(tmp_path: Path) -> None:
     verify_checkpoint(path)
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         content = file.read_bytes()
-        for place in range(len(content)):
+        for index in range(len(content)):
             damaged = bytearray(content)
-            damaged[place] ^= 1 << place % 8
+            damaged[index] ^= 1 << index % 8
             file.write_bytes(bytes(damaged))
             expect_error(lambda: verify_checkpoint(path), str(path))
         file.write_bytes(content)

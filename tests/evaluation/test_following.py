@@ -12,7 +12,8 @@ from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, 
 from overtok_megatron.cli import main
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.evaluation.following import BOARD, RECORDS, follow
+from overtok_megatron.evaluation.following import follow
+from overtok_megatron.run_folder import RunFolder
 from support.trained_runs import TrainedRuns
 
 
@@ -39,7 +40,7 @@ def growing(trained_runs: TrainedRuns, tmp_path: Path) -> Growing:
 
 
 def lines(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / RECORDS).read_text().splitlines()]
+    return RunFolder(run).read_evaluations()
 
 
 def test_checkpoints_are_scored_as_they_appear(growing: Growing) -> None:
@@ -56,7 +57,7 @@ def test_checkpoints_are_scored_as_they_appear(growing: Growing) -> None:
     found = list(follow(growing.run, {"sets": ["a"]}, score, seconds=3.0, sleep=sleep))
     assert found == [(10, {"loss": 10.0}), (20, {"loss": 20.0})]
     assert waits == [3.0, 3.0]
-    board = EventAccumulator(str(growing.run / BOARD))
+    board = EventAccumulator(str(RunFolder(growing.run).evaluation_tensorboard))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("evaluation/loss")] == [(10, 10.0), (20, 20.0)]
 
@@ -85,10 +86,10 @@ def test_what_was_scored_is_not_scored_again(growing: Growing) -> None:
     assert steps({"sets": ["a"]}) == [10, 20]
     assert steps({"sets": ["a"]}) == []
     assert steps({"sets": ["b"]}) == [10, 20]
-    whole = (growing.run / RECORDS).read_text()
-    (growing.run / RECORDS).write_text(whole[:-20])
+    whole = RunFolder(growing.run).evaluations.read_text()
+    RunFolder(growing.run).evaluations.write_text(whole[:-20])
     assert steps({"sets": ["b"]}) == [20]
-    assert (growing.run / RECORDS).read_text().count("\n") == 5  # the cut line stays one of its own
+    assert RunFolder(growing.run).evaluations.read_text().count("\n") == 5  # the cut line stays one of its own
     shutil.rmtree(growing.run / "checkpoints" / "step_00000010")
     manifest = read_manifest(find_checkpoint(growing.run))
     store = CheckpointStore(growing.run)

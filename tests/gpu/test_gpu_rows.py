@@ -28,7 +28,7 @@ def test_the_kernels_do_what_torch_does(check: Callable[[RowKernels, torch.devic
 
 def trained(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The rows [m, w] after some steps on made tokens."""
-    space = RowSpace(3, 2, 5003, 32)
+    space = RowSpace(ngram_order=3, num_slices=2, table_rows=5003, width=32)
     kernels = choose_kernels("auto", device).rows
     store = RowStore(0, space.total_rows, 32, std=0.02, seed=1, device=device, dtype=dtype, kernels=kernels)
     optimizer = RowOptimizer(
@@ -41,7 +41,9 @@ def trained(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         kernels=kernels,
     )
     tables = ShardedTables(
-        NgramHash(space, 97, 0, "reset", 3, kernels), store, FlatExchange((0, space.total_rows), None, kernels),
+        NgramHash(space=space, base=97, pad_id=0, boundary="reset", eod_id=3, kernels=kernels),
+        store,
+        FlatExchange((0, space.total_rows), None, kernels=kernels),
         optimizer=optimizer, dtype=torch.float32, device=device, kernels=kernels,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from support.live_server import LiveServer, live_server
 from support.prefixed_tokenizers import FILES, KINDS, save_prefixed
 
 PROMPTS = ["the state of", "and", "é of"]
-SAMPLING = Sampling(16, temperature=1.0, seed=3)
+SAMPLING = Sampling(max_new_tokens=16, temperature=1.0, seed=3)
 
 
 @pytest.fixture(scope="module")

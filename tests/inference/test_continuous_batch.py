@@ -7,7 +7,7 @@ import torch
 
 from overtok_megatron.inference import continuous_batch
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import Decoder
+from overtok_megatron.inference.generation import IncrementalDecoder
 from overtok_megatron.inference.loading import TrainedModel
 from support.small_models import CONTEXT, VOCAB, full_logits
 
@@ -20,8 +20,8 @@ def test_any_order_of_joining_and_leaving(
     draw = random.Random(seed)
     batch, sequences = ContinuousBatch(small_model, 4), list[list[int]]()
     joined, moves = 0, set[bool]()
-    move = batch._move
-    monkeypatch.setattr(batch, "_move", lambda columns: (moves.add(columns > 0), move(columns)))
+    move = batch.cache.move
+    monkeypatch.setattr(batch.cache, "move", lambda rows, columns: (moves.add(columns > 0), move(rows, columns)))
 
     def check(sequence: list[int], logits: torch.Tensor) -> None:
         own = full_logits(small_model, torch.tensor([sequence]))[0, -1]
@@ -37,11 +37,11 @@ def test_any_order_of_joining_and_leaving(
             prompt = [draw.randrange(VOCAB) for _ in range(draw.choice([1, 2, 9, 30, CONTEXT - 1]))]
             sequences.append(prompt)
             joined += 1
-            own, place = Decoder(small_model, 1, len(prompt) + draw.choice([0, 5])), 0
-            while place < len(prompt):
+            own, begin = IncrementalDecoder(small_model, 1, len(prompt) + draw.choice([0, 5])), 0
+            while begin < len(prompt):
                 count = draw.choice([1, 4, CONTEXT])
-                logits = own.feed(torch.tensor([prompt[place : place + count]]), last=True)
-                place += count
+                logits = own.feed(torch.tensor([prompt[begin : begin + count]]), last=True)
+                begin += count
             batch.join(own)
             check(prompt, logits[0, -1])
         if sequences:

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from overtok_megatron.errors import InputError
-from overtok_megatron.inference.generation import Decoder, Sampling, choose, generate, generate_tokens, pad_left
+from overtok_megatron.inference.generation import (
+    IncrementalDecoder,
+    Sampling,
+    choose,
+    generate,
+    generate_tokens,
+    pad_left,
+)
 from overtok_megatron.inference.loading import TrainedModel
 from support.small_models import VOCAB, Letters, full_logits
 
@@ -22,7 +29,7 @@ def text_of(size: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("cuts", [[1] * 12, [12], [5, 1, 1, 4, 1], [3, 9]])
 def test_pieces_give_the_full_logits(small_model: TrainedModel, cuts: list[int]) -> None:
     tokens = text_of(12, 1)
-    decoder = Decoder(small_model, batch=2, room=12)
+    decoder = IncrementalDecoder(small_model, batch=2, columns=12)
     pieces = [decoder.feed(piece) for piece in tokens.split(cuts, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), full_logits(small_model, tokens), rtol=1e-5, atol=1e-4)
 
@@ -33,7 +40,7 @@ def test_pieces_of_any_size_in_a_padded_batch(small_model: TrainedModel, seed: i
     draw = random.Random(seed)
     sequences = [[draw.choice([0, *range(VOCAB)]) for _ in range(draw.randint(1, 24))] for _ in range(4)]
     tokens = pad_left(sequences, CPU)
-    decoder, begin, pieces = Decoder(small_model, 4, tokens.shape[1]), 0, []
+    decoder, begin, pieces = IncrementalDecoder(small_model, 4, tokens.shape[1]), 0, []
     while begin < tokens.shape[1]:
         end = begin + draw.choice([1, 1, 2, 3, 7])
         pieces.append(decoder.feed(tokens[:, begin:end]))
@@ -47,7 +54,7 @@ def test_pieces_of_any_size_in_a_padded_batch(small_model: TrainedModel, seed: i
 def test_a_document_that_has_ended_counts_only_across(small_model: TrainedModel) -> None:
     """N-grams forget it in any case."""
     text = torch.tensor([[5, 9, 0, 7, 8]])
-    behind, alone = Decoder(small_model, 1, 5).feed(text)[:, 3:], full_logits(small_model, text[:, 3:])
+    behind, alone = IncrementalDecoder(small_model, 1, 5).feed(text)[:, 3:], full_logits(small_model, text[:, 3:])
     assert torch.allclose(behind, alone, rtol=1e-5, atol=1e-4) == (
         small_model.config.data.document_attention == "within"
     )
@@ -68,7 +75,7 @@ def test_an_uneven_batch_gives_each_prompt_its_own_text(small_model: TrainedMode
     sampling = Sampling(max_new_tokens=10)
     together = generate_tokens(small_model, prompts, sampling)
     assert together == [generate_tokens(small_model, [prompt], sampling)[0] for prompt in prompts]
-    padded = Decoder(small_model, 4, 20).feed(pad_left(prompts, CPU))
+    padded = IncrementalDecoder(small_model, 4, 20).feed(pad_left(prompts, CPU))
     for index, prompt in enumerate(prompts):
         own = full_logits(small_model, torch.tensor([prompt]))[0]
         torch.testing.assert_close(padded[index, -len(prompt) :], own, rtol=1e-5, atol=1e-4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from overtok_megatron.kernels.build import load_library
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels
-from overtok_megatron.kernels.rows import RowKernels, Sums, noise, noise_key, round_bfloat16, round_int8
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, noise, noise_key, round_bfloat16, round_int8
 
 LIBRARY = load_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C++ compiler")
@@ -24,28 +24,28 @@ def compiled() -> CpuRowKernels:
 
 @settings(deadline=None, max_examples=80)
 @given(st.lists(st.integers(0, 2**40 - 1), max_size=60), st.integers(1, 3))
-def test_unique_ids_and_their_places(ids: list[int], repeats: int) -> None:
+def test_unique_ids_and_their_slots(ids: list[int], repeats: int) -> None:
     tensor = torch.tensor(ids * repeats, dtype=torch.int64).view(repeats, -1)
     for kernels in (compiled(), PLAIN):
-        unique, slots, order = kernels.unique(tensor, 2**40)
-        expected, places = torch.unique(tensor, return_inverse=True)
+        unique, slots, sorted_lookups = kernels.unique(tensor, 2**40)
+        expected, inverse = torch.unique(tensor, return_inverse=True)
         assert torch.equal(unique, expected)
-        assert torch.equal(slots, places)
+        assert torch.equal(slots, inverse)
         assert slots.shape == tensor.shape
-        assert torch.equal(order, kernels.order(slots, unique.numel()))
-        pairs = [slot << 32 | place for place, slot in enumerate(places.flatten().tolist())]
-        assert order.tolist() == sorted(pairs)
+        assert torch.equal(sorted_lookups, kernels.sort_lookups(slots, unique.numel()))
+        pairs = [slot << 32 | lookup for lookup, slot in enumerate(inverse.flatten().tolist())]
+        assert sorted_lookups.tolist() == sorted(pairs)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 2047, 2048, 2049, 10**6])
 def test_many_ids_on_several_threads(limit: int) -> None:
     ids = torch.randint(0, limit, (3, 20_011), generator=torch.Generator().manual_seed(limit))
     ids[0, 0] = limit - 1
-    unique, slots, order = compiled().unique(ids, limit)
+    unique, slots, sorted_lookups = compiled().unique(ids, limit)
     assert torch.equal(unique[slots], ids)
     assert torch.equal(unique, ids.unique())
-    assert torch.equal(order, PLAIN.unique(ids, limit).order)
-    assert torch.equal(order, compiled().order(slots, unique.numel()))
+    assert torch.equal(sorted_lookups, PLAIN.unique(ids, limit).sorted_lookups)
+    assert torch.equal(sorted_lookups, compiled().sort_lookups(slots, unique.numel()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,7 +60,7 @@ def test_rows_are_added_in_the_order_of_look_ups(dtype: torch.dtype, width: int)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         total = torch.ones(300, width)
-        compiled().add(Sums(total, total.sum(1)), compiled().order(slots, 300), grad)
+        compiled().add(RowGradientSums(total, total.sum(1)), compiled().sort_lookups(slots, 300), grad)
         totals.append(total)
     torch.set_num_threads(before)
     assert torch.equal(totals[0], totals[1])
@@ -75,18 +75,18 @@ def test_the_loops_do_what_torch_does(check: Callable[[RowKernels, torch.device]
 
 
 def test_look_ups_too_many_for_the_cache() -> None:
-    """They and their sums are written around it."""
+    """Gathered rows and sums are written around the cache."""
     rows = stored(torch.randn(150_000, 64, generator=torch.Generator().manual_seed(0)), torch.float32)
     slots = torch.randint(0, 150_000, (140_001,), generator=torch.Generator().manual_seed(1))
-    order = compiled().order(slots, 150_000)
-    for each in (None, order):
+    sorted_lookups = compiled().sort_lookups(slots, 150_000)
+    for each in (None, sorted_lookups):
         gathered = compiled().gather(rows, None, slots, torch.float32, each)
         assert torch.equal(gathered, rows.weight[slots])
         rounded = compiled().gather(rows, None, slots, torch.bfloat16, each)
         assert torch.equal(rounded, gathered.bfloat16())
-    sums, expected = (Sums.empty(150_000, 64, torch.device("cpu")) for _ in range(2))
-    compiled().add(sums, order, gathered, fresh=True)
-    PLAIN.add(expected, order, gathered, fresh=True)
+    sums, expected = (RowGradientSums.empty(150_000, 64, torch.device("cpu")) for _ in range(2))
+    compiled().add(sums, sorted_lookups, gathered, fresh=True)
+    PLAIN.add(expected, sorted_lookups, gathered, fresh=True)
     for ours, plain in zip(sums, expected, strict=True):
         torch.testing.assert_close(ours, plain)
 

@@ -17,13 +17,13 @@ CPU, VOCAB, END = torch.device("cpu"), 101, 7
 def packed() -> torch.Tensor:
     """[3, 70] with ends at the start, in a row, inside and as the last token; one sample is a single open document."""
     tokens = torch.randint(END + 1, VOCAB, (3, 70), generator=torch.Generator().manual_seed(0))
-    for row, places in enumerate(([0, 22, 23, 50], [9, 69])):
-        tokens[row, places] = END
+    for sample, ends in enumerate(([0, 22, 23, 50], [9, 69])):
+        tokens[sample, ends] = END
     return tokens
 
 
 def documents_of(line: torch.Tensor) -> list[torch.Tensor]:
-    stops = [place + 1 for place, token in enumerate(line.tolist()) if token == END]
+    stops = [position + 1 for position, token in enumerate(line.tolist()) if token == END]
     return [part for part in line.tensor_split(stops) if len(part)]
 
 
@@ -42,7 +42,7 @@ def test_a_mask_has_the_document_and_the_window() -> None:
     ):
         mask = document_mask(documents, window, torch.bfloat16)
         assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bfloat16
-        wanted = torch.tensor([[0.0 if place == "1" else -torch.inf for place in line] for line in sees])
+        wanted = torch.tensor([[0.0 if sign == "1" else -torch.inf for sign in line] for line in sees])
         assert torch.equal(mask.flatten(0, 2).float(), wanted)
 
 

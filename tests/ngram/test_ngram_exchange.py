@@ -1,4 +1,4 @@
-"""The exchange on real ranks, flat and in two levels: a look-up, a sum, its bytes, rows renewed; and evenly dealt loads."""
+"""The exchange on real ranks, flat and in two levels: look-ups, sums, their bytes, rows renewed; and evenly spread loads."""
 
 import re
 from collections import Counter
@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.data.sotu import sotu_files
-from overtok_megatron.kernels.rows import RowKernels, Sums
-from overtok_megatron.ngram.exchange import TwoLevelExchange
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.placement import make_exchange, owned_range
-from overtok_megatron.ngram.row_space import RowSpace, row_bounds
+from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import initial_rows
+from overtok_megatron.ngram.two_level_exchange import TwoLevelExchange
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
+from overtok_megatron.parallel.splits import split_bounds
 from support.distributed_harness import run_ranks
 
 WIDTH = 3
@@ -80,8 +81,9 @@ class Exchanged:
     network_bytes: int  # what of it leaves the host
 
 
-def no_thirds(places: Tensor) -> Tensor:
-    return places % 3 != 0
+def no_thirds(row_ids: Tensor) -> Tensor:
+    """Every third row is frozen."""
+    return row_ids % 3 != 0
 
 
 @contextmanager
@@ -112,14 +114,14 @@ def exchange_case(setting: Setting, grid: ProcessGrid, case: str) -> Exchanged:
         ranks_per_host=setting.ranks_per_host,
         kernels=RowKernels(),
         gradient_dtype=setting.gradient_dtype,
-        trained=no_thirds if setting.frozen else None,
+        trained_rows=no_thirds if setting.frozen else None,
     )
     ids = torch.tensor(setting.asked(case)[rank], dtype=torch.int64)
     with counted_bytes() as counts:
         plan = exchange.plan(ids)
         rows = exchange.fetch(plan, lambda index: own[index])
         gradient = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
-        index, sums = exchange.return_gradients(plan, Sums(gradient, gradient.square().sum(1)))
+        index, sums = exchange.return_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
     told = exchange.payload_bytes(plan, 4 * WIDTH, setting.gradient_dtype.itemsize * WIDTH)
     fetched = rows[plan.slots].clone()
     changed = torch.arange(len(own_range))[rank % 2 :: 2]  # some of every owner's rows
@@ -159,7 +161,7 @@ def exchanged(request: pytest.FixtureRequest) -> tuple[Setting, Results]:
 def test_every_row_has_one_owner(name: str) -> None:
     setting = SETTINGS[name]
     ranges = [owned_range(setting.total, rank, setting.ranks, setting.ranks_per_host) for rank in range(setting.ranks)]
-    assert sorted(ranges) == list(pairwise(row_bounds(setting.total, setting.ranks)))
+    assert sorted(ranges) == list(pairwise(split_bounds(setting.total, setting.ranks)))
 
 
 @pytest.mark.parametrize("case", ASKED)
@@ -244,9 +246,10 @@ def test_owners_serve_equal_shares_of_real_text(ranks: int) -> None:
     words = re.findall(r"\w+|[^\w\s]", " ".join(path.read_text(encoding="utf-8") for path in sotu_files()[:40]))
     vocabulary = {word: number for number, (word, _) in enumerate(Counter(words).most_common())}  # frequent ones first
     text, vocab = torch.tensor([vocabulary[word] for word in words[: 64 * 2048]]), len(vocabulary)
-    space = RowSpace(3, 2, round(128.62 * vocab), 1)
-    ids = NgramHash(space, vocab, 0, "ignore", 0).rows(text.view(-1, 128))
-    bounds = torch.tensor(row_bounds(space.total_rows, ranks))
+    space = RowSpace(ngram_order=3, num_slices=2, table_rows=round(128.62 * vocab), width=1)
+    family = NgramHash(space=space, base=vocab, pad_id=0, boundary="ignore", eod_id=0)
+    ids = family.row_ids(text.view(-1, 128))
+    bounds = torch.tensor(split_bounds(space.total_rows, ranks))
     load = torch.zeros(ranks)
     for part in ids.chunk(ranks):
         load += torch.searchsorted(part.unique(), bounds).diff()

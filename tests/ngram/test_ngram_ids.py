@@ -1,4 +1,4 @@
-"""Rows of n-grams against loops over Python's integers; history, padding and splits change nothing."""
+"""Row ids of n-grams against loops over Python's integers; history, padding and splits change nothing."""
 
 from collections import defaultdict
 from typing import Literal
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.ngram.ids import MISSING, NgramHash
 from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup
-from support.reference import python_ngram_row, python_place
+from support.reference import python_ngram_row, python_row_id
 
 EOD = 2
 SIZES = st.sampled_from([1, 7, 1009, 12_800_000, 2**31 - 64])
@@ -22,11 +22,18 @@ def hashes(draw: st.DrawFn) -> tuple[NgramHash, int]:
     vocab = draw(st.sampled_from([3, 50, 32_000, 100_278]))
     orders = st.lists(st.integers(2, 5), min_size=1, max_size=2, unique=True).map(tuple)
     added = draw(st.lists(st.builds(TableGroup, orders, st.integers(1, 2), SIZES), max_size=2))
-    space = RowSpace(draw(st.integers(2, 5)), draw(st.integers(1, 4)), draw(SIZES), 8, tuple(added))
+    space = RowSpace(
+        ngram_order=draw(st.integers(2, 5)),
+        num_slices=draw(st.integers(1, 4)),
+        table_rows=draw(SIZES),
+        width=8,
+        added=tuple(added),
+    )
     base = draw(st.sampled_from([vocab, 2, 10**9 + 7]))
     kernels = choose_kernels(draw(st.sampled_from(["auto", "torch"])), torch.device("cpu")).rows
     boundary: Literal["reset", "ignore"] = draw(st.sampled_from(["reset", "ignore"]))
-    return NgramHash(space, base, draw(st.integers(0, 2)), boundary, EOD, kernels), vocab
+    pad_id = draw(st.integers(0, 2))
+    return NgramHash(space=space, base=base, pad_id=pad_id, boundary=boundary, eod_id=EOD, kernels=kernels), vocab
 
 
 def tokens_of(vocab: int, size: int, seed: int) -> torch.Tensor:
@@ -41,7 +48,7 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
     ngram_hash, vocab = pair
     tokens = tokens_of(vocab, size, seed)
     space = ngram_hash.space
-    result = ngram_hash.rows(tokens)
+    result = ngram_hash.row_ids(tokens)
     groups = [(range(2, space.ngram_order + 1), space.num_slices, space.table_rows)]
     groups += [(group.orders, group.num_slices, group.table_rows) for group in space.added]
     kinds = []  # of each table: its order and its rows
@@ -54,9 +61,9 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
             for table, (order, rows) in enumerate(kinds):
                 reset = ngram_hash.boundary == "reset"
                 wanted = python_ngram_row(row, t, order, ngram_hash.base, rows, ngram_hash.pad_id, EOD, reset)
-                lies = python_place(table, wanted, [rows for _, rows in kinds], STRIPES)
-                assert result[line, t, table] == lies
-                assert [int(part) for part in space.rows_at(torch.tensor(lies))] == [table, wanted]
+                row_id = python_row_id(table, wanted, [rows for _, rows in kinds], STRIPES)
+                assert result[line, t, table] == row_id
+                assert [int(part) for part in space.table_rows_of(torch.tensor(row_id))] == [table, wanted]
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,13 +71,13 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
 def test_pieces_with_history_give_the_whole(pair: tuple[NgramHash, int], cuts: list[int], seed: int) -> None:
     ngram_hash, vocab = pair
     tokens = tokens_of(vocab, sum(cuts), seed)
-    reach = ngram_hash.space.longest - 1
+    reach = ngram_hash.history_length
     history = torch.full((2, reach), MISSING)
     pieces = []
     for piece in tokens.split(cuts, dim=1):
-        pieces.append(ngram_hash.rows(piece, history))
+        pieces.append(ngram_hash.row_ids(piece, history))
         history = torch.cat([history, piece], dim=1)[:, -reach:]
-    assert (torch.cat(pieces, dim=1) == ngram_hash.rows(tokens)).all()
+    assert (torch.cat(pieces, dim=1) == ngram_hash.row_ids(tokens)).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,13 +86,14 @@ def test_left_padding_changes_nothing(pair: tuple[NgramHash, int], padding: int,
     ngram_hash, vocab = pair
     tokens = tokens_of(vocab, 6, seed)
     padded = torch.cat([torch.full((2, padding), MISSING), tokens], dim=1)
-    assert (ngram_hash.rows(padded)[:, padding:] == ngram_hash.rows(tokens)).all()
+    assert (ngram_hash.row_ids(padded)[:, padding:] == ngram_hash.row_ids(tokens)).all()
 
 
 def test_collision_share_counts_lookups() -> None:
-    ngram_hash = NgramHash(RowSpace(3, 2, 31, 4, (TableGroup((2,), 1, 13),)), 50, 0, "ignore", EOD)
+    space = RowSpace(ngram_order=3, num_slices=2, table_rows=31, width=4, added=(TableGroup((2,), 1, 13),))
+    ngram_hash = NgramHash(space=space, base=50, pad_id=0, boundary="ignore", eod_id=EOD)
     tokens = torch.randint(0, 6, (1, 60), generator=torch.Generator().manual_seed(0))
-    rows = ngram_hash.rows(tokens)[0]
+    rows = ngram_hash.row_ids(tokens)[0]
     windows = torch.stack(ngram_hash.windows(tokens), dim=-1)[0]
     shared = total = 0
     for table, order in enumerate((2, 2, 3, 3, 2)):

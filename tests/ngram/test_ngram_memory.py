@@ -20,7 +20,7 @@ WIDTH = 64
 def peak_of(power: int, most: int) -> tuple[int, int]:
     """(bytes of the tables and their state, peak bytes of steps with so many distinct rows beyond what was there before)."""
     torch.set_num_threads(1)
-    space = RowSpace(3, 2, 2**power, WIDTH)
+    space = RowSpace(ngram_order=3, num_slices=2, table_rows=2**power, width=WIDTH)
     kernels = choose_kernels("auto", CPU).rows
     store = RowStore(0, space.total_rows, WIDTH, std=0.02, seed=0, device=CPU, dtype=torch.bfloat16, kernels=kernels)
     optimizer = RowOptimizer(
@@ -30,7 +30,9 @@ def peak_of(power: int, most: int) -> tuple[int, int]:
     optimizer.state["square_sum"].fill_(1e-3)  # so that its pages are there, and those of the flags
     store.flags.fill_(1)
     tables = ShardedTables(
-        NgramHash(space, 2, 0, "ignore", 0), store, FlatExchange((0, space.total_rows), None, kernels),
+        NgramHash(space=space, base=2, pad_id=0, boundary="ignore", eod_id=0),
+        store,
+        FlatExchange((0, space.total_rows), None, kernels=kernels),
         optimizer=optimizer, dtype=torch.float32, device=CPU, kernels=kernels,
     )  # fmt: skip
     held = sum(column.nbytes for column in tables.columns().values())

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowRule, TableRows, place, table_rows_at
+from overtok_megatron.kernels.rows import RowRule, TableRows, row_id, table_rows_of
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
-from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup, row_bounds
+from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup
 from overtok_megatron.ngram.row_store import initial_rows
-from support.reference import python_place
+from overtok_megatron.parallel.splits import split_bounds
+from support.reference import python_row_id
 
 
 def test_the_row_space() -> None:
@@ -23,42 +24,43 @@ def test_the_row_space() -> None:
 
 
 def test_added_tables_follow_with_sizes_of_their_own() -> None:
-    space = RowSpace(3, 1, 10, 4, (TableGroup((4, 2), 2, 30, frozen=True), TableGroup((5,), 1, 7)))
+    added = (TableGroup((4, 2), 2, 30, frozen=True), TableGroup((5,), 1, 7))
+    space = RowSpace(ngram_order=3, num_slices=1, table_rows=10, width=4, added=added)
     assert space.sizes == (10, 12, 30, 32, 34, 36, 7)
     assert space.orders == (2, 3, 4, 4, 2, 2, 5)
     assert (space.num_base_tables, space.num_tables, space.longest, space.total_rows) == (2, 7, 5, 161)
     for table in range(7):
-        assert (space.trained_at(space.places(table)) == (table not in (2, 3, 4, 5))).all()
+        assert (space.is_trained(space.row_ids(table)) == (table not in (2, 3, 4, 5))).all()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 40) | st.integers(900, 1000), min_size=1, max_size=9), st.integers(1, 16))
-def test_every_row_has_a_place_of_its_own(table_sizes: list[int], stripes: int) -> None:
+def test_every_row_has_an_id_of_its_own(table_sizes: list[int], stripes: int) -> None:
     sizes = tuple(table_sizes)
-    places = [place(table, torch.arange(size), sizes, stripes) for table, size in enumerate(sizes)]
-    assert torch.cat(places).sort().values.tolist() == list(range(sum(sizes)))
-    for table, own in enumerate(places):
-        assert own.tolist() == [python_place(table, row, sizes, stripes) for row in range(sizes[table])]
-        tables, rows = table_rows_at(own, sizes, stripes)
+    row_ids = [row_id(table, torch.arange(size), sizes, stripes) for table, size in enumerate(sizes)]
+    assert torch.cat(row_ids).sort().values.tolist() == list(range(sum(sizes)))
+    for table, own in enumerate(row_ids):
+        assert own.tolist() == [python_row_id(table, row, sizes, stripes) for row in range(sizes[table])]
+        tables, rows = table_rows_of(own, sizes, stripes)
         assert rows.tolist() == list(range(sizes[table]))
         assert (tables == table).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([1, 7, 1009, 10**6, 10**6 + 2, 2**31 - 1]), min_size=1, max_size=12), st.data())
-def test_places_are_undone_whatever_the_sizes(table_sizes: list[int], data: st.DataObject) -> None:
+def test_row_ids_are_undone_whatever_the_sizes(table_sizes: list[int], data: st.DataObject) -> None:
     sizes = tuple(table_sizes)
     for table, size in enumerate(sizes):
         rows = torch.tensor([0, size - 1, *data.draw(st.lists(st.integers(0, size - 1), max_size=8))])
-        places = place(table, rows, sizes, STRIPES)
-        assert (places >= 0).all() and (places < sum(sizes)).all()
-        tables, back = table_rows_at(places, sizes, STRIPES)
+        row_ids = row_id(table, rows, sizes, STRIPES)
+        assert (row_ids >= 0).all() and (row_ids < sum(sizes)).all()
+        tables, back = table_rows_of(row_ids, sizes, STRIPES)
         assert (tables == table).all() and torch.equal(back, rows)
 
 
 @given(rows=st.integers(0, 10**12), ranks=st.integers(1, 70))
 def test_bounds_cover_all_rows_evenly(rows: int, ranks: int) -> None:
-    bounds = row_bounds(rows, ranks)
+    bounds = split_bounds(rows, ranks)
     sizes = [end - begin for begin, end in pairwise(bounds)]
     assert (bounds[0], bounds[-1], len(sizes)) == (0, rows, ranks)
     assert max(sizes) - min(sizes) <= 1
@@ -113,7 +115,9 @@ def test_row_optimizers_against_torch_and_the_formula(name: RowRule) -> None:
         if reference is not None:
             theirs.grad = torch.sparse_coo_tensor(rows[None], grad, (20, 4), check_invariants=False).coalesce()
             reference.step()
-        if name == "rowwise_adam":  # one second moment a row, of its mean square; bias corrected by the step of the run
+        if (
+            name == "rowwise_adam"
+        ):  # one second moment per row, of its mean square; bias corrected by the step of the run
             means[rows] = 0.8 * means[rows] + 0.2 * grad.double()
             sums[rows] = 0.9 * sums[rows] + 0.1 * grad.double().square().mean(1)
             root = (sums[rows] / (1 - 0.9**number)).sqrt()[:, None]

@@ -1,7 +1,7 @@
 """Copies of the embedding's dense parts on the last of two stages, used by a head made up here, against one process.
 
-The head adds a loss: half the squared distance between the last hidden states and what the named parts of the embedding give
-for the same positions. So the last stage looks up rows as well, and both stages have gradients of projections and rows.
+The head adds a loss: half the squared distance between the last hidden states and a multiple of what parts of the embedding
+give for the same positions. So the last stage looks up rows as well, and both stages have gradients of projections and rows.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,10 @@ from overtok_megatron.training.deepspeed.pipeline_stage import MicroBatch, Pipel
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from support.distributed_harness import run_ranks
-from support.layouts import CPU, EOD, Layout, layout, layout_config, own_tokens, stream
+from support.layouts import CPU, EOD, TIED, Layout, layout, layout_config, own_tokens, stream
 
-STEPS = 4
+STEPS = 3
+SCALE = 16.0  # large enough for the last stage's gradients to show in the joint norm
 BOTH: tuple[EmbeddingPart, ...] = ("word", "over_encoding")
 BF16 = {"precision": "bf16"}
 
@@ -47,12 +48,9 @@ class Case:
 
 CASES = {
     "both": Case(layout("pp2"), BOTH, BOTH),
-    "both, ZeRO 1": Case(layout("pp2 z1"), BOTH, BOTH),
-    "both, tied head": Case(layout("pp2", model={"tie_word_embeddings": True}), BOTH, BOTH),
+    "both, tied head, ZeRO 1": Case(layout("pp2 z1", model=TIED), BOTH, BOTH),
     "n-grams alone": Case(layout("pp2"), ("over_encoding",), ("over_encoding",)),
     "n-grams without a gradient": Case(layout("pp2"), BOTH, ("word",)),
-    "n-grams without a gradient, ZeRO 1": Case(layout("pp2 z1"), BOTH, ("word",)),
-    "nothing with a gradient": Case(layout("pp2"), BOTH, ()),
     "bf16, n-grams without a gradient": Case(layout("pp2", training=BF16), BOTH, ("word",)),
     "bf16, ZeRO 1, n-grams without a gradient": Case(layout("pp2 z1", training=BF16), BOTH, ("word",)),
 }
@@ -66,14 +64,12 @@ def with_added_loss(
     fetched: FetchedRows | None,
     used: tuple[EmbeddingPart, ...],
 ) -> ForwardResult:
-    if not used:
-        return result
     parts: dict[str, Callable[[], Tensor]] = {
         "word": lambda: embedding.word(tokens),  # type: ignore[misc]  # this stage has it
         "over_encoding": lambda: embedding.over_encoding(fetched),  # type: ignore[misc]
     }
     wanted = sum(parts[part]() for part in used)
-    return result._replace(objective=result.objective + 0.5 * (hidden - wanted).float().square().sum())
+    return result._replace(objective=result.objective + 0.5 * (hidden - SCALE * wanted).float().square().sum())
 
 
 class AddedLossTransformer(Transformer):
@@ -95,10 +91,10 @@ class AddedLossStage(PipelineStage):
         return with_added_loss(result, hidden, self.embedding, batch.inputs, batch.fetched, self.used)
 
 
-def build_with_added_loss(
+def build_added_loss(
     case: Case, config: RunConfig, grid: ProcessGrid, *, device: torch.device, kernels: Kernels, eod_id: int
 ) -> AddedLossTransformer | AddedLossStage:
-    """In place of the engine's `build_model`."""
+    """In place of `training.building.build_model`."""
     counts = derived.blocks_per_stage(config)
     stage = Stage.of(grid.coordinate("pipe"), counts)
     layers = build_run_layers(config, device=device, kernels=kernels, stage=stage, shared=case.shared)
@@ -114,12 +110,8 @@ def build_with_added_loss(
     return model
 
 
-class AddedLossEngine(TrainingEngine):
+class LookingUpEngine(TrainingEngine):
     """An engine whose last stage looks up n-grams as well."""
-
-    def __init__(self, case: Case, config: RunConfig) -> None:
-        with patch.object(engine_module, "build_model", partial(build_with_added_loss, case)):
-            super().__init__(config, start_processes(config, CPU), CPU, EOD)
 
     def _looked_up(self, inputs: Tensor) -> Tensor | None:
         return inputs
@@ -143,7 +135,9 @@ class RankResult:
 def train_rank(cases: list[Case]) -> list[RankResult]:
     results = []
     for case in cases:
-        engine = AddedLossEngine(case, layout_config(case.layout))
+        config = layout_config(case.layout)
+        with patch.object(engine_module, "build_model", partial(build_added_loss, case)):
+            engine = LookingUpEngine(config, start_processes(config, CPU), CPU, EOD)
         named = dict(engine.model.named_parameters())
         gradients: dict[str, Tensor] = {}
         optimizer = engine.deepspeed_engine.optimizer
@@ -169,17 +163,21 @@ def train_rank(cases: list[Case]) -> list[RankResult]:
 
 
 def in_one_process(case: Case) -> Case:
-    """The same without a pipeline, in float32."""
-    other = Layout({}, model=case.layout.model, training={"micro_batch_size": 2})
-    return Case(other, case.shared, case.used)
+    """The same model and losses without a pipeline, in float32."""
+    return Case(Layout({}, model=case.layout.model, training={"micro_batch_size": 2}), (), case.used)
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, tuple[RankResult, RankResult, RankResult]]:
     """By case: one process, the first stage, the last stage."""
-    (alone,) = run_ranks(1, train_rank, [in_one_process(case) for case in CASES.values()])
-    first, last = run_ranks(2, train_rank, list(CASES.values()))
-    return dict(zip(CASES, zip(alone, first, last, strict=True), strict=True))
+    references = {str(case): case for case in map(in_one_process, CASES.values())}  # several cases share one
+    (found,) = run_ranks(1, train_rank, list(references.values()), timeout=300)
+    alone = dict(zip(references, found, strict=True))
+    first, last = run_ranks(2, train_rank, list(CASES.values()), timeout=300)
+    return {
+        name: (alone[str(in_one_process(case))], *stages)
+        for (name, case), stages in zip(CASES.items(), zip(first, last, strict=True), strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -220,11 +218,12 @@ def test_copies_stay_equal_and_are_replicas_on_the_last_stage_only(
         assert torch.equal(first.weights[parameter], last.weights[parameter]), parameter
 
 
-def test_the_added_loss_reaches_both_parts(
+def test_the_added_loss_reaches_projections_and_rows(
     results: dict[str, tuple[RankResult, RankResult, RankResult]],
 ) -> None:
-    """Without it the comparison above would show nothing of the copies."""
-    used, idle = results["both"][0], results["nothing with a gradient"][0]
-    for parameter in ("embedding.word.weight", "embedding.over_encoding.projection"):
-        assert (used.gradients[parameter] - idle.gradients[parameter]).norm() > 0.1 * idle.gradients[parameter].norm()
-    assert used.norms[0][1] != pytest.approx(idle.norms[0][1], rel=1e-2)
+    """Otherwise the comparison above would show nothing of the copies."""
+    used, unused = results["both"][0], results["n-grams without a gradient"][0]
+    projection = "embedding.over_encoding.projection"
+    norm = unused.gradients[projection].norm()
+    assert (used.gradients[projection] - unused.gradients[projection]).norm() > 0.01 * norm
+    assert used.norms[0][1] != pytest.approx(unused.norms[0][1], rel=1e-3)  # ten times the tolerance above

@@ -44,7 +44,7 @@ def test_sigterm_lets_an_answer_end(trained_runs: TrainedRuns) -> None:
     assert process.returncode == 0
     assert errors.startswith("warning: 0.0.0.0 may be reached from other machines")
     assert len(errors.splitlines()) == 1
-    assert text == generate(trained_runs.trained("bf16"), ["The people"], Sampling(50))[0]
+    assert text == generate(trained_runs.trained("bf16"), ["The people"], Sampling(max_new_tokens=50))[0]
 
 
 def test_an_address_that_cannot_be_had(trained_runs: TrainedRuns, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_a_conversation(
     monkeypatch.setattr(generation, "stream_tokens", interrupted)
     assert main(("generate", str(trained_runs.run("fp32")), "--interactive", "--max-new-tokens", "20")) == 0
     printed = capsys.readouterr().out
-    first, second = (generate(trained, [prompt], Sampling(20))[0] for prompt in ("The people", "We"))
+    first, second = (generate(trained, [prompt], Sampling(max_new_tokens=20))[0] for prompt in ("The people", "We"))
     assert printed.startswith(first + "\n\nerror: prompt 1: ")
     assert printed.endswith(" [stopped]\n" + second + "\n\n")
 

@@ -34,7 +34,7 @@ def client(server: LiveServer) -> openai.OpenAI:
 
 def test_greedy_is_generates(client: openai.OpenAI, trained: TrainedModel) -> None:
     answer = client.completions.create(model="tiny", prompt=PROMPTS, max_tokens=20, temperature=0)
-    assert [choice.text for choice in answer.choices] == generate(trained, PROMPTS, Sampling(20))
+    assert [choice.text for choice in answer.choices] == generate(trained, PROMPTS, Sampling(max_new_tokens=20))
     assert [choice.index for choice in answer.choices] == list(range(6))
     encoded = trained.tokenizer.encode_batch(PROMPTS)
     assert answer.usage is not None
@@ -45,7 +45,7 @@ def test_greedy_is_generates(client: openai.OpenAI, trained: TrainedModel) -> No
 
 
 def test_streams_are_the_whole_answers(client: openai.OpenAI, trained: TrainedModel) -> None:
-    sampling = Sampling(24, temperature=1.0, top_p=0.9, seed=7)
+    sampling = Sampling(max_new_tokens=24, temperature=1.0, top_p=0.9, seed=7)
     events = list(
         client.completions.create(
             model="tiny", prompt=PROMPTS[:3], max_tokens=24, temperature=1.0, top_p=0.9, seed=7, stream=True,
@@ -67,7 +67,7 @@ def test_streams_are_the_whole_answers(client: openai.OpenAI, trained: TrainedMo
 
 
 def test_sampling_does_not_depend_on_the_company(client: openai.OpenAI, trained: TrainedModel) -> None:
-    """Sixteen requests at once on four places: each gets the text of its seed."""
+    """Sixteen requests at once on four slots: each gets the text of its seed."""
     asked = [(PROMPTS[index % 6], 5 + 2 * index % 30, 0.5 + index % 3, index * 1000) for index in range(16)]
 
     def ask(prompt: str, size: int, temperature: float, seed: int) -> str:
@@ -78,14 +78,21 @@ def test_sampling_does_not_depend_on_the_company(client: openai.OpenAI, trained:
 
     with ThreadPoolExecutor(16) as pool:
         texts = list(pool.map(lambda parts: ask(*parts), asked))
-    alone = [generate(trained, [prompt], Sampling(size, heat, seed=seed))[0] for prompt, size, heat, seed in asked]
+    alone = [
+        generate(trained, [prompt], Sampling(max_new_tokens=size, temperature=heat, seed=seed))[0]
+        for prompt, size, heat, seed in asked
+    ]
     assert texts == alone
     assert len(set(texts)) > 12
 
 
 def test_several_texts_of_a_prompt(client: openai.OpenAI, trained: TrainedModel) -> None:
     answer = client.completions.create(model="tiny", prompt=PROMPTS[:2], n=3, seed=5, max_tokens=12, temperature=1.5)
-    expected = [generate(trained, [p], Sampling(12, 1.5, seed=seed))[0] for p in PROMPTS[:2] for seed in (5, 6, 7)]
+    expected = [
+        generate(trained, [p], Sampling(max_new_tokens=12, temperature=1.5, seed=seed))[0]
+        for p in PROMPTS[:2]
+        for seed in (5, 6, 7)
+    ]
     assert [choice.text for choice in answer.choices] == expected
     unseeded = [
         client.completions.create(model="tiny", prompt="The", max_tokens=12, temperature=2.0).choices[0].text
@@ -95,10 +102,10 @@ def test_several_texts_of_a_prompt(client: openai.OpenAI, trained: TrainedModel)
 
 
 def test_stop_strings(client: openai.OpenAI, trained: TrainedModel) -> None:
-    (whole,) = generate(trained, ["The people"], Sampling(30, 1.0, seed=3))
+    (whole,) = generate(trained, ["The people"], Sampling(max_new_tokens=30, temperature=1.0, seed=3))
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
     prompt = trained.tokenizer.encode("The people")
-    (expected,) = generate_texts(trained, [prompt], Sampling(30, 1.0, seed=3), [stop])
+    (expected,) = generate_texts(trained, [prompt], Sampling(max_new_tokens=30, temperature=1.0, seed=3), [stop])
     settings = {"model": "tiny", "prompt": "The people", "max_tokens": 30, "seed": 3, "stop": [stop, "\0"]}
     (choice,) = client.completions.create(**settings).choices
     assert (choice.text, choice.finish_reason) == (expected, "stop")
@@ -116,11 +123,11 @@ def test_scores_are_the_models(client: openai.OpenAI, trained: TrainedModel) -> 
     scores = choice.logprobs
     assert scores is not None
     size = len(trained.tokenizer.encode(prompt))
-    (drawn,) = generate(trained, [prompt], Sampling(9, 0.8, seed=1))
+    (drawn,) = generate(trained, [prompt], Sampling(max_new_tokens=9, temperature=0.8, seed=1))
     assert choice.text == prompt + drawn
     assert len(scores.tokens) == size + 9
     generated = []
-    for chosen in _tokens(trained, prompt, Sampling(9, 0.8, seed=1)):
+    for chosen in _tokens(trained, prompt, Sampling(max_new_tokens=9, temperature=0.8, seed=1)):
         generated.append(chosen)
     tokens = torch.tensor([[*trained.tokenizer.encode(prompt), *generated]])
     fetched = trained.fetch_rows(tokens)

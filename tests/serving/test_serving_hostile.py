@@ -210,8 +210,8 @@ LONG = {"prompt": "The people", "max_tokens": 40}
 
 
 def test_clients_that_leave(slow: TrainedModel) -> None:
-    """Their places are free at once for others, whether they were read to or waited."""
-    with live_server(slow, places=2) as server:
+    """Their slots are free at once for others, whether they were read to or waited."""
+    with live_server(slow, max_batch=2) as server:
         for stream in (True, False):
             body = json.dumps({"model": "tiny", **LONG, "n": 2, "stream": stream}).encode()
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -228,7 +228,7 @@ def test_clients_that_leave(slow: TrainedModel) -> None:
 
 
 def test_a_full_queue_and_a_request_that_takes_too_long(slow: TrainedModel) -> None:
-    with live_server(slow, places=2, max_waiting=2, seconds=0.8) as server:
+    with live_server(slow, max_batch=2, max_waiting=2, seconds=0.8) as server:
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post(**LONG, n=4)))
         thread.start()
@@ -273,31 +273,38 @@ def test_more_connections_than_allowed(trained: TrainedModel) -> None:
         assert server.health()["status"] == "ok"
 
 
-def test_who_gave_up_waiting_holds_no_place(slow: TrainedModel) -> None:
-    pieces: list[tuple[str, TokenDelta]] = []
+def test_who_gave_up_waiting_takes_no_slot(slow: TrainedModel) -> None:
+    delivered: list[tuple[str, TokenDelta]] = []
 
-    def job(name: str, seconds: float = 60.0) -> SequenceRequest:
+    def request(name: str, seconds: float = 60.0) -> SequenceRequest:
         deadline = time.monotonic() + seconds
         return SequenceRequest(
-            [5, 6], 30, Sampling(30), [], None, False, deadline, lambda piece: pieces.append((name, piece))
+            prompt=[5, 6],
+            max_new_tokens=30,
+            sampling=Sampling(max_new_tokens=30),
+            stops=[],
+            top_scores=None,
+            prompt_scores=False,
+            deadline=deadline,
+            deliver=lambda delta: delivered.append((name, delta)),
         )
 
-    with BatchScheduler(slow, places=1, max_waiting=1, prefill_chunk=8) as engine:
-        first, second = job("first"), job("second")
-        engine.submit([first])
-        while not pieces:
+    with BatchScheduler(slow, max_batch=1, max_waiting=1, prefill_chunk=8) as scheduler:
+        first, second = request("first"), request("second")
+        scheduler.submit([first])
+        while not delivered:
             time.sleep(0.01)
-        engine.submit([second])
+        scheduler.submit([second])
         with pytest.raises(BusyError, match="1 sequences wait already"):
-            engine.submit([job("third")])
-        engine.cancel([second])
-        engine.submit([job("late", seconds=0.1)])
-        while pieces[-1] != ("late", TokenDelta("", [], 0, "timeout")):
+            scheduler.submit([request("third")])
+        scheduler.cancel([second])
+        scheduler.submit([request("late", seconds=0.1)])
+        while delivered[-1] != ("late", TokenDelta("", [], 0, "timeout")):
             time.sleep(0.01)
-        engine.submit([job("last")])
-        engine.cancel([first])
-        while not (pieces[-1][0] == "last" and pieces[-1][1].finish):
+        scheduler.submit([request("last")])
+        scheduler.cancel([first])
+        while not (delivered[-1][0] == "last" and delivered[-1][1].finish):
             time.sleep(0.01)
-    assert pieces[-1][1].finish == "length"
-    assert "second" not in [name for name, _ in pieces]
-    assert not engine.alive
+    assert delivered[-1][1].finish == "length"
+    assert "second" not in [name for name, _ in delivered]
+    assert not scheduler.alive

@@ -21,7 +21,7 @@ from transformers import (
 from overtok_megatron.checkpoint.weights_only import write_weights
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from support.assembling import cpu_model, cpu_tables
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def random_models() -> dict[str, PreTrainedModel]:
-    """One of each family, with what is peculiar to it; weights of norms are not all 1."""
+    """One model of each family, with the features that only this family has; weights of norms differ from one."""
     torch.manual_seed(0)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     made = {
@@ -66,7 +66,7 @@ def save_tokenizer(path: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=letters, special_tokens=["</s>"], show_progress=False
     )
-    made.train_from_iterator([PASSAGE], trainer)
+    made.train_from_iterator([SAMPLE_TEXT], trainer)
     made.save(str(path))
 
 
@@ -100,7 +100,7 @@ def over_encoded_run(
     tables = cpu_tables(config, loaded.eod_id)
     rows = {name: column for name, column in tables.columns().items() if name in ("weight", "scale")}
     half = rows["weight"].shape[0] // 2
-    pieces = [(begin, {name: column[begin:end].clone() for name, column in rows.items()})
-              for begin, end in ((0, half), (half, rows["weight"].shape[0]))]  # fmt: skip
+    pieces = [(start, {name: column[start:stop].clone() for name, column in rows.items()})
+              for start, stop in ((0, half), (half, rows["weight"].shape[0]))]  # fmt: skip
     write_weights(run, config, dense, pieces, **identity)
     return config

@@ -8,7 +8,8 @@ import pytest
 import torch
 from deepspeed.checkpoint import SubparamShape
 
-from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER, read_dense_states, stage_names
+from overtok_megatron.checkpoint.dense_state import read_dense_states, stage_names
+from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER
 from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
 from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
 from overtok_megatron.training.engine import TrainingEngine
@@ -26,8 +27,8 @@ def start(case: Layout) -> TrainingEngine:
     return TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
 
 
-def train(engine: TrainingEngine, begin: int, end: int) -> list[float]:
-    batches = stream()[begin:end]
+def train(engine: TrainingEngine, start: int, stop: int) -> list[float]:
+    batches = stream()[start:stop]
     return [engine.step(own_tokens(engine, batch), 3e-3).loss for batch in batches]
 
 
@@ -79,9 +80,7 @@ def check_universal(run: Path, output: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     layout_ = read_manifest(checkpoint).layout
-    names = {
-        name for stage in range(layout_["pipeline_parallel_size"]) for name in stage_names(checkpoint, stage, layout_)
-    }
+    names = {name for stage in range(layout_.pipeline) for name in stage_names(checkpoint, layout_, stage)}
     assert {path.name for path in (output / "zero").iterdir() if path.is_dir()} == names
     for name, state in read_dense_states(checkpoint, layout_, dict.fromkeys(names), load_engine_file):
         for ours, theirs in (("master", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):

@@ -15,7 +15,7 @@ from overtok_megatron.serving.app import ServerSettings, build_app
 from overtok_megatron.serving.requests import Limits
 from overtok_megatron.serving.server import open_socket, server_config
 
-SETTINGS = ServerSettings("tiny", max_body=5000, seconds=60.0, body_seconds=1.0, hosts=("127.0.0.1", "localhost"))
+SETTINGS = ServerSettings(model="tiny", max_body=5000, seconds=60.0, body_seconds=1.0, hosts=("127.0.0.1", "localhost"))
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class LiveServer:
 def live_server(
     trained: TrainedModel,
     *,
-    places: int = 4,
+    max_batch: int = 4,
     max_waiting: int = 40,
     prefill_chunk: int = 7,
     connections: int = 100,
     **settings: Any,
 ) -> Iterator[LiveServer]:
     limits = Limits(trained.config.data.seq_length, 40, 8)
-    bounds = {"places": places, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
+    bounds = {"max_batch": max_batch, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
     app = build_app(trained, replace(SETTINGS, **settings), limits, **bounds)
     with open_socket("127.0.0.1", 0) as listening:
         server = uvicorn.Server(server_config(app, connections))

@@ -10,9 +10,10 @@ from overtok_megatron.kernels.rows import RowKernels, RowRule
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
-from overtok_megatron.ngram.row_space import RowSpace, row_bounds
+from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
+from overtok_megatron.parallel.splits import split_range
 
 CPU = torch.device("cpu")
 WIDTH = 6
@@ -30,12 +31,11 @@ def make_tables(
     state_dtype: torch.dtype = torch.float32,
 ) -> ShardedTables:
     """One rank's tables without its processes: saving and loading talk to nobody."""
-    space = RowSpace(2, 2, table_rows, width)
-    bounds = row_bounds(space.total_rows, ranks)
-    store = RowStore(bounds[rank], bounds[rank + 1], width, std=std, seed=1, device=CPU, dtype=dtype)
+    space = RowSpace(ngram_order=2, num_slices=2, table_rows=table_rows, width=width)
+    store = RowStore(*split_range(space.total_rows, ranks, rank), width, std=std, seed=1, device=CPU, dtype=dtype)
     rows = RowOptimizer(optimizer, store.rows, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, state_dtype=state_dtype)
     return ShardedTables(
-        NgramHash(space, 50, 0, "reset", 0),
+        NgramHash(space=space, base=50, pad_id=0, boundary="reset", eod_id=0),
         store,
         FlatExchange((0, space.total_rows), None),
         optimizer=rows,
@@ -47,7 +47,7 @@ def make_tables(
 
 def save_tables(folder: Path, tables: ShardedTables) -> list[str]:
     """A full save at once; the names of its files."""
-    return list(TableWriter(tables, 0).begin(folder)())
+    return list(TableWriter(tables, 0).start_save(folder)())
 
 
 def trained_tables(ranks: int, **settings: Any) -> list[ShardedTables]:

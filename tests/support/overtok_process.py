@@ -3,18 +3,23 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.launching.console import overtok_command
+
 
 def start_overtok(*arguments: object, stderr: int = subprocess.STDOUT, **settings: Any) -> subprocess.Popen[str]:
     """`overtok` with these arguments, in a session of its own; `settings` are those of Popen."""
-    command = [sys.executable, "-m", "overtok_megatron.cli", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, **settings
+        overtok_command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        **settings,
     )
 
 

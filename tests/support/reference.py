@@ -120,16 +120,19 @@ def python_ngram_row(
     total = 0
     hidden = False
     for back in range(order):
-        place = t - back
-        if back > 0 and place >= 0 and reset and tokens[place] == eod:
+        position = t - back
+        if back > 0 and position >= 0 and reset and tokens[position] == eod:
             hidden = True
-        token = pad if place < 0 or hidden else tokens[place]
+        token = pad if position < 0 or hidden else tokens[position]
         total += token * base**back
     return total % rows
 
 
-def python_place(table: int, row: int, sizes: Sequence[int], stripes: int) -> int:
-    """Where a row lies: the rows of all tables in one line, row by row, are dealt into heaps, which are laid end to end."""
+def python_row_id(table: int, row: int, sizes: Sequence[int], stripes: int) -> int:
+    """The row id of a table's row.
+
+    Rows are numbered row by row over all tables; consecutive numbers go to different stripes of the row space.
+    """
     smallest = min(sizes)
     if row < smallest:
         number = row * len(sizes) + table
@@ -167,7 +170,7 @@ class Reference:
         rows = initial_rows(
             0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed
         )
-        self.tables = [nn.Parameter(rows[self.space.places(table)]) for table in range(self.space.num_tables)]
+        self.tables = [nn.Parameter(rows[self.space.row_ids(table)]) for table in range(self.space.num_tables)]
         self.kinds = table_kinds(config)
         assert ours.embedding.over_encoding is not None
         weights = [
@@ -183,7 +186,7 @@ class Reference:
         """The rows of all tables, each where it lies in the row space."""
         result = torch.empty(self.space.total_rows, self.space.width)
         for number, table in enumerate(self.tables):
-            result[self.space.places(number)] = table.detach()
+            result[self.space.row_ids(number)] = table.detach()
         return result
 
     def _build_optimizers(self) -> None:

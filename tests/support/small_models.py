@@ -100,7 +100,7 @@ def small_model(request: pytest.FixtureRequest) -> TrainedModel:
     )
     model = cpu_model(config, eod_id=Letters.eod_id).eval()
     tables = cpu_reader(config, 0) if config.over_encoding.enabled else None
-    return TrainedModel(config, model, tables, Letters(), 0)
+    return TrainedModel(config=config, model=model, tables=tables, tokenizer=Letters(), step=0)
 
 
 @torch.no_grad()

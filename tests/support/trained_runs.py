@@ -89,4 +89,4 @@ def plain_model(trained_runs: TrainedRuns) -> TrainedModel:
         for parameter in model.parameters():
             parameter *= 2.0
     tokenizer = load_tokenizer("sentencepiece", trained_runs.folder / "tokenizer.model")
-    return TrainedModel(config, model, None, tokenizer, 0)
+    return TrainedModel(config=config, model=model, tables=None, tokenizer=tokenizer, step=0)

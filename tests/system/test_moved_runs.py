@@ -11,14 +11,14 @@ from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
 from overtok_megatron.cli import main
 from overtok_megatron.commands.runs import _where_it_lies
 from overtok_megatron.config.loading import load_config, save_resolved
-from overtok_megatron.config.run_places import run_of
+from overtok_megatron.config.moved_runs import run_of
 from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.data.tokenizers.kept import keep_tokenizer
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import load_trained
-from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from support.expect_error import command_error
 from support.hugging_face_models import over_encoded_run
 from support.overtok_process import run_overtok
@@ -33,7 +33,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     (folder / "data").mkdir()
     save_prefixed(folder / "data")
-    (folder / "text.txt").write_text(PASSAGE, encoding="utf-8")
+    (folder / "text.txt").write_text(SAMPLE_TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         prepare([Path("text.txt")], SET, load_tokenizer("sentencepiece", TOKENIZER))
@@ -59,9 +59,9 @@ def renamed(folder: Path) -> Path:
 
 def moved(folder: Path) -> Path:
     """To where nothing of its data is."""
-    place = folder.parent / "archive"
-    place.mkdir()
-    return (folder / "runs" / "a").rename(place / "old")
+    archive = folder.parent / "archive"
+    archive.mkdir()
+    return (folder / "runs" / "a").rename(archive / "old")
 
 
 def use(run: Path, *tokenizer: str) -> None:

@@ -84,7 +84,7 @@ from table_contenders import Needs, limit, our_tables, torch_tables
 from overtok_megatron.ngram.row_space import RowSpace
 torch.set_num_threads(1)
 size, width, tokens, cpu = 2**18, 64, 16384, torch.device("cpu")
-space = RowSpace(3, 2, size - 7, width)
+space = RowSpace(ngram_order=3, num_slices=2, table_rows=size - 7, width=width)
 
 def peak():
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

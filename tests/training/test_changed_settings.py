@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from overtok_megatron.checkpoint.changes import check_continuable
+from overtok_megatron.checkpoint.layout import CheckpointLayout
+from overtok_megatron.checkpoint.starting_point import StartingPoint, starting_point
 from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
-from overtok_megatron.checkpoint.weights_only import StartingPoint, starting_point
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
@@ -220,8 +221,16 @@ def with_checkpoint(folder: Path, **training: Any) -> tuple[RunConfig, Manifest]
     """A configuration whose run has a checkpoint of step 2, and its manifest."""
     case = Case("", training={"output_directory": str(folder), **training})
     config, store = case_config(case), CheckpointStore(folder)
-    store.begin(2)
-    manifest = Manifest(2, 16, config.model_dump(mode="json"), {"zero_stage": 0}, EOD, "none", {})
+    store.start_save(2)
+    manifest = Manifest(
+        step=2,
+        consumed_samples=16,
+        config=config.model_dump(mode="json"),
+        layout=CheckpointLayout(zero_stage=0),
+        eod_id=EOD,
+        tokenizer_fingerprint="none",
+        files={},
+    )
     store.publish(manifest)
     return config, manifest
 

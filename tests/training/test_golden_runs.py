@@ -22,7 +22,7 @@ ADAGRAD = {"optimizer": "rowwise_adagrad", "combine": "scaled"}
 
 
 def quickstart() -> RunConfig:
-    """The over-encoded quickstart's model, with few tokens a step."""
+    """The over-encoded quickstart's model, with few tokens per step."""
     overrides = [
         "training.precision=fp32",
         "training.micro_batch_size=2",

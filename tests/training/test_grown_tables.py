@@ -61,8 +61,8 @@ def train_grown(folder: Path, config: RunConfig) -> tuple[list[float], list[floa
         if step + 1 < STEPS:
             engine.prefetch(parts[step + 1])
         results.append(engine.step(part, 3e-3))
-    space, shard = tables.ngram_hash.space, tables.store
-    trained = space.trained_at(torch.arange(shard.start, shard.stop))
+    space, shard = tables.family.space, tables.store
+    trained = space.is_trained(torch.arange(shard.start, shard.stop))
     assert 0 < int(trained.sum()) < len(trained)
     for name, column in tables.columns().items():
         assert torch.equal(column[~trained], before[name][~trained]), name
@@ -90,7 +90,7 @@ def test_only_new_rows_learn_and_losses_are_the_formulas(
     reference = Reference(grown, EOD)
     old = row_space(config.model, config.over_encoding)
     for table, rows in enumerate(reference.tables):
-        start = initial(config)[old.places(table)] if table < old.num_tables else torch.zeros_like(rows)
+        start = initial(config)[old.row_ids(table)] if table < old.num_tables else torch.zeros_like(rows)
         rows.data.copy_(start)
     expected = [reference.step(batch) for batch in batches()]
     results = run_ranks(ranks, train_grown, tmp_path, grown)

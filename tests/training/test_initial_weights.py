@@ -9,12 +9,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from overtok_megatron.checkpoint.changes import check_same_model
-from overtok_megatron.checkpoint.report import describe
+from overtok_megatron.checkpoint.inspection import describe_checkpoint
+from overtok_megatron.checkpoint.starting_point import starting_point
 from overtok_megatron.checkpoint.store import CheckpointStore, find_checkpoint, read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import (
     read_dense_weights,
     read_rows,
-    starting_point,
     weight_shapes,
     write_weights,
 )
@@ -69,10 +69,10 @@ def our_weights(reference: Reference) -> dict[str, torch.Tensor]:
 
 
 def pieces(rows: torch.Tensor, size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    begin = 0
+    start = 0
     for part in rows.split(size):
-        yield begin, {"weight": part.clone()}
-        begin += part.shape[0]
+        yield start, {"weight": part.clone()}
+        start += part.shape[0]
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
                 same &= master is None or torch.equal(master, dense[name])
                 same &= torch.equal(state[name].float(), given)
         assert engine.tables is not None
-        shard = engine.tables.store
-        same &= torch.equal(shard.rows.weight, rows[shard.start : shard.stop]) and engine.tables.num_touched() == 0
+        store = engine.tables.store
+        same &= torch.equal(store.rows.weight, rows[store.start : store.stop]) and engine.tables.num_touched() == 0
         batch = own_tokens(engine, stream()[0])
         both = batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:]
         validation, _ = engine.evaluate([both, both])
@@ -155,7 +155,7 @@ def test_what_is_written_is_a_checkpoint(source: tuple[Path, Reference]) -> None
     run, reference = source
     path = find_checkpoint(run)
     manifest = verify_checkpoint(path)
-    assert "weights only" in describe(path)
+    assert "weights only" in describe_checkpoint(path)
     assert {name.split("/")[0] for name in manifest.files} == {"dense", "tables"}
     dense = dict(read_dense_weights(path, manifest))
     assert {name: tuple(weight.shape) for name, weight in dense.items()} == weight_shapes(reference.config)
@@ -214,9 +214,9 @@ def whole_runs(folder: Path) -> list[tuple[int, float, float]]:
         resume, before = run._resume, []
 
         def watched(resume=resume, run=run, before=before) -> int:  # type: ignore[no-untyped-def]
-            begin: int = resume()
-            before += [begin, run._validate()["validation/loss"]]
-            return begin
+            first_step: int = resume()
+            before += [first_step, run._validate()["validation/loss"]]
+            return first_step
 
         run._resume = watched  # type: ignore[method-assign]
         run.run()

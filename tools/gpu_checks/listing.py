@@ -13,7 +13,7 @@ from gpu_checks.training import References, Settings
 from gpu_checks.whole_run import whole_run
 
 _ROWS = {
-    "rows: hashing": row_checks.check_ngram_rows,
+    "rows: hashing": row_checks.check_ngram_row_ids,
     "rows: look-ups": row_checks.check_look_ups,
     "rows: sums": row_checks.check_sums,
     "rows: updates": row_checks.check_updates,

@@ -120,9 +120,9 @@ def _speed(context: Context, config: RunConfig) -> Speed:
     rounds = 3 if context.quick or not context.cuda else 6
     times, losses = [], []
     for turn in range(2 + rounds):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         losses.append(trainer.step(parts[turn % len(parts)], 1e-4).loss)  # reads the loss, and so waits for the device
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     assert all(math.isfinite(loss) for loss in losses), f"a loss is not finite: {losses}"
     peak = peak_memory(context.device)
     top, idle = _profiled(context, lambda: trainer.step(parts[0], 1e-4))
@@ -144,9 +144,9 @@ def _profiled(context: Context, work: Any) -> tuple[list[dict[str, Any]], float 
     for event in events:
         if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
             continue
-        begin, end = event.time_range.start, event.time_range.end  # microseconds
-        totals[event.name] = totals.get(event.name, 0.0) + (end - begin) / 1e6
-        spans.append((begin, end))
+        start, stop = event.time_range.start, event.time_range.end  # microseconds
+        totals[event.name] = totals.get(event.name, 0.0) + (stop - start) / 1e6
+        spans.append((start, stop))
     longest = sorted(totals.items(), key=lambda item: -item[1])[:_TOP]
     return [{"name": name[:120], "seconds": seconds} for name, seconds in longest], idle_share(spans)
 
@@ -157,8 +157,8 @@ def idle_share(spans: list[tuple[float, float]]) -> float | None:
         return None
     spans = sorted(spans)
     covered, reached = 0.0, spans[0][0]
-    for begin, end in spans:
-        covered += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    whole = reached - spans[0][0]
-    return 1.0 - covered / whole if whole > 0 else 0.0
+    for start, stop in spans:
+        covered += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    duration = reached - spans[0][0]
+    return 1.0 - covered / duration if duration > 0 else 0.0

@@ -10,9 +10,9 @@ from gpu_checks.registry import Context, Result
 from gpu_checks.timing import seconds_of
 from gpu_checks.training import Settings, grid_of, losses_of, reference_losses, small_configuration
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.kernels.rows import Sums
+from overtok_megatron.kernels.rows import RowGradientSums
 from overtok_megatron.ngram.exchange import FlatExchange
-from overtok_megatron.ngram.row_space import row_bounds
+from overtok_megatron.parallel.splits import split_bounds
 
 _LAYOUT_ERROR = 2e-4  # of the loss in float32: sums over ranks run in another order
 
@@ -63,11 +63,11 @@ def exchange(context: Context) -> Result:
     """Fetched rows equal those of their owners, and owners receive the right gradient sums, also for hot and unused rows."""
     device, ranks = context.device, context.ranks
     total, width = 10_007, 24
-    bounds = row_bounds(total, ranks)
+    bounds = split_bounds(total, ranks)
     group = grid_of(context, small_configuration(context, context.cuda, {})).table_group
     assert group is not None
     kernels = choose_kernels("auto", device).rows
-    flat = FlatExchange(bounds, group, kernels)
+    flat = FlatExchange(bounds, group, kernels=kernels)
     table = torch.arange(total * width, dtype=torch.float32).view(total, width).to(device)
     own = table[bounds[context.rank] : bounds[context.rank + 1]]
     everyone = [_asked(rank, ranks, total) for rank in range(ranks)]
@@ -76,7 +76,7 @@ def exchange(context: Context) -> Result:
     rows = flat.fetch(plan, lambda index: own[index])
     assert torch.equal(rows[plan.slots], table[ids]), "a row that was fetched is another one"
     gradient = torch.full((plan.count, width), float(context.rank + 1), device=device)
-    index, sums = flat.return_gradients(plan, Sums(gradient, gradient.square().sum(1)))
+    index, sums = flat.return_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
     expected = torch.zeros(total)
     for rank, asked in enumerate(everyone):
         expected[asked.unique()] += rank + 1

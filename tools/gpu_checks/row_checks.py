@@ -13,10 +13,10 @@ from torch import Tensor
 from overtok_megatron.kernels.rows import (
     CHANGED,
     HashTables,
+    RowGradientSums,
     RowKernels,
     RowRule,
     RowStep,
-    Sums,
     TableRows,
     noise_key,
     round_int8,
@@ -24,7 +24,7 @@ from overtok_megatron.kernels.rows import (
 
 PLAIN = RowKernels()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-STATES: dict[RowRule, dict[str, bool]] = {  # name -> one value an element
+STATES: dict[RowRule, dict[str, bool]] = {  # name -> whether there is one value per element
     "rowwise_adagrad": {"square_sum": False},
     "rowwise_adam": {"exp_avg": True, "exp_avg_sq": False},
     "adam": {"exp_avg": True, "exp_avg_sq": True},
@@ -43,10 +43,10 @@ def stored(values: Tensor, dtype: torch.dtype) -> TableRows:
 
 def copy_of(rows: TableRows) -> TableRows:
     scale, flags = (None if column is None else column.clone() for column in (rows.scale, rows.flags))
-    return TableRows(rows.weight.clone(), scale, rows.first, flags)
+    return TableRows(rows.weight.clone(), scale, rows.first_row_id, flags)
 
 
-def check_ngram_rows(kernels: RowKernels, device: torch.device) -> None:
+def check_ngram_row_ids(kernels: RowKernels, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(-1, 30, (3, 4, 41), generator=generator) * 3371  # up to V = 10^5, with missing ones
     sizes = (
@@ -54,9 +54,11 @@ def check_ngram_rows(kernels: RowKernels, device: torch.device) -> None:
         (10**6, 7, 10**6 + 2, 9),
     )  # also as differently as added tables may be
     for reset, own in product((False, True), sizes):
-        tables = HashTables((2, 2, 3, 4), own, 100_278, 7, reset, 2 * 3371, 4099)
+        tables = HashTables(
+            orders=(2, 2, 3, 4), sizes=own, base=100_278, pad_id=7, reset=reset, eod_id=2 * 3371, stripes=4099
+        )
         extended = tokens.to(device)
-        assert torch.equal(kernels.ngram_rows(extended, tables), PLAIN.ngram_rows(extended, tables))
+        assert torch.equal(kernels.ngram_row_ids(extended, tables), PLAIN.ngram_row_ids(extended, tables))
 
 
 def check_look_ups(kernels: RowKernels, device: torch.device) -> None:
@@ -76,19 +78,19 @@ def check_look_ups(kernels: RowKernels, device: torch.device) -> None:
                 )
                 for where in (index, None):
                     expected = PLAIN.gather(rows, where, slots, wanted)
-                    for order in (None, kernels.order(slots, 123)):
-                        ours = kernels.gather(rows, where, slots, wanted, order)
+                    for sorted_lookups in (None, kernels.sort_lookups(slots, 123)):
+                        ours = kernels.gather(rows, where, slots, wanted, sorted_lookups)
                         torch.testing.assert_close(ours, expected, rtol=rtol, atol=0.0)
                 assert kernels.gather(rows, None, slots[:0], wanted).shape == (0, 40, width)
 
 
 def check_sums(kernels: RowKernels, device: torch.device) -> None:
-    """Gradients added to rows of which one is hot and some unused, the same bits again; and their squares."""
+    """Sums of gradients where one row is hot and some are unused: right, the same bits again, and with the right squares."""
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(2, 300, (3000,), generator=generator)
     slots[:700] = 5
-    order = kernels.order(slots.to(device), 310)
-    assert torch.equal(order.cpu(), PLAIN.order(slots, 310))
+    sorted_lookups = kernels.sort_lookups(slots.to(device), 310)
+    assert torch.equal(sorted_lookups.cpu(), PLAIN.sort_lookups(slots, 310))
     for width in (1, 7, 64):
         for dtype in (torch.float32, torch.bfloat16):
             grad = torch.randn(3000, width, generator=generator).to(dtype)
@@ -97,15 +99,15 @@ def check_sums(kernels: RowKernels, device: torch.device) -> None:
                 totals = []
                 for filling in (1.0, float("nan") if fresh else 1.0):
                     total = torch.full((310, width), filling, device=device)
-                    sums = Sums(total, total.sum(1))  # a row of ones has its width as square
-                    kernels.add(sums, order, grad.to(device), fresh=fresh)
+                    sums = RowGradientSums(total, total.sum(1))  # a row of ones has its width as square
+                    kernels.add(sums, sorted_lookups, grad.to(device), fresh=fresh)
                     totals.append(total.cpu())
                     squares = total.double().square().sum(1).float()
                     torch.testing.assert_close(sums.squares, squares, rtol=1e-5, atol=0.0)
                 assert torch.equal(*totals)
                 torch.testing.assert_close(totals[0].double(), expected + (not fresh), rtol=1e-5, atol=1e-4)
-            nothing = Sums(torch.ones(310, width, device=device), torch.ones(310, device=device))
-            kernels.add(nothing, order[:0], grad[:0].to(device), fresh=True)
+            nothing = RowGradientSums(torch.ones(310, width, device=device), torch.ones(310, device=device))
+            kernels.add(nothing, sorted_lookups[:0], grad[:0].to(device), fresh=True)
             assert not nothing.total.any()
             assert not nothing.squares.any()
     for size in (0, 1, 4097, 20_003):
@@ -114,6 +116,11 @@ def check_sums(kernels: RowKernels, device: torch.device) -> None:
         assert total.dtype == torch.float64
         expected = values.double().sum()
         torch.testing.assert_close(total.cpu(), expected, rtol=1e-12, atol=0.0)
+
+
+def row_step(rule: RowRule) -> RowStep:
+    """A step in which every number matters."""
+    return RowStep(rule=rule, rate=0.1, decay=0.97, betas=(0.8, 0.9), eps=1e-8, grad_factor=0.5, noise=noise_key(3, 17))
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def make_update(
     results = []
     for each in (PLAIN, kernels):
         rows, state = copy_of(start), {name: values.clone() for name, values in states.items()}
-        each.update(rows, state, index, grad, RowStep(rule, 0.1, 0.97, (0.8, 0.9), 1e-8, 0.5, noise_key(3, 17)))
+        each.update(rows, state, index, grad, row_step(rule))
         results.append((rows, state))
     (expected, expected_state), (rows, state) = results
     return Update(index, start, states, expected, expected_state, rows, state)
@@ -216,17 +223,17 @@ def check_rounding(kernels: RowKernels, device: torch.device) -> None:
     start = stored(values.to(device), torch.bfloat16)
     exact = start.weight.double() - 2.0**-6 * grad.double()
     for key in (noise_key(5, 9), 1, 2**32 - 1):
-        step = RowStep("sgd", 2.0**-6, 1.0, (0.0, 0.0), 0.0, 1.0, key)
+        step = RowStep(rule="sgd", rate=2.0**-6, decay=1.0, betas=(0.0, 0.0), eps=0.0, grad_factor=1.0, noise=key)
         rows, plain = copy_of(start), copy_of(start)
         kernels.update(rows, {}, torch.arange(60, device=device), grad, step)
         PLAIN.update(plain, {}, torch.arange(60, device=device), grad, step)
         assert torch.equal(rows.weight, plain.weight)
-        away = (rows.weight.double() - exact).abs()
-        assert (away < 2.0**-7 * exact.abs() + 1e-30).all()  # one of the two neighbours
-        assert (away > 0).any()
+        error = (rows.weight.double() - exact).abs()
+        assert (error < 2.0**-7 * exact.abs() + 1e-30).all()  # rounded to one of the two neighbours
+        assert (error > 0).any()
 
 
-CHECKS = [check_ngram_rows, check_look_ups, check_sums, check_updates, check_rounding]
+CHECKS = [check_ngram_row_ids, check_look_ups, check_sums, check_updates, check_rounding]
 
 
 if __name__ == "__main__":

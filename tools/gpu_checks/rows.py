@@ -13,11 +13,11 @@ from gpu_checks import row_checks
 from gpu_checks.registry import Context, Result
 from gpu_checks.timing import copy_rate, free_memory, seconds_of
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.kernels.rows import RowKernels, RowStep, Sums, TableRows, noise_key
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, TableRows
 
 _WIDTH = 64
 _MANY = 48 * 2**20  # rows of 64 are past 2^31 elements
-_STEP = RowStep("rowwise_adagrad", 0.1, 0.97, (0.8, 0.9), 1e-8, 0.5, noise_key(3, 17))
+_STEP = row_checks.row_step("rowwise_adagrad")
 
 
 def oracle(check: Callable[[RowKernels, torch.device], None]) -> Callable[[Context], Result]:
@@ -64,12 +64,14 @@ def large_table(context: Context) -> Result:
     index = torch.cat([near, torch.randint(0, rows, (100_000 if context.cuda else 3000,), generator=generator)])
     index = index.unique().to(device)
     kernels, plain = choose_kernels("auto", device).rows, RowKernels()
-    for order in (None, kernels.order(index, rows)):  # the table's own numbers as slots
-        gathered = kernels.gather(table, None, index, torch.bfloat16, order)
+    for sorted_lookups in (None, kernels.sort_lookups(index, rows)):  # the table's own rows as slots
+        gathered = kernels.gather(table, None, index, torch.bfloat16, sorted_lookups)
         assert torch.equal(gathered, plain.gather(table, None, index, torch.bfloat16)), (
             "a row that was looked up is wrong"
         )
-    copy = TableRows(table.weight.clone(), None, table.first, None if table.flags is None else table.flags.clone())
+    copy = TableRows(
+        table.weight.clone(), None, table.first_row_id, None if table.flags is None else table.flags.clone()
+    )
     grad = torch.randn(index.numel(), _WIDTH, generator=generator).to(device)
     sums = [torch.ones(rows, device=device) for _ in range(2)]
     for own, each, state in ((table, kernels, sums[0]), (copy, plain, sums[1])):
@@ -113,7 +115,7 @@ def row_speed(context: Context) -> Result:
 
 
 def _rates(context: Context, width: int) -> dict[str, float]:
-    """Bytes/s of each kernel, by the bytes that it cannot avoid; rows of 2 bytes a value, uniform look-ups."""
+    """Bytes/s of each kernel, by the bytes that it cannot avoid; rows of 2 bytes per value, uniform look-ups."""
     device, kernels = context.device, choose_kernels("auto", context.device).rows
     rows, count = 4096, 2048
     if context.cuda:
@@ -123,15 +125,15 @@ def _rates(context: Context, width: int) -> dict[str, float]:
     found = kernels.unique(ids, rows)
     unique = found.ids.numel()
     grad = torch.randn(count, width, device=device, dtype=torch.bfloat16)
-    sums, state = Sums.empty(unique, width, device), {"square_sum": torch.zeros(rows, device=device)}
-    kernels.add(sums, found.order, grad, fresh=True)
+    sums, state = RowGradientSums.empty(unique, width, device), {"square_sum": torch.zeros(rows, device=device)}
+    kernels.add(sums, found.sorted_lookups, grad, fresh=True)
     work: dict[str, tuple[Callable[[], object], float]] = {
         "look-ups": (
-            partial(kernels.gather, table, found.ids, found.slots, torch.bfloat16, found.order),
+            partial(kernels.gather, table, found.ids, found.slots, torch.bfloat16, found.sorted_lookups),
             width * (2 * unique + 2 * count) + 8 * count,
         ),
         "sums": (
-            partial(kernels.add, sums, found.order, grad, fresh=True),
+            partial(kernels.add, sums, found.sorted_lookups, grad, fresh=True),
             width * (2 * count + 4 * unique) + 8 * count,
         ),
         "update": (
@@ -153,8 +155,9 @@ def hot_row(context: Context) -> Result:
     grad = torch.randn(count, _WIDTH, generator=generator).to(device, torch.bfloat16)
     times, worst = {}, 0.0
     for name, slots in (("even", even), ("hot", hot)):
-        order, sums = kernels.order(slots.to(device), unique), Sums.empty(unique, _WIDTH, device)
-        times[name] = seconds_of(partial(kernels.add, sums, order, grad, fresh=True), device)
+        sorted_lookups = kernels.sort_lookups(slots.to(device), unique)
+        sums = RowGradientSums.empty(unique, _WIDTH, device)
+        times[name] = seconds_of(partial(kernels.add, sums, sorted_lookups, grad, fresh=True), device)
         exact = torch.zeros(unique, _WIDTH, dtype=torch.float64, device=device)
         exact.index_add_(0, slots.to(device), grad.double())
         size = torch.zeros_like(exact).index_add_(0, slots.to(device), grad.double().abs())

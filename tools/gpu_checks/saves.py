@@ -12,26 +12,15 @@ from gpu_checks.registry import Context, Result
 from gpu_checks.timing import free_memory
 from gpu_checks.training import configuration, engine_of, made_tokens, own_part
 from overtok_megatron.checkpoint.tables import TableWriter
+from overtok_megatron.config.schema import RunConfig
 
 _SPARE = 256 * 2**20  # bytes that a save may take on the device, besides a tenth of the tables
+_ROW_WIDTH = 512
 
 
 def save(context: Context) -> Result:
     """Steps while all rows are written by the background thread, then a save of the rows that changed."""
-
-    width, rows = 512, 4001
-    if context.cuda:  # 1 GiB, or 4 GiB in the long form, or a quarter of what is free
-        rows = int(min((1 if context.quick else 4) * 2**30, free_memory(context) // 4)) // (4 * width * 2)
-    config = configuration(
-        {
-            "model.vocab_size": 8192 if context.cuda else 320, "model.hidden_size": 512 if context.cuda else 32,
-            "model.intermediate_size": 1024 if context.cuda else 48, "model.num_layers": 2,
-            "model.num_attention_heads": 4, "data.seq_length": 512 if context.cuda else 32,
-            "over_encoding.enabled": True, "over_encoding.table_rows": rows, "over_encoding.row_width": width,
-            "over_encoding.init_std": 0.0, "over_encoding.collision_check": "warn",
-            "training.micro_batch_size": 8, "training.global_batch_size": 8,
-        }, 1
-    )  # fmt: skip
+    config = _configuration(context)
     engine = engine_of(context, config)
     assert engine.tables is not None
     table_bytes = sum(column.nbytes for column in engine.tables.columns().values())
@@ -39,9 +28,9 @@ def save(context: Context) -> Result:
     done = iter(range(10**9))
 
     def step() -> float:
-        begin = time.perf_counter()
+        started = time.perf_counter()
         engine.step(parts[next(done) % len(parts)], 1e-3)
-        return time.perf_counter() - begin
+        return time.perf_counter() - started
 
     for _ in range(3):
         step()
@@ -51,28 +40,51 @@ def save(context: Context) -> Result:
     folders = [_folder(context, name) for name in ("full", "changed")]
     writer = TableWriter(engine.tables, 2)
     _reset_peak(context)
-    stall, during, whole = save_beside_steps(partial(writer.begin, folders[0]), step, context.device)
+    stall, during, whole = save_beside_steps(partial(writer.start_save, folders[0]), step, context.device)
     for _ in range(3):
         step()
-    begin = time.perf_counter()
-    write = writer.begin(folders[1])
-    changed_stall = time.perf_counter() - begin
+    started = time.perf_counter()
+    write = writer.start_save(folders[1])
+    changed_stall = time.perf_counter() - started
     write()
-    extra, allowed = max(0, _peak(context) - peak_alone), table_bytes // 10 + _SPARE
-    slower = statistics.median(during) / alone
-    words = f"{table_bytes / 1e9:.2f} GB: waits {1e3 * stall:.0f} ms, changed rows {1e3 * changed_stall:.0f} ms"
-    words += f", steps {slower:.2f} x for {whole:.1f} s"
-    if context.cuda:
-        words += f", {extra / 2**30:.2f} GiB of the device"
-    limit = f"{1e3 * alone:.0f} ms (a step alone)"
-    limit += f", {allowed / 2**30:.2f} GiB" if context.cuda else ""
+    written = sum(path.stat().st_size for path in folders[0].rglob("*.safetensors"))
+    assert written >= table_bytes, f"{written} bytes were written of {table_bytes}"
     numbers = {
         "table_bytes": table_bytes, "stall_seconds": stall, "changed_stall_seconds": changed_stall,
         "step_seconds_alone": alone, "step_seconds_during": statistics.median(during), "steps_during": len(during),
-        "save_seconds": whole, "extra_device_bytes": extra,
+        "save_seconds": whole, "extra_device_bytes": max(0, _peak(context) - peak_alone),
     }  # fmt: skip
-    written = sum(path.stat().st_size for path in folders[0].rglob("*.safetensors"))
-    assert written >= table_bytes, f"{written} bytes were written of {table_bytes}"
+    return _result(context, numbers)
+
+
+def _configuration(context: Context) -> RunConfig:
+    """A small model with tables of 1 GiB on a GPU, 4 GiB in the long form, or a quarter of what is free."""
+    rows = 4001
+    if context.cuda:
+        rows = int(min((1 if context.quick else 4) * 2**30, free_memory(context) // 4)) // (4 * _ROW_WIDTH * 2)
+    return configuration(
+        {
+            "model.vocab_size": 8192 if context.cuda else 320, "model.hidden_size": 512 if context.cuda else 32,
+            "model.intermediate_size": 1024 if context.cuda else 48, "model.num_layers": 2,
+            "model.num_attention_heads": 4, "data.seq_length": 512 if context.cuda else 32,
+            "over_encoding.enabled": True, "over_encoding.table_rows": rows, "over_encoding.row_width": _ROW_WIDTH,
+            "over_encoding.init_std": 0.0, "over_encoding.collision_check": "warn",
+            "training.micro_batch_size": 8, "training.global_batch_size": 8,
+        }, 1
+    )  # fmt: skip
+
+
+def _result(context: Context, numbers: dict[str, float]) -> Result:
+    """The numbers in words, and whether the save took no more memory of the device than is allowed."""
+    extra, allowed = numbers["extra_device_bytes"], numbers["table_bytes"] // 10 + _SPARE
+    alone = numbers["step_seconds_alone"]
+    words = f"{numbers['table_bytes'] / 1e9:.2f} GB: waits {1e3 * numbers['stall_seconds']:.0f} ms"
+    words += f", changed rows {1e3 * numbers['changed_stall_seconds']:.0f} ms"
+    words += f", steps {numbers['step_seconds_during'] / alone:.2f} x for {numbers['save_seconds']:.1f} s"
+    limit = f"{1e3 * alone:.0f} ms (a step alone)"
+    if context.cuda:
+        words += f", {extra / 2**30:.2f} GiB of the device"
+        limit += f", {allowed / 2**30:.2f} GiB"
     return Result(not context.cuda or extra <= allowed, words, limit, numbers)
 
 

@@ -5,7 +5,6 @@ Shapes: B sequences per step over all ranks, A micro-batches, b micro batch, s s
 
 import gc
 import json
-import os
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from gpu_checks.registry import Context
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
+from overtok_megatron.files import write_atomically
 from overtok_megatron.parallel.grid import ProcessGrid
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def own_part(engine: "TrainingEngine", tokens: Tensor) -> Tensor:
 
 
 def train_steps(engine: "TrainingEngine", batches: list[Tensor]) -> list[float]:
-    """The losses of a step each, rows fetched ahead where that is the configuration's way."""
+    """The loss of each step; rows are fetched ahead where the configuration says so."""
     parts = [own_part(engine, batch) for batch in batches]
     losses = []
     for number, part in enumerate(parts):
@@ -181,10 +181,7 @@ class References:
                 value: Any = losses_of(context, configuration(given, 1))
             except Exception as error:  # told where it is waited for
                 value = f"{type(error).__name__}: {error}"
-            path = _reference_file(context.folder, name)
-            aside = path.with_suffix(".partial")
-            aside.write_text(json.dumps(value), encoding="utf-8")
-            os.replace(aside, path)
+            write_atomically(_reference_file(context.folder, name), json.dumps(value), durable=False)
 
 
 def _reference_file(folder: Path, name: str) -> Path:

@@ -1,6 +1,5 @@
 """A whole run of the over-encoded quickstart's shape on made text: interrupted and resumed, then used."""
 
-import json
 import math
 import random
 import time
@@ -15,6 +14,7 @@ from gpu_checks.training import Settings, configuration
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from overtok_megatron.run_folder import RunFolder
 
 _STEPS = 60
 _SMALL_STEPS = 12  # on the CPU
@@ -83,13 +83,12 @@ def _train(context: Context, folder: Path, name: str, steps: int, every: int | N
     config = configuration(settings | ({} if every is None else {"checkpoint.interval": every}), context.ranks)
     if context.rank == 0:
         output.mkdir(exist_ok=True)
-        save_resolved(config, output / "config.yaml")
+        save_resolved(config, RunFolder(output).config)
     _meet(context)
     run = Trainer(config, device=context.device, num_threads=torch.get_num_threads())
     assert run.run(), f"the run {name} did not reach step {steps}"
     _meet(context)
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return RunFolder(output).read_metrics()
 
 
 def _meet(context: Context) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.errors import DataError
+from overtok_megatron.files import sync_file
 
 
 class Journal:
@@ -59,8 +60,7 @@ class Journal:
     def record(self, state: dict[str, Any]) -> None:
         """Append a line; it is on the disk when this returns."""
         self._file.write(json.dumps(state).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
 
     def remove(self) -> None:
         """Remove the file: the job has finished or failed."""

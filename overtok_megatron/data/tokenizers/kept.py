@@ -3,12 +3,11 @@
 import hashlib
 from pathlib import Path
 
-from overtok_megatron.config.run_places import places
+from overtok_megatron.config.moved_runs import candidate_paths
 from overtok_megatron.config.schema import RunConfig, TokenizerConfig
 from overtok_megatron.errors import CheckpointError, DataError
 from overtok_megatron.files import write_atomically
-
-NAMES = {"hugging_face": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # in a run's folder
+from overtok_megatron.run_folder import TOKENIZER_FILES, RunFolder
 
 
 def keep_tokenizer(section: TokenizerConfig, run: Path) -> None:
@@ -18,7 +17,7 @@ def keep_tokenizer(section: TokenizerConfig, run: Path) -> None:
     """
     if section.path is None:
         return
-    source, target = _file(Path(section.path), section.type), run / NAMES[section.type]
+    source, target = _file(Path(section.path), section.type), RunFolder(run).tokenizer(section.type)
     if target.exists():  # this one, or another that is not ours to replace
         return
     try:
@@ -42,11 +41,11 @@ def find_tokenizer(
                 f"--tokenizer {given}: this model's tokens are bytes, which have no file; leave it out"
             )
         return section
-    candidates = list(dict.fromkeys(places(section.path, config, run)))
+    candidates = list(dict.fromkeys(candidate_paths(section.path, config, run)))
     if run is not None:
-        candidates.insert(1, run / NAMES[section.type])
+        candidates.insert(1, RunFolder(run).tokenizer(section.type))
     if given is not None:
-        candidates = [given / NAMES[section.type] if given.is_dir() else given]
+        candidates = [given / TOKENIZER_FILES[section.type] if given.is_dir() else given]
     others = []
     for path in candidates:
         digest = _digest(_file(path, section.type))
@@ -65,13 +64,13 @@ def find_tokenizer(
     seen = given or section.path
     raise CheckpointError(
         f"tokenizer {seen}: no such file"
-        + ("" if run is None or given is not None else f", nor {run / NAMES[section.type]}")
+        + ("" if run is None or given is not None else f", nor {RunFolder(run).tokenizer(section.type)}")
         + f"; name the run's tokenizer{wanted} by --tokenizer"
     )
 
 
 def _file(path: Path, kind: str) -> Path:
-    return path / NAMES[kind] if path.is_dir() else path
+    return path / TOKENIZER_FILES[kind] if path.is_dir() else path
 
 
 def _digest(path: Path) -> str | None:

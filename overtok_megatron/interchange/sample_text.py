@@ -1,6 +1,6 @@
-"""A text on which conversions compare models and tokenizers: A. Lincoln at Gettysburg, 1863 (public domain), and some signs."""
+"""The text on which conversions compare models and tokenizers: A. Lincoln at Gettysburg, 1863 (public domain), and symbols."""
 
-PASSAGE = """\
+SAMPLE_TEXT = """\
 Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, and \
 dedicated to the proposition that all men are created equal.
 

@@ -14,16 +14,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.cli import main
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.interchange import exporting
-from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
+from overtok_megatron.interchange.families import hugging_face_values, model_section, require_transformers
+from overtok_megatron.interchange.importing import complete_values
 from overtok_megatron.interchange.logits_check import our_logits
-from overtok_megatron.interchange.passage import PASSAGE
 from overtok_megatron.interchange.rotary_form import release_4_values
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from support.hugging_face_models import CPU, over_encoded_run, save_tokenizer
 
 LINEAR = {"type": "linear", "factor": 2.0}
@@ -49,7 +49,7 @@ def test_config_json_has_both_forms(family: str, scaling: dict[str, Any] | None)
     """And release 5, which takes the older form where it finds it, computes the same from the file as from its own form."""
     model = section(family, scaling)
     made = transformers.CONFIG_MAPPING[family](**hugging_face_values(model, 512)).to_dict()
-    written = json.loads(json.dumps(exporting.config_values(run_config(model), Manifest(0, 0, {}, {}, 7, "", {}))))
+    written = json.loads(json.dumps(exporting.config_values(run_config(model), eod_id=7)))
     assert written["rope_theta"] == FAMILIES[family]["rope_theta"]
     expected = None if scaling is None else version_4(LLAMA3_FULL if scaling is LLAMA3 else scaling)
     full = written["rope_parameters"]["full_attention"] if family == "olmo3" else written["rope_parameters"]
@@ -91,16 +91,14 @@ def test_a_stretch_by_one_is_left_out_for_olmo2() -> None:
 def test_the_older_forms_are_read(family: str, key: str, scaling: dict[str, Any]) -> None:
     given = {key if name == "type" else name: value for name, value in scaling.items()}
     raw = {"model_type": family, "rope_theta": 5e5, "rope_scaling": given, "num_hidden_layers": 4}
-    section = model_section(exporting_complete(raw), "here")
+    section = model_section(completed(raw), "here")
     assert section.rope_theta == 5e5
     assert section.rope_scaling is not None
     assert section.rope_scaling.model_dump(exclude_none=True) == scaling
 
 
-def exporting_complete(raw: dict[str, Any]) -> dict[str, Any]:
-    from overtok_megatron.interchange.importing import complete
-
-    return complete(raw, Path("config.json"))
+def completed(raw: dict[str, Any]) -> dict[str, Any]:
+    return complete_values(raw, Path("config.json"))
 
 
 @pytest.mark.parametrize(
@@ -115,23 +113,23 @@ def exporting_complete(raw: dict[str, Any]) -> dict[str, Any]:
 def test_what_is_not_supported_in_the_older_form_is_named(scaling: dict[str, Any], said: str) -> None:
     raw = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": scaling}
     with pytest.raises(CheckpointError, match=said):
-        model_section(exporting_complete(raw), "here")
+        model_section(completed(raw), "here")
 
 
 def test_an_older_form_that_release_5_does_not_understand_is_named() -> None:
     """Its Olmo3 would leave the angles as they are, where release 4 stretches them."""
     raw = {"model_type": "olmo3", "rope_theta": 5e5, "rope_scaling": LINEAR, "num_hidden_layers": 4}
     with pytest.raises(CheckpointError, match="write rope_type alone"):
-        model_section(exporting_complete(raw), "here")
+        model_section(completed(raw), "here")
     newer = raw | {"rope_scaling": version_4(LINEAR)}
-    scaling = model_section(exporting_complete(newer), "here").rope_scaling
+    scaling = model_section(completed(newer), "here").rope_scaling
     assert scaling is not None and scaling.type == "linear"
 
 
 def test_yarn_that_rounds_its_bounds_is_the_only_yarn() -> None:
     """`truncate: true` is what transformers does without the key."""
     raw = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": YARN | {"truncate": True}}
-    assert model_section(exporting_complete(raw), "here").rope_scaling is not None
+    assert model_section(completed(raw), "here").rope_scaling is not None
 
 
 def load_modeling() -> Any:
@@ -163,7 +161,7 @@ def test_the_modelling_file_refuses_other_releases(monkeypatch: pytest.MonkeyPat
 def test_other_releases_make_no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("transformers"), "__version__", "4.57.6")
     with pytest.raises(CheckpointError, match=r"4\.57\.6 is installed.*need 5\.0 or later"):
-        exporting.require_transformers()
+        require_transformers()
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -218,7 +216,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case as a plain and as an over-encoded export, and what ours computes."""
     folder = tmp_path_factory.mktemp("releases")
     save_tokenizer(folder / "tokenizer.json")
-    (folder / "text.txt").write_text(PASSAGE, encoding="utf-8")
+    (folder / "text.txt").write_text(SAMPLE_TEXT, encoding="utf-8")
     expected, names = {}, []
     for case, (family, more) in CASES.items():
         for over in ({"enabled": False}, {"ngram_order": 3, "num_slices": 1}):
@@ -227,7 +225,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
             over_encoded_run(folder / f"{name}-run", folder / "tokenizer.json", FAMILIES[family] | more, over)
             assert main(["export", str(folder / f"{name}-run"), "--output", str(folder / name), "--no-check"]) == 0
             trained = load_trained(folder / f"{name}-run", CPU)
-            tokens = torch.tensor([trained.tokenizer.encode(PASSAGE)[:60]])
+            tokens = torch.tensor([trained.tokenizer.encode(SAMPLE_TEXT)[:60]])
             expected[name] = our_logits(trained, tokens).contiguous()
     save_file({"tokens": tokens}, folder / "tokens.safetensors")
     save_file(expected, folder / "expected.safetensors")
@@ -262,7 +260,7 @@ def test_exports_in_other_releases(exports: Path, tmp_path: Path, release: str) 
         torch.testing.assert_close(made[f"{name} in two"], logits, **near)
         assert made[f"{name} text"].numel() == 12 or made[f"{name} text"][-1] == 0
     tokenizer = load_trained(exports / "olmo2-run", CPU).tokenizer
-    assert made["ids"].tolist() == tokenizer.encode(PASSAGE)
+    assert made["ids"].tolist() == tokenizer.encode(SAMPLE_TEXT)
 
 
 def environment(folder: Path, requirement: str) -> Path:

@@ -1,4 +1,4 @@
-"""Arguments of verbs that load a trained model."""
+"""Arguments of the verbs that load a trained model, and what they name."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_model(verb: argparse.ArgumentParser) -> None:
-    """The run, and where its tables lie."""
+    """Arguments for the run, the device, and where the n-gram tables are kept."""
     verb.add_argument("run", help="a run's output folder, or one of its checkpoints")
     add_tokenizer(verb)
     verb.add_argument(
@@ -43,7 +43,8 @@ def tokenizer_of(options: argparse.Namespace) -> Path | None:
 def carried_tokenizer(
     config: "RunConfig", run: Path | None, fingerprint: str, given: Path | None = None
 ) -> "tuple[TokenizerConfig | None, str]":
-    """(the tokenizer that a run made of another one is to hold, as `find_tokenizer`; why there is none, where None)."""
+    """The tokenizer for a run that is made from another one, as `find_tokenizer`, and ""; or None and the reason why there is
+    none."""
     from overtok_megatron.data.tokenizers.kept import find_tokenizer
 
     try:
@@ -55,7 +56,7 @@ def carried_tokenizer(
 
 
 def carry_tokenizer(section: "TokenizerConfig | None", reason: str, output: Path) -> None:
-    """Put what `carried_tokenizer` found into the new run's folder, or say that it is not there."""
+    """Put what `carried_tokenizer` found into the new run's folder, or warn that there is none."""
     from overtok_megatron.data.tokenizers.kept import keep_tokenizer
 
     if section is None:
@@ -65,7 +66,7 @@ def carry_tokenizer(section: "TokenizerConfig | None", reason: str, output: Path
 
 
 def load_model(options: argparse.Namespace, run: Path | None = None) -> "TrainedModel":
-    """The model that those arguments name, or that of `run`, on the device that they name, or a GPU where there is one."""
+    """The model of `run`, or else of the run that the arguments name, on the device that they name (default: a GPU if any)."""
     from overtok_megatron.inference.loading import load_trained
     from overtok_megatron.parallel.devices import default_device, named_device
 

@@ -20,7 +20,12 @@ from overtok_megatron.data.manifest import read_manifest as read_set
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.interchange import exporting
-from overtok_megatron.interchange.hugging_face import hugging_face_values, model_section
+from overtok_megatron.interchange.families import (
+    family_of,
+    hugging_face_values,
+    model_section,
+    require_transformers,
+)
 from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
@@ -167,9 +172,7 @@ SECTIONS = [
 def test_model_sections_survive(section: dict[str, object]) -> None:
     shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_layers": 3, "num_attention_heads": 4}
     model = ModelConfig.model_validate({"num_key_value_heads": 2} | shape | section)
-    values = exporting.require_transformers().CONFIG_MAPPING[exporting.family_of(model)](
-        **hugging_face_values(model, 512)
-    )
+    values = require_transformers().CONFIG_MAPPING[family_of(model)](**hugging_face_values(model, 512))
     assert model_section(values.to_dict(), "here") == model
 
 
@@ -179,7 +182,7 @@ def test_what_no_class_computes_is_refused() -> None:
          "norm_placement": "pre", "qk_norm": "full"}
     )  # fmt: skip
     with pytest.raises(CheckpointError, match="norm_placement pre, qk_norm full"):
-        exporting.family_of(model)
+        family_of(model)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.inference.generation import Sampling, generate_tokens
 from overtok_megatron.inference.loading import TrainedModel, load_trained
 from overtok_megatron.interchange.logits_check import our_logits
-from overtok_megatron.interchange.passage import PASSAGE
+from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from overtok_megatron.interchange.tokenizer_files import from_bytes
 from support.expect_error import command_error
 from support.hugging_face_models import CPU, over_encoded_run, save_tokenizer
@@ -50,7 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FAMILY-run: a run of ours; FAMILY: what was exported of it, logits compared."""
     folder = tmp_path_factory.mktemp("over-encoded")
     save_tokenizer(folder / "tokenizer.json")
-    (folder / "text.txt").write_text(PASSAGE * 30, encoding="utf-8")
+    (folder / "text.txt").write_text(SAMPLE_TEXT * 30, encoding="utf-8")
     train_sentencepiece([folder / "text.txt"], 400, folder / "tokenizer.model")
     for family, (model, over) in CASES.items():
         tokenizer = folder / ("tokenizer.model" if family in ("olmo2", "llama") else "tokenizer.json")
@@ -66,7 +66,7 @@ def theirs(folder: Path, **settings: Any) -> Any:
 
 def with_ends(trained: TrainedModel, length: int = 60) -> torch.Tensor:
     """Real text with ends of documents in it, and one right at the beginning; [2, length]."""
-    tokens = torch.tensor(trained.tokenizer.encode(PASSAGE)[: 2 * length]).view(2, length)
+    tokens = torch.tensor(trained.tokenizer.encode(SAMPLE_TEXT)[: 2 * length]).view(2, length)
     tokens[0, 0] = tokens[:, 20] = tokens[1, 33:35] = trained.tokenizer.eod_id
     return tokens
 
@@ -98,7 +98,9 @@ def test_generate_gives_our_tokens(workspace: Path, family: str) -> None:
     trained = load_trained(workspace / f"{family}-run", CPU)
     tokenizer = AutoTokenizer.from_pretrained(workspace / family, trust_remote_code=True)
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    ours = generate_tokens(trained, [trained.tokenizer.encode(prompt) for prompt in PROMPTS], Sampling(24))
+    ours = generate_tokens(
+        trained, [trained.tokenizer.encode(prompt) for prompt in PROMPTS], Sampling(max_new_tokens=24)
+    )
     end = trained.tokenizer.eod_id
     for storage in STORAGES:
         model = theirs(workspace / family, table_storage=storage)
@@ -132,7 +134,7 @@ def test_back_again_has_the_same_bits(workspace: Path, tmp_path: Path, family: s
 
 
 def test_rows_are_where_they_are_asked_to_be(workspace: Path, tmp_path: Path) -> None:
-    """Mapped rows are no part of the model; saving and copying by transformers' own means keeps them all."""
+    """Mapped rows are not parameters of the model; save_pretrained of transformers copies them all."""
     model = theirs(workspace / "olmo2", table_storage="mapped")
     held = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     assert held < sum(model.over_encoding.sizes) * model.over_encoding.width / 3
@@ -168,7 +170,9 @@ def test_a_cache_keeps_its_history(workspace: Path) -> None:
 
 def test_tokenizers_give_the_same_ids(workspace: Path) -> None:
     text = (
-        PASSAGE + "\n\n\n  tabs\t and </s> 12345 \u00fcber \U0001f600" + (workspace / "olmo2" / "README.md").read_text()
+        SAMPLE_TEXT
+        + "\n\n\n  tabs\t and </s> 12345 \u00fcber \U0001f600"
+        + (workspace / "olmo2" / "README.md").read_text()
     )
     for family in ("olmo2", "olmoe"):
         ours = load_trained(workspace / f"{family}-run", CPU, "mapped").tokenizer

@@ -1,8 +1,8 @@
-"""Where the files that a run's configuration names lie now, if the run was moved, renamed, or is used from another folder.
+"""Finds the files that a run's configuration names after the run was moved, renamed, or is used from another folder.
 
 Relative paths in a user's configuration start from the current folder. For an existing run, a relative path that is not found
 from there starts from the folder in which the run was trained, which follows from its output_directory and from where it lies
-now. What lay in the run's folder is looked for in that folder, wherever it is. Reads no file's content.
+now. A file that lay in the run's folder is looked for in that folder, wherever it is. No file's content is read.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,8 @@ from pathlib import Path
 
 from overtok_megatron.config.loading import COMMAND_LINE, LoadedConfig
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.run_folder import CHECKPOINTS, CONFIG, RunFolder
 
-CHECKPOINTS = "checkpoints"  # what makes a folder a run's
-_RESOLVED = "config.yaml"
 _SET_FILES = (".json", ".idx", ".bin")
 
 
@@ -23,8 +22,8 @@ def run_of(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == CHECKPOINTS else None
 
 
-def places(path: str, config: RunConfig, run: Path | None) -> Iterator[Path]:
-    """Where the file `path` of a run's configuration may lie, the likeliest first. run: its folder; None = not known."""
+def candidate_paths(path: str, config: RunConfig, run: Path | None) -> Iterator[Path]:
+    """Paths at which the file `path` of a run's configuration may lie now, the likeliest first. run: its folder, if known."""
     yield Path(path)
     if run is None:
         return
@@ -42,11 +41,11 @@ def set_exists(prefix: Path) -> bool:
     return any(Path(f"{prefix}{suffix}").is_file() for suffix in _SET_FILES)
 
 
-def located(config: RunConfig, run: Path | None) -> RunConfig:
-    """A run's configuration with its sets' prefixes and its initial checkpoint as they lie now; what is not found stays."""
+def with_current_paths(config: RunConfig, run: Path | None) -> RunConfig:
+    """A run's configuration with the current paths of its datasets and its initial checkpoint; what is not found stays."""
 
     def find(path: str, exists: Callable[[Path], bool] = set_exists) -> str:
-        return next((str(place) for place in places(path, config, run) if exists(place)), path)
+        return next((str(one) for one in candidate_paths(path, config, run) if exists(one)), path)
 
     data, initial = config.data, config.training.initial_checkpoint
     train = (
@@ -63,22 +62,22 @@ def located(config: RunConfig, run: Path | None) -> RunConfig:
     )
 
 
-def own_run(loaded: LoadedConfig, path: Path) -> Path | None:
-    """The folder of the run whose own resolved configuration `path` is, where it has moved since, or is not seen from here.
+def find_moved_run(loaded: LoadedConfig, path: Path) -> Path | None:
+    """The folder of the run whose own resolved configuration is `path`, where its output_directory no longer names that folder.
 
     None for any other configuration, and where the command line names an output folder.
     """
     folder = path.parent.resolve()
     key = "training.output_directory"
-    if path.name != _RESOLVED or not (folder / CHECKPOINTS).is_dir() or loaded.locate(key) == COMMAND_LINE:
+    if path.name != CONFIG or not RunFolder(folder).checkpoints.is_dir() or loaded.locate(key) == COMMAND_LINE:
         return None
     if not loaded.locate(key).startswith(f"{path}:"):  # a configuration of a user's that inherits from the run's
         return None
     return None if Path(loaded.config.training.output_directory).resolve() == folder else folder
 
 
-def moved_here(loaded: LoadedConfig, run: Path) -> LoadedConfig:
-    """The configuration of a run that lies in the folder `run`, with everything that it names as it lies now."""
-    config = located(loaded.config, run)
-    place = config.training.model_copy(update={"output_directory": str(run)})
-    return LoadedConfig(config.model_copy(update={"training": place}), loaded.provenance)
+def relocate(loaded: LoadedConfig, run: Path) -> LoadedConfig:
+    """The configuration of a run that lies in the folder `run` now, with the current paths of everything that it names."""
+    config = with_current_paths(loaded.config, run)
+    training = config.training.model_copy(update={"output_directory": str(run)})
+    return LoadedConfig(config.model_copy(update={"training": training}), loaded.provenance)
