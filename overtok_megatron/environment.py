@@ -36,7 +36,7 @@ def available_cores() -> int:
 def asks_for_cpu(environment: Mapping[str, str]) -> bool:
     """Whether DeepSpeed's own variable chooses the CPU: then a run takes no GPU, though the machine may have some.
 
-    Raises ConfigError where it names something that no run can use, of which DeepSpeed would tell by a traceback.
+    Raises ConfigError where it names something that no run can use, for which DeepSpeed would raise a traceback.
     """
     chosen = environment.get(ACCELERATOR, "cuda")
     if chosen not in ("cpu", "cuda"):

@@ -1,7 +1,7 @@
-"""When the modulo hash collides more than it must, and a table size nearby that does not. Pure arithmetic.
+"""Table sizes for which the modulo hash collides more than a random hash, and good sizes nearby. Pure arithmetic.
 
 The 2-gram id is x_t + x_{t-1} p. Where rows / p is close to an integer c, id mod rows hardly depends on more than
-x_{t-1} mod c, and frequent n-grams fall together: at p = 128000, m = 12.8M (100.00) 72% of tokens share a row, at
+x_{t-1} mod c, and frequent n-grams share rows: at p = 128000, m = 12.8M (100.00) 72% of tokens share a row, at
 12.9M + 1 (100.78) 21%. A common factor of m and p does no such harm.
 """
 
@@ -26,7 +26,7 @@ class CollisionProblem:
 
 
 def collision_problem(table_rows: int, base: int, num_tables: int) -> CollisionProblem | None:
-    """The first table of sizes table_rows + 2 s that falls into the trap, or None.
+    """The first table of sizes table_rows + 2 s whose ids collide so, or None.
 
     Tables smaller than the base cannot tell 1-grams apart and are not judged.
     """

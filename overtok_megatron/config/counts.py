@@ -74,7 +74,7 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
 
 
 def _dense_shard(config: RunConfig) -> int:
-    """Dense parameters of the fullest rank: the first tensor-parallel rank (the vocabulary is cut unevenly; the norms of the
+    """Dense parameters of the fullest rank: the first tensor-parallel rank (the vocabulary is split unevenly; the norms of the
     residual stream, routers and the n-gram projection are on every rank) of the fullest pipeline stage."""
     model, tensor, count = config.model, config.parallel.tensor_parallel_size, parameter_counts(config)
     stages = blocks_per_stage(config)
@@ -104,10 +104,11 @@ class RankBytes:
 
 
 def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
-    """bf16: 2 bytes per weight, 4 per gradient (2 without ZeRO), 12 for master weights and moments; fp32: 4, 4 and 8.
+    """The fullest of `world_size` ranks.
 
-    ZeRO 1 divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are
-    divided by the whole world.
+    bf16: 2 bytes per weight, 4 per gradient (2 without ZeRO), 12 for master weights and moments; fp32: 4, 4 and 8. ZeRO 1
+    divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are divided by
+    the whole world.
     """
     dense = _dense_shard(config)
     stage = config.parallel.zero_stage

@@ -1,6 +1,6 @@
 """The YAML that configurations are written in: numbers and booleans of YAML 1.2, no key twice, a line for every key.
 
-What the keys mean is not known here: that is loading.py.
+What the keys mean is not known here, but in loading.py.
 """
 
 import math
@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[Any, dict[str, str]]:
 def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str, str]]:
     """The value of a text, no part of it shared with another, and for every dotted key in it "source:line".
 
-    Raises ConfigError, one line, where the text is no YAML, gives a key twice, or contains itself. lines: whether
+    Raises ConfigError, one line, where the text is not YAML, gives a key twice, or contains itself. lines: whether
     origins name the line (a file) or only the source (an override).
     """
     walk = _Walk(printable(source), lines)

@@ -1,4 +1,4 @@
-"""Which configuration a model has once it got more n-gram tables. Pure; what happens to its weights: checkpoint/growing.py."""
+"""The configuration of a model that gets more n-gram tables. Pure; its weights are the work of checkpoint/growing.py."""
 
 import re
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ LONGEST_CHAIN = 32  # files that inherit from each other; nobody finds a value i
 class LoadedConfig:
     """A configuration and where each dotted key got its value: "file:line", "command line" or "default".
 
-    A key that another key of a more specific origin took back: that origin and the other key, "command line, train_iters".
+    A key that another key of a more specific origin has cancelled: that origin and the other key, "command line, train_iters".
     """
 
     config: RunConfig
@@ -51,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 
 def change_config(config: RunConfig, overrides: Sequence[str], source: str) -> LoadedConfig:
-    """A configuration that is there already, under `section.key=value` overrides; source: what messages call it.
+    """An existing configuration with `section.key=value` overrides applied; source: what messages call it.
 
     Raises ConfigError as load_config does.
     """
@@ -62,7 +62,7 @@ def _resolve(values: dict[str, Any], origins: dict[str, str], overrides: Sequenc
     """Apply overrides to `values` and check every key and type; source: what stands for the origin of a missing key."""
     given = _parse_overrides(overrides)
     own = {name: inner for key, value in given for name, inner in [(key, value), *_leaves(value, f"{key}.")]}
-    _give_way(values, own, origins, dict.fromkeys(own, COMMAND_LINE))
+    _cancel(values, own, origins, dict.fromkeys(own, COMMAND_LINE))
     for key, value in given:
         _assign(values, key, value)
         _forget(origins, key)
@@ -140,7 +140,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any
             )
         )
     values, base_origins = _read_with_bases(parent, (*chain, resolved))
-    _give_way(values, dict(_leaves(own, "")), base_origins, origins)
+    _cancel(values, dict(_leaves(own, "")), base_origins, origins)
     _merge(values, own, "", base_origins)
     return values, base_origins | origins
 
@@ -194,10 +194,8 @@ def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{prefix}{key}.")
 
 
-def _give_way(
-    values: dict[str, Any], own: dict[str, Any], origins: dict[str, str], own_origins: dict[str, str]
-) -> None:
-    """Take from `values` what the more specific keys `own` (dotted) replace; the origins say by what."""
+def _cancel(values: dict[str, Any], own: dict[str, Any], origins: dict[str, str], own_origins: dict[str, str]) -> None:
+    """Remove from `values` the keys that the more specific keys `own` (dotted) exclude; the origins then name those."""
     for key, winner in superseded(own):
         *parents, last = key.split(".")
         section: Any = values

@@ -1,7 +1,7 @@
 """The schema of a run: every key, its type, its bounds and its meaning. Rules across keys are in validation.py.
 
-Upper bounds lie far above what anybody trains. They keep what follows from the sizes finite: lists as long as the layers,
-searches for a number that fits, indices of 32 bits in the libraries below.
+Upper bounds are far above what anybody trains. They bound what follows from the sizes: lists with an item per layer,
+searches for a number that fits, 32-bit indices in the libraries.
 """
 
 import re
@@ -30,7 +30,7 @@ LONGEST_NAME = 240  # bytes; file systems take 255, and files of a set or a chec
 
 
 def _openable(path: str) -> str:
-    """A path that a file system can take. Whether something lies there is asked where it is opened."""
+    """Check that a file system can store a path. Whether it exists is checked where it is opened."""
     longest = max(len(name.encode(errors="replace")) for name in path.split("/"))
     if longest > LONGEST_NAME:
         raise PydanticCustomError(
@@ -189,7 +189,7 @@ class WeightedSet(Section):
 
 
 def _named_sets(given: dict[Any, Any]) -> dict[Any, Any]:
-    """What holds of validation sets beside their types. Names are parts of metrics' names, so no slash and no space."""
+    """Check names and prefixes of validation sets. Names are parts of metrics' names, so they have no slash and no space."""
 
     def refuse(problem: str) -> None:
         raise PydanticCustomError("named_sets", "{problem}", {"problem": problem})

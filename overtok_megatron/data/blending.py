@@ -15,7 +15,7 @@ from overtok_megatron.data.sampler import SampleOrder
 
 @dataclass(frozen=True)
 class WeightedDataset:
-    """A set and its weight, at any scale: of so many samples in the sum of all weights, this many come from it."""
+    """A set and its weight, at any scale: its share of the samples is its weight over the sum of all weights."""
 
     dataset: IndexedDataset
     weight: float
@@ -24,8 +24,8 @@ class WeightedDataset:
 class Interleaving:
     """Sample i -> (set, j). Of the first n samples each set has its share of n to within the number of sets.
 
-    The sets are split off one after the other: of i samples, those with a whole number between i p and (i + 1) p go to the
-    first set, p its share of what is left; the others are the samples 0, 1, ... of the sets behind it. Exact, in integers.
+    The sets are split off one after the other. With p the first set's share of what is left, sample i goes to it where a whole
+    number lies between i p and (i + 1) p; the others are the samples 0, 1, ... of the remaining sets. Exact, in integers.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -34,7 +34,7 @@ class Interleaving:
         self._shares = [share / sum(exact[index:]) for index, share in enumerate(exact)]
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(set, number of the sample among that set's) of a sample of the run."""
+        """(set, number of the sample within that set) of a sample of the run."""
         for index, share in enumerate(self._shares):
             before = _floor(sample, share)
             if _floor(sample + 1, share) > before:
@@ -78,7 +78,7 @@ class BlendOrder:
 
 
 def unique_names(prefixes: Sequence[str]) -> list[str]:
-    """The last parts of paths; where two are alike, with as many folders as it takes, or a number for the same path."""
+    """The last parts of paths, with as many folders as make them differ, or a number where paths are the same."""
     for depth in range(1, max(len(Path(prefix).parts) for prefix in prefixes) + 1):
         names = ["/".join(Path(prefix).parts[-depth:]) for prefix in prefixes]
         if len(set(names)) == len(names):

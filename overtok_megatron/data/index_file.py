@@ -2,7 +2,7 @@
 
 The 9 bytes `MMIDIDX\\0\\0`, int64 version 1, uint8 dtype code, int64 sequences, int64 documents + 1, then int32 lengths
 [sequences], int64 byte offsets [sequences], int64 document starts [documents + 1], counted in sequences; little-endian.
-Format: Megatron-LM, megatron/core/datasets/indexed_dataset.py. Not here: its float dtypes, which are no tokens, and the
+Format: Megatron-LM, megatron/core/datasets/indexed_dataset.py. Not here: its float dtypes, which do not hold tokens, and the
 modes of multimodal sets.
 """
 
@@ -24,7 +24,7 @@ _STRIDE = 1 << 20  # entries handled at once
 
 
 def dtype_code(vocab_size: int) -> int:
-    """The dtype that Megatron, too, gives to tokens of such a vocabulary."""
+    """The code of the dtype in which tokens are stored; Megatron chooses the same for such a vocabulary."""
     return 8 if vocab_size < 65500 else 4
 
 

@@ -22,7 +22,7 @@ _LONGEST_DOCUMENT = 2**31 - 1  # the index stores lengths as int32
 
 
 class IndexedWriter:
-    """Writes documents one by one, in constant memory; visible only once `finish` returned.
+    """Writes documents one by one, in constant memory; the set is visible only once `finish` has returned.
 
     Use as a context manager: leaving it without `finish` removes what was written.
     """
@@ -56,7 +56,7 @@ class IndexedWriter:
 
 
 def check_length(tokens: int, document: str) -> None:
-    """Raise DataError where a document is longer than the format can say. document: how the error calls it."""
+    """Raise DataError where a document is longer than the format can store. document: how the error calls it."""
     if tokens > _LONGEST_DOCUMENT:
         raise DataError(f"{document} has {tokens} tokens, the format holds {_LONGEST_DOCUMENT}; split it")
 

@@ -28,7 +28,7 @@ def dataset_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
 
 
 def read_manifest(path: Path) -> DatasetManifest:
-    """Raises DataError where a field is missing, surplus or of another type."""
+    """Read a manifest. Raises DataError where a field is missing, unknown or of another type."""
     try:
         manifest = DatasetManifest(**json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""A dataset while it is written: its parts beside their later names, so that a kill loses nothing and shows nothing.
+"""A dataset while it is written: its parts have other names until it is whole, so that a kill neither loses nor shows anything.
 
-PREFIX.bin.partial and PREFIX.lengths.partial grow; `open` cuts them back to counts that somebody noted after a `sync`.
-`seal` adds index and manifest, `publish` renames, and may be called again after a kill in its middle.
+PREFIX.bin.partial and PREFIX.lengths.partial grow; `open` truncates them to counts that the caller recorded after a `sync`.
+`seal` adds index and manifest. `publish` renames, and may be called again where a kill has interrupted it.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from overtok_megatron.files import PARTIAL, sync, sync_file
 
 
 def aside_paths(prefix: str | Path) -> list[Path]:
-    """Of a set that is being written: its three parts beside their later names."""
+    """The names of the three parts of a set while it is being written."""
     return [path.with_name(path.name + PARTIAL) for path in dataset_paths(prefix)]
 
 
 def lengths_path(prefix: str | Path) -> Path:
-    """Of a set that is being written: the lengths of its documents."""
+    """The file with the lengths of the documents of a set while it is being written."""
     return Path(f"{prefix}.lengths{PARTIAL}")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a set holds so far; source_bytes of its documents as UTF-8."""
+    """What a set holds so far. source_bytes: of the texts of its documents as UTF-8."""
 
     documents: int = 0
     tokens: int = 0
@@ -38,7 +38,7 @@ class Counts:
 
 
 class PartialSet:
-    """The parts of one dataset; raises OSError where the disk does."""
+    """The parts of one dataset. Every method may raise OSError."""
 
     def __init__(self, prefix: str | Path, vocab_size: int, eod_id: int, tokenizer_fingerprint: str) -> None:
         self.prefix = str(prefix)
@@ -53,7 +53,7 @@ class PartialSet:
 
     @property
     def dtype(self) -> type[np.generic]:
-        """What tokens are stored as."""
+        """The dtype in which tokens are stored."""
         return DTYPES[self._code]
 
     def _sizes(self, counts: Counts) -> list[tuple[Path, int]]:
@@ -65,7 +65,7 @@ class PartialSet:
         return all(path.is_file() and path.stat().st_size >= size for path, size in self._sizes(counts))
 
     def open(self, counts: Counts = Counts()) -> None:
-        """Begin, or go on behind `counts`: whatever was written after them is cut off."""
+        """Begin, or continue behind `counts`: whatever was written after them is cut off."""
         self.paths[0].parent.mkdir(parents=True, exist_ok=True)
         self.counts = counts
         for path, size in self._sizes(counts):
@@ -78,7 +78,7 @@ class PartialSet:
             file.seek(0, os.SEEK_END)
 
     def append(self, tokens: bytes, lengths: bytes, source_bytes: int) -> None:
-        """Documents one after the other: their tokens in `dtype`, and the tokens of each as int32."""
+        """Append documents. tokens: of all of them, in `dtype`; lengths: the number of tokens of each, int32."""
         self._files[0].write(tokens)
         self._files[1].write(lengths)
         self._digest.update(tokens)
@@ -90,7 +90,7 @@ class PartialSet:
         )
 
     def sync(self) -> Counts:
-        """Everything so far is on the disk: what to note, for `open` to go on from."""
+        """Sync everything to the disk; returns the counts to record, with which `open` continues."""
         for file in self._files:
             sync_file(file)
         return self.counts
@@ -125,7 +125,7 @@ class PartialSet:
         return manifest
 
     def publish(self) -> None:
-        """Give the sealed parts their names, the manifest last; what a killed call has renamed already stays."""
+        """Rename the sealed parts to their final names, the manifest last; parts that a killed call has renamed stay."""
         if self._aside[2].exists():
             if self._aside[0].exists():
                 self.paths[2].unlink(missing_ok=True)  # an old set of this name stops being one before its parts change
@@ -136,7 +136,7 @@ class PartialSet:
         self._lengths_path.unlink(missing_ok=True)
 
     def discard(self, *, published: bool = False) -> None:
-        """Remove what is aside; with `published` also what bears its name."""
+        """Remove the unpublished parts; with `published` also those with their final names."""
         try:
             self.close()  # on a full disk this fails once more
         finally:
@@ -145,7 +145,7 @@ class PartialSet:
                     path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the files; they stay."""
+        """Close the files; they stay."""
         files, self._files = self._files, []
         try:
             for file in files:

@@ -1,4 +1,4 @@
-"""Whether a run's tokenizer, datasets and model fit together: asked before a process is spawned, and in every process."""
+"""Opens a run's tokenizer and datasets, and checks that they fit the model: before processes start, and in each of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +86,7 @@ def _named_in_errors(set_name: str) -> Iterator[None]:
 
 
 def _check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer, name: str) -> None:
-    """Raise DataError unless the set was made with this tokenizer, `name` in messages."""
+    """Raise DataError unless the set was made with this tokenizer. name: what messages call it."""
     made_by = dataset.manifest
     if made_by.tokenizer_fingerprint != tokenizer.fingerprint():
         raise DataError(

@@ -1,4 +1,4 @@
-"""Which sample comes when: a shuffle of each epoch that depends on the seed alone, never on the world size.
+"""The order of samples: a shuffle of each epoch that depends on the seed alone, never on the world size.
 
 Epochs of up to 2^24 samples are shuffled by numpy and kept, 128 MiB at most. Longer ones would cost each rank gigabytes and
 a minute per epoch: there a keyed permutation computes where each sample goes on its own.

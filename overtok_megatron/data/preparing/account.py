@@ -17,7 +17,7 @@ class LeftOut:
     tallies: Tallies = field(default_factory=dict)
 
     def add(self, reason: str, name: object, count: int = 1) -> None:
-        """`count` things that `name` stands for."""
+        """Count `count` more things as left out for `reason`; `name` stands for them."""
         known, names = self.tallies.get(reason, (0, []))
         self.tallies[reason] = (known + count, names if len(names) == _NAMES else [*names, shown(name)])
 
@@ -27,7 +27,7 @@ class LeftOut:
             self.tallies[reason] = (known + count, [*before, *names][:_NAMES])
 
     def with_others(self, other: "LeftOut") -> "LeftOut":
-        """Those of both, these first."""
+        """What is left out of either, with the names of this one first."""
         result = LeftOut(dict(self.tallies))
         result.merge(other.tallies)
         return result
@@ -44,16 +44,16 @@ class LeftOut:
         return f"{self.total:,} left out ({parts})"
 
     def lines(self, what: str) -> Iterable[str]:
-        """A line for each reason with the first names. what: of which kind the things are, as `files`."""
+        """A line for each reason with the first names. what: the kind of the things, such as `files`."""
         for reason, (count, names) in self.tallies.items():
             yield f"{what} left out, {reason}: {_listed(names, count)}"
 
 
 @dataclass(kw_only=True)
 class Account:
-    """Of a corpus. files: seen ones that were left out, beside `num_read` whose text was read; documents likewise.
+    """The account of a corpus. files: those that were left out, beside `num_read` whose text was read; documents likewise.
 
-    unsplit: text files in which the separator does not occur, by what may be the reason; num_texts: text files that were read.
+    unsplit: text files in which the separator does not occur, by the likely reason; num_texts: text files that were read.
     """
 
     num_read: int = 0
@@ -64,11 +64,11 @@ class Account:
     num_texts: int = 0
 
     def lines(self) -> list[str]:
-        """What was left out by name, and the sums of all in the last line."""
+        """What was left out, by name; the last line has the sums."""
         return [*self.file_lines(), *self.documents.lines("documents"), f"{self.file_sums()}; {self.document_sums()}"]
 
     def file_lines(self) -> list[str]:
-        """What concerns whole files, by name."""
+        """The lines about whole files."""
         lines = list(self.files.lines("files"))
         for reason, (count, names) in self.unsplit.tallies.items():
             also = f" ({reason})" if reason else ""

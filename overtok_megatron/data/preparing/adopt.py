@@ -22,10 +22,10 @@ _STRIDE = 1 << 22  # tokens looked at at once
 def adopt(
     prefix: str | Path, tokenizer: Tokenizer, advance: Callable[[int], object] = lambda size: None
 ) -> tuple[DatasetManifest, int]:
-    """Write PREFIX.json for a set that `tokenizer` is said to have made; also the number of documents that it ends.
+    """Write PREFIX.json for a set that `tokenizer` is said to have made; returns it and how many documents its eod_id ends.
 
-    That it did cannot be known from the files; that every token is one of its vocabulary is checked. Raises DataError where
-    the files are missing, damaged, contradict each other, have a manifest already, or hold a token of no such vocabulary.
+    The files do not say which tokenizer made them; only that every token is in its vocabulary is checked. Raises DataError
+    where the files are missing, damaged, contradict each other, have a manifest already, or hold another token.
     """
     bin_path, idx_path, manifest_path = dataset_paths(prefix)
     if os.path.lexists(manifest_path):

@@ -1,5 +1,5 @@
-"""Files as streams of their uncompressed content: plain, .gz, .xz, .zst. A file that is cut or damaged is an error, never a
-shorter text."""
+"""Files as streams of their uncompressed content: plain, .gz, .xz, .zst. A file that is cut or damaged raises an error; it is
+never read as a shorter text."""
 
 import gzip
 import lzma
@@ -19,7 +19,7 @@ class _DamageError(Exception):
 
 
 def blocks(path: Path, skip: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Content from byte `skip` on, block by block, each with the bytes on disk that are read so far.
+    """Content from byte `skip` on, block by block, each with the number of bytes on disk that have been read so far.
 
     Raises DataError, one line, where the file cannot be read, or its compressed content is damaged or cut.
     """
@@ -70,7 +70,7 @@ def _xz(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _zstd(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """By hand, frame after frame: the library's own stream reader takes a cut file for a whole one."""
+    """Frame by frame, because the library's own stream reader takes a cut file for a whole one."""
     try:
         import zstandard
     except ImportError:

@@ -1,8 +1,8 @@
-"""Chunks to tokens, in this process or by workers: results come in the order of the chunks, whoever made them.
+"""Chunks to tokens, in this process or by workers: results come in the order of the chunks, whichever worker made them.
 
-Workers are processes of their own that end when their pipe does: neither a kill of the parent nor threads in it leave or
-lock anything, and the caller's main module is not run again in each (what multiprocessing does). Files of the current folder
-are not imported in them, whatever their names.
+Workers are processes that end when their pipe is closed. So a kill of the parent leaves no process behind, threads in the
+parent cannot block them, and unlike multiprocessing they do not run the caller's main module again. They do not import files
+of the current folder, whatever their names.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Encoded:
 class EncodedBatch:
     """What each set gets of a batch, and what became of the rest.
 
-    documents: non-empty ones of each chunk. left_out: of documents; unsplit: text files without the separator.
+    documents: how many of each chunk are not empty. left_out: documents; unsplit: text files without the separator.
     """
 
     sets: list[Encoded]
@@ -69,7 +69,8 @@ class EncodedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentEncoder:
-    """Encodes chunks for the sets. shares: parts of all documents that each set gets, by the hash of the document's text.
+    """Encodes chunks for the sets. shares: what part of all documents each set gets, by the hash of
+    the document's text.
 
     threads: of the tokenizer's library, -1 = one per core.
     """
@@ -81,7 +82,7 @@ class DocumentEncoder:
     threads: int = -1
 
     def __call__(self, batch: Sequence[Chunk]) -> EncodedBatch:
-        """Raises DataError as `located_documents` does, and on a document too long for the format."""
+        """Encode a batch. Raises DataError as `located_documents` does, and on a document that is too long for the format."""
         found: list[tuple[str, bytes, str]] = []
         counts, left, unsplit = [], LeftOut(), LeftOut()
         for chunk in batch:
@@ -126,7 +127,7 @@ class DocumentEncoder:
 
 
 def _line_ends(chunk: Chunk, reading: ReadOptions) -> str:
-    """Why a separator may be missing."""
+    """The likely reason why a separator does not occur, or an empty text."""
     assert reading.separator is not None
     assert isinstance(chunk.payload, bytes)
     plain = "\n" in reading.separator and "\r" not in reading.separator
@@ -150,9 +151,9 @@ def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 def encode_all(
     encoder: DocumentEncoder, chunks: Iterable[Chunk], workers: int
 ) -> Iterator[tuple[list[Chunk], EncodedBatch]]:
-    """Every batch with what `encoder` makes of it, in order; with more than one worker by processes.
+    """Every batch with what `encoder` makes of it, in order; worker processes encode where there is more than one.
 
-    Raises DataError as the encoder and the chunks do, and where a worker ends by itself.
+    Raises DataError as the encoder and the chunks do, and where a worker process ends by itself.
     """
     if workers == 1:
         for batch in batches(chunks):
@@ -163,7 +164,7 @@ def encode_all(
 
 
 class _Workers:
-    """A pipe to each worker, which carries one batch at a time: two might wait for each other with full pipes."""
+    """Worker processes and a pipe to each, which carries one batch at a time: with two, both ends could wait on full pipes."""
 
     def __init__(self, encoder: DocumentEncoder, count: int) -> None:
         self._encoder = pickle.dumps(encoder)
@@ -233,7 +234,7 @@ class _Workers:
 
 
 def work(connection: Connection) -> None:
-    """What a worker does until its parent closes the pipe or is gone."""
+    """Encode batches until the parent closes the pipe or has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # the library would start threads for every core in every worker
     try:

@@ -1,7 +1,7 @@
 """Find the files of a corpus: those that are named, those in folders, those that patterns match; and what is left out, and why.
 
 Links are followed, to folders too, and every file is read once, however often it is named or linked. Everything that is
-seen and not read is in the account of what was left out.
+found and not read is counted as left out, with a reason.
 """
 
 import glob
@@ -42,7 +42,7 @@ _DISGUISES = (
 
 @dataclass
 class Inputs:
-    """The files to read, in order, and what was seen besides."""
+    """The files to read, in order, and what else was found."""
 
     files: list[Path] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -87,7 +87,7 @@ def find_inputs(
 
 
 class _Search:
-    """What one call has found so far."""
+    """Collects what one call finds."""
 
     def __init__(self, reading: ReadOptions, outputs: Collection[Path], tokenizer: Path | None) -> None:
         self._reading = reading
@@ -115,7 +115,7 @@ class _Search:
         self._take(files)
 
     def pattern(self, path: Path) -> None:
-        """The files that a pattern matches; what lies in a folder that it matches only where it matches that too."""
+        """The files that a pattern matches; of a folder that it matches, only the files that it matches as well."""
         left = LeftOut()
         matches = list(map(Path, glob.iglob(str(path), recursive=True)))
         folders = [match for match in matches if os.path.isdir(match)]
@@ -234,7 +234,7 @@ def _is_of_set(path: Path) -> bool:
 
 
 def _refuse_disguised(path: Path) -> None:
-    """Raise DataError where a file that its name makes text is something else by its first bytes."""
+    """Raise DataError where a file would be read as text by its name and is something else by its first bytes."""
     head, _ = next(blocks(path), (b"", 0))
     for pattern, what in _DISGUISES:
         if pattern.match(head):

@@ -1,4 +1,4 @@
-"""What a long job has finished, a line of JSON each time, in a file that is also the lock on what the job writes."""
+"""A file that records how far a long job is, one line of JSON per record; the file is also the lock on what the job writes."""
 
 import fcntl
 import json
@@ -13,7 +13,7 @@ from overtok_megatron.files import sync_file
 class Journal:
     """Opening it takes the lock, which ends with the process. Raises DataError where another process holds it.
 
-    The first line names the job; a line that a kill cut short counts as not written.
+    The first line names the job; a line that a kill cut short is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,11 +49,11 @@ class Journal:
 
     @property
     def names_a_job(self) -> bool:
-        """Whether something was noted: an empty file tells of nothing that was done."""
+        """Whether anything was recorded: an empty file says nothing about what was done."""
         return os.fstat(self._file.fileno()).st_size > 0
 
     def begin(self, job: dict[str, Any]) -> None:
-        """Forget what is there and start on a job."""
+        """Remove all records and name a new job."""
         self._file.truncate(0)
         self.record(job)
 
@@ -63,10 +63,10 @@ class Journal:
         sync_file(self._file)
 
     def remove(self) -> None:
-        """The job is over, one way or the other."""
+        """Remove the file: the job has finished or failed."""
         self.path.unlink(missing_ok=True)
         self._file.close()
 
     def close(self) -> None:
-        """Let go of the lock; the records stay."""
+        """Release the lock; the records stay."""
         self._file.close()

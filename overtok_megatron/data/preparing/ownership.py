@@ -1,4 +1,4 @@
-"""Whether files with the names of a dataset may be replaced: those of our own dataset, or what a killed call of ours left."""
+"""Which files with the names of a dataset may be replaced: those of a set that we wrote, or that a killed call of ours left."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _MANIFEST_BEGIN = b'{\n "vocab_size": '  # of a manifest, even of a damaged one
 
 
 def journal_path(prefix: str | Path) -> Path:
-    """What a call that makes the sets of a prefix keeps its progress in."""
+    """The journal of a call that makes the sets of a prefix."""
     return Path(f"{prefix}.journal")
 
 
@@ -55,7 +55,8 @@ def refuse_outputs(prefix: str, sets: Sequence[str], stale: Sequence[str], input
 
 
 def abandoned_paths(prefix: str | Path, sets: Sequence[str], others: Sequence[str]) -> list[Path]:
-    """What a killed call of `prefix` for other sets left, when this one for `sets` forgets it: nobody else knows it is ours.
+    """What a killed call of `prefix` for other sets left, and what this call for `sets` removes: only the journal, which this
+    call replaces, says that it is ours.
 
     others: what such a call may have written; those with a journal of their own are the work of another.
     """

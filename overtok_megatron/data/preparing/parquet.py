@@ -9,7 +9,7 @@ _ROWS = 256  # of a batch
 
 
 def parquet_rows(path: Path, column: str, skip: int = 0) -> Iterator[tuple[list[object], int]]:
-    """Values from row `skip` on, batch by batch, each with the rows of the file.
+    """Values from row `skip` on, batch by batch, each with the number of rows of the file.
 
     Memory is that of a row group. Raises DataError, one line, where pyarrow is absent, the file damaged or cut, or the
     column missing or not of text.

@@ -1,7 +1,7 @@
-"""A corpus to indexed datasets, by several processes, in constant memory. All or nothing: an error leaves no file.
+"""Make indexed datasets of a corpus, by several processes, in constant memory. An error leaves no file.
 
-A kill, or Ctrl-C, leaves the parts written so far and a journal, PREFIX.journal; the same call goes on from there and
-gives the same files byte for byte, whatever the number of workers. With shares, documents go to PREFIX-train,
+A kill, or Ctrl-C, leaves the parts written so far and a journal, PREFIX.journal; the same call continues from there and
+writes the same files byte for byte, whatever the number of workers. With shares, documents go to PREFIX-train,
 PREFIX-validation and PREFIX-test by the hash of their text.
 """
 
@@ -33,7 +33,7 @@ _BLANK = "without text"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is made of a corpus. shares: of all documents for the sets of SPLIT, none = everything in one set."""
+    """How sets are made of a corpus. shares: what part of all documents each set of SPLIT gets, None = one set."""
 
     reading: ReadOptions = field(default_factory=ReadOptions)
     shares: tuple[float, float, float] | None = None
@@ -41,7 +41,7 @@ class Plan:
     journal_seconds: float = 5.0  # work that a kill may cost
 
     def prefixes(self, prefix: str | Path) -> list[str]:
-        """Of the sets that are written: those with a share."""
+        """The prefixes of the sets that are written, which are those with a share."""
         if self.shares is None:
             return [str(prefix)]
         return [f"{prefix}-{name}" for name, share in zip(SPLIT, self.shares, strict=True) if share]
@@ -65,7 +65,7 @@ def prepare(
     advance: Callable[[int], object] = lambda size: None,
     separator: str | None = None,
 ) -> DatasetManifest:
-    """Tokenize `files` into the one dataset `prefix`, in this process: `prepare_sets` with nothing to choose."""
+    """Tokenize `files` into the one dataset `prefix`, in this process: `prepare_sets` with its defaults."""
     return prepare_sets(files, prefix, tokenizer, Plan(ReadOptions(separator=separator)), advance).manifests[
         str(prefix)
     ]
@@ -78,7 +78,7 @@ def prepare_sets(
     plan: Plan,
     advance: Callable[[int], object] = lambda size: None,
 ) -> Prepared:
-    """Tokenize `files` as `plan` says. `advance` is told the bytes on disk of what is done.
+    """Tokenize `files` as `plan` says. `advance` is called with the bytes on disk that have been read since the last call.
 
     Raises DataError on damaged or foreign input (naming file and byte or row), where there is no text at all or none for one
     of the sets, where another process writes them, or where they cannot be written; OutputError where they would replace an
@@ -120,14 +120,14 @@ def _all_or_nothing(sets: Sequence[PartialSet], journal: Journal) -> Iterator[No
 
 
 def stale_prefixes(plan: Plan, prefix: str | Path) -> list[str]:
-    """Of sets that an earlier split may have left and this one does not write: their documents would be in others too."""
+    """Sets that an earlier split may have left and this one does not write: their documents would be in other sets as well."""
     if plan.shares is None:
         return []
     return [f"{prefix}-{name}" for name, share in zip(SPLIT, plan.shares, strict=True) if not share]
 
 
 def sets_beside(plan: Plan, prefix: str | Path) -> list[str]:
-    """Sets of the same documents that an earlier call made under the same prefix, split where this one does not, or whole."""
+    """Existing sets of the same prefix and documents: the split ones where this call makes one set, or the reverse."""
     other = _EVERY_SET if plan.shares is None else Plan()
     return [name for name in other.prefixes(prefix) if dataset_paths(name)[2].is_file()]
 

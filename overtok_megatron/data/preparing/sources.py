@@ -1,7 +1,7 @@
 """Corpus files to chunks of raw content, in order and in constant memory; chunks to documents.
 
 `read_chunks` runs in one process and only cuts: at lines of JSONL, at separators of text, at batches of Parquet rows.
-`documents` does the rest (UTF-8, JSON) wherever the chunk is sent. Where cuts fall never shows in the documents.
+`documents` does the rest (UTF-8, JSON) in the process that gets the chunk. The documents do not depend on where the cuts are.
 Not here: which files (inputs.py), and any cleaning of the text, except that a byte-order mark is dropped.
 """
 
@@ -61,7 +61,7 @@ class Chunk:
 
 
 def kind_by_name(path: Path) -> str | None:
-    """What a file holds by its name, in small or capital letters; None where the name does not say."""
+    """The format of a file by its suffix, in lower or upper case; None where the suffix is not known."""
     plain = path.with_suffix("") if path.suffix.lower() in compression.SUFFIXES else path
     return KINDS.get(plain.suffix.lower())
 
@@ -100,7 +100,7 @@ def _size(path: Path) -> int:
 def _byte_pieces(
     path: Path, separator: str | None, start: Position, size: int, chunk_bytes: int
 ) -> Iterator[tuple[bytes | list[object], Position]]:
-    """Content cut behind separators (a file in one piece without one), each piece with the position behind it."""
+    """Content cut behind separators, each piece with the position behind it; without a separator a file is one piece."""
     mark = None if separator is None else separator.encode()
     rest = bytearray()
     offset, line, searched, cut = start.offset, start.line, 0, 0
@@ -152,7 +152,7 @@ def documents(chunk: Chunk, reading: ReadOptions) -> Iterator[tuple[str, bytes]]
 
 
 def located_documents(chunk: Chunk, reading: ReadOptions) -> Iterator[tuple[str, bytes, str]]:
-    """All documents of a chunk as text, as UTF-8, and with where they are within the file, as `line 3`.
+    """All documents of a chunk as text, as UTF-8, and with their location within the file, as `line 3`.
 
     Values of JSON and Parquet may be empty; two separators of a text with nothing between them do not make a document.
     Raises DataError naming file and line, row or byte of what is not text, is not a JSON object, or lacks the key.

@@ -28,7 +28,7 @@ def train_sentencepiece(
     The text is taken as it is (no normalisation, spaces kept, unknown characters as bytes), so that decoding gives it
     back. At most 100,000 lines, drawn evenly from the whole corpus, are looked at; the same files give the same
     model byte for byte. Raises DataError on an empty corpus, one too small for the vocabulary, or a failing disk; OutputError
-    where `output` is one of `files`, or something else than that very model: a tokenizer is what sets were made with.
+    where `output` is one of `files`, or exists and is not the same model: sets may have been made with it.
     """
     files = list(files)
     refuse_inputs([output], files)
@@ -93,7 +93,7 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _sample(lines: Iterable[str], size: int) -> list[str]:
-    """At most `size` lines, each as likely as any other (reservoir sampling): memory is that of the sample."""
+    """At most `size` lines, each with the same probability (reservoir sampling), in the memory of the sample."""
     generator = random.Random(0)
     kept: list[str] = []
     for seen, line in enumerate(lines):

@@ -17,8 +17,8 @@ END_OF_TEXT = "<|endoftext|>"
 class HuggingFaceTokenizer:
     """A tokenizer.json, or the folder that holds one. Special-token strings in a text are encoded as ordinary text.
 
-    Nothing is added around a text, and nothing padded or cut, whatever the file asks for. Added tokens that are not special
-    (runs of spaces, placeholders) are part of how a text is spelled, and found in it.
+    Nothing is added around a text, padded or cut, whatever the file asks for. Added tokens that are not special (runs of
+    spaces, placeholders) are found in a text as any other piece.
     """
 
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
@@ -55,8 +55,8 @@ class HuggingFaceTokenizer:
         return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a worker, from the file's own bytes: one that the library pickled forgets how to read special tokens, and leaves
-        the heap in holes, so that it encodes a tenth slower.
+        """Build the tokenizer again from the file's bytes, in a worker: one that the library pickled loses its setting for
+        special tokens, and fragments the heap, so that it encodes a tenth slower.
         """
         self.__dict__.update(state)
         self._tokenizer = _build(self._content)
@@ -66,7 +66,7 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_batch(self, texts: list[str], threads: int = -1) -> list[list[int]]:
-        """As `encode` for each text; how many threads is read by the library from TOKENIZERS_PARALLELISM."""
+        """As `encode` for each text; the library reads the number of threads from TOKENIZERS_PARALLELISM."""
         return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
@@ -90,7 +90,7 @@ class HuggingFaceTokenizer:
 
 
 def _build(content: bytes) -> tokenizers.Tokenizer:
-    """What the file says, less what would add to a text, cut it, or read its characters as special tokens."""
+    """The file's tokenizer without padding, truncation and special-token strings in a text."""
     tokenizer = tokenizers.Tokenizer.from_str(decode_text(content))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -99,10 +99,10 @@ def _build(content: bytes) -> tokenizers.Tokenizer:
 
 
 def _decoding(decoder: dict[str, Any] | None) -> tuple[bool, bool]:
-    """What a file's decoder makes of tokens beyond joining them one by one: (bytes in runs, anything else).
+    """Whether a file's decoder does more than to join tokens one by one: (it decodes runs of bytes, anything else).
 
-    A run of byte pieces is one text or, where a single byte is wrong, nothing but replacement characters: it is undecided
-    until it ends. A change of the joined text, of repeated tokens or of the last one reaches anywhere.
+    A run of byte pieces is one text or, where a single byte is wrong, nothing but replacement characters, so its
+    text is undecided until it ends. What changes the joined text, repeated tokens or the last one may change any of it.
     """
     pending, joined, runs = [decoder] if decoder else [], False, False
     while pending:

@@ -7,8 +7,8 @@ class Tokenizer(Protocol):
     """vocab_size V; eod_id ends a document; encode never yields it; fingerprint is the SHA-256 of the model file.
 
     threads: of encode_batch, -1 = one per core, where the library lets it be chosen.
-    undecided: whether what the tokens up to this one spell may change with those that follow, beyond bytes that become a
-    character. Where it may not, tokens behind a text that has begun spell the same whatever that text is.
+    undecided: whether the text of the tokens up to this one may change with those that follow, other than by bytes that become
+    a character. Where it may not, tokens that follow a non-empty text decode to the same text whatever that text is.
     """
 
     vocab_size: int

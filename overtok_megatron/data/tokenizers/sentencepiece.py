@@ -41,7 +41,7 @@ class SentencePieceTokenizer:
         self._space_mark_bytes = self._bytes_of_space_mark()
 
     def _bytes_of_space_mark(self) -> list[int]:
-        """The byte pieces that spell the sign for a space; none where the model prefixes a text or has no bytes."""
+        """The byte pieces of the sign for a space; none where the model adds a space before a text or has no byte pieces."""
         pieces: list[int] = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         exact = all(map(self._processor.IsByte, pieces)) and self._processor.EncodeAsPieces("a")[0][0] != _SPACE_MARK
         return pieces if exact else []
@@ -76,7 +76,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _rewrites(self) -> bool:
-        """Whether the model has rules that change a decoded text once more. Its library does not tell, the file does."""
+        """Whether the model has rules that rewrite a decoded text. The library does not say, so the model file is read."""
         content = self._processor.serialized_model_proto()
         offset = 0
         while offset < len(content):  # one message of protobuf's, all of whose fields have a length
