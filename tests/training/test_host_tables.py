@@ -38,7 +38,7 @@ def train(
             pair = (part.flatten(0, 1)[:, :-1], part.flatten(0, 1)[:, 1:])
             validations.append(trainer.evaluate([pair])[0])
     assert trainer.tables is not None
-    assert (trainer.tables.ahead is not None) == (over.get("storage") == "host")
+    assert (trainer.tables.prefetch is not None) == (over.get("storage") == "host")
     columns = trainer.tables.columns()
     return losses, validations, columns["weight"], columns["square_sum"]
 
@@ -74,6 +74,6 @@ def test_two_levels_give_the_flat_numbers() -> None:
     flat = run_ranks(4, train, exact, TENSOR, 10, 1e-3)
     levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, TENSOR, 10, 1e-3)
     assert levels[0][0] == pytest.approx(flat[0][0], rel=1e-5)
-    # owners are ordered by (place within the host, host): ranks 1 and 2 change places
+    # owners are ordered by (rank within the host, host): ranks 1 and 2 are exchanged
     for mine, theirs in zip((0, 1, 2, 3), (0, 2, 1, 3), strict=True):
         torch.testing.assert_close(levels[mine][2], flat[theirs][2], rtol=1e-3, atol=1e-5)
