@@ -74,6 +74,6 @@ def test_two_levels_give_the_flat_numbers() -> None:
     flat = run_ranks(4, train, exact, TENSOR, 10, 1e-3)
     levels = run_ranks(4, train, {**exact, "ranks_per_host": 2, "storage": "host"}, TENSOR, 10, 1e-3)
     assert levels[0][0] == pytest.approx(flat[0][0], rel=1e-5)
-    # owners are ordered by (number within the host, host): ranks 1 and 2 are swapped
+    # owners are ordered by (rank within the host, host): ranks 1 and 2 are exchanged
     for mine, theirs in zip((0, 1, 2, 3), (0, 2, 1, 3), strict=True):
         torch.testing.assert_close(levels[mine][2], flat[theirs][2], rtol=1e-3, atol=1e-5)
