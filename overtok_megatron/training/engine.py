@@ -67,6 +67,11 @@ class TrainingEngine:
         return self.grid.shape.pipe > 1
 
     @property
+    def looks_up_rows(self) -> bool:
+        """Whether this rank looks n-grams up, because its stage has layers that read rows; every rank serves its own rows."""
+        return self.grid.is_first_stage
+
+    @property
     def extra_tokens(self) -> int:
         """k, how many tokens of the stream beyond the inputs the heads need: the target of the last position."""
         return 1
@@ -80,7 +85,7 @@ class TrainingEngine:
         """Announce the tokens [A, b, s + k] of a coming step, in the order of the steps, where rows are fetched ahead."""
         if self.tables is not None:
             inputs, _ = self.inputs_and_targets(tokens)
-            self.tables.announce(self._looked_up(inputs))
+            self.tables.announce(inputs if self.looks_up_rows else None)
 
     def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
         """One optimizer step on the tokens [A, b, s + k] int64 of this rank's copy of the model.
@@ -143,20 +148,16 @@ class TrainingEngine:
         """This tensor-parallel rank's dense weights by name, whole also under ZeRO 3; the tied head appears once."""
         return dense_weights(self.deepspeed_engine)
 
-    def _looked_up(self, inputs: Tensor) -> Tensor | None:
-        """The tokens whose n-grams this rank looks up: all inputs [A, b, s] on the first stage, none on other stages."""
-        return inputs if self.grid.is_first_stage else None
-
     def _fetch_rows(self, inputs: Tensor, *, training: bool) -> FetchedRows | None:
         """The rows of all micro-batches [A, b, s]; all ranks must call this. None without tables."""
         if self.tables is None:
             return None
-        return self.tables.fetch_rows(self._looked_up(inputs), training=training)
+        return self.tables.fetch_rows(inputs if self.looks_up_rows else None, training=training)
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
         """This rank's part of each micro-batch of inputs and targets [A, b, s], which hold whole sequences."""
         num_slices, index = self.grid.shape.context, self.grid.coordinate("context")
-        here = fetched if self.grid.is_first_stage else None
+        here = fetched if self.looks_up_rows else None
         return [
             MicroBatch(whole, whole.chunk(num_slices, dim=-1)[index], None if here is None else here[i], target)
             for i, (whole, target) in enumerate(zip(inputs, targets.chunk(num_slices, dim=-1)[index], strict=True))

@@ -20,10 +20,9 @@ def table_metrics(engine: TrainingEngine, tokens: Tensor) -> dict[str, float]:
     touched = over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, engine.device)
     values = {"tables/touched_share": touched / family.total_rows}
     inputs, _ = engine.inputs_and_targets(tokens)
-    first_stage = engine.grid.is_first_stage
     # The rows that the step fetched cannot serve: they have the values of before its update. Every rank owns some rows.
-    fetched = tables.fetch_rows(inputs[:1] if first_stage else None)
-    if first_stage:
+    fetched = tables.fetch_rows(inputs[:1] if engine.looks_up_rows else None)
+    if engine.grid.is_first_stage:
         assert model.embedding is not None and model.embedding.over_encoding is not None
         values["tables/collision_share"] = family.collision_share(inputs)
         for order, norm in model.embedding.over_encoding.order_norms(fetched, family.orders).items():

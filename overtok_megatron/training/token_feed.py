@@ -22,8 +22,16 @@ class TokenFeed:
     """Reads a run's data for one rank. All ranks of a copy of the model must ask for the same tokens in the same order."""
 
     def __init__(
-        self, config: RunConfig, data: RunData, grid: ProcessGrid, device: torch.device, *, num_micro_batches: int
+        self,
+        config: RunConfig,
+        data: RunData,
+        grid: ProcessGrid,
+        device: torch.device,
+        *,
+        num_micro_batches: int,
+        extra_tokens: int,
     ) -> None:
+        """extra_tokens: k."""
         self._config = config
         self._grid = grid
         self._device = device
@@ -36,6 +44,7 @@ class TokenFeed:
             data_parallel_rank=grid.data_rank,
             data_parallel_size=grid.shape.data,
             seed=config.data.shuffle_seed,
+            extra_tokens=extra_tokens,
         )
 
     def steps(self, consumed: int, num_steps: int, announce: Callable[[Tensor], None]) -> Iterator[Tensor]:

@@ -64,7 +64,14 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_after_step)
         self.consumed = 0  # samples so far, which give the position in the data
-        self.feed = TokenFeed(config, self.data, self.grid, device, num_micro_batches=self.engine.num_micro_batches)
+        self.feed = TokenFeed(
+            config,
+            self.data,
+            self.grid,
+            device,
+            num_micro_batches=self.engine.num_micro_batches,
+            extra_tokens=self.engine.extra_tokens,
+        )
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule.of(config)
         self.step_metrics = StepMetrics(config, device)

@@ -113,13 +113,9 @@ def build_added_loss(
 class LookingUpEngine(TrainingEngine):
     """An engine whose last stage looks up n-grams as well."""
 
-    def _looked_up(self, inputs: Tensor) -> Tensor | None:
-        return inputs
-
-    def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
-        assert fetched is not None
-        batches = super()._micro_batches(inputs, targets, fetched)
-        return [batch._replace(fetched=fetched[i]) for i, batch in enumerate(batches)]
+    @property
+    def looks_up_rows(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

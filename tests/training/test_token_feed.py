@@ -14,7 +14,7 @@ CONSUMED, STEPS = 16, 3
 
 def test_tokens_are_announced_one_step_ahead(trained_runs: TrainedRuns) -> None:
     config = tiny_run_config(trained_runs.folder, "fp32")
-    feed = TokenFeed(config, open_run_data(config), ProcessGrid.single(), CPU, num_micro_batches=1)
+    feed = TokenFeed(config, open_run_data(config), ProcessGrid.single(), CPU, num_micro_batches=1, extra_tokens=1)
     announced: list[Tensor] = []
     steps = feed.steps(CONSUMED, STEPS, announced.append)
     assert not announced
