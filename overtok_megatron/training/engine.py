@@ -68,8 +68,11 @@ class TrainingEngine:
 
     @property
     def looks_up_rows(self) -> bool:
-        """Whether this rank looks n-grams up, because its stage has layers that read rows; every rank serves its own rows."""
-        return self.grid.is_first_stage
+        """Whether this rank looks n-grams up, because layers of its stage read rows; every rank serves its own rows."""
+        if self.tables is None:
+            return False
+        reads_here = {"embedding": self.grid.is_first_stage}
+        return reads_here[self.tables.family.readout]
 
     @property
     def extra_tokens(self) -> int:
