@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.kernels.rows import RowStep, TableRows
+from overtok_megatron.kernels.rows import RowStep, StoredRows
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
@@ -64,7 +64,7 @@ def has_fbgemm() -> bool:
 
 def row_ids(rows: Tensor, space: RowSpace) -> Tensor:
     """Row ids [N, T] of the tables' rows [N, T] in our row space."""
-    return torch.stack([space.row_ids(table, own) for table, own in enumerate(rows.unbind(1))], dim=1)
+    return torch.stack([space.row_ids_of_table(table, own) for table, own in enumerate(rows.unbind(1))], dim=1)
 
 
 def our_tables(
@@ -142,7 +142,7 @@ def limit(tables: ShardedTables, rows: Tensor, space: RowSpace, grad: Tensor) ->
     """The lower bound set by memory traffic: every row read and every look-up written, every gradient read, every row read,
     modified and written in place. No ids are sorted, no gradients are summed, and there is no optimizer state."""
     kernels, stored = tables.kernels, tables.store.rows
-    assert isinstance(stored, TableRows)
+    assert isinstance(stored, StoredRows)
     found = kernels.unique(row_ids(rows, space), space.total_rows)
     changes = grad.new_ones(found.ids.numel(), grad.shape[2], dtype=torch.float32)
     step = RowStep(rule="sgd", rate=1e-3, decay=1.0, betas=(0.0, 0.0), eps=0.0, grad_factor=1.0, noise=0)

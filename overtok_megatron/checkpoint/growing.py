@@ -94,11 +94,11 @@ def _grown_rows(source: Path, old: RunConfig, new: RunConfig, scratch: Path) -> 
 
 def _new_row_ids(old: RowSpace, new: RowSpace, start: int, count: int) -> Tensor:
     """The ids, in a row space with more tables, of the rows with ids [start, start + count) in the old one; [count] int64."""
-    tables, rows = old.table_rows_of(torch.arange(start, start + count))
+    tables, rows = old.table_and_row_of(torch.arange(start, start + count))
     result = torch.empty_like(rows)
     for table in range(old.num_tables):
         in_table = tables == table
-        result[in_table] = new.row_ids(table, rows[in_table])
+        result[in_table] = new.row_ids_of_table(table, rows[in_table])
     return result
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
 from overtok_megatron.checkpoint.tables import table_files
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.kernels.rows import RowKernels, TableRows
+from overtok_megatron.kernels.rows import RowKernels, StoredRows
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}
 
@@ -42,7 +42,7 @@ class _Column:
 class MappedRows:
     """All rows of a checkpoint, read-only, on disk. `read` gives what a `RowStore` in memory gives."""
 
-    rows: TableRows | None = None
+    rows: StoredRows | None = None
     device = torch.device("cpu")
 
     def __init__(self, folder: Path, total_rows: int, width: int, kernels: RowKernels) -> None:
@@ -92,6 +92,6 @@ class MappedRows:
                 continue
             file_rows = (row_ids[first:last] - start).tolist()
             scale = self._scales[number]
-            stored = TableRows(self._weights[number].read(file_rows), None if scale is None else scale.read(file_rows))
-            parts.append(self.kernels.fetch(stored, torch.arange(len(file_rows)), dtype))
+            stored = StoredRows(self._weights[number].read(file_rows), None if scale is None else scale.read(file_rows))
+            parts.append(self.kernels.read(stored, torch.arange(len(file_rows)), dtype))
         return torch.cat(parts)

@@ -10,14 +10,15 @@ from overtok_megatron.config.derived import (
     head_size,
     row_width,
 )
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.schema import RowRule, RunConfig
 
-_STATE_VALUES = {
-    "rowwise_adagrad": (1, 0),
-    "rowwise_adam": (1, 1),
-    "adam": (0, 2),
-    "sgd": (0, 0),
-}  # per row, per element
+# The state of each row optimizer by name, and whether it has one value per element of a row, or else one per row.
+ROW_STATES: dict[RowRule, dict[str, bool]] = {
+    "rowwise_adagrad": {"square_sum": False},
+    "rowwise_adam": {"exp_avg": True, "exp_avg_sq": False},
+    "adam": {"exp_avg": True, "exp_avg_sq": True},
+    "sgd": {},
+}
 _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 
 
@@ -116,7 +117,8 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     bf16 = config.training.precision == "bf16"
     _, rows, width = table_shape(config)
     own_rows = -(-rows // world_size)
-    per_row, per_element = _STATE_VALUES[config.over_encoding.optimizer]
+    is_per_element = ROW_STATES[config.over_encoding.optimizer].values()
+    state_values = sum(width if per_element else 1 for per_element in is_per_element)  # per row
     scale_bytes, value_bytes = _ROW_BYTES[config.over_encoding.row_dtype]
     state_bytes = 4 if config.over_encoding.state_dtype == "float32" else 2
 
@@ -127,8 +129,8 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
         weights=share(dense * (2 if bf16 else 4), 3),
         gradients=share(dense * (2 if bf16 and stage == 0 else 4), 2),
         optimizer=share(dense * (12 if bf16 else 8), 1),
-        table_rows=own_rows * (width * value_bytes + scale_bytes + 1),  # and one byte: whether it was touched
-        table_state=own_rows * (per_row + per_element * width) * state_bytes,
+        table_rows=own_rows * (width * value_bytes + scale_bytes + 1),  # and one byte for its flag
+        table_state=own_rows * state_values * state_bytes,
     )
 
 

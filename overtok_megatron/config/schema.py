@@ -26,6 +26,7 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Order = Annotated[int, Field(ge=2, le=LONGEST_ORDER)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
+RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]  # how n-gram rows are updated: kernels/rows.py
 LONGEST_NAME = 240  # bytes; file systems take 255, and files of a set or a checkpoint add endings
 
 
@@ -149,9 +150,7 @@ class OverEncodingConfig(Section):
         "error", description="what to do when table_rows / hash_base is close to an integer"
     )
     init_std: NonNegativeFloat = Field(0.02, description="deviation of the initial rows; 0 = rows begin at zero")
-    optimizer: Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"] = Field(
-        "rowwise_adagrad", description="row optimizer, touched rows only"
-    )
+    optimizer: RowRule = Field("rowwise_adagrad", description="row optimizer, touched rows only")
     learning_rate_factor: PositiveFloat | None = Field(
         None, description="rows' learning rate over the dense one; none = 10 with rowwise_adagrad, else 1"
     )

@@ -38,9 +38,8 @@ from overtok_megatron.interchange.rotary_form import release_4_values
 from overtok_megatron.interchange.tensor_files import write_shards
 from overtok_megatron.interchange.tokenizer_files import write_tokenizer
 from overtok_megatron.interchange.weight_names import to_theirs
-from overtok_megatron.kernels.rows import SCATTER
+from overtok_megatron.kernels.rows import SCATTER, STRIPES
 from overtok_megatron.ngram.building import row_space
-from overtok_megatron.ngram.row_space import STRIPES
 
 TABLES_INDEX = "tables.index.json"
 MODELING = "modeling_overtok.py"

@@ -1,6 +1,9 @@
-"""Which implementation runs: this project's loops on CPU; Triton and NVIDIA's apex on CUDA if importable, else torch.
+"""Chooses the implementation of each pass for a device.
 
-The PyPI package called `apex` is an unrelated web toolkit; it has none of the modules that `apex_parts` imports.
+On a CPU these are the compiled loops of this project. On a CUDA device they are Triton's kernels for table rows and NVIDIA's
+apex for the norm and AdamW, each where it can be imported. In every other case torch's operators are used.
+
+The package `apex` on PyPI is an unrelated web toolkit. It does not have the modules that `apex_parts` imports.
 """
 
 import ctypes
@@ -29,7 +32,7 @@ def torch_adamw(groups: Groups, lr: float, betas: tuple[float, float], eps: floa
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """One implementation of each pass. Signatures and meaning are those of reference.py and rows.py, which are the default."""
+    """One implementation of each pass: by default those of reference.py and rows.py, which define signatures and results."""
 
     name: str = "torch"
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
@@ -39,15 +42,15 @@ class Kernels:
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
     adamw: AdamW = torch_adamw
-    rows: RowKernels = RowKernels()  # noqa: RUF009  # it has no state
+    rows: RowKernels = RowKernels()  # noqa: RUF009  # all may share one: it has no state
 
     def choose_adamw(self, *, offloaded: bool) -> AdamW:
-        """AdamW of these kernels, or torch's if the optimizer's state is offloaded to the CPU: apex's runs on CUDA only."""
+        """AdamW of these kernels, or torch's where the optimizer state is offloaded to the CPU, because apex needs CUDA."""
         return torch_adamw if offloaded else self.adamw
 
 
 def apex_parts() -> tuple[Callable[..., Tensor], Callable[..., torch.optim.Optimizer]] | None:
-    """NVIDIA apex's fused RMSNorm and FusedAdam, or None where apex is absent, unrelated, or built without them."""
+    """The fused RMSNorm and FusedAdam of NVIDIA's apex; None where it is not installed or was built without them."""
     try:
         norms = importlib.import_module("apex.normalization.fused_layer_norm")
         optimizers = importlib.import_module("apex.optimizers")
@@ -65,10 +68,10 @@ def _cuda_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def choose_kernels(choice: str, device: torch.device) -> Kernels:
-    """The kernels of `training.kernels` on a device.
+    """The kernels that a device runs with a value of `training.kernels`.
 
-    `auto`: on CPU the compiled loops; on CUDA Triton for table rows, and apex for the rest if it can be imported, else torch.
-    `torch`: torch's operators only. `apex`: as auto, but apex is required.
+    choice: "auto" takes the compiled loops on a CPU; on a CUDA device it takes Triton for table rows, and apex for the norm
+    and AdamW if apex can be imported. "torch" takes torch's operators only. "apex" is "auto" with apex required.
 
     Raises ConfigError where apex is required and cannot be imported.
     """
@@ -95,7 +98,7 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
 
 
 def _cuda_row_kernels() -> RowKernels:
-    """Triton's kernels if Triton is installed with torch, else torch's operators, which sum in another order."""
+    """The Triton kernels if Triton can be imported, else torch's operators, which add in another order."""
     try:
         from overtok_megatron.kernels.triton_rows import TritonRowKernels
     except ImportError:

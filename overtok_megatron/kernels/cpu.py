@@ -1,6 +1,7 @@
-"""Passes over activations on CPU by the compiled loops of cpu.cpp, and attention in tiles that stay in cache.
+"""Passes over activations on CPU: calls of the compiled loops of cpu.cpp, and attention in tiles that fit in the cache.
 
-Signatures, shapes and, to rounding, results are those of reference.py. Passes over table rows are in cpu_rows.py.
+Signatures and shapes are those of reference.py, and so are the results, up to rounding. Passes over table rows are in
+cpu_rows.py.
 """
 
 import ctypes
@@ -22,7 +23,10 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 class CpuLoops:
-    """Calls the compiled library with tensors. Its methods check nothing: the callers below ensure dtypes and strides."""
+    """Calls functions of the compiled library with tensors.
+
+    `call` does not check its arguments: the other methods and the autograd functions below ensure dtypes and strides.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -66,7 +70,10 @@ class CpuLoops:
 
 
 def _vectors(x: Tensor) -> tuple[Tensor, int, int]:
-    """x as vectors of its last dimension at one stride: (tensor to keep alive, count, stride). Copies only if it must."""
+    """x [.., d] as vectors of length d that lie at one stride: (the tensor that holds them, their number, the stride).
+
+    The tensor is x itself where its vectors lie at one stride, else a contiguous copy.
+    """
     count = x.numel() // x.shape[-1]
     if x.stride(-1) == 1 and x.dim() > 1:
         stride = x.stride(-2)

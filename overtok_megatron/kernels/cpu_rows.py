@@ -8,6 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from overtok_megatron.config.schema import RowRule
 from overtok_megatron.kernels.rows import (
     CHANGED,
     DistinctIds,
@@ -15,12 +16,13 @@ from overtok_megatron.kernels.rows import (
     RowGradientSums,
     RowKernels,
     RowStep,
-    TableRows,
+    StoredRows,
 )
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_RULE = {"rowwise_adagrad": 0, "rowwise_adam": 1, "adam": 2, "sgd": 3}
+# as `enum Rule` of row_optimizers.cpp numbers them
+RULE_NUMBERS: dict[RowRule, int] = {"rowwise_adagrad": 0, "rowwise_adam": 1, "adam": 2, "sgd": 3}
 
 
 class _Update(ctypes.Structure):
@@ -92,7 +94,7 @@ class CpuRowKernels(RowKernels):
 
     def _gathered(
         self,
-        rows: TableRows,
+        rows: StoredRows,
         index: Tensor | None,
         slots: Tensor | None,
         sorted_lookups: Tensor | None,
@@ -112,12 +114,12 @@ class CpuRowKernels(RowKernels):
         )
         return out
 
-    def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def read(self, rows: StoredRows, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self._gathered(rows, index.contiguous(), None, None, index.numel(), dtype)
 
     def gather(
         self,
-        rows: TableRows,
+        rows: StoredRows,
         index: Tensor | None,
         slots: Tensor,
         dtype: torch.dtype,
@@ -128,26 +130,29 @@ class CpuRowKernels(RowKernels):
 
     def add(self, sums: RowGradientSums, sorted_lookups: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
         grad, total = grad.contiguous(), sums.total
-        assert total.is_contiguous() and total.dtype == sums.squares.dtype == torch.float32
+        assert total.is_contiguous() and total.dtype == sums.row_squared_norms.dtype == torch.float32
         function = getattr(self._library, f"add_rows_{_SUFFIX[grad.dtype]}")
         sizes = (ctypes.c_int64(grad.shape[0]), ctypes.c_int64(grad.shape[1]))
         ends = (ctypes.c_int64(total.shape[0]), ctypes.c_int64(fresh))
-        function(_pointer(grad), _pointer(sorted_lookups), *sizes, _pointer(total), _pointer(sums.squares), *ends)
+        function(
+            _pointer(grad), _pointer(sorted_lookups), *sizes, _pointer(total), _pointer(sums.row_squared_norms), *ends
+        )
 
     def sum(self, values: Tensor) -> Tensor:
         values = values.contiguous()
         total = self._library.sum_f32(_pointer(values), ctypes.c_int64(values.numel()))
         return torch.tensor(total, dtype=torch.float64)
 
-    def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
+    def update(self, rows: StoredRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
         grad, index = grad.contiguous(), index.contiguous()
         assert rows.weight.is_contiguous() and grad.dtype == torch.float32
+        assert step.rule in RULE_NUMBERS, step.rule
         states = [state.get(name) for name in ("exp_avg", "exp_avg_sq")]
         if step.rule == "rowwise_adagrad":
             states = [state["square_sum"], None]
         narrow = any(tensor.dtype == torch.bfloat16 for tensor in state.values())
         update = _Update(
-            _RULE[step.rule], _FORMAT[rows.weight.dtype], narrow, step.rate, step.decay, *step.betas, step.eps,
+            RULE_NUMBERS[step.rule], _FORMAT[rows.weight.dtype], narrow, step.rate, step.decay, *step.betas, step.eps,
             step.grad_factor, step.noise, CHANGED, rows.first_row_id,
         )  # fmt: skip
         self._library.update_rows(

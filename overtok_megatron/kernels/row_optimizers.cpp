@@ -1,4 +1,4 @@
-// Row optimizers on CPU: one step on the rows that a training step touched, rounded stochastically where they are stored in fewer
+// Row optimizers on CPU: one step on the rows that a training step looked up, rounded stochastically where they are stored in fewer
 // bits than float32. The rules are those of rows.py (RowStep), and so are the random bits (`noise`).
 
 #include <omp.h>
@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -73,6 +74,7 @@ inline void store_state(void* state, bool narrow, int64_t at, float value, uint3
 template <int rule, bool narrow>
 inline void step_row(const RowUpdate& u, void* first_state, void* second_state, int64_t row, int64_t width, uint32_t noise,
                      const float* __restrict grad, float* __restrict values) {
+    static_assert(rule == rowwise_adagrad || rule == rowwise_adam || rule == adam || rule == sgd);
     const int64_t at = row * width;
     const float factor = u.factor, decay = u.decay;
     const auto bits = [=](int64_t column) { return narrow ? mix(noise + static_cast<uint32_t>(column) * golden) : 0u; };
@@ -154,6 +156,8 @@ extern "C" void update_rows(void* weight, float* scale, uint8_t* flags, void* fi
     auto* function = u->rule == rowwise_adagrad ? update<rowwise_adagrad>
                      : u->rule == rowwise_adam  ? update<rowwise_adam>
                      : u->rule == adam          ? update<adam>
-                                                : update<sgd>;
+                     : u->rule == sgd           ? update<sgd>
+                                                : nullptr;
+    if (function == nullptr) std::abort();  // cpu_rows.py passes the numbers of Rule alone
     function(u->narrow_state != 0, weight, scale, flags, first_state, second_state, index, grad, n, width, *u);
 }

@@ -3,28 +3,33 @@
 These operators define what the compiled forms (cpu_rows.py, triton_rows.py) compute, are their test oracle, and run where
 there is no compiled form.
 
-Shapes: N look-ups, U distinct rows among them, m rows of a rank, r of them touched, w row width, T tables, n longest n-gram.
+Shapes: N look-ups, U distinct rows among them, m rows of a rank, r of them updated, w row width, T tables, n longest n-gram.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]
+from overtok_megatron.config.schema import RowRule
+
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
-CHANGED = 3  # flag of an updated row
-SCATTER = (
-    2533  # stripe k lies at position k * SCATTER modulo their number: the golden section of ngram.row_space.STRIPES
-)
+# A row's flag: 0 before its first update; then CHANGED, which a save lowers to EVER_UPDATED when it begins.
+EVER_UPDATED = 1
+CHANGED = 3
+# Over how many stripes rows are interleaved: a prime, so that every stripe has rows of every table; large, so that every rank
+# has several stripes. Stripe k is stored at position k * SCATTER mod STRIPES; SCATTER is about 0.618 STRIPES, so neighbouring
+# stripes land far apart.
+STRIPES = 4099
+SCATTER = 2533
 
 
 @dataclass(frozen=True)
-class TableRows:
-    """The rows of one rank as they are stored.
+class StoredRows:
+    """Rows as they are stored: those that one rank owns, or the fetched rows of a step.
 
     weight [m, w] float32, bfloat16, or int8 with scale [m] float32 (a row is scale times weight; else None). first_row_id:
     the row id of local row 0. Row ids key the rounding, so that it does not depend on which rank owns a row. flags [m]
@@ -87,10 +92,10 @@ class DistinctIds(NamedTuple):
 
 
 class RowGradientSums(NamedTuple):
-    """Gradients summed by row: total [U, w] float32, and squares [U] float32, the sum of squares of each row of total."""
+    """Gradients summed by row: total [U, w] float32; row_squared_norms [U] float32, the sum of squares of each row of total."""
 
     total: Tensor
-    squares: Tensor
+    row_squared_norms: Tensor
 
     @classmethod
     def empty(cls, count: int, width: int, device: torch.device) -> "RowGradientSums":
@@ -115,7 +120,7 @@ def row_id(table: int, row: Tensor, sizes: tuple[int, ...], stripes: int) -> Ten
     return torch.where(number < length * stripes, position * length + number // stripes, number)
 
 
-def table_rows_of(row_ids: Tensor, sizes: tuple[int, ...], stripes: int) -> tuple[Tensor, Tensor]:
+def table_and_row_of(row_ids: Tensor, sizes: tuple[int, ...], stripes: int) -> tuple[Tensor, Tensor]:
     """The inverse of `row_id`: the tables of row ids [..] int64 and their rows within these tables, both int64 [..]."""
     smallest, length = min(sizes), sum(sizes) // stripes
     stripe = row_ids // max(length, 1) * pow(SCATTER, -1, stripes) % stripes
@@ -210,7 +215,7 @@ class RowKernels:
         slots = torch.empty_like(slot).scatter_(0, lookups, slot).view(ids.shape)
         return DistinctIds(ascending[first], slots, slot << 32 | lookups)
 
-    def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def read(self, rows: StoredRows, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Local rows index [r] int64 as [r, w] of a dtype, float32 or bfloat16."""
         values = rows.weight.index_select(0, index)
         if rows.scale is not None:
@@ -224,7 +229,7 @@ class RowKernels:
 
     def gather(
         self,
-        rows: TableRows,
+        rows: StoredRows,
         index: Tensor | None,
         slots: Tensor,
         dtype: torch.dtype,
@@ -237,7 +242,7 @@ class RowKernels:
         where = slots if index is None else index[slots]
         if rows.scale is None:
             return F.embedding(where, rows.weight).to(dtype)
-        return self.fetch(rows, where.reshape(-1), dtype).view(*slots.shape, rows.weight.shape[1])
+        return self.read(rows, where.reshape(-1), dtype).view(*slots.shape, rows.weight.shape[1])
 
     def add(self, sums: RowGradientSums, sorted_lookups: Tensor, grad: Tensor, *, fresh: bool = False) -> None:
         """sums += grad [N, w] float32 or bfloat16: the gradient of each look-up goes to its slot, in the sorted order.
@@ -255,20 +260,20 @@ class RowKernels:
             total.copy_(added)
         else:
             total.add_(added)
-        torch.sum(total.square(), dim=1, out=sums.squares)
+        torch.sum(total.square(), dim=1, out=sums.row_squared_norms)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a float32 tensor as a float64 scalar, deterministic."""
         return values.double().sum()
 
-    def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
+    def update(self, rows: StoredRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
         """One optimizer step, in place, on local rows index [r] int64, distinct, with gradients grad [r, w] float32.
 
         state: square_sum [m] of rowwise_adagrad; exp_avg [m, w] with exp_avg_sq [m, w] of adam, [m] of rowwise_adam;
         float32 or bfloat16.
         """
         grad = grad * step.grad_factor
-        values = self.fetch(rows, index, torch.float32) * step.decay
+        values = self.read(rows, index, torch.float32) * step.decay
         beta1, beta2 = step.betas
         news: dict[str, Tensor] = {}
         if step.rule == "sgd":
@@ -277,7 +282,7 @@ class RowKernels:
             sums = state["square_sum"][index].float() + grad.square().mean(dim=1)  # [r]
             values.sub_(grad * (step.rate / (sums.sqrt() + step.eps)).unsqueeze(1))
             news["square_sum"] = sums
-        else:
+        elif step.rule == "rowwise_adam" or step.rule == "adam":  # not `in`: mypy counts which rules remain
             squares = grad.square()
             if step.rule == "rowwise_adam":
                 squares = squares.mean(dim=1)
@@ -286,11 +291,13 @@ class RowKernels:
             size = step.rate / (square.sqrt() + step.eps)
             values.sub_(mean * (size if step.rule == "adam" else size.unsqueeze(1)))
             news |= {"exp_avg": mean, "exp_avg_sq": square}
+        else:
+            assert_never(step.rule)
         self._store(rows, state, index, values, news, step.noise)
 
     def _store(
         self,
-        rows: TableRows,
+        rows: StoredRows,
         state: dict[str, Tensor],
         index: Tensor,
         values: Tensor,

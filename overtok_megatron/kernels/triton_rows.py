@@ -17,7 +17,7 @@ from overtok_megatron.kernels.rows import (
     RowGradientSums,
     RowKernels,
     RowStep,
-    TableRows,
+    StoredRows,
 )
 
 _TILE = 2048  # how many values a program holds at a time
@@ -181,6 +181,7 @@ def update_kernel(
             _store_state(second_state, element, square, _column_noise(wide, column + 2 * WIDTH), mask)
             values = values - mean * tl.div_rn(rate, tl.sqrt_rn(square) + eps)
         else:
+            tl.static_assert(RULE == "rowwise_adam", "a rule that this kernel does not know")
             added = (1.0 - beta2) * (tl.div_rn(tl.sum(g * g, axis=1), WIDTH * 1.0))
             own = beta2 * tl.load(second_state + row, mask=here, other=0.0).to(tl.float32) + added
             _store_state(second_state, row, own, _state_noise(of_row, 2 * WIDTH), here)
@@ -236,12 +237,12 @@ class TritonRowKernels(RowKernels):
         )  # fmt: skip
         return out
 
-    def fetch(self, rows: TableRows, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def read(self, rows: StoredRows, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.gather(rows, None, index, dtype)
 
     def gather(
         self,
-        rows: TableRows,
+        rows: StoredRows,
         index: Tensor | None,
         slots: Tensor,
         dtype: torch.dtype,
@@ -267,11 +268,11 @@ class TritonRowKernels(RowKernels):
         ends = torch.searchsorted(sorted_lookups, rows << 32)
         columns = triton.next_power_of_2(grad.shape[1])
         add_kernel[(total.shape[0],)](
-            grad.contiguous(), sorted_lookups, ends, total, sums.squares,
+            grad.contiguous(), sorted_lookups, ends, total, sums.row_squared_norms,
             FRESH=fresh, WIDTH=grad.shape[1], COLUMNS=columns, num_warps=add_warps(columns),
         )  # fmt: skip
 
-    def update(self, rows: TableRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
+    def update(self, rows: StoredRows, state: dict[str, Tensor], index: Tensor, grad: Tensor, step: RowStep) -> None:
         if index.numel() == 0:
             return
         assert rows.weight.is_contiguous() and grad.dtype == torch.float32

@@ -1,1 +1,52 @@
-"""N-gram input embeddings: token ids to table rows, the sharded tables, their exchange and their optimizer."""
+"""N-gram input embeddings: token ids to table rows, the sharded tables, their exchange and their optimizer.
+
+A row has four numbers, in the order in which a look-up meets them:
+
+    number                         made from the one above by                      and back by
+    table, and row in the table    the hash of the n-gram (ids.py)                 -
+    row id, in the row space       kernels.rows.row_id                             kernels.rows.table_and_row_of
+    owner rank, and local row      placement.owned_range: the range of the rank    local row + first row id of the rank
+                                   holds the row id; local row = row id - its
+                                   first row id (FlatExchange.plan)
+    slot, in the fetched rows      RowKernels.unique: the index of the row id      FlatPlan.unique[slot] is the row id
+    of a step                      among the distinct ones of this rank
+
+The row space is the one array of all rows of all tables (row_space.py). `NgramHash.row_ids` takes the first two steps at once,
+so the number of a row in its table appears only where tables grow and in tests. A look-up is one (position, table).
+
+A training step, with the file of each part; A micro-batches, b sequences, s positions, T tables, U distinct rows, w row width:
+
+    tokens [A, b, s]
+      | NgramHash.row_ids                    ids.py
+    row ids [A, b, s, T]
+      | Exchange.plan                        exchange.py, two_level_exchange.py   each row once; its owner learns who wants it
+      | Exchange.fetch                       (prefetch.py: a step ahead)          owners read (row_store.py) and send
+    FetchedRows: slots [A, b, s, T], and DistinctRows [U, w]                      fetched_rows.py
+      | for each micro-batch:
+      |   FetchedRows.gather                 fetched_rows.py                      rows[slots], without communication
+      |   NgramProjection                    projection.py                        w -> hidden size, joined to the embedding
+      |   ... the model, the loss, backward ...
+      |   DistinctRows.add_gradients         fetched_rows.py                      into one buffer [U, w]
+      | ShardedTables.reduce_gradients       sharded_tables.py
+      |   Exchange.send_gradients            exchange.py, two_level_exchange.py   owners add what several ranks send
+    RowGradients: local rows, gradients, the tables' part of the global norm
+      | ShardedTables.update_rows            sharded_tables.py
+      |   RowOptimizer.update                row_optimizer.py                     the rows of the step, in place
+    the updated rows, at their owners
+
+building.py makes all of this from a configuration; families.py says what a second way of hashing has to offer; snapshot.py
+keeps rows as they were while a save reads them.
+
+The contracts that these files, and others, cite by number:
+
+C1  Same numbers. Row ids depend on the tokens, the tokens before them and the document boundaries alone: not on the split into
+    micro-batches, on ranks or slices of the sequence, on padding to the left, or on how many tokens are decoded per call.
+C2  One row space. The rows of all tables are interleaved in one array, and every rank owns one contiguous range of it, without
+    padding rows. The initial values of a row follow from the seed and its row id, so they are the same for any number of ranks.
+C3  One exchange per step. The rows of all micro-batches are fetched together before the first forward pass, and their gradients
+    are sent together after the last backward pass; nothing communicates about rows in between. The cost of a step depends on
+    its look-ups: it allocates, moves and reads nothing of the size of the tables.
+C4  Tables on every rank. All ranks of the world own rows and serve them, also pipeline stages that look nothing up. Ranks that
+    see the same sequence each look up a slice of it; tables are never replicated.
+C5  One norm. Gradient clipping uses one norm over dense parameters and rows, the one that a single process would compute.
+"""

@@ -1,8 +1,9 @@
 """From a run's configuration to its n-gram tables.
 
-This is the root of the room: below it values are passed, not configuration objects.
+This is the only file of ngram/ that reads configuration objects; it passes plain values to the others.
 """
 
+import hashlib
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
     )
 
 
-def build_family(config: RunConfig, eod_id: int, kernels: RowKernels) -> NgramHash:
+def build_family(config: RunConfig, eod_id: int, kernels: RowKernels) -> TableFamily:
     """The family of tables that the configuration describes. eod_id: the token that ends a document."""
     over = config.over_encoding
     return NgramHash(
@@ -57,7 +58,8 @@ def build_row_store(
 ) -> RowStore:
     """This rank's rows with their initial values. device: where they lie; group: all ranks, None = all rows are here."""
     space = row_space(config.model, config.over_encoding)
-    return _row_store(config, space.total_rows, space.width, device=device, kernels=kernels, group=group)
+    seed = family_seed(config.training.seed, "")
+    return _row_store(config, space.total_rows, space.width, seed=seed, device=device, kernels=kernels, group=group)
 
 
 def build_table_reader(
@@ -83,7 +85,10 @@ def build_tables(
     group: dist.ProcessGroup | None = None,
     sequence_slice: tuple[int, int] = (0, 1),
 ) -> ShardedTables:
-    """This rank's tables with initial rows, to be trained. eod_id: the token that ends a document; else as below."""
+    """This rank's tables with initial rows, to be trained.
+
+    eod_id: the token that ends a document. The other arguments are those of `build_family_tables`. All ranks must call this.
+    """
     family = build_family(config, eod_id, kernels.rows)
     return build_family_tables(
         config, family, device=device, kernels=kernels, group=group, sequence_slice=sequence_slice
@@ -102,21 +107,26 @@ def build_family_tables(
     """This rank's tables of any family, stored, exchanged and updated as the over-encoding section says.
 
     device: where the model computes, with its kernels. group: the table group, which is the world; None = all rows are here.
-    sequence_slice: (index, count) of the slice of every sequence that this rank looks up. All ranks must call this.
+    sequence_slice: (index, count): into how many slices every sequence is cut, and which of them this rank looks up. Initial
+    rows and rounding noise follow from the run's seed and the family's `seed_name`. All ranks must call this.
     """
     on_host = config.over_encoding.storage == "host"
     store_device = torch.device("cpu") if on_host else device
     row_kernels = kernels.rows if store_device == device else choose_kernels(config.training.kernels, store_device).rows
-    store = _row_store(config, family.total_rows, family.width, device=store_device, kernels=row_kernels, group=group)
+    seed = family_seed(config.training.seed, family.seed_name)
+    store = _row_store(
+        config, family.total_rows, family.width, seed=seed, device=store_device, kernels=row_kernels, group=group
+    )
     dtype = DTYPES[config.training.precision]
     prefetch = None
-    if on_host:  # the thread's exchange has process groups of its own
+    if on_host:
+        # the thread's exchange has process groups of its own
         prefetch = Prefetch(_exchange(config, family, group, row_kernels), partial(store.read, dtype=dtype))
     return ShardedTables(
         family,
         store,
         _exchange(config, family, group, row_kernels),
-        optimizer=_row_optimizer(config, store),
+        optimizer=_row_optimizer(config, store, seed),
         dtype=dtype,
         device=device,
         kernels=kernels.rows,
@@ -126,11 +136,20 @@ def build_family_tables(
     )
 
 
+def family_seed(seed: int, seed_name: str) -> int:
+    """The seed of a family's initial rows and rounding noise: of the run where the name is empty, else another of 63 bits."""
+    if not seed_name:
+        return seed
+    digest = hashlib.sha256(f"{seed}:{seed_name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def _row_store(
     config: RunConfig,
     total_rows: int,
     width: int,
     *,
+    seed: int,
     device: torch.device,
     kernels: RowKernels,
     group: dist.ProcessGroup | None,
@@ -141,14 +160,14 @@ def _row_store(
         *owned_range(total_rows, rank, size, over.ranks_per_host),
         width,
         std=over.init_std,
-        seed=config.training.seed,
+        seed=seed,
         device=device,
         dtype=ROW_DTYPES[over.row_dtype],
         kernels=kernels,
     )
 
 
-def _row_optimizer(config: RunConfig, store: RowStore) -> RowOptimizer:
+def _row_optimizer(config: RunConfig, store: RowStore, seed: int) -> RowOptimizer:
     over = config.over_encoding
     return RowOptimizer(
         over.optimizer,
@@ -157,7 +176,7 @@ def _row_optimizer(config: RunConfig, store: RowStore) -> RowOptimizer:
         betas=over.betas,
         eps=over.eps,
         state_dtype=ROW_DTYPES[over.state_dtype],
-        seed=config.training.seed,
+        seed=seed,
         kernels=store.kernels,
     )
 

@@ -28,14 +28,14 @@ class Plan:
     """Which rows a step looks up, each once, and who owns them.
 
     slots: int64, of the shape of the ids: the index of each look-up's row among the `count` distinct ones. sorted_lookups
-    int64 [N]: the look-ups ordered by slot (kernels.rows.DistinctIds). own_rows int64 [U]: the local row of each slot where
-    one rank owns all rows; None where rows come from other ranks.
+    int64 [N]: the look-ups ordered by slot (kernels.rows.DistinctIds). local_row_of_slot int64 [U]: where one rank owns all
+    rows, the local row that each slot stands for; None where rows come from other ranks.
     """
 
     slots: Tensor
     sorted_lookups: Tensor
     count: int
-    own_rows: Tensor | None = None
+    local_row_of_slot: Tensor | None = None
 
 
 PlanT = TypeVar("PlanT", bound=Plan)
@@ -56,17 +56,19 @@ class Exchange(Protocol[PlanT]):
     def fetch(self, plan: PlanT, read: ReadRows) -> Tensor:
         """The plan's distinct rows [U, w], ascending by row id, in the dtype in which the owners' `read` gives them."""
 
-    def refresh(self, plan: PlanT, rows: Tensor, touched: Tensor, read: ReadRows) -> None:
+    def refresh(self, plan: PlanT, rows: Tensor, step_rows: Tensor, read: ReadRows) -> None:
         """Bring rows [U, w] that `fetch` returned up to date, in place.
 
-        touched [r] int64: this rank's local rows that have changed since, ascending.
+        step_rows [r] int64: this rank's local rows that a step has updated since, ascending.
         """
 
-    def return_gradients(self, plan: PlanT, own: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
-        """Send the gradients of the U distinct rows to the owners, which sum what several ranks send for the same row.
+    def send_gradients(self, plan: PlanT, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
+        """Send gradients of rows to the ranks that own the rows, which sum what several ranks send for the same row.
 
-        Gradients of rows that take no updates are not sent. Returns the touched local rows [r] int64, distinct and ascending,
-        and their sums. Sums are taken in the order of the ranks, so they are deterministic.
+        lookup_gradients: of the plan's U distinct rows, each summed over the look-ups of this rank. Gradients of rows that
+        take no updates are not sent. Returns the local rows of the step [r] int64, distinct and ascending: those of this
+        rank that some rank sent a gradient for; and their sums, which are deterministic, because they are taken in the order
+        of the ranks.
         """
 
     def payload_bytes(self, plan: PlanT, row_bytes: int, grad_bytes: int) -> int:
@@ -77,8 +79,10 @@ class Exchange(Protocol[PlanT]):
 class FlatPlan(Plan):
     """unique [U] int64: the row ids that this rank looks up, ascending.
 
-    send_counts[i]: how many of them go to rank i, which owns them. recv_counts[i]: how many rows rank i requests from here;
-    requested_rows [R] int64: those rows, local, in the order of the ranks. Rows travel the other way.
+    Both counts are those of the way to the owners, which ids and gradients take. send_counts[i]: how many of the U rows rank
+    i owns, so that their ids go there. recv_counts[i]: how many rows rank i requests from here. requested_rows [R] int64:
+    those rows, local, in the order of the ranks. Rows go the way back, from owners to requesters, where the two counts
+    change places.
     """
 
     unique: Tensor
@@ -119,21 +123,21 @@ class FlatExchange:
         unique, slots, sorted_lookups = self.kernels.unique(ids, self.bounds[-1])
         count = unique.numel()
         if self.group is None:
-            own_rows = unique - self.first_row_id if self.first_row_id else unique
+            local_row_of_slot = unique - self.first_row_id if self.first_row_id else unique
             return FlatPlan(
                 slots=slots,
                 sorted_lookups=sorted_lookups,
                 count=count,
-                own_rows=own_rows,
+                local_row_of_slot=local_row_of_slot,
                 unique=unique,
                 send_counts=[count],
                 recv_counts=[count],
-                requested_rows=own_rows,
+                requested_rows=local_row_of_slot,
             )
         edges = torch.searchsorted(unique, torch.tensor(self.bounds, device=unique.device))
         counts = edges.diff()  # [ranks]
-        send_counts, recv_counts = counts.tolist(), self._all_to_all("counts", counts, None, None).tolist()
-        requested = self._all_to_all("ids", unique, recv_counts, send_counts)
+        send_counts, recv_counts = counts.tolist(), self._all_to_all("counts", counts).tolist()
+        requested = self._all_to_all("ids", unique, send_counts=send_counts, recv_counts=recv_counts)
         return FlatPlan(
             slots=slots,
             sorted_lookups=sorted_lookups,
@@ -147,11 +151,14 @@ class FlatExchange:
     def fetch(self, plan: FlatPlan, read: ReadRows) -> Tensor:
         """One all-to-all."""
         values = read(plan.requested_rows)  # [R, w]
-        return values if self.group is None else self._all_to_all("rows", values, plan.send_counts, plan.recv_counts)
+        if self.group is None:
+            return values
+        # the way back: this rank sends to each rank what that one requests, and receives what it requested itself
+        return self._all_to_all("rows", values, send_counts=plan.recv_counts, recv_counts=plan.send_counts)
 
-    def refresh(self, plan: FlatPlan, rows: Tensor, touched: Tensor, read: ReadRows) -> None:
+    def refresh(self, plan: FlatPlan, rows: Tensor, step_rows: Tensor, read: ReadRows) -> None:
         """Three small all-to-alls: how many of each rank's rows changed, which ones, and their values."""
-        stale = is_in(plan.requested_rows, touched)
+        stale = is_in(plan.requested_rows, step_rows)
         self.resend(plan, rows, stale, lambda requests: read(plan.requested_rows[requests]))
 
     def resend(self, plan: FlatPlan, rows: Tensor, stale: Tensor, read_requests: ReadRows) -> Tensor:
@@ -166,19 +173,23 @@ class FlatExchange:
             return requests
         starts = torch.tensor([0, *plan.recv_counts], device=requests.device).cumsum(0)
         counts = torch.searchsorted(requests, starts).diff()  # [ranks], stale rows of those that each rank requested
-        incoming = self._all_to_all("changed counts", counts, None, None)
+        incoming = self._all_to_all("changed counts", counts)
+        # of the stale rows alone and of the way back, from owners to requesters
         send_counts, recv_counts = counts.tolist(), incoming.tolist()
         offsets = requests - torch.repeat_interleave(starts[:-1], counts)  # among what one rank requested
-        renewed = self._all_to_all("changed rows' indices", offsets, recv_counts, send_counts)
-        own_starts = torch.tensor([0, *plan.send_counts[:-1]], device=renewed.device).cumsum(0)
-        renewed = renewed + torch.repeat_interleave(own_starts, incoming)  # index into `unique`
-        rows.index_copy_(0, renewed, self._all_to_all("changed rows", values, recv_counts, send_counts))
+        renewed = self._all_to_all("changed rows' indices", offsets, send_counts=send_counts, recv_counts=recv_counts)
+        unique_starts = torch.tensor([0, *plan.send_counts[:-1]], device=renewed.device).cumsum(0)
+        renewed = renewed + torch.repeat_interleave(unique_starts, incoming)  # index into `unique`
+        values = self._all_to_all("changed rows", values, send_counts=send_counts, recv_counts=recv_counts)
+        rows.index_copy_(0, renewed, values)
         return renewed
 
-    def return_gradients(self, plan: FlatPlan, own: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
+    def send_gradients(self, plan: FlatPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
         """One all-to-all."""
         plan, kept = self.trained_part(plan)
-        return self.send_gradients(plan, own if kept is None else RowGradientSums(own.total[kept], own.squares[kept]))
+        if kept is not None:
+            lookup_gradients = RowGradientSums(*(part[kept] for part in lookup_gradients))
+        return self.send_all_gradients(plan, lookup_gradients)
 
     def trained_part(self, plan: FlatPlan) -> tuple[FlatPlan, Tensor | None]:
         """The plan of the rows whose gradients are sent, and which of the U rows those are, bool [U]; None = all.
@@ -203,12 +214,16 @@ class FlatExchange:
             plan.trained = part, kept
         return plan.trained
 
-    def send_gradients(self, plan: FlatPlan, own: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
-        """return_gradients for a plan all of whose rows take updates."""
+    def send_all_gradients(self, plan: FlatPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
+        """As `send_gradients`, for a plan all of whose rows take updates."""
         if self.group is None:
-            return plan.requested_rows, own
-        gradients = own.total.to(self.gradient_dtype)
-        received = self._all_to_all("gradients", gradients, plan.recv_counts, plan.send_counts)  # [R, w]
+            return plan.requested_rows, lookup_gradients
+        received = self._all_to_all(  # [R, w]
+            "gradients",
+            lookup_gradients.total.to(self.gradient_dtype),
+            send_counts=plan.send_counts,
+            recv_counts=plan.recv_counts,
+        )
         requests = self.distinct_requests(plan)
         sums = RowGradientSums.empty(requests.ids.numel(), received.shape[1], received.device)
         self.kernels.add(sums, requests.sorted_lookups, received, fresh=True)  # each row's gradients are in rank order
@@ -223,15 +238,21 @@ class FlatExchange:
 
     def payload_bytes(self, plan: FlatPlan, row_bytes: int, grad_bytes: int) -> int:
         trained, _ = self.trained_part(plan)
+        # what goes to each rank: ids and gradients to owners, rows to requesters
         ids, rows, gradients = (
             sum(counts) - counts[self.rank] for counts in (plan.send_counts, plan.recv_counts, trained.send_counts)
         )
         return 8 * (len(plan.send_counts) - 1) + ids * 8 + rows * row_bytes + gradients * grad_bytes
 
     def _all_to_all(
-        self, what: str, values: Tensor, recv_counts: list[int] | None, send_counts: list[int] | None
+        self,
+        what: str,
+        values: Tensor,
+        *,
+        send_counts: list[int] | None = None,
+        recv_counts: list[int] | None = None,
     ) -> Tensor:
-        """Counts None: as many values go to each rank as come from it."""
+        """How many of the values go to each rank, and come from each; None for both: as many go to each as come from it."""
         shape = values.shape if recv_counts is None else (sum(recv_counts), *values.shape[1:])
         result = values.new_empty(shape)
         assert self.group is not None

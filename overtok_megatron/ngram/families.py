@@ -1,8 +1,14 @@
 """Families of n-gram tables: how row ids are made from tokens, and where the rows that they name are read out.
 
-The store of rows, its exchange and its optimizer (sharded_tables.py) know a family by the protocol below alone, so a second way
-of hashing, with rows of another width, is one more class here. `NgramHash` in ids.py is the family that models have today.
-Each family has a row space, and tables, of its own.
+The store of rows, its exchange and its optimizer (sharded_tables.py) know a family by the protocol below alone, so that in
+this folder a second way of hashing, with rows of another width, is one more class. `NgramHash` in ids.py is the family that
+models have today. Each family has a row space, and tables, of its own.
+
+Outside this folder a second family needs what is not there yet: a section of the configuration beside `over_encoding`, from
+which its tables are stored and updated (today `building.build_family_tables` reads that one section for every family); a
+place in the model that reads it out (`Readout` has one value, and model/embedding.py joins one set of rows); a folder of its
+own in checkpoints (checkpoint/tables.py writes one row space); and an engine that steps several `ShardedTables` and adds up
+their norms (training/engine.py holds one).
 """
 
 from typing import Literal, Protocol
@@ -22,6 +28,10 @@ class TableFamily(Protocol):
 
     Shapes: b batch (any number of leading axes), s sequence, T tables.
     """
+
+    @property
+    def seed_name(self) -> str:
+        """Tells the random numbers of this family, for initial rows and rounding, from those of others; empty for the first."""
 
     @property
     def readout(self) -> Readout:

@@ -12,7 +12,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, TableRows
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, StoredRows
 from overtok_megatron.ngram.exchange import PlanT
 
 
@@ -25,7 +25,7 @@ class DistinctRows(Generic[PlanT]):
     are wanted. dtype: of gathered rows, which is the model's.
     """
 
-    stored: TableRows
+    stored: StoredRows
     index: Tensor | None
     plan: PlanT
     sorted_lookups: Tensor | None

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import HashTables, RowKernels
+from overtok_megatron.kernels.rows import STRIPES, HashTables, RowKernels
 from overtok_megatron.ngram.families import Readout
-from overtok_megatron.ngram.row_space import STRIPES, RowFilter, RowSpace
+from overtok_megatron.ngram.row_space import RowFilter, RowSpace
 
 MISSING = -1  # stands in token tensors for "no token here" (before a sequence begins, left padding)
 
@@ -35,6 +35,7 @@ class NgramHash:
     boundary: Literal["reset", "ignore"]
     eod_id: int
     kernels: RowKernels = field(default_factory=RowKernels)
+    seed_name: str = ""
     readout: Readout = "embedding"
 
     @property
@@ -71,11 +72,12 @@ class NgramHash:
         )
 
     def _extended(self, tokens: Tensor, history: Tensor | None) -> Tensor:
+        """history [b, n-1] int64, MISSING where it is None, and tokens [b, s] int64 -> one after the other [b, n-1+s] int64."""
         reach = self.history_length
         if history is None:
             history = tokens.new_full((*tokens.shape[:-1], reach), MISSING)
         assert history.shape == (*tokens.shape[:-1], reach), (history.shape, tokens.shape)
-        return torch.cat([history, tokens], dim=-1)  # [b, n-1+s]
+        return torch.cat([history, tokens], dim=-1)
 
     def windows(self, tokens: Tensor, history: Tensor | None = None) -> list[Tensor]:
         """x_t, x_{t-1}, ..., x_{t-n+1} for every position, with pad_id where history is missing or hidden.

@@ -11,7 +11,7 @@ from typing import Generic
 
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import TableRows
+from overtok_megatron.kernels.rows import StoredRows
 from overtok_megatron.ngram.exchange import Exchange, PlanT, ReadRows
 
 
@@ -25,7 +25,7 @@ class Prefetch(Generic[PlanT]):
         self._exchange = exchange
         self._read = read
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._steps: deque[Future[tuple[PlanT, TableRows]]] = deque()
+        self._steps: deque[Future[tuple[PlanT, StoredRows]]] = deque()
 
     @property
     def pending(self) -> bool:
@@ -36,11 +36,11 @@ class Prefetch(Generic[PlanT]):
         """Begin to fetch the rows of one more step. ids: row ids, int64 of any shape."""
         self._steps.append(self._thread.submit(self._fetch, ids))
 
-    def _fetch(self, ids: Tensor) -> tuple[PlanT, TableRows]:
+    def _fetch(self, ids: Tensor) -> tuple[PlanT, StoredRows]:
         plan = self._exchange.plan(ids)
-        return plan, TableRows(self._exchange.fetch(plan, self._read))
+        return plan, StoredRows(self._exchange.fetch(plan, self._read))
 
-    def take(self) -> tuple[PlanT, TableRows]:
+    def take(self) -> tuple[PlanT, StoredRows]:
         """The plan and the rows of the first step that was started and not yet taken."""
         return self._steps.popleft().result()
 
@@ -49,8 +49,8 @@ class Prefetch(Generic[PlanT]):
         for step in self._steps:
             step.result()
 
-    def refresh(self, touched: Tensor) -> None:
-        """Renew the fetched copies of the local rows touched [r] int64, ascending, which have just changed."""
+    def refresh(self, step_rows: Tensor) -> None:
+        """Renew the fetched copies of step_rows [r] int64, ascending: this rank's local rows that were just updated."""
         for step in self._steps:
             plan, rows = step.result()
-            self._exchange.refresh(plan, rows.weight, touched, self._read)
+            self._exchange.refresh(plan, rows.weight, step_rows, self._read)

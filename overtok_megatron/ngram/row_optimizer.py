@@ -1,21 +1,16 @@
-"""Optimizers that update only the rows that a step touched: the cost follows tokens, never the size of the tables.
+"""Optimizers that update only the rows that a step looked up: the cost follows tokens, never the size of the tables.
 
-A row that a step does not touch keeps its value and its state: no momentum drift, no weight decay ("lazy", as in
-torch.optim.SparseAdam). Weight decay is decoupled (AdamW) and reaches touched rows only. The rules themselves are in
+A row that a step did not look up keeps its value and its state: no momentum drift, no weight decay ("lazy", as in
+torch.optim.SparseAdam). Weight decay is decoupled (AdamW) and reaches only the rows of the step. The rules themselves are in
 kernels/rows.py (RowStep).
 """
 
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowKernels, RowRule, RowStep, TableRows, noise_key
-
-_STATES: dict[RowRule, dict[str, bool]] = {  # name -> whether there is one value per element, not per row
-    "rowwise_adagrad": {"square_sum": False},
-    "rowwise_adam": {"exp_avg": True, "exp_avg_sq": False},
-    "adam": {"exp_avg": True, "exp_avg_sq": True},
-    "sgd": {},
-}
+from overtok_megatron.config.counts import ROW_STATES
+from overtok_megatron.config.schema import RowRule
+from overtok_megatron.kernels.rows import RowKernels, RowStep, StoredRows, noise_key
 
 
 class RowOptimizer:
@@ -28,7 +23,7 @@ class RowOptimizer:
     def __init__(
         self,
         rule: RowRule,
-        rows: TableRows,
+        rows: StoredRows,
         *,
         weight_decay: float,
         betas: tuple[float, float],
@@ -48,7 +43,7 @@ class RowOptimizer:
         count, width = rows.weight.shape
         self.state = {
             name: torch.zeros((count, width) if wide else count, dtype=state_dtype, device=rows.weight.device)
-            for name, wide in _STATES[rule].items()
+            for name, wide in ROW_STATES[rule].items()
         }
 
     def update(self, local_rows: Tensor, grad: Tensor, learning_rate: float, grad_factor: float = 1.0) -> None:

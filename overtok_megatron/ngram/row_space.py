@@ -12,11 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import row_id, table_rows_of
+from overtok_megatron.kernels.rows import STRIPES, row_id, table_and_row_of
 
-# Over how many stripes rows are interleaved: a prime, so that every stripe has rows of every table; large, so that every rank
-# has several stripes.
-STRIPES = 4099
 RowFilter = Callable[[Tensor], Tensor]  # row ids int64 [..] -> bool [..]
 
 
@@ -91,13 +88,13 @@ class RowSpace:
         """The highest n-gram order of all tables."""
         return max(self.orders)
 
-    def row_ids(self, table: int, rows: Tensor | None = None) -> Tensor:
+    def row_ids_of_table(self, table: int, rows: Tensor | None = None) -> Tensor:
         """Row ids of rows [..] int64 of a table; rows None = all rows of the table."""
         return row_id(table, torch.arange(self.sizes[table]) if rows is None else rows, self.sizes, STRIPES)
 
-    def table_rows_of(self, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `row_ids`: the table of each of row_ids [..] int64 and its row within the table."""
-        return table_rows_of(row_ids, self.sizes, STRIPES)
+    def table_and_row_of(self, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `row_ids_of_table`: the table of each of row_ids [..] int64 and its row within the table."""
+        return table_and_row_of(row_ids, self.sizes, STRIPES)
 
     @property
     def any_frozen(self) -> bool:
@@ -105,7 +102,7 @@ class RowSpace:
 
     def is_trained(self, row_ids: Tensor) -> Tensor:
         """Whether each of row_ids [..] int64 takes updates, bool [..]; by arithmetic, without memory per row."""
-        tables, _ = self.table_rows_of(row_ids)
+        tables, _ = self.table_and_row_of(row_ids)
         flags = [not group.frozen for group in self.groups for _ in range(group.num_tables)]
         return torch.tensor(flags, device=row_ids.device)[tables]
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import CHANGED, RowKernels, TableRows, round_int8
+from overtok_megatron.kernels.rows import CHANGED, EVER_UPDATED, RowKernels, StoredRows, round_int8
 
 _VALUES_PER_COUNT = 8  # one Philox count yields four 64-bit words, that is eight float32 draws
 _CHUNK_VALUES = 1 << 20  # how many values are drawn at a time: they stay in cache
 _FLAGS_AT_ONCE = 1 << 24  # how many flags are read at a time, so that no temporary tensor grows with the tables
-_TOUCHED = 1  # a row's flag: ever updated; CHANGED: also since the last save began
 
 
 def initial_rows(start: int, stop: int, width: int, std: float, seed: int) -> Tensor:
@@ -42,7 +41,7 @@ class RowReader(Protocol):
     kernels: RowKernels
 
     @property
-    def rows(self) -> TableRows | None: ...
+    def rows(self) -> StoredRows | None: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -54,8 +53,9 @@ class RowReader(Protocol):
 class RowStore:
     """Rows [start, stop) of the row space, owned by one rank. Not a module parameter, so that no engine sweeps over them.
 
-    rows: their values, of dtype float32, bfloat16, or int8 with a scale per row. flags [stop - start] uint8: whether a row
-    was ever updated, and whether it was updated since the last save began.
+    rows: their values, of dtype float32, bfloat16, or int8 with a scale per row. flags [stop - start] uint8: 0 for a row that
+    was never updated, else EVER_UPDATED, or CHANGED if that was also since the last save began. The flags are the column
+    "touched" of a checkpoint.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RowStore:
         weight = torch.zeros(stop - start, width, dtype=dtype, device=device)
         scale = torch.zeros(stop - start, device=device) if dtype == torch.int8 else None
         self.flags = torch.zeros(stop - start, dtype=torch.uint8, device=device)
-        self.rows = TableRows(weight, scale, start, self.flags)
+        self.rows = StoredRows(weight, scale, start, self.flags)
         chunk = max(1, _CHUNK_VALUES // width)
         for begin in range(start, stop if std > 0.0 else start, chunk):
             end = min(begin + chunk, stop)
@@ -100,14 +100,15 @@ class RowStore:
 
     def read(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Local rows index [r] int64 -> [r, width] of a dtype."""
-        return self.kernels.fetch(self.rows, index, dtype)
+        return self.kernels.read(self.rows, index, dtype)
 
     def columns(self) -> dict[str, Tensor]:
         """The stored values by name: tensors with one entry per local row."""
         scale = {} if self.rows.scale is None else {"scale": self.rows.scale}
         return {"weight": self.rows.weight, **scale, "touched": self.flags}
 
-    def num_touched(self) -> int:
+    def num_ever_updated(self) -> int:
+        """How many rows were ever updated."""
         return int(self.flags.count_nonzero())
 
     def take_changed(self) -> Tensor:
@@ -116,5 +117,5 @@ class RowStore:
         for begin in range(0, self.num_rows, _FLAGS_AT_ONCE):
             flags = self.flags[begin : begin + _FLAGS_AT_ONCE]
             parts.append((flags == CHANGED).nonzero().squeeze(1) + begin)
-            flags.clamp_(max=_TOUCHED)
+            flags.clamp_(max=EVER_UPDATED)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.device)

@@ -1,6 +1,7 @@
 """This rank's share of the n-gram tables of one family: its rows, their optimizer, and the exchange with all other ranks.
 
-Shapes: A micro-batches, b batch, s sequence, T tables, w row width, U distinct rows of a step, r touched rows of this rank.
+Shapes: A micro-batches, b batch, s sequence, T tables, w row width, U distinct rows of a step, r rows of this rank that
+a step updates.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, TableRows
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, StoredRows
 from overtok_megatron.ngram.exchange import Exchange, PlanT
 from overtok_megatron.ngram.families import TableFamily
 from overtok_megatron.ngram.fetched_rows import DistinctRows, FetchedRows
@@ -25,14 +26,14 @@ from overtok_megatron.parallel.collectives import named
 class RowGradients:
     """The gradients of a step for the rows that this rank owns: grad [r, w] float32, to be multiplied by `scale`.
 
-    local_rows int64 [r]: the rows, distinct and ascending. square: float64 scalar, the sum of squares over all ranks of the
-    scaled gradients, which is the tables' part of the global norm (contract C5).
+    local_rows int64 [r]: the rows, distinct and ascending. global_squared_norm: float64 scalar, the sum of squares of the
+    scaled gradients over the rows of all ranks, which is the tables' part of the global norm (contract C5).
     """
 
     local_rows: Tensor
     grad: Tensor
     scale: float
-    square: Tensor
+    global_squared_norm: Tensor
 
 
 class TableReader(Generic[PlanT]):
@@ -40,7 +41,7 @@ class TableReader(Generic[PlanT]):
 
     family: how row ids are made, and the width of rows. device: where the model computes, with its kernels; the rows may lie
     elsewhere, and have kernels of their own. group: all ranks, which all must call `fetch_rows`; None = every row is here.
-    sequence_slice: (index, count) of the slice of every sequence that this rank looks up.
+    sequence_slice: (index, count): into how many slices every sequence is cut, and which of them this rank looks up.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class TableReader(Generic[PlanT]):
         self.device = device
         self.kernels = kernels
         self.group = group
-        self.slice_index, self.num_slices = sequence_slice
+        self.sequence_slice_index, self.num_sequence_slices = sequence_slice
 
     def row_ids(self, tokens: Tensor | None, history: Tensor | None = None) -> Tensor:
         """Row ids int64 [.., s / slices, T] of tokens [.., s] on the model's device; an empty tensor [0] for tokens None."""
         if tokens is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
         ids = self.family.row_ids(tokens, history)
-        return ids.chunk(self.num_slices, dim=-2)[self.slice_index]
+        return ids.chunk(self.num_sequence_slices, dim=-2)[self.sequence_slice_index]
 
     def fetch_rows(self, tokens: Tensor | None, *, history: Tensor | None = None) -> FetchedRows[PlanT]:
         """Fetch the rows of the n-grams of tokens int64 [.., s]: slots [.., s / slices, T], without gradients.
@@ -82,19 +83,20 @@ class TableReader(Generic[PlanT]):
         """Fetch rows by their ids, int64 of any shape, which is the shape of the slots. training: with a gradient buffer."""
         plan = self.exchange.plan(ids.to(self.store.device))
         stored = self.store.rows
-        if plan.own_rows is not None and stored is not None and self.store.device == self.device:
-            return self._fetched(plan, stored, plan.own_rows, training=training)  # every row is here: read in place
-        return self._fetched(plan, TableRows(self.exchange.fetch(plan, self._read)), training=training)
+        if plan.local_row_of_slot is not None and stored is not None and self.store.device == self.device:
+            # every row is here: read in place
+            return self._fetched(plan, stored, plan.local_row_of_slot, training=training)
+        return self._fetched(plan, StoredRows(self.exchange.fetch(plan, self._read)), training=training)
 
     def _read(self, local_rows: Tensor) -> Tensor:
         return self.store.read(local_rows, self.dtype)
 
     def _fetched(
-        self, plan: PlanT, stored: TableRows, index: Tensor | None = None, *, training: bool
+        self, plan: PlanT, stored: StoredRows, index: Tensor | None = None, *, training: bool
     ) -> FetchedRows[PlanT]:
         """stored: the store's rows with the index of each slot among them, or without an index the plan's rows alone."""
         if index is None:
-            stored = TableRows(_moved(stored.weight, self.device))
+            stored = StoredRows(_moved(stored.weight, self.device))
         rows = DistinctRows(
             stored=stored,
             index=index,
@@ -156,33 +158,35 @@ class ShardedTables(TableReader[PlanT]):
 
         scale: what the gradients are to be multiplied by, the same on all ranks.
         """
-        own = RowGradientSums(*(_moved(part, self.store.device) for part in fetched.rows.gradients(self.device)))
-        local_rows, sums = self.exchange.return_gradients(fetched.rows.plan, own)
-        square = (self.store.kernels.sum(sums.squares) * scale**2).to(self.device)
+        lookup_gradients = RowGradientSums(
+            *(_moved(part, self.store.device) for part in fetched.rows.gradients(self.device))
+        )
+        local_rows, sums = self.exchange.send_gradients(fetched.rows.plan, lookup_gradients)
+        squared_norm = (self.store.kernels.sum(sums.row_squared_norms) * scale**2).to(self.device)
         if self.group is not None:
             with named("all-reduce of squares", self.group):
-                dist.all_reduce(square, group=self.group)
-        return RowGradients(local_rows, sums.total, scale, square)
+                dist.all_reduce(squared_norm, group=self.group)
+        return RowGradients(local_rows, sums.total, scale, squared_norm)
 
     def update_rows(self, gradients: RowGradients, learning_rate: float, clip_factor: float) -> None:
-        """Update the touched rows with their gradients times `clip_factor` (1.0 = not clipped)."""
-        touched = gradients.local_rows
+        """Update the rows of the step with their gradients times `clip_factor` (1.0 = not clipped)."""
+        step_rows = gradients.local_rows
         if self.prefetch is not None:
             self.prefetch.wait()  # it may still read rows that are about to change
         snapshot = self.snapshot  # read once: the thread of a save removes it when the save is written
         if snapshot is not None:
-            snapshot.preserve(touched)
-        self.optimizer.update(touched, gradients.grad, learning_rate, gradients.scale * clip_factor)
+            snapshot.preserve(step_rows)
+        self.optimizer.update(step_rows, gradients.grad, learning_rate, gradients.scale * clip_factor)
         if self.prefetch is not None:
-            self.prefetch.refresh(touched)
+            self.prefetch.refresh(step_rows)
 
     def columns(self) -> dict[str, Tensor]:
         """Everything that a row has, values and optimizer state, by name: tensors with one entry per local row."""
         return {**self.store.columns(), **self.optimizer.state}
 
-    def num_touched(self) -> int:
+    def num_ever_updated(self) -> int:
         """How many of this rank's rows were ever updated."""
-        return self.store.num_touched()
+        return self.store.num_ever_updated()
 
     def payload_bytes(self, fetched: FetchedRows[PlanT]) -> int:
         """Bytes that this rank sends to other ranks for a step: rows travel in the model's dtype."""

@@ -1,7 +1,7 @@
 """The exchange in two levels: rows that several ranks of a host look up cross the network once.
 
 Shapes: U distinct rows that this rank looks up, R rows that this host's ranks request from this rank, H of them distinct, r
-touched rows of this rank, w row width.
+rows of this rank that a step updates, w row width.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from overtok_megatron.ngram.row_space import RowFilter
 class TwoLevelPlan(Plan):
     """host_plan: between the ranks of this host. network_plan: between hosts, of the H distinct rows that this host requests.
 
-    network_slots int64 [R]: the index of each row that the host's ranks request among those H. network_rows [H, w]: their
-    values, once fetched.
+    network_slots int64 [R]: for each of the R requested rows, its index among the H distinct ones. network_rows [H, w]: the
+    values of the distinct ones, once fetched.
     """
 
     host_plan: FlatPlan
@@ -82,13 +82,13 @@ class TwoLevelExchange:
         plan.network_rows = self.network.fetch(plan.network_plan, read)
         return self.host.fetch(plan.host_plan, lambda _: plan.network_rows[plan.network_slots])
 
-    def refresh(self, plan: TwoLevelPlan, rows: Tensor, touched: Tensor, read: ReadRows) -> None:
+    def refresh(self, plan: TwoLevelPlan, rows: Tensor, step_rows: Tensor, read: ReadRows) -> None:
         """Six small all-to-alls."""
         requested = plan.network_plan.requested_rows
         renewed = self.network.resend(
             plan.network_plan,
             plan.network_rows,
-            is_in(requested, touched),
+            is_in(requested, step_rows),
             lambda requests: read(requested[requests]),
         )
         stale = torch.zeros(plan.network_rows.shape[0], dtype=torch.bool, device=rows.device)
@@ -100,12 +100,12 @@ class TwoLevelExchange:
             lambda requests: plan.network_rows[plan.network_slots[requests]],
         )
 
-    def return_gradients(self, plan: TwoLevelPlan, own: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
+    def send_gradients(self, plan: TwoLevelPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
         """Two all-to-alls."""
-        _, host_sums = self.host.return_gradients(plan.host_plan, own)
+        _, host_sums = self.host.send_gradients(plan.host_plan, lookup_gradients)
         # The exchange within the host has dropped the rows that take no updates already.
         network_plan, _ = self.network.trained_part(plan.network_plan)
-        return self.network.send_gradients(network_plan, host_sums)
+        return self.network.send_all_gradients(network_plan, host_sums)
 
     def payload_bytes(self, plan: TwoLevelPlan, row_bytes: int, grad_bytes: int) -> int:
         within_host = self.host.payload_bytes(plan.host_plan, row_bytes, grad_bytes)

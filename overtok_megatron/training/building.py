@@ -51,14 +51,14 @@ def build_own_tables(
     if not config.over_encoding.enabled:
         return None
     shape = grid.shape
-    slice_index, num_slices = grid.coordinate("context") * shape.tensor + grid.tensor_rank, shape.context * shape.tensor
+    sequence_slice_index = grid.coordinate("context") * shape.tensor + grid.tensor_rank
     return build_tables(
         config,
         eod_id,
         device=device,
         kernels=kernels,
         group=grid.table_group,
-        sequence_slice=(slice_index, num_slices),
+        sequence_slice=(sequence_slice_index, shape.context * shape.tensor),
     )
 
 

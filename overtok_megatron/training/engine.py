@@ -159,11 +159,15 @@ class TrainingEngine:
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
         """This rank's part of each micro-batch of inputs and targets [A, b, s], which hold whole sequences."""
-        num_slices, index = self.grid.shape.context, self.grid.coordinate("context")
+        num_sequence_slices, index = self.grid.shape.context, self.grid.coordinate("context")
         here = fetched if self.looks_up_rows else None
         return [
-            MicroBatch(whole, whole.chunk(num_slices, dim=-1)[index], None if here is None else here[i], target)
-            for i, (whole, target) in enumerate(zip(inputs, targets.chunk(num_slices, dim=-1)[index], strict=True))
+            MicroBatch(
+                whole, whole.chunk(num_sequence_slices, dim=-1)[index], None if here is None else here[i], target
+            )
+            for i, (whole, target) in enumerate(
+                zip(inputs, targets.chunk(num_sequence_slices, dim=-1)[index], strict=True)
+            )
         ]
 
     def _set_learning_rate(self, learning_rate: float) -> None:

@@ -17,8 +17,8 @@ def table_metrics(engine: TrainingEngine, tokens: Tensor) -> dict[str, float]:
     if tables is None:
         return {}
     family = tables.family
-    touched = over_ranks(float(tables.num_touched()), dist.ReduceOp.SUM, engine.device)
-    values = {"tables/touched_share": touched / family.total_rows}
+    ever_updated = over_ranks(float(tables.num_ever_updated()), dist.ReduceOp.SUM, engine.device)
+    values = {"tables/touched_share": ever_updated / family.total_rows}
     inputs, _ = engine.inputs_and_targets(tokens)
     # The rows that the step fetched cannot serve: they have the values of before its update. Every rank owns some rows.
     fetched = tables.fetch_rows(inputs[:1] if engine.looks_up_rows else None)

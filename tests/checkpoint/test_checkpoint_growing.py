@@ -145,9 +145,9 @@ def _check_rows(before: RunConfig, after: RunConfig, old_tables: TableReader | N
         kept = old.num_tables
         for name, column in old_tables.store.columns().items():
             for table in range(kept):
-                assert torch.equal(columns[name][new.row_ids(table)], column[old.row_ids(table)])
+                assert torch.equal(columns[name][new.row_ids_of_table(table)], column[old.row_ids_of_table(table)])
     for table in range(kept, new.num_tables):
-        assert not columns["weight"][new.row_ids(table)].any()
+        assert not columns["weight"][new.row_ids_of_table(table)].any()
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_changed_rows_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch, 
     assert torch.equal(found, changed)
     assert largest.elements <= 100  # the changed rows together are fewer
     assert shard.take_changed().numel() == 0
-    assert shard.num_touched() == changed.numel()
+    assert shard.num_ever_updated() == changed.numel()
 
 
 def test_changed_rows_leave_the_device_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:

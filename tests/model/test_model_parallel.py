@@ -78,7 +78,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
         "objective": result.objective.item(),
         "cross_entropy": result.main_loss.item(),
         "table_rows": None if tables is None else tables.store.rows.weight,
-        "table_square": None if tables is None else tables.reduce_gradients(fetched, 1.0).square.item(),
+        "table_square": None if tables is None else tables.reduce_gradients(fetched, 1.0).global_squared_norm.item(),
         "printed": str(model),
     }
 

@@ -121,7 +121,7 @@ def exchange_case(setting: Setting, grid: ProcessGrid, case: str) -> Exchanged:
         plan = exchange.plan(ids)
         rows = exchange.fetch(plan, lambda index: own[index])
         gradient = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
-        index, sums = exchange.return_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
+        index, sums = exchange.send_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
     told = exchange.payload_bytes(plan, 4 * WIDTH, setting.gradient_dtype.itemsize * WIDTH)
     fetched = rows[plan.slots].clone()
     changed = torch.arange(len(own_range))[rank % 2 :: 2]  # some of every owner's rows
@@ -133,7 +133,7 @@ def exchange_case(setting: Setting, grid: ProcessGrid, case: str) -> Exchanged:
         own=own,
         index=index + own_range.start,
         gradients=sums.total,
-        squares=sums.squares,
+        squares=sums.row_squared_norms,
         told_bytes=told,
         sent_bytes=sum(counts),
         network_bytes=exchange.network_bytes(plan, 12, 12) if isinstance(exchange, TwoLevelExchange) else told,

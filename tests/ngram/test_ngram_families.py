@@ -10,7 +10,7 @@ from torch import Tensor
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.ngram.building import build_family_tables, build_tables
+from overtok_megatron.ngram.building import build_family_tables, build_tables, family_seed
 from overtok_megatron.ngram.families import Readout
 from overtok_megatron.ngram.ids import MISSING
 from overtok_megatron.ngram.row_space import RowFilter
@@ -20,6 +20,7 @@ from support.distributed_harness import run_ranks
 
 CPU = torch.device("cpu")
 SEED, STD, RATE, VOCAB = 3, 0.1, 0.5, 50
+OTHER_SEED = family_seed(SEED, "made up")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class MadeUpFamily:
     total_rows: int = 97
     orders: tuple[int, ...] = (2,)
     history_length: int = 1
+    seed_name: str = "made up"
     readout: Readout = "embedding"
 
     @property
@@ -100,7 +102,7 @@ def test_two_families_learn_beside_each_other(ranks: int) -> None:
     first = build_tables(configuration(), 0, device=CPU, kernels=choose_kernels("auto", CPU)).family
     for number, family in enumerate((first, MadeUpFamily())):
         row_ids = family.row_ids(tokens)  # [ranks, micro-batches, b, s, T]
-        start = initial_rows(0, family.total_rows, family.width, STD, SEED)
+        start = initial_rows(0, family.total_rows, family.width, STD, SEED if number == 0 else OTHER_SEED)
         uses = torch.bincount(row_ids.flatten(), minlength=family.total_rows)
         if family.trained_rows is not None:
             uses = uses * family.trained_rows(torch.arange(family.total_rows))
@@ -113,6 +115,15 @@ def test_two_families_learn_beside_each_other(ranks: int) -> None:
             begin, rows = own["owned"]
             assert torch.equal(rows, expected[begin : begin + len(rows)])
             assert (own["bytes"] > 0) == (ranks > 1)
+
+
+def test_families_do_not_share_random_numbers() -> None:
+    """The first family keeps the run's seed; others differ from it and from each other, in all bits that key the noise too."""
+    assert family_seed(SEED, "") == SEED
+    seeds = [family_seed(seed, name) for seed in (SEED, SEED + 1) for name in ("", "one", "two")]
+    assert len(set(seeds)) == len({seed % 2**32 for seed in seeds}) == 6
+    first, second = (initial_rows(0, 5, 4, STD, family_seed(SEED, name)) for name in ("", "made up"))
+    assert not (first == second).any()
 
 
 def test_a_familys_row_ids_may_come_in_pieces() -> None:

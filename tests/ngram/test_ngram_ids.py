@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.kernels.rows import STRIPES
 from overtok_megatron.ngram.ids import MISSING, NgramHash
-from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup
+from overtok_megatron.ngram.row_space import RowSpace, TableGroup
 from support.reference import python_ngram_row, python_row_id
 
 EOD = 2
@@ -63,7 +64,7 @@ def test_rows_are_the_formula(pair: tuple[NgramHash, int], size: int, seed: int)
                 wanted = python_ngram_row(row, t, order, ngram_hash.base, rows, ngram_hash.pad_id, EOD, reset)
                 row_id = python_row_id(table, wanted, [rows for _, rows in kinds], STRIPES)
                 assert result[line, t, table] == row_id
-                assert [int(part) for part in space.table_rows_of(torch.tensor(row_id))] == [table, wanted]
+                assert [int(part) for part in space.table_and_row_of(torch.tensor(row_id))] == [table, wanted]
 
 
 @settings(max_examples=60, deadline=None)

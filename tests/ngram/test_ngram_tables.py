@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import RowRule, TableRows, row_id, table_rows_of
+from overtok_megatron.config.schema import RowRule
+from overtok_megatron.kernels.rows import STRIPES, StoredRows, row_id, table_and_row_of
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
-from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup
+from overtok_megatron.ngram.row_space import RowSpace, TableGroup
 from overtok_megatron.ngram.row_store import initial_rows
 from overtok_megatron.parallel.splits import split_bounds
 from support.reference import python_row_id
@@ -30,7 +31,7 @@ def test_added_tables_follow_with_sizes_of_their_own() -> None:
     assert space.orders == (2, 3, 4, 4, 2, 2, 5)
     assert (space.num_base_tables, space.num_tables, space.longest, space.total_rows) == (2, 7, 5, 161)
     for table in range(7):
-        assert (space.is_trained(space.row_ids(table)) == (table not in (2, 3, 4, 5))).all()
+        assert (space.is_trained(space.row_ids_of_table(table)) == (table not in (2, 3, 4, 5))).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -41,7 +42,7 @@ def test_every_row_has_an_id_of_its_own(table_sizes: list[int], stripes: int) ->
     assert torch.cat(row_ids).sort().values.tolist() == list(range(sum(sizes)))
     for table, own in enumerate(row_ids):
         assert own.tolist() == [python_row_id(table, row, sizes, stripes) for row in range(sizes[table])]
-        tables, rows = table_rows_of(own, sizes, stripes)
+        tables, rows = table_and_row_of(own, sizes, stripes)
         assert rows.tolist() == list(range(sizes[table]))
         assert (tables == table).all()
 
@@ -54,7 +55,7 @@ def test_row_ids_are_undone_whatever_the_sizes(table_sizes: list[int], data: st.
         rows = torch.tensor([0, size - 1, *data.draw(st.lists(st.integers(0, size - 1), max_size=8))])
         row_ids = row_id(table, rows, sizes, STRIPES)
         assert (row_ids >= 0).all() and (row_ids < sum(sizes)).all()
-        tables, back = table_rows_of(row_ids, sizes, STRIPES)
+        tables, back = table_and_row_of(row_ids, sizes, STRIPES)
         assert (tables == table).all() and torch.equal(back, rows)
 
 
@@ -86,7 +87,7 @@ def test_initial_rows_are_spread_as_said() -> None:
 def optimizer_for(
     name: RowRule, weight: Tensor, decay: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> RowOptimizer:
-    rows = TableRows(weight)
+    rows = StoredRows(weight)
     return RowOptimizer(name, rows, weight_decay=decay, betas=(0.8, 0.9), eps=1e-8, state_dtype=dtype)
 
 
@@ -115,9 +116,8 @@ def test_row_optimizers_against_torch_and_the_formula(name: RowRule) -> None:
         if reference is not None:
             theirs.grad = torch.sparse_coo_tensor(rows[None], grad, (20, 4), check_invariants=False).coalesce()
             reference.step()
-        if (
-            name == "rowwise_adam"
-        ):  # one second moment per row, of its mean square; bias corrected by the step of the run
+        if name == "rowwise_adam":
+            # one second moment per row, of its mean square; bias corrected by the step of the run
             means[rows] = 0.8 * means[rows] + 0.2 * grad.double()
             sums[rows] = 0.9 * sums[rows] + 0.1 * grad.double().square().mean(1)
             root = (sums[rows] / (1 - 0.9**number)).sqrt()[:, None]

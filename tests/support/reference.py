@@ -170,7 +170,7 @@ class Reference:
         rows = initial_rows(
             0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed
         )
-        self.tables = [nn.Parameter(rows[self.space.row_ids(table)]) for table in range(self.space.num_tables)]
+        self.tables = [nn.Parameter(rows[self.space.row_ids_of_table(table)]) for table in range(self.space.num_tables)]
         self.kinds = table_kinds(config)
         assert ours.embedding.over_encoding is not None
         weights = [
@@ -186,7 +186,7 @@ class Reference:
         """The rows of all tables, each where it lies in the row space."""
         result = torch.empty(self.space.total_rows, self.space.width)
         for number, table in enumerate(self.tables):
-            result[self.space.row_ids(number)] = table.detach()
+            result[self.space.row_ids_of_table(number)] = table.detach()
         return result
 
     def _build_optimizers(self) -> None:

@@ -90,7 +90,7 @@ def test_only_new_rows_learn_and_losses_are_the_formulas(
     reference = Reference(grown, EOD)
     old = row_space(config.model, config.over_encoding)
     for table, rows in enumerate(reference.tables):
-        start = initial(config)[old.row_ids(table)] if table < old.num_tables else torch.zeros_like(rows)
+        start = initial(config)[old.row_ids_of_table(table)] if table < old.num_tables else torch.zeros_like(rows)
         rows.data.copy_(start)
     expected = [reference.step(batch) for batch in batches()]
     results = run_ranks(ranks, train_grown, tmp_path, grown)

@@ -109,7 +109,7 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
                 same &= torch.equal(state[name].float(), given)
         assert engine.tables is not None
         store = engine.tables.store
-        same &= torch.equal(store.rows.weight, rows[store.start : store.stop]) and engine.tables.num_touched() == 0
+        same &= torch.equal(store.rows.weight, rows[store.start : store.stop]) and engine.tables.num_ever_updated() == 0
         batch = own_tokens(engine, stream()[0])
         both = batch.flatten(0, 1)[:, :-1], batch.flatten(0, 1)[:, 1:]
         validation, _ = engine.evaluate([both, both])

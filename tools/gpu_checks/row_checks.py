@@ -6,53 +6,47 @@
 import os
 from dataclasses import dataclass
 from itertools import product
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from overtok_megatron.config.counts import ROW_STATES
+from overtok_megatron.config.schema import RowRule
 from overtok_megatron.kernels.rows import (
     CHANGED,
     HashTables,
     RowGradientSums,
     RowKernels,
-    RowRule,
     RowStep,
-    TableRows,
+    StoredRows,
     noise_key,
     round_int8,
 )
 
 PLAIN = RowKernels()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-STATES: dict[RowRule, dict[str, bool]] = {  # name -> whether there is one value per element
-    "rowwise_adagrad": {"square_sum": False},
-    "rowwise_adam": {"exp_avg": True, "exp_avg_sq": False},
-    "adam": {"exp_avg": True, "exp_avg_sq": True},
-    "sgd": {},
-}
 FORMATS = (torch.float32, torch.bfloat16, torch.int8)
 
 
-def stored(values: Tensor, dtype: torch.dtype) -> TableRows:
+def stored(values: Tensor, dtype: torch.dtype) -> StoredRows:
     """Rows far into a row space of more than 2^32."""
     flags = torch.zeros(values.shape[0], dtype=torch.uint8, device=values.device)
     if dtype == torch.int8:
-        return TableRows(*round_int8(values, torch.full_like(values, 2**31, dtype=torch.int64)), 2**33 + 5, flags)
-    return TableRows(values.to(dtype), None, 2**33 + 5, flags)
+        return StoredRows(*round_int8(values, torch.full_like(values, 2**31, dtype=torch.int64)), 2**33 + 5, flags)
+    return StoredRows(values.to(dtype), None, 2**33 + 5, flags)
 
 
-def copy_of(rows: TableRows) -> TableRows:
+def copy_of(rows: StoredRows) -> StoredRows:
     scale, flags = (None if column is None else column.clone() for column in (rows.scale, rows.flags))
-    return TableRows(rows.weight.clone(), scale, rows.first_row_id, flags)
+    return StoredRows(rows.weight.clone(), scale, rows.first_row_id, flags)
 
 
 def check_ngram_row_ids(kernels: RowKernels, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(-1, 30, (3, 4, 41), generator=generator) * 3371  # up to V = 10^5, with missing ones
-    sizes = (
-        (2**31 - 9, 70_001, 70_003, 2**31 - 1),
-        (10**6, 7, 10**6 + 2, 9),
-    )  # also as differently as added tables may be
+    # the second sizes differ as much as those of added tables may
+    sizes = ((2**31 - 9, 70_001, 70_003, 2**31 - 1), (10**6, 7, 10**6 + 2, 9))
     for reset, own in product((False, True), sizes):
         tables = HashTables(
             orders=(2, 2, 3, 4), sizes=own, base=100_278, pad_id=7, reset=reset, eod_id=2 * 3371, stripes=4099
@@ -74,7 +68,7 @@ def check_look_ups(kernels: RowKernels, device: torch.device) -> None:
                 cut = INTERPRETED and wanted == torch.bfloat16 and dtype != wanted
                 rtol = 2.0**-7 if cut else 0.0
                 torch.testing.assert_close(
-                    kernels.fetch(rows, index, wanted), PLAIN.fetch(rows, index, wanted), rtol=rtol, atol=0.0
+                    kernels.read(rows, index, wanted), PLAIN.read(rows, index, wanted), rtol=rtol, atol=0.0
                 )
                 for where in (index, None):
                     expected = PLAIN.gather(rows, where, slots, wanted)
@@ -103,13 +97,13 @@ def check_sums(kernels: RowKernels, device: torch.device) -> None:
                     kernels.add(sums, sorted_lookups, grad.to(device), fresh=fresh)
                     totals.append(total.cpu())
                     squares = total.double().square().sum(1).float()
-                    torch.testing.assert_close(sums.squares, squares, rtol=1e-5, atol=0.0)
+                    torch.testing.assert_close(sums.row_squared_norms, squares, rtol=1e-5, atol=0.0)
                 assert torch.equal(*totals)
                 torch.testing.assert_close(totals[0].double(), expected + (not fresh), rtol=1e-5, atol=1e-4)
             nothing = RowGradientSums(torch.ones(310, width, device=device), torch.ones(310, device=device))
             kernels.add(nothing, sorted_lookups[:0], grad[:0].to(device), fresh=True)
             assert not nothing.total.any()
-            assert not nothing.squares.any()
+            assert not nothing.row_squared_norms.any()
     for size in (0, 1, 4097, 20_003):
         values = torch.rand(size, generator=generator) * 1e3
         total = kernels.sum(values.to(device))
@@ -128,11 +122,11 @@ class Update:
     """One update of some of 500 rows: what there was before, what torch's operators make of it, and what the kernels make."""
 
     index: Tensor  # [123], the rows with a gradient
-    start: TableRows
+    start: StoredRows
     start_state: dict[str, Tensor]
-    expected: TableRows
+    expected: StoredRows
     expected_state: dict[str, Tensor]
-    rows: TableRows
+    rows: StoredRows
     state: dict[str, Tensor]
 
     def others(self) -> Tensor:
@@ -148,7 +142,7 @@ def make_update(
     start = stored(torch.randn(500, width, generator=generator).to(device), dtype)
     states = {
         name: torch.rand((500, width) if wide else (500,), generator=generator).to(device, state_dtype)
-        for name, wide in STATES[rule].items()
+        for name, wide in ROW_STATES[rule].items()
     }
     grad = torch.randn(123, width, generator=generator).to(device)
     results = []
@@ -209,7 +203,9 @@ PROPERTIES_OF_UPDATES = (
 
 def check_updates(kernels: RowKernels, device: torch.device) -> None:
     """Every property of an update of every rule, by every dtype of rows and of state."""
-    for rule, state_dtype, dtype, width in product(STATES, (torch.float32, torch.bfloat16), FORMATS, (1, 24)):
+    for rule, state_dtype, dtype, width in product(
+        get_args(RowRule), (torch.float32, torch.bfloat16), FORMATS, (1, 24)
+    ):
         update = make_update(kernels, device, rule, state_dtype, dtype, width)
         for holds in PROPERTIES_OF_UPDATES:
             holds(update)

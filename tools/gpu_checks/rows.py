@@ -13,7 +13,7 @@ from gpu_checks import row_checks
 from gpu_checks.registry import Context, Result
 from gpu_checks.timing import copy_rate, free_memory, seconds_of
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, TableRows
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, StoredRows
 
 _WIDTH = 64
 _MANY = 48 * 2**20  # rows of 64 are past 2^31 elements
@@ -37,13 +37,13 @@ class _Oracle:
         return Result(True, f"{type(kernels).__name__} equals torch's form", "bits where nothing is rounded, else 1e-5")
 
 
-def _made_table(context: Context, rows: int) -> TableRows:
+def _made_table(context: Context, rows: int) -> StoredRows:
     """bfloat16 rows [m, 64] of random values, with flags."""
     weight = torch.empty(rows, _WIDTH, dtype=torch.bfloat16, device=context.device)
     torch.manual_seed(0)
     for part in weight.split(2**22):
         part.normal_()
-    return TableRows(weight, None, 2**33 + 5, torch.zeros(rows, dtype=torch.uint8, device=context.device))
+    return StoredRows(weight, None, 2**33 + 5, torch.zeros(rows, dtype=torch.uint8, device=context.device))
 
 
 def _table_rows(context: Context) -> int:
@@ -69,7 +69,7 @@ def large_table(context: Context) -> Result:
         assert torch.equal(gathered, plain.gather(table, None, index, torch.bfloat16)), (
             "a row that was looked up is wrong"
         )
-    copy = TableRows(
+    copy = StoredRows(
         table.weight.clone(), None, table.first_row_id, None if table.flags is None else table.flags.clone()
     )
     grad = torch.randn(index.numel(), _WIDTH, generator=generator).to(device)
@@ -88,7 +88,7 @@ def large_table(context: Context) -> Result:
     )
 
 
-def _compare_updated(table: TableRows, expected: TableRows, index: Tensor) -> float:
+def _compare_updated(table: StoredRows, expected: StoredRows, index: Tensor) -> float:
     """Share of the updated values that differ, each by one rounding at most; all other rows must have the same bits."""
     apart = torch.zeros((), dtype=torch.int64, device=index.device)
     for begin in range(0, table.weight.shape[0], 2**22):
@@ -120,7 +120,7 @@ def _rates(context: Context, width: int) -> dict[str, float]:
     rows, count = 4096, 2048
     if context.cuda:
         rows, count = min(2**31, free_memory(context) // 16) // width, 2**28 // width
-    table = TableRows(torch.zeros(rows, width, dtype=torch.bfloat16, device=device), None, 0, None)
+    table = StoredRows(torch.zeros(rows, width, dtype=torch.bfloat16, device=device), None, 0, None)
     ids = torch.randint(0, rows, (count,), generator=torch.Generator().manual_seed(width)).to(device)
     found = kernels.unique(ids, rows)
     unique = found.ids.numel()

@@ -69,4 +69,4 @@ class JointNorm:
             )  # the exchange of row gradients happens here
         if self._row_gradients is None:
             return torch.zeros((), dtype=torch.float64, device=self._device)
-        return self._row_gradients.square
+        return self._row_gradients.global_squared_norm
