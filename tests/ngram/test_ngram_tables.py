@@ -130,7 +130,7 @@ def test_row_optimizers_against_torch_and_the_formula(name: RowRule) -> None:
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "rowwise_adagrad", "rowwise_adam"])
-def test_only_touched_rows_move(name: RowRule) -> None:
+def test_only_the_rows_of_a_step_move(name: RowRule) -> None:
     weight = initial_rows(0, 20, 4, 0.1, seed=0)
     before = weight.clone()
     optimizer = optimizer_for(name, weight, decay=0.5)
