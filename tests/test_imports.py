@@ -27,14 +27,15 @@ ROOMS: dict[str, set[str]] = {
     "ngram": LOWEST | {"config", "kernels", "parallel"},
     "model": LOWEST | MODEL - {"model"},
     "data": LOWEST | {"config"},
+    "trackers": LOWEST | {"config"},
     "planning": LOWEST | {"config"},
     "reports": LOWEST | {"config"},
     "checkpoint": LOWEST | CHECKPOINT - {"checkpoint"},
     "launching": LOWEST | {"config", "kernels", "parallel", "data", "checkpoint"},
-    "training": LOWEST | CHECKPOINT,
+    "training": LOWEST | CHECKPOINT | {"trackers"},
     "inference": LOWEST | CHECKPOINT,
     "interchange": LOWEST | CHECKPOINT | {"inference"},
-    "evaluation": LOWEST | CHECKPOINT | {"inference"},
+    "evaluation": LOWEST | CHECKPOINT | {"inference", "trackers"},
     "serving": LOWEST | CHECKPOINT | {"inference"},
 }
 ROOMS["commands"] = set(ROOMS)
