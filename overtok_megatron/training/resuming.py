@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_engine_files
+from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_deepspeed_files
+from overtok_megatron.checkpoint.deepspeed_state import MOMENTS, ParameterState
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
 from overtok_megatron.checkpoint.dense import read_parts
-from overtok_megatron.checkpoint.dense_state import read_dense_states
-from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
 from overtok_megatron.checkpoint.layout import CheckpointLayout
+from overtok_megatron.checkpoint.optimizer_state import read_optimizer_states
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.table_file import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_rows, load_tables
@@ -48,7 +48,7 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
     config = engine.config.model_dump(mode="json")
     manifest = _checked_manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
     agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, list(manifest.files)), path)
-    if same_engine_files(config, layout_of(engine), manifest):
+    if same_deepspeed_files(config, layout_of(engine), manifest):
         _load_engine_files(engine, path)
     else:
         _load_by_parameter(engine, path, manifest)
@@ -117,7 +117,7 @@ def _load_by_parameter(engine: TrainingEngine, path: Path, manifest: Manifest) -
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
 
     def read() -> None:
-        for name, state in read_dense_states(path, manifest.layout, splits, load_engine_file):
+        for name, state in read_optimizer_states(path, manifest.layout, splits, load_engine_file):
             engine.adapter.set_state(parameters[name], state)
 
     agree(engine.grid, read, path)

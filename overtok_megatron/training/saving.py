@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from overtok_megatron.checkpoint.deepspeed_state import OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
