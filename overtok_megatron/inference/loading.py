@@ -12,7 +12,7 @@ from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_ma
 from overtok_megatron.checkpoint.table_file import FOLDER
 from overtok_megatron.checkpoint.tables import load_rows
 from overtok_megatron.config.moved_runs import run_of, with_current_paths
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.schema import Precision, RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
@@ -52,7 +52,6 @@ class TrainedModel:
         return None if self.tables is None else self.tables.fetch_rows(tokens, history=history)
 
 
-Precision = Literal["bf16", "fp32"]
 Storage = Literal["device", "host", "mapped"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 

@@ -7,13 +7,14 @@ Shapes: N look-ups, U distinct rows among them, m rows of a rank, r of them touc
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]
+from overtok_megatron.config.schema import RowRule
+
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 CHANGED = 3  # flag of an updated row

@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from overtok_megatron.config.derived import train_iters
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.schema import RunConfig, ScheduleKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +15,7 @@ class Schedule:
     line over the last `decay_iters`.
     """
 
-    kind: Literal["cosine", "wsd", "linear"]
+    kind: ScheduleKind
     peak: float
     minimum: float
     warmup_iters: int
