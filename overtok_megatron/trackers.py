@@ -41,11 +41,11 @@ class TensorBoard:
         self._writer.close()
 
 
-def training_trackers(logging: LoggingConfig, run: RunFolder, first_step: int) -> list[Tracker]:
-    """The trackers of a training run that `logging` asks for. first_step: how many steps were done before."""
+def training_trackers(logging: LoggingConfig, run: RunFolder, steps_done: int) -> list[Tracker]:
+    """The trackers of a training run that `logging` asks for. steps_done: as in `StepRecords`."""
     trackers: list[Tracker] = []
     if logging.tensorboard:
-        trackers.append(TensorBoard(run.tensorboard, purge_step=first_step))
+        trackers.append(TensorBoard(run.tensorboard, purge_step=steps_done))
     return trackers
 
 

@@ -49,9 +49,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 NormPlacement = Literal["post", "pre"]
 Combine = Literal["sum", "mean", "scaled"]
 Boundary = Literal["reset", "ignore"]
-RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]
 RopeScalingType = Literal["linear", "llama3", "yarn"]
-ScheduleKind = Literal["cosine", "wsd", "linear"]
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 
@@ -159,7 +157,9 @@ class OverEncodingConfig(Section):
         "error", description="what to do when table_rows / hash_base is close to an integer"
     )
     init_std: NonNegativeFloat = Field(0.02, description="deviation of the initial rows; 0 = rows begin at zero")
-    optimizer: RowRule = Field("rowwise_adagrad", description="row optimizer, touched rows only")
+    optimizer: Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"] = Field(
+        "rowwise_adagrad", description="row optimizer, touched rows only"
+    )
     learning_rate_factor: PositiveFloat | None = Field(
         None, description="rows' learning rate over the dense one; none = 10 with rowwise_adagrad, else 1"
     )
@@ -258,7 +258,7 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled decay of matrices")
-    schedule: ScheduleKind = Field("cosine", description="how the learning rate falls")
+    schedule: Literal["cosine", "wsd", "linear"] = Field("cosine", description="how the learning rate falls")
     warmup_iters: NonNegative = Field(0, description="steps of linear warm-up")
     decay_iters: Positive | None = Field(None, description="last steps over which wsd decays")
     gradient_clipping: NonNegativeFloat = Field(1.0, description="largest joint norm of all gradients; 0 = off")

@@ -7,14 +7,13 @@ Shapes: N look-ups, U distinct rows among them, m rows of a rank, r of them touc
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overtok_megatron.config.schema import RowRule
-
+RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 CHANGED = 3  # flag of an updated row

@@ -8,8 +8,7 @@ kernels/rows.py (RowStep).
 import torch
 from torch import Tensor
 
-from overtok_megatron.config.schema import RowRule
-from overtok_megatron.kernels.rows import RowKernels, RowStep, TableRows, noise_key
+from overtok_megatron.kernels.rows import RowKernels, RowRule, RowStep, TableRows, noise_key
 
 _STATES: dict[RowRule, dict[str, bool]] = {  # name -> whether there is one value per element, not per row
     "rowwise_adagrad": {"square_sum": False},

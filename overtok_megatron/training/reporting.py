@@ -19,13 +19,14 @@ log = logging.getLogger(__name__)
 class StepRecords:
     """Writes the metrics of steps to `metrics.jsonl` in a run's folder (appended), and hands them to trackers.
 
-    A resumed run removes records of the steps after its first, so that the file holds each step once.
+    steps_done: how many steps the checkpoint has from which the run resumes, else 0. Records of later steps are removed, so
+    that the file holds each step once.
     """
 
-    def __init__(self, run: RunFolder, trackers: Sequence[Tracker], *, first_step: int) -> None:
+    def __init__(self, run: RunFolder, trackers: Sequence[Tracker], *, steps_done: int) -> None:
         self.path = run.metrics
         if self.path.exists():
-            kept = [json.dumps(record) + "\n" for record in run.read_metrics() if record["step"] <= first_step]
+            kept = [json.dumps(record) + "\n" for record in run.read_metrics() if record["step"] <= steps_done]
             write_atomically(self.path, "".join(kept))  # a kill here loses no record
         self._file = self.path.open("a", encoding="utf-8")
         self._trackers = trackers
@@ -46,15 +47,15 @@ class StepRecords:
 class RunReport:
     """Reports the steps of a run, on its first rank."""
 
-    def __init__(self, config: RunConfig, *, first_step: int, total_steps: int, bar: bool) -> None:
-        """first_step: how many steps were done before. bar: whether the progress bar is drawn."""
+    def __init__(self, config: RunConfig, *, steps_done: int, total_steps: int, bar: bool) -> None:
+        """steps_done: as in `StepRecords`. bar: whether the progress bar is drawn."""
         run = RunFolder(Path(config.training.output_directory))
         self._interval = config.logging.interval
         self._total_steps = total_steps
-        trackers = training_trackers(config.logging, run, first_step)
-        self._records = StepRecords(run, trackers, first_step=first_step)
+        trackers = training_trackers(config.logging, run, steps_done)
+        self._records = StepRecords(run, trackers, steps_done=steps_done)
         self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", desc=run.path.name, disable=not bar, dynamic_ncols=True
+            total=total_steps, initial=steps_done, unit="step", desc=run.path.name, disable=not bar, dynamic_ncols=True
         )
 
     def step(self, done: int, values: dict[str, float]) -> None:

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from overtok_megatron.config.derived import train_iters
-from overtok_megatron.config.schema import RunConfig, ScheduleKind
+from overtok_megatron.config.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class Schedule:
     line over the last `decay_iters`.
     """
 
-    kind: ScheduleKind
+    kind: Literal["cosine", "wsd", "linear"]
     peak: float
     minimum: float
     warmup_iters: int

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overtok_megatron.config.schema import RowRule
-from overtok_megatron.kernels.rows import TableRows, row_id, table_rows_of
+from overtok_megatron.kernels.rows import RowRule, TableRows, row_id, table_rows_of
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import STRIPES, RowSpace, TableGroup
 from overtok_megatron.ngram.row_store import initial_rows

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from overtok_megatron.checkpoint.tables import TableWriter
-from overtok_megatron.config.schema import RowRule
-from overtok_megatron.kernels.rows import RowKernels
+from overtok_megatron.kernels.rows import RowKernels, RowRule
 from overtok_megatron.ngram.exchange import FlatExchange
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.row_optimizer import RowOptimizer

@@ -10,12 +10,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from overtok_megatron.config.schema import RowRule
 from overtok_megatron.kernels.rows import (
     CHANGED,
     HashTables,
     RowGradientSums,
     RowKernels,
+    RowRule,
     RowStep,
     TableRows,
     noise_key,
