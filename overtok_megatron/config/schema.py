@@ -48,7 +48,6 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 # Choices that code below the configuration also names in its types.
 NormPlacement = Literal["post", "pre"]
 Combine = Literal["sum", "mean", "scaled"]
-Boundary = Literal["reset", "ignore"]
 RopeScalingType = Literal["linear", "llama3", "yarn"]
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
@@ -149,7 +148,7 @@ class OverEncodingConfig(Section):
         description="e + o; (e + o) / (1 + B), the paper's pseudo-code; or e + o / (1 + B); B: tables without added ones",
     )
     pad_id: NonNegative = Field(0, description="token that stands for missing history")
-    boundary: Boundary = Field("reset", description="whether n-grams stop at end-of-document tokens")
+    boundary: Literal["reset", "ignore"] = Field("reset", description="whether n-grams stop at end-of-document tokens")
     hash_base: Annotated[int, Field(ge=2, le=LARGEST)] | None = Field(
         None, description="p of the n-gram id; none = vocab_size"
     )

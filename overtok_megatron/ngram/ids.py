@@ -8,11 +8,11 @@ Shapes: b batch (any number of leading axes), s sequence, n longest n-gram, T ta
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from overtok_megatron.config.schema import Boundary
 from overtok_megatron.kernels.rows import HashTables, RowKernels
 from overtok_megatron.ngram.families import Readout
 from overtok_megatron.ngram.row_space import STRIPES, RowFilter, RowSpace
@@ -32,7 +32,7 @@ class NgramHash:
     space: RowSpace
     base: int
     pad_id: int
-    boundary: Boundary
+    boundary: Literal["reset", "ignore"]
     eod_id: int
     kernels: RowKernels = field(default_factory=RowKernels)
     readout: Readout = "embedding"

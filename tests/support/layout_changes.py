@@ -11,7 +11,7 @@ from deepspeed.checkpoint import SubparamShape
 from overtok_megatron.checkpoint.deepspeed_state import DEEPSPEED_FOLDER
 from overtok_megatron.checkpoint.optimizer_state import read_optimizer_states, stage_names
 from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
-from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import load_deepspeed_file
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_checkpoint
@@ -82,7 +82,7 @@ def check_universal(run: Path, output: Path) -> None:
     layout_ = read_manifest(checkpoint).layout
     names = {name for stage in range(layout_.pipeline) for name in stage_names(checkpoint, layout_, stage)}
     assert {path.name for path in (output / "zero").iterdir() if path.is_dir()} == names
-    for name, state in read_optimizer_states(checkpoint, layout_, dict.fromkeys(names, ()), load_engine_file):
+    for name, state in read_optimizer_states(checkpoint, layout_, dict.fromkeys(names, ()), load_deepspeed_file):
         for ours, theirs in (("master", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
             with torch.serialization.safe_globals([SubparamShape]):  # where experts are split
                 content = torch.load(output / "zero" / name / f"{theirs}.pt", weights_only=True)

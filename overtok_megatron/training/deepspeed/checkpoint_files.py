@@ -18,7 +18,7 @@ from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
 
 
-def load_engine_file(path: str, map_location: Any = "cpu") -> Any:
+def load_deepspeed_file(path: str, map_location: Any = "cpu") -> Any:
     """The content of one of DeepSpeed's files; nothing in the file is executed."""
     with torch.serialization.safe_globals(_PLAIN_CLASSES):
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -48,10 +48,10 @@ class _SyncedFiles:
             self.failure = self.failure or f"{path}: {reason(error)}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return load_engine_file(path, map_location)
+        return load_deepspeed_file(path, map_location)
 
 
-class EngineFiles:
+class DeepSpeedFiles:
     """Saves and loads DeepSpeed's own files of one engine, in the folder DEEPSPEED_FOLDER of a checkpoint."""
 
     def __init__(self, deepspeed_engine: Any) -> None:
