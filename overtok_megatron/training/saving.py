@@ -1,6 +1,6 @@
-"""Saving a run: DeepSpeed's files, the dense weights and the tables become one checkpoint, or none.
+"""Saving a run: the engine's files, the dense weights and the tables become one checkpoint, or none.
 
-All but tables is written at once, tables by a thread of each rank while training goes on. The checkpoint becomes visible when
+Dense state is written at once, tables by a thread of each rank while training goes on. The checkpoint becomes visible when
 the last rank is done: each leaves a note in its folder, and the first rank's thread waits for all of them. Every rank learns
 of a failure on any other.
 """
