@@ -32,11 +32,14 @@ def default_processes() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0, 2 for a user's mistake, or the launcher's."""
+    """Run a verb; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, or what the verb returns.
+
+    `train` returns the launcher's code.
+    """
     set_library_defaults(os.environ)  # before torch is imported, which loads OpenMP
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         form = (
             "; values of the run are written section.key=value, without dashes" if hasattr(options, "overrides") else ""
         )

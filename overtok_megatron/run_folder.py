@@ -5,9 +5,9 @@
 | `config.yaml` | the resolved configuration; what makes a folder a run's that was started | config/loading.py |
 | `checkpoints/` | complete checkpoints, and `latest`, which names the newest of them | checkpoint/store.py |
 | `tokenizer.json` or `tokenizer.model` | the tokenizer of the run | data/tokenizers/kept.py |
-| `metrics.jsonl` | one record per reported step | training/metrics.py |
+| `metrics.jsonl` | one record per reported step | training/reporting.py |
 | `evaluations.jsonl` | one record per scored checkpoint | evaluation/following.py |
-| `tensorboard/` | the same numbers as TensorBoard's events; those of evaluations in `tensorboard/evaluation/` | both of these |
+| `tensorboard/` | the same numbers as TensorBoard's events; those of evaluations in `tensorboard/evaluation/` | trackers.py |
 | `traces/` | the profiler's traces of chosen steps | training/tracing.py |
 | `train.log` | the log of the first rank | training/entry.py |
 | `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |

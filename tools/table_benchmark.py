@@ -17,7 +17,7 @@ from memory_budget import Budget, held
 from table_contenders import Needs, fbgemm_tables, has_fbgemm, limit, our_tables, row_ids, torch_tables
 from torch import Tensor
 
-from overtok_megatron.checkpoint.mapped import MappedRows
+from overtok_megatron.checkpoint.rows_on_disk import RowsOnDisk
 from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
 from overtok_megatron.checkpoint.tables import write_rows
 from overtok_megatron.config.schema import RunConfig
@@ -188,9 +188,9 @@ def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> Tr
     return TrainedModel(config=config, model=model, tables=tables, tokenizer=tokenizer, step=0)
 
 
-def _mapped_rows(folder: Path, config: RunConfig) -> MappedRows:
+def _rows_on_disk(folder: Path, config: RunConfig) -> RowsOnDisk:
     space = row_space(config.model, config.over_encoding)
-    return MappedRows(folder, space.total_rows, space.width, RowKernels())
+    return RowsOnDisk(folder, space.total_rows, space.width, RowKernels())
 
 
 def _continuation(trained: TrainedModel, prompts: list[list[int]], new: int) -> Callable[[], list[list[int]]]:
@@ -201,7 +201,7 @@ def _from_cold_files(
     folder: Path, config: RunConfig, prompts: list[list[int]], new: int, device: torch.device
 ) -> dict[str, float]:
     """In a process of its own: what it grows by beyond the dense model, and its seconds with no row in the page cache."""
-    store = _mapped_rows(folder, config)
+    store = _rows_on_disk(folder, config)
     for path in (folder / FOLDER).iterdir():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -248,7 +248,7 @@ def mapped(options: argparse.Namespace) -> dict[str, Any]:
             dtype=torch.bfloat16,
             kernels=kernels,
         )
-        on_disk = _mapped_rows(folder, config)
+        on_disk = _rows_on_disk(folder, config)
         for start in range(0, space.total_rows, 2**16):
             part = torch.arange(start, min(start + 2**16, space.total_rows))
             memory.rows.weight[start : start + len(part)] = on_disk.read(part, torch.bfloat16).to(options.device)

@@ -7,9 +7,12 @@ where state in the checkpoint depends on it, or where it is read only when weigh
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.model_keys import MODEL_KEYS
+from overtok_megatron.config.schema import RunConfig, Section
 from overtok_megatron.errors import CheckpointError
 
 _NEW_RUN = "set another training.output_directory"
@@ -33,7 +36,8 @@ def check_same_model(config: dict[str, Any], manifest: Manifest, path: Path, oth
     """
     for section, keys in MODEL_KEYS.items():
         for key in keys or config[section]:
-            mine, theirs = (_model_part(key, values[section].get(key)) for values in (config, manifest.config))
+            mine = _model_part(key, config[section][key])
+            theirs = _model_part(key, _stored(manifest, section, key))
             if key == "init_std" or mine == theirs:
                 continue
             if section == "over_encoding" and key != "enabled" and not config[section]["enabled"]:
@@ -74,6 +78,18 @@ def _same(config: dict[str, Any], manifest: Manifest, path: Path, key: str, reas
         )
 
 
+def _stored(manifest: Manifest, section: str, key: str) -> Any:
+    """The checkpoint's value of a key that defines the model.
+
+    A checkpoint that is older than the key is of a model with the key's default.
+    """
+    values = manifest.config[section]
+    if key in values:
+        return values[key]
+    section_class: type[Section] = RunConfig.model_fields[section].annotation  # type: ignore[assignment]
+    return to_jsonable_python(section_class.model_fields[key].get_default(call_default_factory=True))
+
+
 def _shown(value: Any) -> str:
     """A value as YAML writes it."""
     return "null" if value is None else str(value)
@@ -90,7 +106,7 @@ def _model_part(key: str, value: Any) -> Any:
 _FILE_KEYS = ("parallel.offload_optimizer", "parallel.pipeline_partition", "training.kernels")
 
 
-def same_engine_files(config: dict[str, Any], layout: CheckpointLayout, manifest: Manifest) -> bool:
+def same_deepspeed_files(config: dict[str, Any], layout: CheckpointLayout, manifest: Manifest) -> bool:
     """Whether DeepSpeed can load its own files in a run of `config` and `layout`; else they are read by parameter."""
     pairs = [(config["deepspeed"], manifest.config.get("deepspeed", {})), (layout, manifest.layout)]
     for key in _FILE_KEYS:

@@ -1,6 +1,6 @@
 """The model's dense weights as safetensors files, one per model-parallel rank, readable by any other number of ranks.
 
-What training needs beyond the weights (master weights, moments) is read by dense_state.py. Generation and conversion read only
+The optimizer state (master weights, moments) is read by optimizer_state.py. Generation and conversion read only
 these files. Their metadata says along which dimension each weight is split over the tensor ranks.
 """
 
@@ -50,35 +50,20 @@ def save_dense(folder: Path, weights: dict[str, Tensor], split_dims: dict[str, i
     return name
 
 
-def _split_dims(file: Any) -> dict[str, int]:
+def _read_split_dims(file: Any) -> dict[str, int]:
     """Along which dimension each weight of an open file is a shard."""
     found: dict[str, int] = json.loads(file.metadata()["splits"])
     return found
 
 
-def read_weights(path: Path, wanted: Container[str] | None = None) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """(weights of one file as they were written, along which dimension each is a shard).
+def read_weights(path: Path, wanted: Container[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """(the `wanted` weights of one file as they were written, along which dimension each is a shard).
 
-    wanted: the names to read; None = all. Raises CheckpointError.
+    Raises CheckpointError.
     """
     with open_tensors(path) as file:
-        names = [key for key in file.keys() if wanted is None or key in wanted]  # noqa: SIM118  # not a mapping
-        return {key: file.get_tensor(key) for key in names}, _split_dims(file)
-
-
-def load_dense(folder: Path, ranks: int) -> dict[str, Tensor]:
-    """The whole dense weights of a checkpoint with `ranks` model-parallel ranks. Raises CheckpointError."""
-    shards: dict[str, list[Tensor]] = {}
-    split_dims: dict[str, int] = {}
-    for name in dense_files(ranks):
-        weights, file_split_dims = read_weights(folder / name)
-        split_dims |= file_split_dims
-        for key, weight in weights.items():
-            shards.setdefault(key, []).append(weight)
-    return {
-        key: torch.cat(tensors, dim=split_dims[key]) if key in split_dims else tensors[0]
-        for key, tensors in shards.items()
-    }
+        names = [key for key in file.keys() if key in wanted]  # noqa: SIM118  # not a mapping
+        return {key: file.get_tensor(key) for key in names}, _read_split_dims(file)
 
 
 def read_parts(folder: Path, ranks: int, wanted: Mapping[str, Splits] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -92,7 +77,7 @@ def read_parts(folder: Path, ranks: int, wanted: Mapping[str, Splits] | None = N
         holders: dict[str, list[Any]] = {}
         split_dims: dict[str, int] = {}
         for file in files:
-            split_dims |= _split_dims(file)
+            split_dims |= _read_split_dims(file)
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 holders.setdefault(key, []).append(file)
         for name, splits in (dict.fromkeys(holders, ()) if wanted is None else wanted).items():

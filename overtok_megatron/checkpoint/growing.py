@@ -16,6 +16,7 @@ from torch import Tensor
 
 from overtok_megatron.checkpoint.store import read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, read_rows, write_weights
+from overtok_megatron.checkpoint.writing import FILE_BYTES
 from overtok_megatron.config.growth import check_grown
 from overtok_megatron.config.problems import Locate
 from overtok_megatron.config.schema import RunConfig
@@ -26,7 +27,6 @@ from overtok_megatron.model.assembly import build_encoder
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_space import RowSpace
 
-_FILE_BYTES = 1 << 28  # rows are written in files of about this size
 SCRATCH = f"growing{PARTIAL}"  # folder of the buckets in the new run's folder, until the new checkpoint is written
 _ROW_IDS = "row-ids"  # the column of new ids beside the columns of each row
 _ENCODER = "embedding.over_encoding"
@@ -79,7 +79,7 @@ def _grown_rows(source: Path, old: RunConfig, new: RunConfig, scratch: Path) -> 
     columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (dtype, (space.width,))}
     if dtype == torch.int8:
         columns["scale"] = (torch.float32, ())
-    rows_per_file = max(1, _FILE_BYTES // (space.width * dtype.itemsize))
+    rows_per_file = max(1, FILE_BYTES // (space.width * dtype.itemsize))
     buckets = _RowBuckets(scratch, rows_per_file)
     if old.over_encoding.enabled:
         old_space = row_space(old.model, old.over_encoding)

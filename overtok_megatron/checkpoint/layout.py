@@ -20,7 +20,7 @@ class LayoutKind(Enum):
     """In which form a checkpoint holds its dense parameters and their optimizer state."""
 
     WRITTEN_BY_RANKS = "written by ranks"  # each rank's part of the state, in DeepSpeed's files
-    WHOLE = "whole"  # whole parameters with their whole state, which no rank of an engine wrote
+    WHOLE = "whole"  # whole parameters with their whole state, which are not in DeepSpeed's files
     WEIGHTS_ONLY = "weights only"  # whole parameters without state
 
 
@@ -29,7 +29,7 @@ _KIND_NUMBERS = {LayoutKind.WHOLE: -1, LayoutKind.WEIGHTS_ONLY: -2}  # what mani
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointLayout:
-    """pipeline, data, context, tensor: the number of ranks along each axis; zero_stage is None where no engine wrote the state.
+    """pipeline, data, context, tensor: the number of ranks along each axis; zero_stage is None if DeepSpeed wrote no state.
 
     Whole parameters still lie in several files: `pipeline` is then the number of files, and the other sizes are 1.
     """
@@ -80,11 +80,11 @@ class CheckpointLayout:
             number = values[key]
             if type(number) is not int or number < least or (key == "zero_stage" and number > _LAST_ZERO_STAGE):
                 raise ValueError(f"layout: {key} is {short(repr(number))}")
-        stage, sizes = values["zero_stage"], {axis: values[_key(axis)] for axis in _AXES}
+        zero_stage, sizes = values["zero_stage"], {axis: values[_key(axis)] for axis in _AXES}
         for kind, number in _KIND_NUMBERS.items():
-            if stage == number:
+            if zero_stage == number:
                 return cls(**sizes, kind=kind)
-        return cls(**sizes, zero_stage=stage)
+        return cls(**sizes, zero_stage=zero_stage)
 
 
 def _key(axis: str) -> str:

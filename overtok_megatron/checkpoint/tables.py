@@ -18,13 +18,12 @@ from torch import Tensor
 from overtok_megatron.checkpoint.dense import open_tensors
 from overtok_megatron.checkpoint.store import Digest, file_digest
 from overtok_megatron.checkpoint.table_file import FOLDER, TableFile
-from overtok_megatron.checkpoint.writing import save_tensors
+from overtok_megatron.checkpoint.writing import FILE_BYTES, save_tensors
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
 
-_FILE_BYTES = 1 << 28  # rows are written in files of about this size, which bounds the memory of a save
 _PIECE_BYTES = 1 << 24  # copied at a time, during which no row can change
 
 
@@ -80,7 +79,7 @@ class TableWriter:
     def _write_all(self, folder: Path, snapshot: RowSnapshot, steps: int) -> dict[str, Digest]:
         store, columns = self._store, self._tables.columns()
         row_bytes = sum(tensor[:1].nbytes for tensor in columns.values())
-        rows_per_file, rows_per_piece = max(1, _FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
+        rows_per_file, rows_per_piece = max(1, FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
         files: dict[str, Digest] = {}
         for first in range(0, store.num_rows, rows_per_file):
             stop = min(first + rows_per_file, store.num_rows)

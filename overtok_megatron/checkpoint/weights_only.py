@@ -19,14 +19,13 @@ from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest,
 from overtok_megatron.checkpoint.table_file import FOLDER as TABLES
 from overtok_megatron.checkpoint.table_file import TableFile
 from overtok_megatron.checkpoint.tables import merged_rows, write_rows
+from overtok_megatron.checkpoint.writing import FILE_BYTES
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.assembly import build_layers
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.building import row_space
-
-_FILE_BYTES = 1 << 28  # dense weights are gathered into files of about this size
 
 
 def weight_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
@@ -123,7 +122,7 @@ def _gather(
                 f"{folder}: {name} has shape {list(weight.shape)}, the model needs {list(shapes[name])}"
             )
         gathered[name] = weight
-        if sum(tensor.nbytes for tensor in gathered.values()) >= _FILE_BYTES:
+        if sum(tensor.nbytes for tensor in gathered.values()) >= FILE_BYTES:
             yield gathered
             gathered.clear()
     if missing:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overtok_megatron.commands.arguments import positive, workers
+from overtok_megatron.data.preparing.sources import FORMATS, ReadOptions
 from overtok_megatron.errors import DataError
 from overtok_megatron.files import shown
 from overtok_megatron.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from overtok_megatron.data.preparing.sources import ReadOptions
     from overtok_megatron.data.tokenizers.protocol import Tokenizer
 
 
@@ -48,9 +48,7 @@ def _tokenizer_of_run(path: Path, options: argparse.Namespace) -> "Tokenizer":
     return configured_tokenizer(section)
 
 
-def _reading(options: argparse.Namespace) -> "ReadOptions":
-    from overtok_megatron.data.preparing.sources import ReadOptions
-
+def _reading(options: argparse.Namespace) -> ReadOptions:
     return ReadOptions(format=options.format, key=options.key, separator=options.separator)
 
 
@@ -160,9 +158,7 @@ def _add_reading(verb: argparse.ArgumentParser) -> None:
         nargs="+",
         help="files, patterns, or folders: .txt, .jsonl, .json, .ndjson, .parquet; also .gz, .xz, .zst",
     )
-    verb.add_argument(
-        "--format", choices=("text", "jsonl", "parquet"), default=None, help="of all inputs (default: by their names)"
-    )
+    verb.add_argument("--format", choices=FORMATS, default=None, help="of all inputs (default: by their names)")
     verb.add_argument("--key", default="text", help="key of JSON objects, or Parquet column, that holds the text")
     verb.add_argument(
         "--separator",

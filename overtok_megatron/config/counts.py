@@ -112,7 +112,7 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     the whole world.
     """
     dense = _dense_shard(config)
-    stage = config.parallel.zero_stage
+    zero_stage = config.parallel.zero_stage
     ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     bf16 = config.training.precision == "bf16"
     _, rows, width = table_shape(config)
@@ -122,12 +122,12 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     scale_bytes, value_bytes = _ROW_BYTES[config.over_encoding.row_dtype]
     state_bytes = 4 if config.over_encoding.state_dtype == "float32" else 2
 
-    def share(size: int, from_stage: int) -> int:
-        return -(-size // ranks) if stage >= from_stage else size
+    def share(size: int, from_zero_stage: int) -> int:
+        return -(-size // ranks) if zero_stage >= from_zero_stage else size
 
     return RankBytes(
         weights=share(dense * (2 if bf16 else 4), 3),
-        gradients=share(dense * (2 if bf16 and stage == 0 else 4), 2),
+        gradients=share(dense * (2 if bf16 and zero_stage == 0 else 4), 2),
         optimizer=share(dense * (12 if bf16 else 8), 1),
         table_rows=own_rows * (width * value_bytes + scale_bytes + 1),  # and one byte for its flag
         table_state=own_rows * state_values * state_bytes,

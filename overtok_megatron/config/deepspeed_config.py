@@ -78,7 +78,7 @@ def _contradictions(own: dict[str, Any], raw: dict[str, Any], prefix: str) -> It
 
 def _own_keys(config: RunConfig, world_size: int) -> dict[str, Any]:
     """What follows from our keys alone."""
-    stage = config.parallel.zero_stage
+    zero_stage = config.parallel.zero_stage
     bf16 = config.training.precision == "bf16"
     result: dict[str, Any] = {
         # to DeepSpeed context-parallel ranks are data-parallel ones, each with a batch of its own
@@ -89,20 +89,20 @@ def _own_keys(config: RunConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": bf16},
         # DeepSpeed's own default is the model's precision, which would round what was summed in float32
         "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.parallel.gradient_dtype],
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if stage > 0 and config.parallel.pipeline_parallel_size == 1:
+    if zero_stage > 0 and config.parallel.pipeline_parallel_size == 1:
         result["zero_optimization"]["overlap_comm"] = True  # gradients are reduced while backward goes on
     if config.parallel.sequence_parallel:
         # between stages DeepSpeed would send a part from each tensor-parallel rank, as if all held the same activations
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.parallel.offload_optimizer == "cpu":
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    if bf16 and stage > 0:
+    if bf16 and zero_stage > 0:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
 

@@ -18,7 +18,7 @@ MOST_RANKS = 2**20
 _TENSOR, _CONTEXT = "parallel.tensor_parallel_size", "parallel.context_parallel_size"
 _PIPELINE, _PARTITION = "parallel.pipeline_parallel_size", "parallel.pipeline_partition"
 _AXES = (_TENSOR, _CONTEXT, _PIPELINE)  # on which the number of data-parallel ranks depends
-_STAGE = "parallel.zero_stage"
+_ZERO_STAGE = "parallel.zero_stage"
 
 
 def axis_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -41,17 +41,17 @@ def axis_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
 def parallel_problems(config: RunConfig, world_size: int, *, divided: bool) -> Iterator[Problem]:
     """What else breaks the rules of the parallel section. divided: whether the axes divide the ranks."""
     parallel = config.parallel
-    tensor, context, stage = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.zero_stage
+    tensor, context, zero_stage = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.zero_stage
     if parallel.sequence_parallel and tensor == 1:
         reason = "splits nothing with parallel.tensor_parallel_size 1; write false"
         yield problem("parallel.sequence_parallel", True, reason, (_TENSOR,))
     yield from _pipeline_problems(config)
-    if tensor > 1 and stage == 3:
+    if tensor > 1 and zero_stage == 3:
         reason = "does not go with parallel.tensor_parallel_size > 1: both split the weights; use 2, or tensor_parallel_size 1"
-        yield problem(_STAGE, stage, reason, (_TENSOR,))
-    if parallel.offload_optimizer != "none" and stage == 0:
+        yield problem(_ZERO_STAGE, zero_stage, reason, (_TENSOR,))
+    if parallel.offload_optimizer != "none" and zero_stage == 0:
         reason = "needs parallel.zero_stage 1 or more, which owns the state that moves; use zero_stage 1, or none"
-        yield problem("parallel.offload_optimizer", parallel.offload_optimizer, reason, (_STAGE,))
+        yield problem("parallel.offload_optimizer", parallel.offload_optimizer, reason, (_ZERO_STAGE,))
     length, slices = config.data.seq_length, tensor * context
     if length % slices:
         names = _TENSOR + (" x context_parallel_size" if context > 1 else "")
@@ -70,7 +70,7 @@ def parallel_problems(config: RunConfig, world_size: int, *, divided: bool) -> I
 
 def _pipeline_problems(config: RunConfig) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
-    stages, partition, stage = parallel.pipeline_parallel_size, parallel.pipeline_partition, parallel.zero_stage
+    stages, partition, zero_stage = parallel.pipeline_parallel_size, parallel.pipeline_partition, parallel.zero_stage
     if isinstance(partition, list) and (len(partition) != stages or sum(partition) != layers):
         even = "does"
         if stages <= 16:
@@ -85,17 +85,17 @@ def _pipeline_problems(config: RunConfig) -> Iterator[Problem]:
             f"leaves stages without a block: there are {layers} (model.num_layers); {min(stages, layers)} is the most"
         )
         yield problem(_PIPELINE, stages, reason, (_PARTITION,))
-    if stage > 1:
+    if zero_stage > 1:
         reason = (
             "does not go with pipeline_parallel_size > 1: gradients of all micro-batches stay on the stage until the step "
             "ends, so DeepSpeed cannot split them; use 1"
         )
-        yield problem(_STAGE, stage, reason, (_PIPELINE,))
-    if config.training.precision == "bf16" and stage != 1:
+        yield problem(_ZERO_STAGE, zero_stage, reason, (_PIPELINE,))
+    if config.training.precision == "bf16" and zero_stage != 1:
         reason = (
             "with bf16 and a pipeline adds the gradients of micro-batches in bfloat16, which loses small ones; use 1"
         )
-        yield problem(_STAGE, stage, reason, (_PIPELINE,))
+        yield problem(_ZERO_STAGE, zero_stage, reason, (_PIPELINE,))
     if parallel.offload_optimizer != "none":
         reason = (
             "is not offered by DeepSpeed's pipeline engine for this optimizer; use none, or pipeline_parallel_size 1"
@@ -105,7 +105,7 @@ def _pipeline_problems(config: RunConfig) -> Iterator[Problem]:
 
 def precision_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     """Sums of gradients in bfloat16. The axes must divide the ranks."""
-    steps, stage = accumulation_steps(config, world_size), config.parallel.zero_stage
-    if config.training.precision == "bf16" and stage == 0 and steps != 1:
+    steps, zero_stage = accumulation_steps(config, world_size), config.parallel.zero_stage
+    if config.training.precision == "bf16" and zero_stage == 0 and steps != 1:
         reason = f"with bf16 adds the gradients of {steps} micro-batches in bfloat16, which loses small ones; use 1"
-        yield problem(_STAGE, stage, reason, (*_AXES, "training.global_batch_size"))
+        yield problem(_ZERO_STAGE, zero_stage, reason, (*_AXES, "training.global_batch_size"))

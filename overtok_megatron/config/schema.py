@@ -46,6 +46,13 @@ Text = Annotated[str, Field(min_length=1, max_length=4095)]
 FilePath = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_openable)]  # Linux opens 4095 bytes
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 
+# Choices that code below the configuration also names in its types.
+NormPlacement = Literal["post", "pre"]
+Combine = Literal["sum", "mean", "scaled"]
+RopeScalingType = Literal["linear", "llama3", "yarn"]
+Precision = Literal["bf16", "fp32"]
+Recompute = Literal["none", "selective", "full"]
+
 
 class Section(BaseModel):
     """A section: immutable, no unknown keys, no silent conversion between numbers, strings and booleans."""
@@ -56,7 +63,7 @@ class Section(BaseModel):
 class RopeScalingConfig(Section):
     """Rotary angles for contexts longer than those of pretraining, on layers with full attention."""
 
-    type: Literal["linear", "llama3", "yarn"] = Field(description="how the frequencies change")
+    type: RopeScalingType = Field(description="how the frequencies change")
     factor: Annotated[float, Field(ge=1.0, le=LARGEST_FLOAT, allow_inf_nan=False)] = Field(
         description="how much longer the context is"
     )
@@ -90,7 +97,7 @@ class ModelConfig(Section):
     num_attention_heads: Parts = Field(description="query heads")
     num_key_value_heads: Parts | None = Field(None, description="key/value heads; none = as many as query heads")
     head_size: Width | None = Field(None, description="width of a head; none = hidden_size / num_attention_heads")
-    norm_placement: Literal["post", "pre"] = Field(
+    norm_placement: NormPlacement = Field(
         "post", description="norms after attention and feed-forward (OLMo2, Olmo3), or before (Llama, Olmoe)"
     )
     qk_norm: Literal["full", "none"] = Field(
@@ -137,9 +144,9 @@ class OverEncodingConfig(Section):
     row_width: Width | None = Field(None, description="w: values per row; none = hidden_size / ((n - 1) k)")
     added: list[AddedTables] = Field([], description="tables beside these, of the same width; what `overtok grow` adds")
     frozen: bool = Field(False, description="rows of the tables above (not of added ones) take no update, no decay")
-    combine: Literal["sum", "mean", "scaled"] = Field(
+    combine: Combine = Field(
         "mean",
-        description="e + o; (e + o) / (1 + T), the paper's pseudo-code; or e + o / (1 + T); T without added tables",
+        description="e + o; (e + o) / (1 + B), the paper's pseudo-code; or e + o / (1 + B); B: tables without added ones",
     )
     pad_id: NonNegative = Field(0, description="token that stands for missing history")
     boundary: Literal["reset", "ignore"] = Field("reset", description="whether n-grams stop at end-of-document tokens")
@@ -258,12 +265,12 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     output_directory: FilePath = Field(description="where the run writes everything")
     micro_batch_size: Positive = Field(description="sequences a rank handles at once")
-    global_batch_size: Positive = Field(description="sequences an optimizer step")
+    global_batch_size: Positive = Field(description="sequences per optimizer step")
     train_iters: Positive | None = Field(None, description="optimizer steps (or train_tokens)")
     train_tokens: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = Field(
         None, description="tokens in all, rounded up to whole steps (or train_iters)"
     )
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 with float32 master weights, or fp32")
+    precision: Precision = Field("bf16", description="bf16 with float32 master weights, or fp32")
     seed: Seed = Field(1234, description="seed of the initial weights and rows")
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
@@ -272,10 +279,14 @@ class TrainingConfig(Section):
     initial_checkpoint: FilePath | None = Field(
         None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
     )
-    kernels: Literal["auto", "apex", "torch"] = Field("auto", description="whose fused RMSNorm and AdamW run on CUDA")
+    kernels: Literal["auto", "apex", "torch"] = Field(
+        "auto",
+        description="auto: compiled loops on CPU; on CUDA Triton for table rows, apex's RMSNorm and AdamW if installed; "
+        "apex: require apex; torch: torch's operators only",
+    )
     num_threads: Parts | None = Field(None, description="CPU threads per rank; none = cores divided by ranks")
 
 

@@ -1,4 +1,4 @@
-"""Score every checkpoint of a run as it appears, while it trains: a line in evaluations.jsonl and TensorBoard scalars for each.
+"""Score every checkpoint of a run as it appears, while it trains: a record in evaluations.jsonl, and metrics to the trackers.
 
 Nothing is scored twice: a record names the checkpoint by the digest of its manifest, and says what was asked.
 """
@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from overtok_megatron.checkpoint.store import MANIFEST_DIGEST, CheckpointStore, read_manifest, step_of
 from overtok_megatron.config.derived import train_iters
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import refuse_foreign
 from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.trackers import evaluation_trackers
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +81,15 @@ class _Records:
         self._file = self._path.open("a", encoding="utf-8")
         if text and not text.endswith("\n"):
             self._file.write("\n")
-        self._board = SummaryWriter(str(folder.evaluation_tensorboard))
+        self._trackers = evaluation_trackers(folder)
 
     def __enter__(self) -> "_Records":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __contains__(self, key: tuple[str, dict[str, Any]]) -> bool:
         return key in self._known
@@ -99,6 +99,5 @@ class _Records:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self._known.append((digest, asked))
-        for name, value in metrics.items():
-            self._board.add_scalar(f"evaluation/{name}", value, step)
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.write(step, {f"evaluation/{name}": value for name, value in metrics.items()})

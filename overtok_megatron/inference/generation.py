@@ -76,6 +76,13 @@ class IncrementalDecoder:
         hidden = self.trained.model.hidden(tokens.clamp(min=0), fetched, step)[0]  # [b, s, d]
         return self.trained.model.head.logits(hidden[:, -1:] if last else hidden)
 
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Keep only the first `lengths[row]` tokens of each of the first rows: the next `feed` goes on after them.
+
+        The result is as if the other tokens had never been fed. The rows may then end at different columns.
+        """
+        self.cache.crop(lengths)
+
     def _decode_step(self, tokens: Tensor) -> DecodeStep:
         """Append the tokens to the cache, and say what each of them sees there: c columns are in use."""
         columns = self.cache.append(tokens).unsqueeze(2)  # [1 or b, s, 1]

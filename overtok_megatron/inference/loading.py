@@ -6,13 +6,13 @@ from typing import Literal, get_args
 
 import torch
 
-from overtok_megatron.checkpoint.dense import load_dense
-from overtok_megatron.checkpoint.mapped import MappedRows
+from overtok_megatron.checkpoint.dense import read_parts
+from overtok_megatron.checkpoint.rows_on_disk import RowsOnDisk
 from overtok_megatron.checkpoint.store import Manifest, find_checkpoint, read_manifest, verify_file
 from overtok_megatron.checkpoint.table_file import FOLDER
 from overtok_megatron.checkpoint.tables import load_rows
 from overtok_megatron.config.moved_runs import run_of, with_current_paths
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.schema import Precision, RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
@@ -52,7 +52,6 @@ class TrainedModel:
         return None if self.tables is None else self.tables.fetch_rows(tokens, history=history)
 
 
-Precision = Literal["bf16", "fp32"]
 Storage = Literal["device", "host", "mapped"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 
@@ -82,7 +81,7 @@ def load_trained(
     _check_tokenizer(tokenizer, manifest, config, path)
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=manifest.eod_id)
-    weights = load_dense(path, manifest.layout.model_parallel_ranks)
+    weights = dict(read_parts(path, manifest.layout.model_parallel_ranks))
     if config.model.tie_word_embeddings:
         weights = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}
     _copy_weights(model, weights, path)
@@ -120,7 +119,7 @@ def _open_rows(path: Path, config: RunConfig, storage: Storage, device: torch.de
     """All rows of a checkpoint. device: where the model computes, with its kernels."""
     if storage == "mapped":
         space = row_space(config.model, config.over_encoding)
-        return MappedRows(path, space.total_rows, space.width, RowKernels())
+        return RowsOnDisk(path, space.total_rows, space.width, RowKernels())
     row_device = device if storage == "device" else torch.device("cpu")
     row_kernels = kernels if row_device == device else choose_kernels(config.training.kernels, row_device)
     store = build_row_store(config, device=row_device, kernels=row_kernels.rows)

@@ -7,13 +7,12 @@ by `Layers.reset`. The tables of an over-encoded model are built elsewhere (ngra
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
-from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
+from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute, RunConfig
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.model.attention import Attention, AttentionShape
@@ -29,9 +28,6 @@ from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.projection import NgramProjection
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
-
-# What backward computes again instead of keeping it: nothing, the core of attention, or all of a layer from its input.
-Recompute = Literal["none", "selective", "full"]
 
 
 def build_encoder(

@@ -4,18 +4,16 @@ The parts come from the caller (assembly.py); nothing here knows their sizes, gr
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from overtok_megatron.config.schema import NormPlacement
 from overtok_megatron.model.attention import Attention, DecodeStep
 from overtok_megatron.model.documents import document_mask
 from overtok_megatron.model.feed_forward import FeedForward, Routing
 from overtok_megatron.model.norm import RMSNorm
-
-NormPlacement = Literal["post", "pre"]
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ of a left-padded batch all end at one column, and new keys are then written as o
 different columns; each is then written at columns of its own. Deliberately not here: masks and positions, which depend on the
 model that decodes (see `IncrementalDecoder`).
 
-Shapes: b rows of the cache, r rows of a call (the first ones), s new tokens of a call, c columns, g key/value heads,
+Shapes: b rows of the cache, k rows of a call (the first ones), s new tokens of a call, c columns, g key/value heads,
 e head size.
 """
 
@@ -46,7 +46,7 @@ class KVCache:
         self._new = torch.zeros((1, 0), dtype=torch.int64, device=device)  # columns of the tokens appended last
 
     def append(self, tokens: Tensor) -> Tensor:
-        """Append tokens [r, s] int64 to the first r sequences: the columns that they take, int64 [1 or r, s].
+        """Append tokens [k, s] int64 to the first k sequences: the columns that they take, int64 [1 or k, s].
 
         MISSING is padding, allowed only before the first token of a sequence.
         """
@@ -65,7 +65,7 @@ class KVCache:
         return self._new
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values [r, g, s, e] of the tokens appended last: those of all columns in use, [r, g, c, e]."""
+        """Store the keys and values [k, g, s, e] of the tokens appended last: those of all columns in use, [k, g, c, e]."""
         rows, _, count, _ = keys.shape
         end = max(self.ends[:rows])
         stored = self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
@@ -77,11 +77,11 @@ class KVCache:
         return stored
 
     def fed(self, rows: int) -> Tensor:
-        """Tokens of the first rows in the columns in use, [r, c]."""
+        """Tokens of the first rows in the columns in use, [k, c]."""
         return self.tokens[:rows, : max(self.ends[:rows])]
 
     def history(self, rows: int, count: int) -> Tensor:
-        """The last `count` tokens of each of the first rows, [r, count]; MISSING stands before a sequence's first token."""
+        """The last `count` tokens of each of the first rows, [k, count]; MISSING stands before a sequence's first token."""
         if len(set(self.ends[:rows])) == 1 and self.ends[0] >= count:
             return self.tokens[:rows, self.ends[0] - count : self.ends[0]]
         columns = self._last_columns(rows, count).expand(rows, count)
@@ -130,7 +130,7 @@ class KVCache:
         self.ends[:rows] = [end + columns for end in self.ends[:rows]]
 
     def _last_columns(self, rows: int, count: int) -> Tensor:
-        """The last `count` columns of each of the first rows, int64 [r, count]; [1, count] where all rows end together."""
+        """The last `count` columns of each of the first rows, int64 [k, count]; [1, count] where all rows end together."""
         ends, device = self.ends[:rows], self.tokens.device
         if len(set(ends)) == 1:
             return torch.arange(ends[0] - count, ends[0], device=device).unsqueeze(0)

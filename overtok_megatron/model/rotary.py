@@ -5,10 +5,11 @@ Shapes: b batch, s sequence, e head size. Frequencies and factors are those of t
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from overtok_megatron.config.schema import RopeScalingType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class RopeScaling:
     the dimensions in between; cosines and sines are multiplied by attention_factor (arXiv 2309.00071).
     """
 
-    type: Literal["linear", "llama3", "yarn"]
+    type: RopeScalingType
     factor: float
     original_length: int = 1
     low_freq_factor: float = 1.0

@@ -5,18 +5,16 @@ Shapes: b batch, s sequence (a slice of it under tensor parallelism), T tables, 
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overtok_megatron.config.schema import Combine
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.collectives import copy_to_group
 from overtok_megatron.parallel.splits import initialise
-
-Combine = Literal["sum", "mean", "scaled"]
 
 
 class NgramProjection(nn.Module):

@@ -56,7 +56,8 @@ def named_device(name: str, key: str) -> torch.device:
 def local_device(local_rank: int) -> torch.device:
     """The device of rank `local_rank` on this host: the CUDA device with that index, the only visible one, or the CPU.
 
-    Makes it the current device of the calling thread. Raises ConfigError where the host has fewer devices than ranks.
+    Makes it the current device of the calling thread. Raises ConfigError where several devices are visible, but fewer than
+    the ranks of this host. With one visible device no error is raised: a launcher may show each rank a device of its own.
     """
     count = num_accelerators()
     if count == 0:

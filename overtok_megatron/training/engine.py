@@ -26,7 +26,7 @@ from overtok_megatron.training.building import (
     build_own_tables,
     names_in_order,
 )
-from overtok_megatron.training.deepspeed.checkpoint_files import EngineFiles
+from overtok_megatron.training.deepspeed.checkpoint_files import DeepSpeedFiles
 from overtok_megatron.training.deepspeed.engine_object import dense_weights, steps_taken
 from overtok_megatron.training.deepspeed.joint_norm import JointNorm
 from overtok_megatron.training.deepspeed.optimizers import adapter_of
@@ -38,8 +38,8 @@ from overtok_megatron.training.step_result import RowCounts, StepReduction, Step
 class TrainingEngine:
     """A model in training: dense parameters under DeepSpeed, tables beside it.
 
-    Each of `step`, `evaluate` and `dense_state` must be called by all ranks. stop_asked: set it on any rank, and the result of
-    the next step says `stop` on all.
+    All ranks must call `step`, `evaluate` and `dense_weights` together. stop_asked: set it on any rank, and the result of the
+    next step says `stop` on all.
     """
 
     def __init__(self, config: RunConfig, grid: ProcessGrid, device: torch.device, eod_id: int) -> None:
@@ -55,7 +55,7 @@ class TrainingEngine:
         self.optimizer_order = names_in_order(model, self.optimizer)
         self.deepspeed_engine = start_deepspeed(model, self.optimizer, config, grid)
         self.model: TrainedModule = self.deepspeed_engine.module
-        self.engine_files = EngineFiles(self.deepspeed_engine)
+        self.deepspeed_files = DeepSpeedFiles(self.deepspeed_engine)
         self.adapter = adapter_of(self.deepspeed_engine, grid, config.optimizer.gradient_clipping)
         if self.adapter.needs_state_reset:
             self.optimizer.state.clear()
@@ -147,7 +147,7 @@ class TrainingEngine:
         total, count = self.reduction.sum_over_ranks(sums).tolist()
         return total / count, int(count)
 
-    def dense_state(self) -> dict[str, Tensor]:
+    def dense_weights(self) -> dict[str, Tensor]:
         """This tensor-parallel rank's dense weights by name, whole also under ZeRO 3; the tied head appears once."""
         return dense_weights(self.deepspeed_engine)
 

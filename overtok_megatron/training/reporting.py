@@ -1,60 +1,61 @@
-"""What a run tells of its steps: records in `metrics.jsonl`, TensorBoard events, log lines, and a progress bar."""
+"""What a run reports of its steps: records in `metrics.jsonl`, experiment trackers, log lines, and a progress bar."""
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.files import write_atomically
 from overtok_megatron.loss_metrics import validation_losses
 from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.trackers import Tracker, training_trackers
 
 log = logging.getLogger(__name__)
 
 
 class StepRecords:
-    """Writes the metrics of steps into a run's folder: `metrics.jsonl` (appended), and TensorBoard events where asked for.
+    """Writes the metrics of steps to `metrics.jsonl` in a run's folder (appended), and hands them to trackers.
 
-    A resumed run removes records of the steps after its first, so that the file holds each step once.
+    steps_done: how many steps the checkpoint has from which the run resumes, else 0. Records of later steps are removed, so
+    that the file holds each step once.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, first_step: int) -> None:
-        files = RunFolder(folder)
-        self.path = files.metrics
+    def __init__(self, run: RunFolder, trackers: Sequence[Tracker], *, steps_done: int) -> None:
+        self.path = run.metrics
         if self.path.exists():
-            kept = [json.dumps(record) + "\n" for record in files.read_metrics() if record["step"] <= first_step]
+            kept = [json.dumps(record) + "\n" for record in run.read_metrics() if record["step"] <= steps_done]
             write_atomically(self.path, "".join(kept))  # a kill here loses no record
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(files.tensorboard), purge_step=first_step) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record `values` (name -> number; names are TensorBoard tags) after optimizer step `step` (1, 2, ...)."""
+        """Record `values` (name -> number) after optimizer step `step` (1, 2, ...)."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class RunReport:
     """Reports the steps of a run, on its first rank."""
 
-    def __init__(self, config: RunConfig, *, first_step: int, total_steps: int, bar: bool) -> None:
-        """first_step: how many steps were done before. bar: whether the progress bar is drawn."""
-        folder = Path(config.training.output_directory)
+    def __init__(self, config: RunConfig, *, steps_done: int, total_steps: int, bar: bool) -> None:
+        """steps_done: as in `StepRecords`. bar: whether the progress bar is drawn."""
+        run = RunFolder(Path(config.training.output_directory))
         self._interval = config.logging.interval
         self._total_steps = total_steps
-        self._records = StepRecords(folder, tensorboard=config.logging.tensorboard, first_step=first_step)
+        trackers = training_trackers(config.logging, run, steps_done)
+        self._records = StepRecords(run, trackers, steps_done=steps_done)
         self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", desc=folder.name, disable=not bar, dynamic_ncols=True
+            total=total_steps, initial=steps_done, unit="step", desc=run.path.name, disable=not bar, dynamic_ncols=True
         )
 
     def step(self, done: int, values: dict[str, float]) -> None:

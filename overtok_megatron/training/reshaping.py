@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.dense_state import read_dense_states, stage_names, write_whole_state
 from overtok_megatron.checkpoint.layout import CheckpointLayout, LayoutKind
+from overtok_megatron.checkpoint.optimizer_state import read_optimizer_states, stage_names, write_whole_state
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import merged_rows, write_rows
 from overtok_megatron.errors import CheckpointError, OutputError
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.run_lock import hold
-from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import load_deepspeed_file
 
 
 def reshape(source: Path, output: Path) -> Path:
@@ -43,7 +43,7 @@ def _write(source: Path, manifest: Manifest, store: CheckpointStore) -> Path:
     names: list[str] = []
     for stage in range(stages):
         wanted = dict.fromkeys(stage_names(source, manifest.layout, stage), ())
-        states = dict(read_dense_states(source, manifest.layout, wanted, load_engine_file))
+        states = dict(read_optimizer_states(source, manifest.layout, wanted, load_deepspeed_file))
         weights = {name: state.values["master"].to(dtype) for name, state in states.items()}
         names += [save_dense(folder, weights, {}, stage, stages), write_whole_state(folder, stage, states)]
     files: dict[str, Digest] = {name: file_digest(folder / name) for name in names}

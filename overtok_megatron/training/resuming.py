@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_engine_files
+from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_deepspeed_files
+from overtok_megatron.checkpoint.deepspeed_state import MOMENTS, ParameterState
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
 from overtok_megatron.checkpoint.dense import read_parts
-from overtok_megatron.checkpoint.dense_state import read_dense_states
-from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
 from overtok_megatron.checkpoint.layout import CheckpointLayout
+from overtok_megatron.checkpoint.optimizer_state import read_optimizer_states
 from overtok_megatron.checkpoint.store import Manifest, read_manifest, verify_file
 from overtok_megatron.checkpoint.table_file import FOLDER as TABLES
 from overtok_megatron.checkpoint.tables import load_rows, load_tables
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import splits_of
 from overtok_megatron.training.agreement import agree
-from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import load_deepspeed_file
 from overtok_megatron.training.deepspeed.engine_object import set_progress
 from overtok_megatron.training.engine import TrainingEngine
 
@@ -48,8 +48,8 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
     config = engine.config.model_dump(mode="json")
     manifest = _checked_manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
     agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, list(manifest.files)), path)
-    if same_engine_files(config, layout_of(engine), manifest):
-        _load_engine_files(engine, path)
+    if same_deepspeed_files(config, layout_of(engine), manifest):
+        _load_deepspeed_files(engine, path)
     else:
         _load_by_parameter(engine, path, manifest)
     tables = engine.tables
@@ -95,11 +95,11 @@ def _checked_manifest(grid: ProcessGrid, path: Path, check: Callable[[Manifest],
     return agree(grid, read, path)
 
 
-def _load_engine_files(engine: TrainingEngine, path: Path) -> None:
+def _load_deepspeed_files(engine: TrainingEngine, path: Path) -> None:
     """Load DeepSpeed's own files, on the layout that wrote them. They hold settings too; this run keeps its own settings."""
     groups = engine.optimizer.param_groups
     own = [{name: value for name, value in group.items() if name not in _STATE_OF_GROUP} for group in groups]
-    engine.engine_files.load(path)
+    engine.deepspeed_files.load(path)
     for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
         group |= settings
     engine.adapter.set_max_norm(engine.config.optimizer.gradient_clipping)
@@ -117,7 +117,7 @@ def _load_by_parameter(engine: TrainingEngine, path: Path, manifest: Manifest) -
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
 
     def read() -> None:
-        for name, state in read_dense_states(path, manifest.layout, splits, load_engine_file):
+        for name, state in read_optimizer_states(path, manifest.layout, splits, load_deepspeed_file):
             engine.adapter.set_state(parameters[name], state)
 
     agree(engine.grid, read, path)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from overtok_megatron.checkpoint.deepspeed_state import OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.dense import save_dense
-from overtok_megatron.checkpoint.engine_state import OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
@@ -104,7 +104,7 @@ class Saver:
         self._step, self._failure = step, None
         folder = self.store.partial(step)
         self._raise_on_all(self._failure_of(lambda: self.store.start_save(step)) if self._rank == 0 else None)
-        files = self._write_dense_state(folder)
+        files = self._write_dense(folder)
         write_tables = None if self._writer is None else self._writer.start_save(folder)
         manifest = {"step": step, "consumed_samples": consumed_samples, **self._identity}
 
@@ -170,12 +170,12 @@ class Saver:
             "make room or change training.output_directory and start again to resume from it"
         )
 
-    def _write_dense_state(self, folder: Path) -> list[str]:
+    def _write_dense(self, folder: Path) -> list[str]:
         """Write our weights and DeepSpeed's files; returns the names of those that this rank wrote and has to hash."""
         engine, grid, written = self.engine, self.engine.grid, []
         parameters = dict(engine.model.named_parameters())
         split_dims = _split_dims(parameters)
-        dense = engine.dense_state()
+        dense = engine.dense_weights()
         client_state = {
             "step": self._step,
             **universal_info(parameters, split_dims, grid),
@@ -190,9 +190,9 @@ class Saver:
 
         first_replica = grid.coordinate("data") == grid.coordinate("context") == 0
         self._raise_on_all(self._failure_of(write_weights) if first_replica else None)
-        engine_files, failure = engine.engine_files.save(folder, client_state)
+        deepspeed_files, failure = engine.deepspeed_files.save(folder, client_state)
         self._raise_on_all(failure)
-        return [*written, *(path.relative_to(folder).as_posix() for path in engine_files)]
+        return [*written, *(path.relative_to(folder).as_posix() for path in deepspeed_files)]
 
     def _complete(
         self,

@@ -114,7 +114,7 @@ class Trainer:
             report = None
             if self.first:
                 report = RunReport(
-                    self.config, first_step=first_step, total_steps=self.total_steps, bar=show_bar(self.config)
+                    self.config, steps_done=first_step, total_steps=self.total_steps, bar=show_bar(self.config)
                 )
                 open_until_end.callback(report.close)
             for step in range(first_step, self.total_steps):

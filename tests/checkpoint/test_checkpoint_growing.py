@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.checkpoint import growing
-from overtok_megatron.checkpoint.mapped import MappedRows
+from overtok_megatron.checkpoint.rows_on_disk import RowsOnDisk
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import load_rows
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, write_weights
@@ -74,7 +74,7 @@ def read_model(run: Path) -> tuple[RunConfig, dict[str, Tensor], TableReader | N
         logits = model.logits(tokens, fetched)
         if config.over_encoding.enabled:  # the rows read in place give the same
             space = row_space(config.model, config.over_encoding)
-            on_disk = MappedRows(path, space.total_rows, space.width, RowKernels())
+            on_disk = RowsOnDisk(path, space.total_rows, space.width, RowKernels())
             reader = cpu_reader(config, EOD, on_disk)
             assert torch.equal(model.logits(tokens, reader.fetch_rows(tokens)), logits)
     return config, weights, tables, logits
@@ -93,7 +93,7 @@ SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(*SOURCES[kind])
     write_source(tmp_path / "run-0", config)
-    monkeypatch.setattr(growing, "_FILE_BYTES", 20_000)  # many files, and buckets
+    monkeypatch.setattr(growing, "FILE_BYTES", 20_000)  # many files, and buckets
     requests = [
         ["orders=2-4,slices=1,rows=7", "orders=2,slices=3,rows=1009"],
         ["order=5,rows=211", "orders=2-3,rows=13"],  # grown once more

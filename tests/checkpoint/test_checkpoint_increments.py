@@ -59,7 +59,7 @@ def test_a_snapshot_is_one_moment(cuts: list[int], changes: list[set[int]]) -> N
 
 
 def test_a_save_writes_the_moment_that_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables_module, "_FILE_BYTES", 600)
+    monkeypatch.setattr(tables_module, "FILE_BYTES", 600)
     monkeypatch.setattr(tables_module, "_PIECE_BYTES", 100)
     tables = make_tables(std=1.0)
     train_rows(tables, list(range(0, 82, 3)), seed=0)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from overtok_megatron.checkpoint import tables as tables_module
-from overtok_megatron.checkpoint.dense import dense_files, load_dense, save_dense
+from overtok_megatron.checkpoint.dense import dense_files, read_parts, save_dense
 from overtok_megatron.checkpoint.tables import load_rows, load_tables
 from support.expect_error import expect_error
 from support.over_tables import WIDTH, columns, make_tables, save_tables, trained_tables
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def test_any_number_of_ranks_reads_what_three_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers: int, file_bytes: int, optimizer: str
 ) -> None:
-    monkeypatch.setattr(tables_module, "_FILE_BYTES", file_bytes)
+    monkeypatch.setattr(tables_module, "FILE_BYTES", file_bytes)
     dtype = torch.bfloat16 if file_bytes == 500 else torch.float32
     written = trained_tables(3, optimizer=optimizer, state_dtype=dtype)
     names = [name for tables in written for name in save_tables(tmp_path, tables)]
@@ -142,7 +142,7 @@ def test_damaged_files_are_named(tmp_path: Path, kind: str) -> None:
     expect_error(lambda: load_tables(tmp_path, make_tables()), str(tmp_path / name), "unreadable")
     name = save_dense(tmp_path, {"weight": torch.ones(82, WIDTH)}, {}, 0, 1)
     damage(tmp_path / name, kind)
-    expect_error(lambda: load_dense(tmp_path, 1), str(tmp_path / name), "unreadable")
+    expect_error(lambda: dict(read_parts(tmp_path, 1)), str(tmp_path / name), "unreadable")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -161,7 +161,7 @@ def test_split_weights_are_joined(tmp_path: Path, ranks: int) -> None:
             for name, weight in whole.items()
         }
         assert save_dense(tmp_path, state, splits, rank, ranks) == dense_files(ranks)[rank]
-    loaded = load_dense(tmp_path, ranks)
+    loaded = dict(read_parts(tmp_path, ranks))
     assert loaded.keys() == whole.keys()
     for name, weight in whole.items():
         assert loaded[name].dtype == weight.dtype
@@ -172,4 +172,4 @@ def test_a_lost_shard_of_the_weights_is_named(tmp_path: Path) -> None:
     for rank in range(2):
         save_dense(tmp_path, {"rows": torch.ones(2, 2)}, {"rows": 0}, rank, 2)
     (tmp_path / dense_files(2)[1]).unlink()
-    expect_error(lambda: load_dense(tmp_path, 2), dense_files(2)[1])
+    expect_error(lambda: dict(read_parts(tmp_path, 2)), dense_files(2)[1])

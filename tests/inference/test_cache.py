@@ -34,7 +34,7 @@ def test_cropped_tokens_were_never_fed(small_model: TrainedModel, seed: int) -> 
     for decoder in (cropped, afresh):
         decoder.feed(torch.tensor([kept]))
     cropped.feed(torch.tensor([dropped]))
-    cropped.cache.crop([len(kept)])
+    cropped.crop([len(kept)])
     assert cropped.cache.lengths == [len(kept)]
     for token in more:
         assert torch.equal(cropped.feed(torch.tensor([[token]])), afresh.feed(torch.tensor([[token]])))
@@ -52,7 +52,7 @@ def test_any_order_of_feeding_cropping_copying_and_moving(small_model: TrainedMo
         action = draw.choice(["crop", "crop", "copy", "join", "move"])
         if action == "crop":
             lengths = [draw.randint(max(0, len(sequence) - 4), len(sequence)) for sequence in sequences]
-            decoder.cache.crop(lengths)
+            decoder.crop(lengths)
             sequences = [sequence[:length] for sequence, length in zip(sequences, lengths, strict=True)]
         elif action == "copy":
             source, target = draw.sample(range(3), 2)
@@ -81,7 +81,7 @@ def test_a_history_is_the_tail_of_the_tokens(small_model: TrainedModel) -> None:
     decoder.feed(pad_left([[5, 6, 7], [8]], CPU))
     assert decoder.cache.history(2, 2).tolist() == [[6, 7], [-1, 8]]
     assert decoder.cache.history(2, 4).tolist() == [[-1, 5, 6, 7], [-1, -1, -1, 8]]
-    decoder.cache.crop([2, 1])
+    decoder.crop([2, 1])
     assert decoder.cache.history(2, 2).tolist() == [[5, 6], [-1, 8]]
     assert decoder.cache.history(2, 4).tolist() == [[-1, -1, 5, 6], [-1, -1, -1, 8]]
     assert decoder.cache.history(1, 1).tolist() == [[6]]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig
+from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model import block
-from overtok_megatron.model.assembly import Recompute, build_layers
+from overtok_megatron.model.assembly import build_layers
 from overtok_megatron.model.documents import document_ids, document_mask
 from overtok_megatron.model.transformer import Transformer
 from support.reference import hugging_face_model, hugging_face_names

@@ -8,10 +8,10 @@ import pytest
 import torch
 from deepspeed.checkpoint import SubparamShape
 
-from overtok_megatron.checkpoint.dense_state import read_dense_states, stage_names
-from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER
+from overtok_megatron.checkpoint.deepspeed_state import DEEPSPEED_FOLDER
+from overtok_megatron.checkpoint.optimizer_state import read_optimizer_states, stage_names
 from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
-from overtok_megatron.training.deepspeed.checkpoint_files import load_engine_file
+from overtok_megatron.training.deepspeed.checkpoint_files import load_deepspeed_file
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_checkpoint
@@ -73,7 +73,7 @@ def check_universal(run: Path, output: Path) -> None:
     """DeepSpeed's own converter reads the engine's files and finds what we find: whole weights and both moments."""
     checkpoint = CheckpointStore(run).latest()
     assert checkpoint is not None
-    words = ["--input_folder", str(checkpoint / ENGINE_FOLDER), "--output_folder", str(output)]
+    words = ["--input_folder", str(checkpoint / DEEPSPEED_FOLDER), "--output_folder", str(output)]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words]
     done = subprocess.run(
         [*command, "--num_extract_workers", "1", "--num_merge_workers", "1"], capture_output=True, text=True
@@ -82,7 +82,7 @@ def check_universal(run: Path, output: Path) -> None:
     layout_ = read_manifest(checkpoint).layout
     names = {name for stage in range(layout_.pipeline) for name in stage_names(checkpoint, layout_, stage)}
     assert {path.name for path in (output / "zero").iterdir() if path.is_dir()} == names
-    for name, state in read_dense_states(checkpoint, layout_, dict.fromkeys(names, ()), load_engine_file):
+    for name, state in read_optimizer_states(checkpoint, layout_, dict.fromkeys(names, ()), load_deepspeed_file):
         for ours, theirs in (("master", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
             with torch.serialization.safe_globals([SubparamShape]):  # where experts are split
                 content = torch.load(output / "zero" / name / f"{theirs}.pt", weights_only=True)

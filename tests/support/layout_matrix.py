@@ -40,7 +40,7 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
         validation, scored = engine.evaluate([both, turned])
         assert scored == 2 * BATCH * SEQ
         splits = {name: splits_of(weight) for name, weight in engine.model.named_parameters()}
-        state = engine.dense_state()
+        state = engine.dense_weights()
         dense = {}
         for name, weight in state.items():
             dense[name] = (splits[name][0].dim if splits[name] else None, weight.clone())

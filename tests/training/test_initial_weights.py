@@ -100,7 +100,7 @@ def start_from(cases: dict[str, Layout], runs: list[Path], saved: Path | None) -
         load_weights(engine, path)
         same = True
         if config.parallel.tensor_parallel_size == 1:
-            state = engine.dense_state()
+            state = engine.dense_weights()
             for name, parameter in engine.model.named_parameters():
                 low = config.training.precision == "bf16" and config.parallel.zero_stage > 0
                 master = safe_get_full_fp32_param(parameter) if low else None

@@ -29,7 +29,7 @@ def train_cases(cases: list[Case]) -> list[Result]:
             losses.append(result.loss)
             norms.append(result.grad_norm)
         assert engine.tables is not None
-        dense = {name: weight.clone() for name, weight in engine.dense_state().items()}
+        dense = {name: weight.clone() for name, weight in engine.dense_weights().items()}
         results.append((losses, dense, engine.tables.store.rows.weight.clone(), norms))
     return results
 

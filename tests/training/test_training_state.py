@@ -96,8 +96,8 @@ def resume_case(case: Case, folder: Path) -> Resumed:
     assert whole.tables is not None
     assert fresh.tables is not None
     same = torch.equal(whole.tables.store.rows.weight, fresh.tables.store.rows.weight)
-    dense = fresh.dense_state()
-    same &= all(torch.equal(weight, dense[name]) for name, weight in whole.dense_state().items())
+    dense = fresh.dense_weights()
+    same &= all(torch.equal(weight, dense[name]) for name, weight in whole.dense_weights().items())
     return Resumed(losses, resumed, same, hashed)
 
 

@@ -18,7 +18,7 @@ from overtok_megatron.errors import DataError
 from overtok_megatron.files import EncodingError, decode_text, shown
 
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-FORMATS = ("text", "jsonl", "parquet")
+FORMATS = tuple(dict.fromkeys(KINDS.values()))
 CHUNK_BYTES = 1 << 19  # content of a chunk, about; a document that is longer makes a longer one
 
 

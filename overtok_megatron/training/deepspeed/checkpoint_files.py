@@ -9,7 +9,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from overtok_megatron.checkpoint.engine_state import ENGINE_FOLDER
+from overtok_megatron.checkpoint.deepspeed_state import DEEPSPEED_FOLDER
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import sync
 from overtok_megatron.training.agreement import WRITE_ERRORS, reason
@@ -18,7 +18,7 @@ from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 _PLAIN_CLASSES: list[Any] = [LossScaler, ZeroStageEnum, fragment_address, np.dtype, np.ndarray]
 
 
-def load_engine_file(path: str, map_location: Any = "cpu") -> Any:
+def load_deepspeed_file(path: str, map_location: Any = "cpu") -> Any:
     """The content of one of DeepSpeed's files; nothing in the file is executed."""
     with torch.serialization.safe_globals(_PLAIN_CLASSES):
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -48,11 +48,11 @@ class _SyncedFiles:
             self.failure = self.failure or f"{path}: {reason(error)}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return load_engine_file(path, map_location)
+        return load_deepspeed_file(path, map_location)
 
 
-class EngineFiles:
-    """Saves and loads DeepSpeed's own files of one engine, in the folder ENGINE_FOLDER of a checkpoint."""
+class DeepSpeedFiles:
+    """Saves and loads DeepSpeed's own files of one engine, in the folder DEEPSPEED_FOLDER of a checkpoint."""
 
     def __init__(self, deepspeed_engine: Any) -> None:
         self._deepspeed_engine = deepspeed_engine
@@ -64,7 +64,7 @@ class EngineFiles:
         files.failure, files.written = None, []
         try:
             self._deepspeed_engine.save_checkpoint(
-                str(checkpoint), tag=ENGINE_FOLDER, client_state=client_state, save_latest=False
+                str(checkpoint), tag=DEEPSPEED_FOLDER, client_state=client_state, save_latest=False
             )
         except WRITE_ERRORS as error:  # from what DeepSpeed writes beside its checkpoint engine
             files.failure = files.failure or reason(error)
@@ -72,6 +72,6 @@ class EngineFiles:
 
     def load(self, checkpoint: Path) -> None:
         """Load the files below `checkpoint`, on the layout that wrote them. Raises CheckpointError where there are none."""
-        loaded, _ = self._deepspeed_engine.load_checkpoint(str(checkpoint), tag=ENGINE_FOLDER)
+        loaded, _ = self._deepspeed_engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_FOLDER)
         if loaded is None:
-            raise CheckpointError(f"{checkpoint / ENGINE_FOLDER}: DeepSpeed found no state to load")
+            raise CheckpointError(f"{checkpoint / DEEPSPEED_FOLDER}: DeepSpeed found no state to load")

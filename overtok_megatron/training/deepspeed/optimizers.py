@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 from torch import Tensor, nn
 
-from overtok_megatron.checkpoint.engine_state import MOMENTS, ParameterState
+from overtok_megatron.checkpoint.deepspeed_state import MOMENTS, ParameterState
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.collectives import named
 from overtok_megatron.parallel.grid import ProcessGrid

@@ -39,8 +39,8 @@ class _Column:
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=self.dtype).view(len(rows), *self.row_shape)
 
 
-class MappedRows:
-    """All rows of a checkpoint, read-only, on disk. `read` gives what a `RowStore` in memory gives."""
+class RowsOnDisk:
+    """All rows of a checkpoint, read-only, on disk (storage "mapped"). `read` returns what a `RowStore` in memory returns."""
 
     rows: StoredRows | None = None
     device = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 Each rank of the layout that wrote the files has a part of the state. Here the parts of one model-parallel rank become the
 whole parameters of that rank: master weight and both moments. Which part belongs to which parameter follows from DeepSpeed's
-own records in the files. Shards of tensor-parallel ranks are joined in dense_state.py.
+own records in the files. Shards of tensor-parallel ranks are joined in optimizer_state.py.
 """
 
 import math
@@ -20,7 +20,7 @@ from overtok_megatron.errors import CheckpointError
 OPTIMIZER_PARAMETERS = "optimizer_parameters"  # key of the names in the optimizer's order, for files without ZeRO
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_NAMES = ("master", *MOMENTS)
-ENGINE_FOLDER = "engine"  # of DeepSpeed's files, in a checkpoint
+DEEPSPEED_FOLDER = "engine"  # of a checkpoint, with DeepSpeed's files
 LoadFile = Callable[[str], Any]
 Fragments = dict[str, dict[str, Tensor]]  # one rank's flat part of each parameter's values: parameter -> name -> values
 
@@ -33,7 +33,7 @@ class ParameterState:
     steps: int
 
 
-def read_engine_state(
+def read_deepspeed_state(
     folder: Path, layout: CheckpointLayout, model_rank: int, weights: dict[str, Tensor], load_file: LoadFile
 ) -> Iterator[tuple[str, ParameterState]]:
     """The state of those parameters of a model-parallel rank that `weights` holds, as that rank's weights were saved.
@@ -55,12 +55,12 @@ def read_engine_state(
                     f"{folder}: holds {flat.numel()} of the {weight.numel()} values of {name} ({key}); "
                     "the checkpoint is damaged"
                 )
-            values[key] = flat[: weight.numel()].float().view(weight.shape)  # stage 3 pads the last rank's part
+            values[key] = flat[: weight.numel()].float().view(weight.shape)  # ZeRO 3 pads the last rank's part
         yield name, ParameterState(values, steps)
 
 
 def _read_without_zero(content: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[tuple[str, ParameterState]]:
-    """The state of an engine without ZeRO: torch's, whole in one file, with float32 masters beside it for bf16."""
+    """The state of a DeepSpeed engine without ZeRO: torch's, whole in one file, with float32 masters beside it for bf16."""
     state, masters = content["optimizer"], None
     if "fp32_groups" in state:
         masters = [tensor for group in state["fp32_groups"] for tensor in group]
@@ -89,10 +89,10 @@ def _read_zero_ranks(
     states = [load_file(str(optimizer_file))["optimizer_state_dict"] for optimizer_file, _ in files]
     if layout.zero_stage == 3:
         shapes = load_file(str(files[0][1]))["param_shapes"]
-        ranks = [_fragments_of_stage_3(state, shapes, layout.data_ranks) for state in states]
-        return ranks, _flat_groups_of_stage_3(states[0])[0].steps
-    ranks = [_fragments_of_stage_1_or_2(state) for state in states]
-    return ranks, _flat_groups_of_stage_1_or_2(states[0])[0].steps
+        ranks = [_fragments_of_zero_3(state, shapes, layout.data_ranks) for state in states]
+        return ranks, _flat_groups_of_zero_3(states[0])[0].steps
+    ranks = [_fragments_of_zero_1_or_2(state) for state in states]
+    return ranks, _flat_groups_of_zero_1_or_2(states[0])[0].steps
 
 
 def _zero_files(folder: Path, data_rank: int, model_rank: int) -> tuple[Path, Path]:
@@ -110,11 +110,11 @@ class _FlatGroup:
     steps: int
 
 
-def _flat_groups_of_stage_1_or_2(state: dict[str, Any]) -> list[_FlatGroup]:
+def _flat_groups_of_zero_1_or_2(state: dict[str, Any]) -> list[_FlatGroup]:
     return _flat_groups(state["single_partition_of_fp32_groups"], state["base_optimizer_state"])
 
 
-def _flat_groups_of_stage_3(state: dict[str, Any]) -> list[_FlatGroup]:
+def _flat_groups_of_zero_3(state: dict[str, Any]) -> list[_FlatGroup]:
     return _flat_groups(state["fp32_flat_groups"], state["optimizer_state_dict"])
 
 
@@ -127,19 +127,19 @@ def _flat_groups(masters: list[Tensor], state: dict[str, Any]) -> list[_FlatGrou
     return groups
 
 
-def _fragments_of_stage_1_or_2(state: dict[str, Any]) -> Fragments:
+def _fragments_of_zero_1_or_2(state: dict[str, Any]) -> Fragments:
     """From where DeepSpeed says that the fragments lie in the flat groups; a rank may hold nothing of a parameter."""
     found: Fragments = {}
-    groups = _flat_groups_of_stage_1_or_2(state)
+    groups = _flat_groups_of_zero_1_or_2(state)
     for group, slices in zip(groups, state["param_slice_mappings"], strict=True):
         for name, part in slices.items():
             found[name] = {key: value.narrow(0, part.start, part.numel) for key, value in group.values.items()}
     return found
 
 
-def _fragments_of_stage_3(state: dict[str, Any], shapes: list[dict[str, Any]], data_ranks: int) -> Fragments:
-    """Stage 3 cuts every parameter into equal parts, the last padded, and concatenates the parts of a rank."""
-    groups = _flat_groups_of_stage_3(state)
+def _fragments_of_zero_3(state: dict[str, Any], shapes: list[dict[str, Any]], data_ranks: int) -> Fragments:
+    """ZeRO 3 cuts every parameter into equal parts, the last padded, and concatenates the parts of a rank."""
+    groups = _flat_groups_of_zero_3(state)
     flat = {key: torch.cat([group.values[key].flatten() for group in groups]) for key in STATE_NAMES}
     found: Fragments = {}
     start = 0

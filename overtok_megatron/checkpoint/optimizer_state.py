@@ -1,7 +1,7 @@
 """The optimizer state of dense parameters in a checkpoint of any layout, read by parameter name, each rank its own part.
 
-A checkpoint that ranks wrote holds it in DeepSpeed's files (engine_state.py). One that was written anew without a layout holds
-one file per pipeline stage with whole parameters, `dense/optimizer-<stage>.safetensors`: tensors `<parameter>/<name>` for each
+A checkpoint that ranks wrote holds it in DeepSpeed's files (deepspeed_state.py). One that was reshaped holds one file per
+pipeline stage with whole parameters, `dense/optimizer-<stage>.safetensors`: tensors `<parameter>/<name>` for each
 of STATE_NAMES, and in the metadata the steps of each parameter.
 """
 
@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from overtok_megatron.checkpoint.dense import FOLDER, Splits, dense_files, open_tensors, read_weights
-from overtok_megatron.checkpoint.engine_state import (
-    ENGINE_FOLDER,
+from overtok_megatron.checkpoint.deepspeed_state import (
+    DEEPSPEED_FOLDER,
     STATE_NAMES,
     LoadFile,
     ParameterState,
-    read_engine_state,
+    read_deepspeed_state,
 )
+from overtok_megatron.checkpoint.dense import FOLDER, Splits, dense_files, open_tensors, read_weights
 from overtok_megatron.checkpoint.layout import CheckpointLayout, LayoutKind
 from overtok_megatron.checkpoint.writing import save_tensors
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.parallel.splits import own_part
 
 
-def read_dense_states(
+def read_optimizer_states(
     folder: Path, layout: CheckpointLayout, wanted: Mapping[str, Splits], load_file: LoadFile
 ) -> Iterator[tuple[str, ParameterState]]:
     """The state of the `wanted` parameters of a checkpoint, each as the part that its splits name (none = all of it).
@@ -62,7 +62,7 @@ def _read_stage(
     if not weights[0]:
         return
     states = [
-        dict(read_engine_state(folder / ENGINE_FOLDER, layout, rank, shards, load_file))
+        dict(read_deepspeed_state(folder / DEEPSPEED_FOLDER, layout, rank, shards, load_file))
         for rank, shards in zip(model_ranks, weights, strict=True)
     ]
     for name in weights[0]:
