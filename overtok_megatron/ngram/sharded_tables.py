@@ -18,7 +18,7 @@ from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.snapshot import RowSnapshot
-from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.collectives import profiler_span
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ShardedTables(TableReader[PlanT]):
         local_rows, sums = self.exchange.return_gradients(fetched.rows.plan, own)
         square = (self.store.kernels.sum(sums.squares) * scale**2).to(self.device)
         if self.group is not None:
-            with named("all-reduce of squares", self.group):
+            with profiler_span("all-reduce of squares", self.group):
                 dist.all_reduce(square, group=self.group)
         return RowGradients(local_rows, sums.total, scale, square)
 

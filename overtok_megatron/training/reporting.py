@@ -18,17 +18,18 @@ log = logging.getLogger(__name__)
 class StepRecords:
     """Writes the metrics of steps into a run's folder: `metrics.jsonl` (appended), and TensorBoard events where asked for.
 
-    A resumed run removes records of the steps after its first, so that the file holds each step once.
+    steps_done: how many steps the checkpoint has from which the run resumes, else 0. Records of later steps are removed, so
+    that the file holds each step once.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, first_step: int) -> None:
+    def __init__(self, folder: Path, *, tensorboard: bool, steps_done: int) -> None:
         files = RunFolder(folder)
         self.path = files.metrics
         if self.path.exists():
-            kept = [json.dumps(record) + "\n" for record in files.read_metrics() if record["step"] <= first_step]
+            kept = [json.dumps(record) + "\n" for record in files.read_metrics() if record["step"] <= steps_done]
             write_atomically(self.path, "".join(kept))  # a kill here loses no record
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(files.tensorboard), purge_step=first_step) if tensorboard else None
+        self._board = SummaryWriter(str(files.tensorboard), purge_step=steps_done) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record `values` (name -> number; names are TensorBoard tags) after optimizer step `step` (1, 2, ...)."""
@@ -47,14 +48,14 @@ class StepRecords:
 class RunReport:
     """Reports the steps of a run, on its first rank."""
 
-    def __init__(self, config: RunConfig, *, first_step: int, total_steps: int, bar: bool) -> None:
-        """first_step: how many steps were done before. bar: whether the progress bar is drawn."""
+    def __init__(self, config: RunConfig, *, steps_done: int, total_steps: int, bar: bool) -> None:
+        """steps_done: as in `StepRecords`. bar: whether the progress bar is drawn."""
         folder = Path(config.training.output_directory)
         self._interval = config.logging.interval
         self._total_steps = total_steps
-        self._records = StepRecords(folder, tensorboard=config.logging.tensorboard, first_step=first_step)
+        self._records = StepRecords(folder, tensorboard=config.logging.tensorboard, steps_done=steps_done)
         self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", desc=folder.name, disable=not bar, dynamic_ncols=True
+            total=total_steps, initial=steps_done, unit="step", desc=folder.name, disable=not bar, dynamic_ncols=True
         )
 
     def step(self, done: int, values: dict[str, float]) -> None:
