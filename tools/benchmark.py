@@ -112,15 +112,15 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def trainer_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object]:
+def engine_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object]:
     """Whole optimizer steps through DeepSpeed, a new batch each time."""
     from overtok_megatron.training.engine import TrainingEngine
     from overtok_megatron.training.processes import start_processes
 
     device = tokens[0].device
-    trainer = TrainingEngine(config, start_processes(config, device), device, eod_id=0)
+    engine = TrainingEngine(config, start_processes(config, device), device, eod_id=0)
     turn = iter(range(10**9))
-    return lambda: trainer.step(tokens[next(turn) % len(tokens)], 1e-3)
+    return lambda: engine.step(tokens[next(turn) % len(tokens)], 1e-3)
 
 
 def whole_batches(dataset: IndexedDataset, seq_length: int) -> TrainBatches:
@@ -147,7 +147,7 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         batches = whole_batches(dataset, config.data.seq_length)
         tokens = [torch.from_numpy(batches.read(32 * step)).to(options.device) for step in range(options.rounds + 2)]
-        contenders[f"2^{power}"] = trainer_step(config, tokens)
+        contenders[f"2^{power}"] = engine_step(config, tokens)
     seconds = alternate(contenders, options.rounds, options.device)
     first = next(iter(seconds.values()))
     return {
@@ -169,20 +169,20 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
          "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
     )  # fmt: skip
     batches = whole_batches(IndexedDataset(options.data), config.data.seq_length)
-    trainer = TrainingEngine(config, start_processes(config, options.device), options.device, eod_id=0)
-    assert trainer.tables is not None
+    engine = TrainingEngine(config, start_processes(config, options.device), options.device, eod_id=0)
+    assert engine.tables is not None
     done = iter(range(10**9))
 
     def step() -> float:
         begin = time.perf_counter()
-        trainer.step(torch.from_numpy(batches.read(32 * next(done))).to(options.device), 1e-3)
+        engine.step(torch.from_numpy(batches.read(32 * next(done))).to(options.device), 1e-3)
         return time.perf_counter() - begin
 
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
 
     alone = statistics.median([step() for _ in range(10)])
-    writer = TableWriter(trainer.tables, 2)
+    writer = TableWriter(engine.tables, 2)
     rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         for turn in range(options.rounds):
@@ -217,7 +217,7 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
                 shutil.rmtree(folder)
             writer.forget()
     figures: dict[str, Any] = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    parameters = trainer.tables.columns()["weight"].numel()
+    parameters = engine.tables.columns()["weight"].numel()
     return figures | {
         "blocking_seconds_per_billion_parameters": figures["blocking_seconds"] / parameters * 1e9,
         "stall_over_blocking": figures["background_stall_seconds"] / figures["blocking_seconds"],

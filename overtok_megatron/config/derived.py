@@ -44,15 +44,15 @@ def validation_sets(config: RunConfig) -> dict[str, str]:
     return {"": given} if isinstance(given, str) else dict(given)
 
 
-def ranks_per_replica(config: RunConfig) -> int:
-    """Ranks that together hold one copy of the model and see the same samples."""
+def ranks_per_batch(config: RunConfig) -> int:
+    """Ranks that see the same samples: they hold one copy of the model for each slice of the sequences."""
     parallel = config.parallel
     return parallel.pipeline_parallel_size * parallel.context_parallel_size * parallel.tensor_parallel_size
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Copies of the model that see different samples."""
-    return world_size // ranks_per_replica(config)
+    return world_size // ranks_per_batch(config)
 
 
 def part_start(total: int, parts: int, index: int) -> int:

@@ -44,6 +44,7 @@ def _openable(path: str) -> str:
 
 Text = Annotated[str, Field(min_length=1, max_length=4095)]
 FilePath = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_openable)]  # Linux opens 4095 bytes
+ScheduleKind = Literal["cosine", "wsd", "linear"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 
 # Choices that code below the configuration also names in its types.
@@ -256,7 +257,7 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW's decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled decay of matrices")
-    schedule: Literal["cosine", "wsd", "linear"] = Field("cosine", description="how the learning rate falls")
+    schedule: ScheduleKind = Field("cosine", description="how the learning rate falls")
     warmup_iters: NonNegative = Field(0, description="steps of linear warm-up")
     decay_iters: Positive | None = Field(None, description="last steps over which wsd decays")
     gradient_clipping: NonNegativeFloat = Field(1.0, description="largest joint norm of all gradients; 0 = off")

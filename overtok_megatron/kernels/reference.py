@@ -4,31 +4,33 @@ Passes over table rows are in rows.py. Shapes: .. any leading dimensions, d norm
 s sequence, h heads, e head size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+SumInPlace = Callable[[Tensor], None]  # sums a tensor over the ranks that split a dimension, in place
+
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps); where d is split over a group, forward and backward all-reduce the sums over d.
+    """y = w x / sqrt(mean(x^2) + eps); where d is split over ranks, forward and backward sum over them what they sum over d.
 
     | | x, y | sum of squares | dx |
-    | shard | [.., d_shard] | all-reduce | needs sum(dy w x) over d: all-reduce |
+    | shard | [.., d_shard] | over ranks | needs sum(dy w x) over d: over ranks |
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, full_size: int, group: dist.ProcessGroup | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, full_size: int, sum_over_ranks: SumInPlace | None
     ) -> Tensor:
         square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()  # [.., 1]
-        if group is not None:
-            dist.all_reduce(square_sum, group=group)
+        if sum_over_ranks is not None:
+            sum_over_ranks(square_sum)
         scale = square_sum.div_(full_size).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        ctx.full_size, ctx.group = full_size, group
+        ctx.full_size, ctx.sum_over_ranks = full_size, sum_over_ranks
         return torch.mul(x, scale).mul_(weight).to(x.dtype)
 
     @staticmethod
@@ -38,15 +40,15 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = torch.mul(normed, grad).flatten(0, -2).sum(0)
         scaled = torch.mul(grad, weight.float())
         dot = torch.linalg.vecdot(scaled, normed).unsqueeze(-1)  # [.., 1]
-        if ctx.group is not None:
-            dist.all_reduce(dot, group=ctx.group)
+        if ctx.sum_over_ranks is not None:
+            ctx.sum_over_ranks(dot)
         normed.mul_(dot.div_(-ctx.full_size)).add_(scaled).mul_(scale)
         return normed.to(x.dtype), grad_weight.to(weight.dtype), None, None, None
 
 
-def rms_norm_split(x: Tensor, weight: Tensor, eps: float, full_size: int, group: dist.ProcessGroup | None) -> Tensor:
-    """RMSNorm of [.., d_shard] whose d is split over `group`."""
-    result: Tensor = _RMSNorm.apply(x, weight, eps, full_size, group)
+def rms_norm_split(x: Tensor, weight: Tensor, eps: float, full_size: int, sum_over_ranks: SumInPlace | None) -> Tensor:
+    """RMSNorm of [.., d_shard], this rank's part of d = `full_size`. sum_over_ranks: None = d is not split."""
+    result: Tensor = _RMSNorm.apply(x, weight, eps, full_size, sum_over_ranks)
     return result
 
 

@@ -276,4 +276,4 @@ def build_transformer(
     layers = build_run_layers(
         config, device=device, kernels=kernels, tensor_group=tensor_group, context_group=context_group
     )
-    return Transformer(layers, eod_id=attention_boundary(config, eod_id), context_group=context_group)
+    return Transformer(layers, eod_id=attention_boundary(config, eod_id), z_loss_weight=config.training.z_loss)

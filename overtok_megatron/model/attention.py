@@ -3,9 +3,11 @@
 A position sees all positions before it, or the last few of them (a sliding window); of all documents, or of its own only
 where the caller passes a mask (documents.py).
 
-Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, h query heads, g key/value heads,
-e head size. Heads are split over the tensor-parallel group. Under context parallelism s is a slice, and an all-to-all before
-and after the core exchanges it for a slice of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
+Shapes: b batch, s this context rank's slice of the sequence (all of it without context parallelism), s_shard the part of s that
+a tensor-parallel rank holds under sequence parallelism (else s), d hidden, e head size, c columns of the decoding cache. Of all
+query heads and key/value heads, h_shard and g_shard are those of this tensor-parallel rank. Under context parallelism an
+all-to-all before and after the core exchanges the slice of the sequence for a slice of these heads (DeepSpeed-Ulysses, arXiv
+2309.14509).
 """
 
 from dataclasses import dataclass
@@ -104,20 +106,23 @@ class Attention(nn.Module):
         self.o_proj.reset(seed, f"{name}.o_proj", std)
 
     def forward(self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None) -> Tensor:
-        """mask [b, 1, s, s]: added to the scores, instead of the causal mask and its window."""
+        """x [b, s_shard, d] -> [b, s_shard, d]. mask: added to the scores, instead of the causal mask and its window.
+
+        mask [b, 1, S, S], with S the positions of all context ranks.
+        """
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
-        batch, length = q.shape[:2]  # the full sequence, which sequence parallelism gathered
+        batch, length = q.shape[:2]  # length is s: `qkv` has gathered what sequence parallelism splits
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.reshape(batch, length, self.heads_shard, self.head_size)
         k = k.reshape(batch, length, self.kv_heads_shard, self.head_size)
-        v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g, s, e]
+        v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g_shard, s, e]
         if decode is None:
             angles = self.rotary.range_angles(group_rank(self.context_group) * length, length, x.device)
         else:
             angles = self.rotary.angles(decode.positions)
-        q = self.kernels.rotate(q, *angles).transpose(1, 2)  # [b, h, s, e]
-        k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g, s, e]
+        q = self.kernels.rotate(q, *angles).transpose(1, 2)  # [b, h_shard, s, e]
+        k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g_shard, s, e]
         if decode is not None:
             k, v = decode.cache.write(self.layer_index, k, v)
             seen = decode.mask if self.window is None else decode.sliding_mask
@@ -130,7 +135,7 @@ class Attention(nn.Module):
         return out
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; attention runs over the positions of all context ranks."""
+        """q [b, h_shard, s, e], k and v [b, g_shard, s, e] -> [b, h_shard, s, e], over the positions of all context ranks."""
         q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
         k, v = self._repeat(k, v)
         if mask is None:
@@ -140,7 +145,7 @@ class Attention(nn.Module):
         return exchange_dims(mixed, self.context_group, split=2, join=1)
 
     def _repeat(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Repeat keys and values once for each query head that shares them."""
+        """Repeat keys and values [b, g_shard, .., e] once for each query head that shares them: [b, h_shard, .., e]."""
         repeats = self.heads_shard // self.kv_heads_shard
         if repeats == 1:
             return k, v

@@ -1,6 +1,7 @@
 """One transformer layer from its parts: attention and a feed-forward, each with its norm and its residual sum.
 
-The parts come from the caller (assembly.py); nothing here knows their sizes, groups or kernels.
+The parts come from the caller (assembly.py); nothing here knows their sizes, groups or kernels. Shapes: b batch, s_shard this
+rank's positions (a slice of the sequence under context and under sequence parallelism), d hidden, F statistics of a router.
 """
 
 from collections.abc import Iterable
@@ -17,10 +18,11 @@ from overtok_megatron.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """x is [b, s_shard, d]. norm_placement "post": x + attention_norm(attention(x)), then x + mlp_norm(mlp(x)).
+    """[b, s_shard, d] -> [b, s_shard, d].
 
-    "pre": x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)). The norms keep their names: Llama's input_layernorm
-    is attention_norm, and its post_attention_layernorm is mlp_norm.
+    norm_placement "post": x + attention_norm(attention(x)), then x + feed_forward_norm(feed_forward(x)). "pre":
+    x + attention(attention_norm(x)), then x + feed_forward(feed_forward_norm(x)). Either way attention_norm is the norm of
+    attention: Llama's input_layernorm is attention_norm, and its post_attention_layernorm is feed_forward_norm.
 
     recompute: backward computes the layer again from its input, instead of keeping activations.
     """
@@ -38,7 +40,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm_placement = norm_placement
         self.recompute = recompute
-        # The order of these four is the order of parameters in optimizers, and so in checkpoints; so are the names.
+        # The names and the order of these four are those of parameters in checkpoints (the order by way of the optimizer).
         self.attention = attention
         self.mlp = feed_forward
         self.attention_norm = attention_norm
@@ -75,8 +77,8 @@ def run_blocks(
     """Run blocks one after the other.
 
     Returns the output of the last one; and with experts the sum of the routers' losses and the statistics of each router,
-    [blocks, F]. documents [b, s] int64, of full sequences: positions attend to those with the same number; None = to all. A
-    decoding call has its documents in its masks already.
+    [blocks, F]. documents int64 [b, positions of all context ranks]: positions attend to those with the same number; None = to
+    all. A decoding call has its documents in its masks already.
     """
     total: Tensor | None = None
     stats: list[Tensor] = []

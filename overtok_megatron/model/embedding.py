@@ -1,4 +1,9 @@
-"""The model's input: token and n-gram embedding. Shapes: b batch, s sequence (s_shard a slice of it), d hidden, T tables."""
+"""The model's input: token and n-gram embedding.
+
+Shapes: b batch, s this context rank's slice of the sequence, s_shard the part of s that a tensor-parallel rank holds under
+sequence parallelism (else s), s_lookup the part of s that a tensor-parallel rank looks up (s / ranks of the group), d hidden,
+T tables.
+"""
 
 from typing import Literal
 
@@ -14,7 +19,7 @@ EmbeddingPart = Literal["word", "over_encoding"]  # the dense parts, by the name
 
 
 class InputEmbedding(nn.Module):
-    """Token ids [b, s] and, where over-encoded, fetched rows [b, s / ranks, T] -> hidden [b, s_shard, d].
+    """Token ids [b, s] and, where over-encoded, fetched rows [b, s_lookup, T] -> hidden [b, s_shard, d].
 
     Every rank of `tensor_group` looks up its own slice of the sequence in the n-gram tables, with sequence parallelism or
     without; without it the slices are gathered (contract C4). A pipeline stage that holds copies for its head may lack one

@@ -1,6 +1,7 @@
 """What every feed-forward layer of a block gives: its output, and where a router chose experts, what the router reports.
 
-Dense SwiGLU is in mlp.py, the mixture of experts in moe.py. Shapes: b batch, s_shard this rank's positions, d hidden.
+Dense SwiGLU is in mlp.py, the mixture of experts in moe.py. Shapes: b batch, s_shard this rank's positions (a slice of the
+sequence under context and under sequence parallelism), d hidden, F statistics of a router.
 """
 
 from abc import ABC, abstractmethod

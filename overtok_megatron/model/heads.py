@@ -1,7 +1,7 @@
 """The model's output: final norm, language-model head, and the losses of a micro-batch.
 
-Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, v_shard this rank's part of the
-vocabulary, V all of it.
+Shapes: b batch, s this context rank's slice of the sequence, s_shard the part of s that a tensor-parallel rank holds under
+sequence parallelism (else s), d hidden, v_shard this rank's part of the vocabulary, V all of it, F statistics of a router.
 """
 
 from typing import NamedTuple
@@ -23,11 +23,12 @@ from overtok_megatron.parallel.vocabulary import VocabParallelHead
 
 
 class ForwardResult(NamedTuple):
-    """What a forward pass of one micro-batch gives; losses are sums over its positions, float32 scalars.
+    """What a forward pass of one micro-batch gives. Losses are SUMS over this rank's s positions, in nats, float32 scalars.
 
-    objective: what is minimised, the only part with a gradient. main_loss: the cross entropy of the next token.
-    auxiliary_losses: the other terms of the objective by name, each times its weight. router_stats [layers, F]: see moe.py;
-    None without experts. This is a named tuple because DeepSpeed finds tensors in tuples and dictionaries only.
+    objective: what is minimised, the only part with a gradient: the cross entropy, its z-loss (which linear_cross_entropy adds
+    and nothing reports apart), and the auxiliary losses. main_loss: the summed cross entropy of the next token.
+    auxiliary_losses: the losses of other layers by name, each times its weight. router_stats [layers, F]: see moe.py; None
+    without experts. This is a named tuple because DeepSpeed finds tensors in tuples and dictionaries only.
     """
 
     objective: Tensor
@@ -59,18 +60,18 @@ class OutputHead(nn.Module):
         self.output.reset(seed, "head.output", std)
 
     def _normed(self, hidden: Tensor) -> Tensor:
-        """Normalised hidden states [b, s, d] of the full sequence, ready for a product with this rank's vocabulary."""
+        """hidden [b, s_shard, d] -> normalised [b, s, d], ready for a product with this rank's part of the vocabulary."""
         normed = self.norm(hidden)
         if self.sequence_parallel:
             return all_gather_sequence(normed, self.tensor_group, dim=1)
         return copy_to_group(normed, self.tensor_group)
 
-    def losses(
-        self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0, routing: Routing | None = None
+    def forward_losses(
+        self, hidden: Tensor, targets: Tensor, *, z_loss_weight: float = 0.0, routing: Routing | None = None
     ) -> ForwardResult:
         """hidden [b, s_shard, d], targets int64 [b, s] (IGNORE_INDEX is not scored), routing as `run_blocks` returns it.
 
-        z_loss: weight of the squared log-partition in the objective.
+        z_loss_weight: weight of the squared log-partition in the objective.
         """
         objective, cross_entropy = linear_cross_entropy(
             self._normed(hidden).flatten(0, 1),  # [b s, d]
@@ -78,7 +79,7 @@ class OutputHead(nn.Module):
             targets.flatten(),
             vocab_start=self.output.vocab_start,
             group=self.tensor_group,
-            z_loss=z_loss,
+            z_loss_weight=z_loss_weight,
             kernels=self.kernels,
         )
         if routing is None:

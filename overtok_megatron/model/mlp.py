@@ -1,4 +1,7 @@
-"""The dense feed-forward layer, SwiGLU: down(silu(gate(x)) * up(x)). Shapes: b batch, s sequence, d hidden."""
+"""The dense feed-forward layer, SwiGLU: down(silu(gate(x)) * up(x)).
+
+Shapes: b batch, s_shard this rank's positions (a slice of the sequence under context and under sequence parallelism), d hidden.
+"""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -9,7 +12,7 @@ from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowPara
 
 
 class SwiGLU(FeedForward):
-    """[b, s, d] -> [b, s, d]; gate and up are split by columns, down by rows, over the tensor-parallel group."""
+    """[b, s_shard, d] -> [b, s_shard, d]; gate and up are split by columns, down by rows, over the tensor-parallel group."""
 
     def __init__(
         self,

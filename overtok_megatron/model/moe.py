@@ -1,9 +1,10 @@
 """A mixture of SwiGLU experts without capacity limits: every token reaches every expert that it chose.
 
-Shapes: b batch, s sequence (s_shard a slice under sequence parallelism), d hidden, E experts, k experts per token, n = b s
-tokens, f intermediate size of an expert, f_shard this rank's part of it. Tensor parallelism splits every expert; every rank
-holds the whole router. Where the sequence is split, each rank routes its own positions, and their choices are gathered with
-them. Experts are not spread over ranks here (expert parallelism).
+Shapes: b batch, s this context rank's slice of the sequence, s_shard the part of s that a tensor-parallel rank holds under
+sequence parallelism (else s), d hidden, E experts, k experts per token, n = b s tokens, f intermediate size of an expert,
+f_shard this rank's part of it. Tensor parallelism splits every expert; every rank holds the whole router. Where a sequence is
+split, each rank routes its own positions; sequence parallelism then gathers these positions and their choices over the tensor
+group. Experts are not spread over ranks here (expert parallelism).
 
 The router's own loss has two parts. Each is a sum over positions; the weights average it over the layers.
 balance: E sum_e f_e p_e. f_e is the share of the micro-batch's choices that went to expert e, over the positions of all
@@ -119,6 +120,7 @@ class MixtureOfExperts(FeedForward):
             initialise(weight, std, seed, f"{name}.{own_name}")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """[b, s_shard, d] -> [b, s_shard, d], summed over the tensor group already, and what the router reports."""
         sequence_group = self.tensor_group if self.sequence_parallel else None
         logits = F.linear(x, copy_to_group(self.router, sequence_group)).float()  # [b, s_shard, E]
         probabilities = logits.softmax(dim=-1)

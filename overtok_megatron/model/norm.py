@@ -1,7 +1,9 @@
 """RMSNorm as a module, also over a dimension that is split over a tensor-parallel group.
 
-Shapes: any leading dimensions, d the normalised size, d_shard this rank's part of it.
+Shapes: any leading dimensions (..), d the normalised size, d_shard this rank's part of it (all of it where d is not split).
 """
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.reference import rms_norm_split
-from overtok_megatron.parallel.collectives import copy_to_group, group_rank, group_size
+from overtok_megatron.parallel.collectives import all_reduce_in_place, copy_to_group, group_rank, group_size
 from overtok_megatron.parallel.splits import mark_split, split_range
 
 
@@ -40,10 +42,12 @@ class RMSNorm(nn.Module):
         mark_split(self.weight, dim=0, full_shape=(size,), group=group)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., d_shard] -> [.., d_shard]."""
         weight = copy_to_group(self.weight, self.sum_group)
         if self.group is None:
             return self.kernels.rms_norm(x, weight, self.eps)
-        return rms_norm_split(x, weight, self.eps, self.size, self.group)
+        sum_over_ranks = partial(all_reduce_in_place, group=self.group, of="a norm's sums")
+        return rms_norm_split(x, weight, self.eps, self.size, sum_over_ranks)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} of {self.size}, eps={self.eps}"

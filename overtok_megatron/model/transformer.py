@@ -1,6 +1,8 @@
 """The list of layers of a model or of a pipeline stage, and the plain module made of it, for ZeRO and for inference.
 
-Shapes: b batch, s sequence, d hidden, T tables, V vocabulary.
+Shapes: b batch, s this context rank's slice of the sequence, s_shard the part of s that a tensor-parallel rank holds under
+sequence parallelism (else s), s_lookup the part of s that a tensor-parallel rank looks up (s / ranks of the group), d hidden,
+T tables, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -8,7 +10,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from overtok_megatron.model.attention import DecodeStep
@@ -18,7 +19,6 @@ from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
 from overtok_megatron.model.feed_forward import Routing
 from overtok_megatron.model.heads import ForwardResult, OutputHead
 from overtok_megatron.ngram.fetched_rows import FetchedRows
-from overtok_megatron.parallel.collectives import gather_from_group
 
 
 @dataclass(frozen=True)
@@ -62,41 +62,44 @@ class Transformer(nn.Module):
     """Embedding, blocks and head, called one after the other.
 
     eod_id: the token that ends a document, where positions attend within their document only; None = across documents.
-    context_group: the ranks over which sequences are split.
+    z_loss_weight: of the squared log-partition in the objective of training; 0.0 in evaluation.
     """
 
-    def __init__(
-        self, layers: Layers, *, eod_id: int | None = None, context_group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, layers: Layers, *, eod_id: int | None = None, z_loss_weight: float = 0.0) -> None:
         super().__init__()
         self.eod_id = eod_id
-        self.context_group = context_group
+        self.z_loss_weight = z_loss_weight
         assert layers.embedding is not None and layers.head is not None, "one stage of a pipeline is not a whole model"
         self.embedding = layers.embedding
         self.blocks = nn.ModuleList(layers.blocks.values())
         self.head = layers.head
 
     def hidden(
-        self, tokens: Tensor, fetched: FetchedRows | None = None, decode: DecodeStep | None = None
+        self,
+        tokens: Tensor,
+        fetched: FetchedRows | None = None,
+        decode: DecodeStep | None = None,
+        full_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The last hidden states [b, s_shard, d], before the final norm, and with experts what the routers report.
 
-        tokens int64 [b, s], fetched [b, s / ranks, T].
+        tokens int64 [b, s], fetched [b, s_lookup, T]. full_tokens: those of all context ranks; None = `tokens` are all.
         """
         documents = None
         if self.eod_id is not None and decode is None:
-            documents = document_ids(gather_from_group(tokens, self.context_group, dim=1), self.eod_id)
+            documents = document_ids(tokens if full_tokens is None else full_tokens, self.eod_id)
         return run_blocks(self.blocks, self.embedding(tokens, fetched), decode, documents)
 
     def forward(
-        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, z_loss: float = 0.0
+        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, *, full_tokens: Tensor | None = None
     ) -> ForwardResult:
         """The losses of a micro-batch.
 
-        tokens and targets int64 [b, s] (IGNORE_INDEX is not scored), fetched [b, s / ranks, T].
+        tokens and targets int64 [b, s] (IGNORE_INDEX is not scored), fetched [b, s_lookup, T], full_tokens as in `hidden`.
         """
-        hidden, routing = self.hidden(tokens, fetched)
-        return self.head.losses(hidden, targets, z_loss, routing)
+        hidden, routing = self.hidden(tokens, fetched, full_tokens=full_tokens)
+        z_loss_weight = self.z_loss_weight if self.training else 0.0
+        return self.head.forward_losses(hidden, targets, z_loss_weight=z_loss_weight, routing=routing)
 
     def logits(self, tokens: Tensor, fetched: FetchedRows | None = None, decode: DecodeStep | None = None) -> Tensor:
         """tokens [b, s] -> [b, s, V]."""

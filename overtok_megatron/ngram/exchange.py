@@ -18,7 +18,7 @@ from torch import Tensor
 
 from overtok_megatron.kernels.rows import DistinctIds, RowGradientSums, RowKernels
 from overtok_megatron.ngram.row_space import RowFilter
-from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.collectives import profiler_span
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
 
@@ -256,7 +256,7 @@ class FlatExchange:
         shape = values.shape if recv_counts is None else (sum(recv_counts), *values.shape[1:])
         result = values.new_empty(shape)
         assert self.group is not None
-        with named(f"all-to-all of {what}", self.group):
+        with profiler_span(f"all-to-all of {what}", self.group):
             dist.all_to_all_single(result, values.contiguous(), recv_counts, send_counts, group=self.group)
         return result
 

@@ -1,5 +1,7 @@
 """Differentiable collectives in conjugate pairs. Each is out of place, and for group None the identity.
 
+Beside them are two helpers for other collectives: `profiler_span`, and `all_reduce_in_place`, which autograd does not record.
+
 Sums run in the tensor's own dtype. Notation in the tables: x_r is rank r's tensor, g_r the gradient that arrives there.
 """
 
@@ -21,21 +23,28 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def named(operation: str, group: dist.ProcessGroup) -> record_function:
-    """A span in a profiler's trace, named by group and operation; every collective runs within one."""
+def profiler_span(operation: str, group: dist.ProcessGroup) -> record_function:
+    """A span in a profiler's trace, named by group and operation. Every collective of this package runs within one."""
     return record_function(f"{group.group_desc}: {operation}")
+
+
+def all_reduce_in_place(values: Tensor, group: Group, *, of: str, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce `values` over the ranks of a group, outside autograd; for group None they stay. of: what they are, for traces."""
+    if group is not None:
+        with profiler_span(f"all-reduce of {of}", group):
+            dist.all_reduce(values, op=op, group=group)
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    with named("all-reduce", group):
+    with profiler_span("all-reduce", group):
         dist.all_reduce(total, group=group)
     return total
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    with named("all-gather", group):
+    with profiler_span("all-gather", group):
         dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=dim)
 
@@ -54,7 +63,7 @@ def _own_slice(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 def _sum_slices(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     parts = [part.contiguous() for part in _slices(x, group, dim)]
     total = torch.empty_like(parts[0])
-    with named("reduce-scatter", group):
+    with profiler_span("reduce-scatter", group):
         dist.reduce_scatter(total, parts, group=group)
     return total
 
@@ -62,7 +71,7 @@ def _sum_slices(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 def _all_to_all(x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
     parts = torch.stack(_slices(x, group, split))  # [ranks, ...]
     received = torch.empty_like(parts)
-    with named("all-to-all", group):
+    with profiler_span("all-to-all", group):
         dist.all_to_all_single(received, parts, group=group)
     return torch.cat(received.unbind(), dim=join)
 
@@ -106,19 +115,6 @@ class _Gather(torch.autograd.Function):
         return back(grad, ctx.group, ctx.dim), None, None, None
 
 
-class _Scatter(torch.autograd.Function):
-    """| forward | own slice of x | backward | cat_r g_r | : x is the same on all ranks, as is its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _own_slice(x, group, dim).clone()  # a slice of dim 0 is contiguous, so it would be a view of x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.group, ctx.dim), None, None
-
-
 class _ReduceScatter(torch.autograd.Function):
     """| forward | own slice of sum_r x_r | backward | cat_r g_r |"""
 
@@ -158,11 +154,6 @@ def reduce_from_group(x: Tensor, group: Group) -> Tensor:
 def gather_from_group(x: Tensor, group: Group, dim: int) -> Tensor:
     """Join slices along `dim` on every rank. All ranks must use the result in the same way: backward takes the own slice."""
     return x if group is None else _Gather.apply(x, group, dim, False)
-
-
-def scatter_to_group(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Take the own slice along `dim` of a tensor that is the same on all ranks; backward gathers. `dim` must divide."""
-    return x if group is None else _Scatter.apply(x, group, dim)
 
 
 def all_gather_sequence(x: Tensor, group: Group, dim: int) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from overtok_megatron.parallel.collectives import profiler_span
+
 Axis = Literal["pipe", "data", "context", "tensor"]
 # How long a rank waits for a message outside a training step: meanwhile another rank may hash or write its files.
 CONTROL_TIMEOUT = timedelta(hours=12)
@@ -17,7 +19,9 @@ AXES: tuple[Axis, ...] = ("pipe", "data", "context", "tensor")  # outermost firs
 
 @dataclass(frozen=True, kw_only=True)
 class GridShape:
-    """Sizes of the axes. Ranks run pipe-major, then data, context, with tensor innermost: `rank_at` is the formula."""
+    """Sizes of the axes. data: the parts of a batch, each seen by other ranks. context: the slices of a sequence.
+
+    Ranks run pipe-major, then data, context, with tensor innermost: `rank_at` is the formula."""
 
     pipe: int = 1
     data: int = 1
@@ -69,7 +73,7 @@ class GridShape:
 # The axes of every group that a run uses, in the order in which all ranks make them, and its name in profiler traces.
 GROUPS: dict[tuple[Axis, ...], str] = {
     ("tensor",): "tensor",
-    ("data", "context"): "data",
+    ("data", "context"): "data",  # ranks with the same weights; DeepSpeed averages gradients over them
     ("context",): "context",
     ("pipe", "tensor"): "replica",
     ("pipe", "context", "tensor"): "batch",
@@ -110,11 +114,6 @@ class ProcessGrid:
         return self.group("context")
 
     @property
-    def data_group(self) -> dist.ProcessGroup | None:
-        """The ranks with the same weights for other data or another slice of the sequence; gradients are averaged over them."""
-        return self.group("data", "context")
-
-    @property
     def replica_group(self) -> dist.ProcessGroup | None:
         """The ranks that together hold one copy of the weights."""
         return self.group("pipe", "tensor")
@@ -139,6 +138,7 @@ class ProcessGrid:
 
     @property
     def data_rank(self) -> int:
+        """Which part of a batch this rank sees; the same on the context ranks, which see slices of the same samples."""
         return self.coordinate("data")
 
     @property
@@ -159,13 +159,15 @@ class ProcessGrid:
         if self.control_group is None:
             return [value]
         values: list[Any] = [None] * self.shape.world_size
-        dist.all_gather_object(values, value, group=self.control_group)
+        with profiler_span("all-gather of objects", self.control_group):
+            dist.all_gather_object(values, value, group=self.control_group)
         return values
 
     def wait_for_all(self) -> None:
         """Return when every rank has called this."""
         if self.control_group is not None:
-            dist.barrier(group=self.control_group)
+            with profiler_span("barrier", self.control_group):
+                dist.barrier(group=self.control_group)
 
     @classmethod
     def single(cls) -> "ProcessGrid":

@@ -11,7 +11,8 @@ in between (arXiv 1909.08053):
         | W_p |                                      rank r holds W_r [o, i_shard]
 
 Names as in the field: "column" and "row" are those of W^T.
-Shapes: b batch, s sequence, s_shard a slice under sequence parallelism, i inputs, o outputs, _shard this rank's part.
+Shapes: b batch, s sequence, s_shard the slice of it that one of the p ranks holds under sequence parallelism, i inputs,
+o outputs, _shard this rank's part.
 """
 
 import torch
@@ -69,9 +70,8 @@ class MergedColumnParallelLinear(nn.Module):
             initialise(weight, std, seed, f"{name}.{own_name}")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (
-            all_gather_sequence(x, self.group, 1) if self.sequence_parallel else copy_to_group(x, self.group)
-        )  # [b, s, i]
+        # From here on x is [b, s, i], the same on all ranks.
+        x = all_gather_sequence(x, self.group, 1) if self.sequence_parallel else copy_to_group(x, self.group)
         weight = torch.cat([getattr(self, name) for name in self.outputs])  # a copy, but small beside the activations
         return F.linear(x, weight)  # [b, s, sum of o_shard]
 

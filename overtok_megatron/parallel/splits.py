@@ -86,15 +86,16 @@ def own_part(full: Tensor, splits: Sequence[ParameterSplit]) -> Tensor:
     return full
 
 
-def mark_pipeline_replica(parameter: nn.Parameter) -> None:
-    """Record that another pipeline stage holds the same weight, counts it in the norm and saves it.
+def mark_tied_copy(parameter: nn.Parameter) -> None:
+    """Record that `parameter` is a copy of a weight of another pipeline stage, which counts it in the norm and saves it.
 
     The name of the attribute is the one that DeepSpeed's norms look for.
     """
     parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
 
-def is_pipeline_replica(parameter: nn.Parameter) -> bool:
+def is_tied_copy(parameter: nn.Parameter) -> bool:
+    """Whether `mark_tied_copy` was called for it."""
     return getattr(parameter, "ds_pipe_replicated", False)
 
 

@@ -1,6 +1,7 @@
 """The word embedding and the output weight, [V, d] each, split by vocabulary without padding: parts may be unequal or empty.
 
-Shapes: b batch, s sequence, d hidden, V vocabulary, v_shard this rank's part.
+Shapes: b batch, s sequence (s_shard the slice of a tensor-parallel rank under sequence parallelism), d hidden, V vocabulary,
+v_shard this rank's part of it.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from overtok_megatron.parallel.collectives import (
     group_rank,
     group_size,
+    profiler_span,
     reduce_from_group,
     reduce_scatter_sequence,
 )
@@ -91,7 +93,8 @@ class VocabParallelHead(nn.Module):
         widths = [stop - start for start, stop in (split_range(self.full_shape[0], ranks, r) for r in range(ranks))]
         padded = F.pad(logits_shard, (0, max(widths) - logits_shard.shape[-1])).contiguous()
         parts = [torch.empty_like(padded) for _ in range(ranks)]
-        dist.all_gather(parts, padded, group=self.group)
+        with profiler_span("all-gather of logits", self.group):
+            dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     def extra_repr(self) -> str:

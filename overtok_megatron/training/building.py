@@ -34,7 +34,7 @@ def build_model(
         layers,
         counts,
         grid,
-        z_loss=config.training.z_loss,
+        z_loss_weight=config.training.z_loss,
         num_micro_batches=derived.accumulation_steps(config, grid.shape.world_size),
         sequence_parallel=config.parallel.sequence_parallel,
         eod_id=attention_boundary(config, eod_id),

@@ -1,7 +1,8 @@
 """DeepSpeed around the model, the tables around DeepSpeed: one training step, one evaluation. Knows no files, no logs.
 
 Not here: what DeepSpeed does inside (deepspeed/), how the parts are built (building.py), the loop (trainer.py).
-Shapes: A micro-batches per step, b micro batch, s sequence, k further tokens of the stream, T tables.
+Shapes: A micro-batches per step, b micro batch, s sequence (whole; each context rank runs a slice of it), k further tokens of
+the stream.
 """
 
 import math
@@ -16,6 +17,7 @@ from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.errors import DivergedError
 from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.model.heads import ForwardResult
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.ngram.sharded_tables import RowGradients
 from overtok_megatron.parallel.grid import ProcessGrid
@@ -30,8 +32,9 @@ from overtok_megatron.training.deepspeed.checkpoint_files import DeepSpeedFiles
 from overtok_megatron.training.deepspeed.engine_object import dense_weights, steps_taken
 from overtok_megatron.training.deepspeed.joint_norm import JointNorm
 from overtok_megatron.training.deepspeed.optimizers import adapter_of
-from overtok_megatron.training.deepspeed.pipeline_stage import MicroBatch, PipelineStage, StageResults
+from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.deepspeed.starting import start_deepspeed
+from overtok_megatron.training.micro_batch import MicroBatch, StageResults
 from overtok_megatron.training.step_result import RowCounts, StepReduction, StepResult
 
 
@@ -80,12 +83,15 @@ class TrainingEngine:
         return 1
 
     def inputs_and_targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs of tokens [.., s + k], and of each the token that follows it, both [.., s]."""
+        """The inputs of tokens [.., s + k], and of each the token that follows it, both [.., s] of whole sequences."""
         length = tokens.shape[-1] - self.extra_tokens
         return tokens[..., :length], tokens[..., 1 : length + 1]
 
-    def prefetch(self, tokens: Tensor) -> None:
-        """Announce the tokens [A, b, s + k] of a coming step, in the order of the steps, where rows are fetched ahead."""
+    def announce(self, tokens: Tensor) -> None:
+        """Tell the tables the tokens [A, b, s + k] of a coming step; they fetch its rows ahead, where they are set to do so.
+
+        Steps must be announced in the order in which they come. A step that was not announced fetches its rows itself.
+        """
         if self.tables is not None:
             inputs, _ = self.inputs_and_targets(tokens)
             self.tables.announce(inputs if self.looks_up_rows else None)
@@ -102,15 +108,19 @@ class TrainingEngine:
         fetched = self._fetch_rows(inputs, training=True)
         micro_batches = self._micro_batches(inputs, targets, fetched)
 
-        # Phase 2: forward and backward of all micro-batches. Gradients of dense parameters add up in DeepSpeed's buffers,
-        # those of rows in the buffer of `fetched`. After the last backward pass DeepSpeed starts phases 3 and 4 by itself.
         self._set_learning_rate(learning_rate)
         self.joint_norm.begin_step(reduce_rows=lambda: self._reduce_rows(fetched))
+
+        # Phases 2, 3 and 4 START HERE: DeepSpeed runs them in one go, but for the update of rows.
+        # Phase 2: forward and backward of every micro-batch. Gradients of dense parameters add up in DeepSpeed's buffers,
+        # those of rows in the buffer of `fetched`.
+        # Phase 3: reduce gradients. DeepSpeed averages dense gradients over the data and context ranks, and behind the last
+        # backward pass it computes its norm. That norm is patched (deepspeed/joint_norm.py): INSIDE it `reduce_rows` sends
+        # row gradients to the owners of the rows, because clipping needs one norm of dense parameters and rows.
+        # Phase 4: DeepSpeed clips and updates the dense parameters.
         results = self._train_pipeline(micro_batches) if self.is_pipeline else self._train(micro_batches)
 
-        # Phase 3: reduce gradients. This is done by now. DeepSpeed averaged dense gradients over the data ranks, and computed
-        # its norm, which is patched (deepspeed/joint_norm.py) to call `reduce_rows`: row gradients were sent to the owners of
-        # the rows INSIDE DeepSpeed's norm, because clipping needs one norm of dense parameters and rows.
+        # Phase 3, read back: the norms, and the reduced gradients of the rows that this rank owns.
         norms = self.joint_norm.finish_step()
         if not math.isfinite(norms.joint):
             raise DivergedError(
@@ -118,7 +128,7 @@ class TrainingEngine:
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
 
-        # Phase 4: clip and update. DeepSpeed did both for the dense parameters; rows follow, clipped by the same factor.
+        # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update.
         if self.tables is not None and norms.row_gradients is not None:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
             self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
@@ -159,45 +169,53 @@ class TrainingEngine:
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
         """This rank's part of each micro-batch of inputs and targets [A, b, s], which hold whole sequences."""
-        num_sequence_slices, index = self.grid.shape.context, self.grid.coordinate("context")
+        num_slices, index = self.grid.shape.context, self.grid.coordinate("context")
         here = fetched if self.looks_up_rows else None
+        # `targets` were shifted before this cut: the target of a slice's last position is the next slice's first token. The
+        # targets of a head for later tokens must be shifted on whole sequences as well, not on a slice.
+        own_targets = targets.chunk(num_slices, dim=-1)[index]
         return [
-            MicroBatch(
-                whole, whole.chunk(num_sequence_slices, dim=-1)[index], None if here is None else here[i], target
-            )
-            for i, (whole, target) in enumerate(
-                zip(inputs, targets.chunk(num_sequence_slices, dim=-1)[index], strict=True)
-            )
+            MicroBatch(whole, whole.chunk(num_slices, dim=-1)[index], None if here is None else here[i], target)
+            for i, (whole, target) in enumerate(zip(inputs, own_targets, strict=True))
         ]
 
     def _set_learning_rate(self, learning_rate: float) -> None:
-        """Of the dense parameters."""
+        """Set the learning rate of the dense parameters."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
     def _train(self, micro_batches: list[MicroBatch]) -> StageResults:
-        """Forward and backward of all micro-batches; behind the last, DeepSpeed reduces, clips and updates."""
+        """Phases 2, 3 and 4 of `step`, without a pipeline."""
         results = StageResults([], [], [])
         for batch in micro_batches:
-            result = self.deepspeed_engine(batch.inputs, batch.fetched, batch.targets, self.config.training.z_loss)
-            self.deepspeed_engine.backward(
-                result.objective / batch.targets.numel()
-            )  # the last one reduces dense gradients
-            self.deepspeed_engine.step()  # the last one computes the norm (which exchanges ROW GRADIENTS), clips and updates
+            result = self._forward(batch)
+            # The mean over the micro-batch's tokens. DeepSpeed divides it by the number of micro-batches, its
+            # gradient_accumulation_steps. The last call averages dense gradients over ranks.
+            self.deepspeed_engine.backward(result.objective / batch.targets.numel())
+            # Only the last call does anything: it computes the norm, which exchanges ROW GRADIENTS, clips and updates.
+            self.deepspeed_engine.step()
             results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
         return results
 
     def _train_pipeline(self, micro_batches: list[MicroBatch]) -> StageResults:
-        """As `_train`, through all stages."""
+        """Phases 2, 3 and 4 of `step`, through all stages of a pipeline."""
         assert isinstance(self.model, PipelineStage)
         self.model.expect(micro_batches)
-        # Forward and backward of all micro-batches; then the norm (which exchanges ROW GRADIENTS); then clipping and update.
+        # Forward and backward of all micro-batches, divided by their number as in `_train`; then the average over ranks; then
+        # the norm, which exchanges ROW GRADIENTS; then clipping and update.
         self.deepspeed_engine.train_batch(_tensors(micro_batches))
         return self.model.take_results()
 
     def _evaluate(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
         """The summed cross entropy of each micro-batch."""
-        return [self.deepspeed_engine(batch.inputs, batch.fetched, batch.targets).main_loss for batch in micro_batches]
+        return [self._forward(batch).main_loss for batch in micro_batches]
+
+    def _forward(self, batch: MicroBatch) -> ForwardResult:
+        """The model's losses of a micro-batch, without a pipeline."""
+        result: ForwardResult = self.deepspeed_engine(
+            batch.inputs, batch.fetched, batch.targets, full_tokens=batch.full_inputs
+        )
+        return result
 
     def _evaluate_pipeline(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
         """As `_evaluate`, on the last stage; nothing on other stages."""
@@ -212,14 +230,15 @@ class TrainingEngine:
     def _reduce_rows(self, fetched: FetchedRows | None) -> RowGradients | None:
         """Send row gradients to their owners; all ranks must call this.
 
-        The loss is the mean over micro-batches already; the mean over the ranks that see other tokens is taken here.
+        Gradients are of the mean over micro-batches already (DeepSpeed's gradient_accumulation_steps); the mean over the ranks
+        that see other tokens is taken here.
         """
         if self.tables is None or fetched is None:
             return None
         return self.tables.reduce_gradients(fetched, 1.0 / (self.grid.shape.data * self.grid.shape.context))
 
     def _row_counts(self, fetched: FetchedRows | None) -> RowCounts:
-        """Of this rank."""
+        """What the tables of this rank did in the step."""
         if self.tables is None or fetched is None:
             return RowCounts()
         return RowCounts(fetched.rows.count, fetched.slots.numel(), self.tables.payload_bytes(fetched))

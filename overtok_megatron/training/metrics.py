@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from overtok_megatron.parallel.collectives import all_reduce_in_place
+
 
 def peak_memory(device: torch.device) -> int:
     """Largest memory that this process held so far, bytes: of the accelerator, or resident on CPU."""
@@ -22,5 +24,5 @@ def peak_memory(device: torch.device) -> int:
 def over_ranks(value: float, operation: Any, device: torch.device) -> float:
     """Reduce one number over all ranks, which must all call this; device: of the run, whose backend reduces it."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=operation)
+    all_reduce_in_place(tensor, dist.group.WORLD, of="metrics", op=operation)
     return float(tensor)

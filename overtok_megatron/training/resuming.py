@@ -28,7 +28,10 @@ _STATE_OF_GROUP = ("params", "step")  # the entries of a parameter group that ar
 
 
 def layout_of(engine: TrainingEngine) -> CheckpointLayout:
-    """Who wrote the engine's files: on the same layout DeepSpeed reads them back, on another they are taken apart."""
+    """This run's layout in the form that a checkpoint records.
+
+    If both are equal DeepSpeed reads its own files; otherwise they are read parameter by parameter.
+    """
     shape = engine.grid.shape
     return CheckpointLayout(
         pipeline=shape.pipe,

@@ -1,8 +1,8 @@
 """Saving a run: the engine's files, the dense weights and the tables become one checkpoint, or none.
 
-Dense state is written at once, tables by a thread of each rank while training goes on. The checkpoint becomes visible when
-the last rank is done: each leaves a note in its folder, and the first rank's thread waits for all of them. Every rank learns
-of a failure on any other.
+Dense state is written before `save` returns, tables by a thread of each rank while training goes on. The checkpoint becomes
+visible when the last rank is done: each leaves a note in its folder, and the first rank's thread waits for all of them. Every
+rank learns of a failure on any other.
 """
 
 import json
@@ -25,7 +25,7 @@ from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import write_atomically
 from overtok_megatron.parallel.devices import make_current
-from overtok_megatron.parallel.splits import is_pipeline_replica, splits_of
+from overtok_megatron.parallel.splits import is_tied_copy, splits_of
 from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 from overtok_megatron.training.deepspeed.universal import universal_info
 from overtok_megatron.training.engine import TrainingEngine
@@ -61,8 +61,10 @@ def _split_dims(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
     """The dimension along which each split parameter is split. The files know one dimension per parameter."""
     found = {}
     for name, parameter in parameters.items():
-        for (split,) in filter(None, [splits_of(parameter)]):
-            found[name] = split.dim
+        splits = splits_of(parameter)
+        assert len(splits) <= 1, f"{name} is split along several dimensions"
+        if splits:
+            found[name] = splits[0].dim
     return found
 
 
@@ -183,7 +185,7 @@ class Saver:
         }
 
         def write_weights() -> None:
-            own = {name: value for name, value in dense.items() if not is_pipeline_replica(parameters[name])}
+            own = {name: value for name, value in dense.items() if not is_tied_copy(parameters[name])}
             layout = layout_of(engine)
             number = layout.file_number(grid.coordinate("pipe"), grid.tensor_rank)
             written.append(save_dense(folder, own, split_dims, number, layout.model_parallel_ranks))

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import assert_never
 
 from overtok_megatron.config.derived import train_iters
-from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.schema import RunConfig, ScheduleKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Schedule:
     line over the last `decay_iters`.
     """
 
-    kind: Literal["cosine", "wsd", "linear"]
+    kind: ScheduleKind
     peak: float
     minimum: float
     warmup_iters: int
@@ -44,5 +44,11 @@ class Schedule:
         if step < decay_start:
             return self.peak
         progress = min(1.0, (step - decay_start + 1) / max(1, self.total_iters - decay_start))
-        share = 0.5 * (1.0 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
+        match self.kind:
+            case "cosine":
+                share = 0.5 * (1.0 + math.cos(math.pi * progress))
+            case "linear" | "wsd":
+                share = 1.0 - progress
+            case _:
+                assert_never(self.kind)
         return self.minimum + (self.peak - self.minimum) * share

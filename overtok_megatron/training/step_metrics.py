@@ -1,6 +1,7 @@
 """The metrics of one step by the names under which a run reports them.
 
-Units: seconds, tokens, bytes; losses in nats per token.
+Units: seconds, tokens, bytes; losses in nats per token. All are of the whole run but `memory/peak_bytes`, which is of the rank
+that computes them: a run reports that of its first rank.
 """
 
 import logging

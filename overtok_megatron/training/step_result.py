@@ -3,24 +3,26 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.collectives import all_reduce_in_place
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.deepspeed.joint_norm import StepNorms
-from overtok_megatron.training.deepspeed.pipeline_stage import StageResults
+from overtok_megatron.training.micro_batch import StageResults
 from overtok_megatron.training.router_metrics import RouterMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did, the same on every rank. Losses are means over the tokens, norms are before clipping.
+    """What one optimizer step did, the same on every rank. Norms are before clipping.
 
-    loss: the cross entropy of the next token. auxiliary_losses: the other terms of the objective by name, times their weights.
-    stop: a rank was asked to stop after this step. router_metrics: by name (router_metrics.py); empty without experts.
+    loss: the cross entropy of the next token, in nats per token. auxiliary_losses: the losses of other layers by name, times
+    their weights, per token; the z-loss is not among them. stop: a rank was asked to stop after this step. unique_rows: the
+    sum over ranks of the distinct rows of each. looked_up_rows: look-ups of all ranks. exchange_bytes: the sum over ranks of
+    what each sent to others for rows and their gradients, without rows that a prefetch sent again. router_metrics: by name
+    (router_metrics.py); empty without experts.
     """
 
     loss: float
@@ -80,9 +82,7 @@ class StepReduction:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """`values`, summed in place over all ranks, which must all call this."""
-        if self._grid.table_group is not None:  # the whole world
-            with named("all-reduce of metrics", self._grid.table_group):
-                dist.all_reduce(values, group=self._grid.table_group)
+        all_reduce_in_place(values, self._grid.table_group, of="metrics")  # the group is the whole world
         return values
 
     def _to_device(self, values: list[float]) -> Tensor:
@@ -95,8 +95,12 @@ class StepReduction:
         return float(torch.stack(losses).double().sum())
 
     def _names(self, results: StageResults) -> list[str]:
-        """Names of all auxiliary losses, in the same order on every rank: asked for once, as a stage knows its own only."""
+        """Names of all auxiliary losses, in the same order on every rank.
+
+        The ranks tell each other once, at the first step, because a stage knows its own losses only.
+        """
+        own = {name for losses in results.auxiliary_losses for name in losses}
         if self._auxiliary_names is None:
-            own = {name for losses in results.auxiliary_losses for name in losses}
             self._auxiliary_names = sorted(set().union(*self._grid.gather_objects(own)))
+        assert own <= set(self._auxiliary_names), f"auxiliary losses that the first step did not have: {own}"
         return self._auxiliary_names

@@ -14,7 +14,7 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.batches import TrainBatches, validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.run_data import RunData
-from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.collectives import profiler_span
 from overtok_megatron.parallel.grid import ProcessGrid
 
 
@@ -31,7 +31,7 @@ class TokenFeed:
         num_micro_batches: int,
         extra_tokens: int,
     ) -> None:
-        """extra_tokens: k."""
+        """num_micro_batches: A. extra_tokens: k."""
         self._config = config
         self._grid = grid
         self._device = device
@@ -50,8 +50,8 @@ class TokenFeed:
     def steps(self, consumed: int, num_steps: int, announce: Callable[[Tensor], None]) -> Iterator[Tensor]:
         """The tokens [A, b, s + k] of each of `num_steps` steps, after the first `consumed` samples of the order.
 
-        Before the tokens of a step are given, those of the step after it are read and handed to `announce`, so that their rows
-        can be fetched while the step runs; before the first step those of the first step as well.
+        announce: called with the tokens of every step, in order, one step before they are given: the rows of a step can then
+        be fetched while the step before it runs. Before the first step it gets the tokens of the first two.
         """
 
         def announced(step: int) -> Tensor:
@@ -94,6 +94,6 @@ class TokenFeed:
         group = self._grid.batch_group
         tokens = torch.empty(shape, dtype=torch.int64, device=self._device) if own is None else own.to(self._device)
         if group is not None:
-            with named("broadcast of tokens", group):
+            with profiler_span("broadcast of tokens", group):
                 dist.broadcast(tokens, src=self._grid.batch_source, group=group)
         return tokens

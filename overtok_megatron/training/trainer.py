@@ -42,9 +42,8 @@ class Trainer:
     def __init__(self, config: RunConfig, *, device: torch.device, num_threads: int) -> None:
         """num_threads: of this rank on the host, where the configuration names none."""
         self.config = config
-        torch.set_num_threads(
-            config.training.num_threads or num_threads
-        )  # a GPU's host tables and offload use them too
+        # Beside a GPU, host tables and an offloaded optimizer use these threads.
+        torch.set_num_threads(config.training.num_threads or num_threads)
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.folder = Path(config.training.output_directory)
         self.grid = start_processes(config, device)
@@ -104,20 +103,20 @@ class Trainer:
         return finished
 
     def _train(self) -> bool:
-        first_step = self._resume()
-        if first_step >= self.total_steps:
+        steps_done = self._resume()
+        if steps_done >= self.total_steps:
             if self.first:
-                log.info("nothing to do: the latest checkpoint is at step %d of %d", first_step, self.total_steps)
+                log.info("nothing to do: the latest checkpoint is at step %d of %d", steps_done, self.total_steps)
             return True
-        tokens_of_steps = self.feed.steps(self.consumed, self.total_steps - first_step, self.engine.prefetch)
+        tokens_of_steps = self.feed.steps(self.consumed, self.total_steps - steps_done, self.engine.announce)
         with ExitStack() as open_until_end:
             report = None
             if self.first:
                 report = RunReport(
-                    self.config, steps_done=first_step, total_steps=self.total_steps, bar=show_bar(self.config)
+                    self.config, steps_done=steps_done, total_steps=self.total_steps, bar=show_bar(self.config)
                 )
                 open_until_end.callback(report.close)
-            for step in range(first_step, self.total_steps):
+            for step in range(steps_done, self.total_steps):
                 done = step + 1
                 values, stop = self._one_step_or_leave(step, tokens_of_steps)
                 if report is not None:

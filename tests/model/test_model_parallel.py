@@ -38,7 +38,7 @@ def configuration(name: str, sequence_parallel: bool, tensor_parallel_size: int)
                          "zero_stage": 0},
             "optimizer": {"learning_rate": 1e-3},
             "training": {"output_directory": "none", "micro_batch_size": 2, "global_batch_size": 2, "train_iters": 1,
-                         "precision": "fp32", "kernels": kernels},
+                         "precision": "fp32", "kernels": kernels, "z_loss": 1e-2},
         }
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
         fetched = tables.fetch_rows(tokens, training=True)
     with torch.no_grad():
         logits = model.logits(tokens, fetched)
-    result = model(tokens, fetched, targets, 1e-2)
+    result = model(tokens, fetched, targets)
     result.objective.backward()
     return {
         "initial": initial,

@@ -86,7 +86,7 @@ def _check(case: Case, group: dist.ProcessGroup | None) -> None:
     hidden.requires_grad_()
     part = weight[start:stop].clone().requires_grad_()
     objective, cross_entropy = linear_cross_entropy(
-        copy_to_group(hidden, group), part, targets, vocab_start=start, group=group, z_loss=case.z_loss
+        copy_to_group(hidden, group), part, targets, vocab_start=start, group=group, z_loss_weight=case.z_loss
     )
     assert objective.dtype == cross_entropy.dtype == torch.float32
     assert not cross_entropy.requires_grad

@@ -23,10 +23,11 @@ from overtok_megatron.model.heads import ForwardResult
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.grid import ProcessGrid
-from overtok_megatron.parallel.splits import is_pipeline_replica
+from overtok_megatron.parallel.splits import is_tied_copy
 from overtok_megatron.training import engine as engine_module
-from overtok_megatron.training.deepspeed.pipeline_stage import MicroBatch, PipelineStage
+from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.micro_batch import MicroBatch
 from overtok_megatron.training.processes import start_processes
 from support.distributed_harness import run_ranks
 from support.layouts import CPU, EOD, TIED, Layout, layout, layout_config, own_tokens, stream
@@ -76,18 +77,18 @@ class AddedLossTransformer(Transformer):
     used: tuple[EmbeddingPart, ...] = ()
 
     def forward(
-        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, z_loss: float = 0.0
+        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, *, full_tokens: Tensor | None = None
     ) -> ForwardResult:
-        hidden, routing = self.hidden(tokens, fetched)
-        result = self.head.losses(hidden, targets, z_loss, routing)
+        hidden, routing = self.hidden(tokens, fetched, full_tokens=full_tokens)
+        result = self.head.forward_losses(hidden, targets, routing=routing)
         return with_added_loss(result, hidden, self.embedding, tokens, fetched, self.used)
 
 
 class AddedLossStage(PipelineStage):
     used: tuple[EmbeddingPart, ...] = ()
 
-    def losses(self, hidden: Tensor, batch: MicroBatch, routing: Any) -> ForwardResult:
-        result = super().losses(hidden, batch, routing)
+    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Any) -> ForwardResult:
+        result = super().forward_losses(hidden, batch, routing)
         return with_added_loss(result, hidden, self.embedding, batch.inputs, batch.fetched, self.used)
 
 
@@ -104,7 +105,7 @@ def build_added_loss(
     else:
         micro_batches = derived.accumulation_steps(config, grid.shape.world_size)
         model = AddedLossStage(
-            layers, counts, grid, z_loss=0.0, num_micro_batches=micro_batches, sequence_parallel=False
+            layers, counts, grid, z_loss_weight=0.0, num_micro_batches=micro_batches, sequence_parallel=False
         )
     model.used = case.used
     return model
@@ -151,7 +152,7 @@ def train_rank(cases: list[Case]) -> list[RankResult]:
                 [(step.grad_norm, step.table_grad_norm) for step in steps],
                 gradients,
                 {name: weight.detach().clone() for name, weight in named.items()},
-                {name for name, weight in named.items() if is_pipeline_replica(weight)},
+                {name for name, weight in named.items() if is_tied_copy(weight)},
                 engine.tables.store.rows.weight.clone(),
             )
         )

@@ -66,7 +66,7 @@ def test_a_rank_outside_of_the_world_is_refused() -> None:
 
 def test_one_process_needs_no_groups() -> None:
     grid = ProcessGrid.single()
-    assert (grid.tensor_group, grid.data_group, grid.table_group, grid.groups) == (None, None, None, {})
+    assert (grid.tensor_group, grid.table_group, grid.groups) == (None, None, {})
     assert (grid.rank, grid.tensor_rank, grid.data_rank) == (0, 0, 0)
     with pytest.raises(AssertionError):
         DeepSpeedTopology(grid)
@@ -87,7 +87,7 @@ def _grid_facts(shapes: list[GridShape]) -> list[dict[str, Any]]:
         facts.append(
             {
                 "tensor": _members(grid.tensor_group),
-                "data": _members(grid.data_group),
+                "data": _members(grid.group("data", "context")),
                 "context": _members(grid.context_group),
                 "replica": _members(grid.replica_group),
                 "ends": _members(grid.ends_group),

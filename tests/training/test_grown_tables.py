@@ -56,10 +56,10 @@ def train_grown(folder: Path, config: RunConfig) -> tuple[list[float], list[floa
     before = {name: column.clone() for name, column in tables.columns().items()}
     parts = [own_tokens(engine, batch) for batch in batches()]
     results = []
-    engine.prefetch(parts[0])
+    engine.announce(parts[0])
     for step, part in enumerate(parts):
         if step + 1 < STEPS:
-            engine.prefetch(parts[step + 1])
+            engine.announce(parts[step + 1])
         results.append(engine.step(part, 3e-3))
     space, shard = tables.family.space, tables.store
     trained = space.is_trained(torch.arange(shard.start, shard.stop))

@@ -29,10 +29,10 @@ def train(
     engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     parts = [own_tokens(engine, batch) for batch in batches(steps)]
     losses, validations = [], []
-    engine.prefetch(parts[0])
+    engine.announce(parts[0])
     for step, part in enumerate(parts):
         if step + 1 < len(parts):
-            engine.prefetch(parts[step + 1])
+            engine.announce(parts[step + 1])
         losses.append(engine.step(part, rate).loss)
         if step % 70 == 3:
             pair = (part.flatten(0, 1)[:, :-1], part.flatten(0, 1)[:, 1:])

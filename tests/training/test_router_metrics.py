@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.config.schema import ModelConfig, RunConfig
+from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.training.deepspeed.joint_norm import StepNorms
 from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.micro_batch import StageResults
 from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.step_result import StepResult
+from overtok_megatron.training.step_result import RowCounts, StepReduction, StepResult
 from support.distributed_harness import run_ranks
 from support.layouts import CPU, EOD, MANY, OLMOE, Layout, experts, layout_config, own_tokens, stream
 from support.reference import Reference
@@ -155,3 +158,15 @@ def test_a_run_reports_them(trained_runs: TrainedRuns, tmp_path: Path) -> None:
         assert 0.9 < record["router/balance_loss"] < 2.0
     dense = (trained_runs.run("bf16") / "metrics.jsonl").read_text()
     assert "router/" not in dense
+
+
+def test_a_loss_that_the_first_step_did_not_have_is_an_error() -> None:
+    """Its name is not among those that the ranks agreed on, so it would be missing from every report."""
+    reduction = StepReduction(layout_config(Layout({})), ProcessGrid.single(), CPU)
+    norms = StepNorms(1.0, 0.0, 1.0, None)
+    for names in (["router"], [], ["router"]):
+        results = StageResults([torch.ones(())], [], [dict.fromkeys(names, torch.ones(()))])
+        assert reduction.reduce(results, RowCounts(), norms, stop_asked=False).auxiliary_losses.keys() == {"router"}
+    results = StageResults([torch.ones(())], [], [{"later": torch.ones(())}])
+    with pytest.raises(AssertionError, match="later"):
+        reduction.reduce(results, RowCounts(), norms, stop_asked=False)

@@ -117,11 +117,11 @@ def host_bits(context: Context) -> Result:
         config = small_configuration(
             context, context.cuda, {"over_encoding.storage": storage, "training.deterministic": context.cuda}
         )
-        trainer = engine_of(context, config)
-        losses = train_steps(trainer, made_tokens(context, config, STEPS + 2))
-        assert trainer.tables is not None
-        found.append((losses, {name: column.cpu() for name, column in trainer.tables.columns().items()}))
-        del trainer
+        engine = engine_of(context, config)
+        losses = train_steps(engine, made_tokens(context, config, STEPS + 2))
+        assert engine.tables is not None
+        found.append((losses, {name: column.cpu() for name, column in engine.tables.columns().items()}))
+        del engine
     (first, columns), (second, others) = found
     apart = {name: float((values != others[name]).double().mean()) for name, values in columns.items()}
     away = max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))

@@ -73,7 +73,7 @@ def _made(
 def _ours(head: OutputHead, hidden: Tensor, targets: Tensor) -> list[Tensor]:
     """Mean loss and its gradients by hidden states, norm and weight."""
     leaf = hidden.clone().requires_grad_()
-    result = head.losses(leaf, targets)
+    result = head.forward_losses(leaf, targets)
     scored = (targets >= 0).sum()
     gradients = torch.autograd.grad(result.objective / scored, [leaf, head.norm.weight, head.output.weight])
     return [result.main_loss / scored, *gradients]

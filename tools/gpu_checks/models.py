@@ -115,17 +115,17 @@ class Speed:
 
 def _speed(context: Context, config: RunConfig) -> Speed:
     """Time some steps after two that are not counted, then profile one."""
-    trainer = engine_of(context, config)
-    parts = [own_part(trainer, batch) for batch in made_tokens(context, config, 4)]
+    engine = engine_of(context, config)
+    parts = [own_part(engine, batch) for batch in made_tokens(context, config, 4)]
     rounds = 3 if context.quick or not context.cuda else 6
     times, losses = [], []
     for turn in range(2 + rounds):
         start = time.perf_counter()
-        losses.append(trainer.step(parts[turn % len(parts)], 1e-4).loss)  # reads the loss, and so waits for the device
+        losses.append(engine.step(parts[turn % len(parts)], 1e-4).loss)  # reads the loss, and so waits for the device
         times.append(time.perf_counter() - start)
     assert all(math.isfinite(loss) for loss in losses), f"a loss is not finite: {losses}"
     peak = peak_memory(context.device)
-    top, idle = _profiled(context, lambda: trainer.step(parts[0], 1e-4))
+    top, idle = _profiled(context, lambda: engine.step(parts[0], 1e-4))
     return Speed(statistics.median(times[2:]), losses, peak, top, idle)
 
 

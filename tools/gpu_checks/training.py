@@ -147,7 +147,7 @@ def train_steps(engine: "TrainingEngine", batches: list[Tensor]) -> list[float]:
     losses = []
     for number, part in enumerate(parts):
         for ahead in parts[:2] if number == 0 else parts[number + 1 : number + 2]:
-            engine.prefetch(ahead)
+            engine.announce(ahead)
         losses.append(engine.step(part, _RATE).loss)
     return losses
 

@@ -23,7 +23,7 @@ class StepNorms:
     """Gradient norms of a step before clipping, and what the update of rows needs.
 
     joint: of dense parameters and tables together. tables: of the tables alone. clip_factor: what gradients are multiplied
-    with. row_gradients: reduced but not clipped; None without tables.
+    by. row_gradients: reduced but not clipped; None without tables.
     """
 
     joint: float
@@ -43,7 +43,7 @@ class JointNorm:
         self._device = device
         self._reduce_rows: ReduceRows | None = None
         self._row_gradients: RowGradients | None = None
-        adapter.join_norm(self._row_square)
+        adapter.join_norm(self._reduce_and_square)
 
     def begin_step(self, reduce_rows: ReduceRows) -> None:
         """Call this before the forward passes of a step.
@@ -55,18 +55,22 @@ class JointNorm:
 
     def finish_step(self) -> StepNorms:
         """Call this after DeepSpeed's step."""
-        tables = math.sqrt(float(self._row_square()))
         joint = self._adapter.global_norm()
+        # Where dense gradients are not finite, some of DeepSpeed's classes leave out the norm and the update; `joint` is then
+        # not finite either. In any other step dense parameters would have been clipped without the rows, and updated.
+        assert self._reduce_rows is None or not math.isfinite(joint), "DeepSpeed stepped without the patched norm"
+        tables = math.sqrt(float(self._reduce_and_square()))
         row_gradients, self._row_gradients = self._row_gradients, None
         return StepNorms(joint, tables, self._adapter.clip_factor(joint), row_gradients)
 
-    def _row_square(self) -> Tensor:
-        """The sum of squares of row gradients over all ranks, float64 scalar. DeepSpeed's patched norm calls this."""
+    def _reduce_and_square(self) -> Tensor:
+        """Send row gradients to their owners, at the first call of a step; return their sum of squares over all ranks.
+
+        DeepSpeed's patched norm calls this, on all ranks. Returns a float64 scalar, 0 without tables.
+        """
         if self._reduce_rows is not None:
-            self._row_gradients, self._reduce_rows = (
-                self._reduce_rows(),
-                None,
-            )  # the exchange of row gradients happens here
+            reduce_rows, self._reduce_rows = self._reduce_rows, None
+            self._row_gradients = reduce_rows()  # THE EXCHANGE OF ROW GRADIENTS
         if self._row_gradients is None:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         return self._row_gradients.global_squared_norm

@@ -16,18 +16,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 from torch import Tensor, nn
 
 from overtok_megatron.checkpoint.deepspeed_state import MOMENTS, ParameterState
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.parallel.collectives import named
+from overtok_megatron.parallel.collectives import all_reduce_in_place
 from overtok_megatron.parallel.grid import ProcessGrid
-from overtok_megatron.parallel.splits import is_pipeline_replica, splits_of
+from overtok_megatron.parallel.splits import is_tied_copy, splits_of
 
-# Gives the sum of squares of row gradients, float64 scalar; the first call of a step sends row gradients to their owners.
-RowSquare = Callable[[], Tensor]
+# Sends row gradients to their owners, at the first call of a step; returns their sum of squares over all ranks, a float64
+# scalar. All ranks must call it.
+ReduceAndSquare = Callable[[], Tensor]
 
 
 class OptimizerAdapter:
@@ -46,7 +46,7 @@ class OptimizerAdapter:
         self.grid = grid
         self.max_norm = max_norm
 
-    def join_norm(self, row_square: RowSquare) -> None:
+    def join_norm(self, reduce_and_square: ReduceAndSquare) -> None:
         """Patch DeepSpeed so that its gradient norm, by which it clips dense gradients, includes the row gradients."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class OptimizerAdapter:
         self.optimizer.clip_grad = max_norm
 
     def clip_factor(self, norm: float) -> float:
-        """What gradients of this joint norm are multiplied with."""
+        """What gradients of this joint norm are multiplied by."""
         return self.max_norm / (norm + 1e-6) if 0 < self.max_norm < norm + 1e-6 else 1.0
 
     @torch.no_grad()
@@ -78,20 +78,19 @@ class OptimizerAdapter:
 class TorchOptimizer(OptimizerAdapter):
     """float32 without ZeRO: DeepSpeed steps on the torch optimizer itself, and the norm and clipping are done here."""
 
-    def join_norm(self, row_square: RowSquare) -> None:
+    def join_norm(self, reduce_and_square: ReduceAndSquare) -> None:
         self._norm = 0.0
 
         def clip(*_: Any) -> None:
-            self._norm = math.sqrt(self._dense_square() + float(row_square()))
+            self._norm = math.sqrt(self._dense_square() + float(reduce_and_square()))
             factor = self.clip_factor(self._norm)
             if factor != 1.0:
                 for parameter in self._parameters():
                     if parameter.grad is not None:
                         parameter.grad.mul_(factor)
 
-        self.deepspeed_engine.clip_fp32_gradients = lambda: (
-            None
-        )  # DeepSpeed's own clipping knows the dense gradients only
+        # DeepSpeed's own clipping, which knows the dense gradients only, runs before the optimizer's step.
+        self.deepspeed_engine.clip_fp32_gradients = lambda: None
         self.optimizer.register_step_pre_hook(clip)
 
     def global_norm(self) -> float:
@@ -106,16 +105,15 @@ class TorchOptimizer(OptimizerAdapter):
     def _dense_square(self) -> float:
         """Sum of squares of dense gradients over the ranks of one copy of the model, each value once.
 
-        A shard counts on every tensor-parallel rank, a replica on the first; the second copy of a tied weight does not count.
+        A split parameter counts on every tensor-parallel rank, an unsplit one on the first; the second copy of a tied weight
+        does not count.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.deepspeed_engine.device)
         for parameter in self._parameters():
             counts = self.grid.tensor_rank == 0 or bool(splits_of(parameter))
-            if parameter.grad is not None and counts and not is_pipeline_replica(parameter):
+            if parameter.grad is not None and counts and not is_tied_copy(parameter):
                 total += parameter.grad.double().square().sum()
-        if self.grid.replica_group is not None:
-            with named("all-reduce of squares", self.grid.replica_group):
-                dist.all_reduce(total, group=self.grid.replica_group)
+        all_reduce_in_place(total, self.grid.replica_group, of="squares")
         return float(total)
 
     def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
@@ -126,12 +124,12 @@ class TorchOptimizer(OptimizerAdapter):
 class Zero1Or2(OptimizerAdapter):
     """DeepSpeedZeroOptimizer: one flat partition of each parameter group on every rank."""
 
-    def join_norm(self, row_square: RowSquare) -> None:
+    def join_norm(self, reduce_and_square: ReduceAndSquare) -> None:
         dense_norm = self.optimizer.scaled_global_norm
 
         def joint_norm(*arguments: Any, **others: Any) -> Tensor:
             dense: Tensor = dense_norm(*arguments, **others)
-            return (dense.double().square() + row_square().to(dense.device)).sqrt().to(dense.dtype)
+            return (dense.double().square() + reduce_and_square().to(dense.device)).sqrt().to(dense.dtype)
 
         self.optimizer.scaled_global_norm = joint_norm
 
@@ -161,14 +159,14 @@ class Zero1Or2(OptimizerAdapter):
 class Bf16Zero1(Zero1Or2):
     """BF16_Optimizer: partitioned like ZeRO 1, with a norm over lists of gradients."""
 
-    def join_norm(self, row_square: RowSquare) -> None:
+    def join_norm(self, reduce_and_square: ReduceAndSquare) -> None:
         dense_gradients = self.optimizer.get_grads_for_norm
 
         def joint_gradients(for_clipping: bool = False) -> Any:
             if for_clipping:
                 return dense_gradients(for_clipping=True)
             dense, experts = dense_gradients()
-            square = row_square()  # on every rank: this exchanges row gradients
+            square = reduce_and_square()
             # The norm of row gradients is one more tensor. DeepSpeed sums over the ranks of a copy of the model, so it counts
             # on the first of them only.
             first = self.grid.tensor_rank == 0 and self.grid.is_first_stage
@@ -184,12 +182,12 @@ class Bf16Zero1(Zero1Or2):
 class Zero3(OptimizerAdapter):
     """DeepSpeedZeroOptimizer_Stage3: an equal part of every parameter on every rank, the last one padded."""
 
-    def join_norm(self, row_square: RowSquare) -> None:
+    def join_norm(self, reduce_and_square: ReduceAndSquare) -> None:
         dense_norms = self.optimizer._get_norm_groups
 
         def joint_norms() -> list[Any]:
             """The norm of row gradients is one more group, on the device of the others: the CPU with an offloaded optimizer."""
-            dense, rows = dense_norms(), row_square().sqrt().float()
+            dense, rows = dense_norms(), reduce_and_square().sqrt().float()
             return [*dense, rows.to(dense[0].device) if dense and isinstance(dense[0], Tensor) else rows]
 
         self.optimizer._get_norm_groups = joint_norms
@@ -213,18 +211,18 @@ class Zero3(OptimizerAdapter):
 
 
 class Bf16WithoutZero(OptimizerAdapter):
-    """FP16_UnfusedOptimizer: float32 masters in lists beside the parameters."""
+    """FP16_UnfusedOptimizer: float32 master weights in lists beside the parameters."""
 
     needs_state_reset = True
     _norm_argument = 0  # position of the norm among the arguments of unscale_and_clip_grads
 
-    def join_norm(self, row_square: RowSquare) -> None:
+    def join_norm(self, reduce_and_square: ReduceAndSquare) -> None:
         unscale_and_clip = self.optimizer.unscale_and_clip_grads
 
         def with_joint_norm(*arguments: Any, **others: Any) -> Any:
             values = list(arguments)
             dense = float(values[self._norm_argument])
-            values[self._norm_argument] = (dense**2 + float(row_square())) ** 0.5
+            values[self._norm_argument] = (dense**2 + float(reduce_and_square())) ** 0.5
             self.optimizer._global_grad_norm = values[self._norm_argument]
             return unscale_and_clip(*values, **others)
 
@@ -243,7 +241,8 @@ class Bf16WithoutZero(OptimizerAdapter):
 
 
 class FusedBf16WithoutZero(Bf16WithoutZero):
-    """FP16_Optimizer, which DeepSpeed takes for apex's AdamW: flat float32 masters that nothing says the parts of."""
+    """FP16_Optimizer, which DeepSpeed takes for apex's AdamW: flat float32 master weights;
+    DeepSpeed does not record which slice belongs to which parameter."""
 
     _norm_argument = 1
 

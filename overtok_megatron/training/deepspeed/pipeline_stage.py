@@ -1,13 +1,14 @@
 """One stage of the model in the form of DeepSpeed's pipeline engine, with the layers, names and weights of `Transformer`.
 
-Loading of data and the optimizer are elsewhere. Shapes: b batch, s sequence, d hidden, T tables.
+Loading of data and the optimizer are elsewhere. Shapes: b batch, s this context rank's slice of the sequence, s_shard the
+part of s that a tensor-parallel rank holds under sequence parallelism (else s), d hidden.
 """
 
 import contextlib
 import io
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -19,44 +20,18 @@ from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.feed_forward import Routing
 from overtok_megatron.model.heads import ForwardResult
 from overtok_megatron.model.transformer import Layers
-from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.collectives import reduce_from_group
 from overtok_megatron.parallel.grid import ProcessGrid
-from overtok_megatron.parallel.splits import mark_pipeline_replica
+from overtok_megatron.parallel.splits import mark_tied_copy
+from overtok_megatron.training.micro_batch import MicroBatch, StageResults
 
 
-class MicroBatch(NamedTuple):
-    """What a rank handles of one micro-batch.
+class _AddLossGradient(torch.autograd.Function):
+    """| forward | x | backward | g for x, `share` for `loss` |
 
-    full_inputs int64 [b, s]: the input tokens of all context ranks. inputs, targets int64 [b, s / ranks]: this rank's slice.
-    fetched: the rows of what this rank looked up, on any stage; None where it looks nothing up.
+    Returns x unchanged; backward also gives `loss` the gradient `share`, so that this stage's router loss is trained although
+    the last stage computes the objective.
     """
-
-    full_inputs: Tensor
-    inputs: Tensor
-    fetched: FetchedRows | None
-    targets: Tensor
-
-
-class StageResults(NamedTuple):
-    """What a rank's stage computed, one entry per micro-batch: summed cross entropies on the last stage only; router
-    statistics [blocks of this stage, F] with experts only; and sums of this stage's auxiliary losses by name, the same on all
-    of its tensor-parallel ranks."""
-
-    losses: list[Tensor]
-    router_stats: list[Tensor]
-    auxiliary_losses: list[dict[str, Tensor]]
-
-    def add(self, loss: Tensor | None, stats: Tensor | None, auxiliary_losses: dict[str, Tensor]) -> None:
-        if loss is not None:
-            self.losses.append(loss)
-        if stats is not None:
-            self.router_stats.append(stats)
-        self.auxiliary_losses.append(auxiliary_losses)
-
-
-class _Attached(torch.autograd.Function):
-    """| forward | x | backward | g for x, a constant for `loss` | : adds a loss to the objective that later stages compute."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, share: float) -> Tensor:
@@ -84,7 +59,7 @@ class _WithZeroGradients(torch.autograd.Function):
 
 
 class PipelineStage(PipelineModule):
-    """This rank's stage. Input of the first stage: tokens int64 [b, s]; between stages: hidden [b, s, d].
+    """This rank's stage. Input of the first stage: tokens int64 [b, s]; between stages: hidden [b, s_shard, d].
 
     Parameters have the names that they have in `Transformer`, on every stage, so that whatever goes by names (checkpoints,
     the optimizer's groups) need not know of pipelines. The output of the last stage is the mean objective of a micro-batch.
@@ -93,8 +68,8 @@ class PipelineStage(PipelineModule):
     `layers.shared` names the parts of the embedding that both ends hold: equal from the start, their gradients are summed
     over both before each step, they are counted once in the norm and saved once.
 
-    eod_id: as in `Transformer`. `expect` tells each stage in advance what it needs of a micro-batch besides hidden states, so
-    that nothing else travels between stages.
+    eod_id, z_loss_weight: as in `Transformer`. `expect` tells each stage in advance what it needs of a micro-batch besides
+    hidden states, so that nothing else travels between stages.
     """
 
     def __init__(
@@ -103,7 +78,7 @@ class PipelineStage(PipelineModule):
         blocks_per_stage: list[int],
         grid: ProcessGrid,
         *,
-        z_loss: float,
+        z_loss_weight: float,
         num_micro_batches: int,
         sequence_parallel: bool,
         eod_id: int | None = None,
@@ -114,7 +89,7 @@ class PipelineStage(PipelineModule):
         self._counts[0] += 1  # the embedding
         self._counts[-1] += 1  # the head
         self._process_grid = grid  # DeepSpeed keeps a grid of its own in _grid
-        self._z_loss = z_loss
+        self._z_loss_weight = z_loss_weight
         self._num_micro_batches = num_micro_batches
         self._sequence_parallel = sequence_parallel
         self._eod_id = eod_id
@@ -150,7 +125,7 @@ class PipelineStage(PipelineModule):
                 continue
             if not grid.is_first_stage:
                 for parameter in module.parameters():
-                    mark_pipeline_replica(parameter)
+                    mark_tied_copy(parameter)
             names = [name for name, _ in module.named_parameters()]
             tied[part] = {"ranks": ranks, "group": grid.ends_group, "weight_attr": names, "module": module}
         return tied
@@ -197,14 +172,15 @@ class PipelineStage(PipelineModule):
         hidden, routing = run_blocks(self.blocks.values(), x, documents=documents)
         if self.head is None:
             return self._with_router_loss(hidden, routing)
-        result = self.losses(hidden, batch, routing)
+        result = self.forward_losses(hidden, batch, routing)
         self._results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
         return self._with_all_copies(result.objective / batch.targets.numel())
 
-    def losses(self, hidden: Tensor, batch: MicroBatch, routing: Routing | None) -> ForwardResult:
+    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Routing | None) -> ForwardResult:
         """The losses of a micro-batch, on the last stage. routing: of this stage's blocks."""
         assert self.head is not None
-        return self.head.losses(hidden, batch.targets, self._z_loss if self.training else 0.0, routing)
+        z_loss_weight = self._z_loss_weight if self.training else 0.0
+        return self.head.forward_losses(hidden, batch.targets, z_loss_weight=z_loss_weight, routing=routing)
 
     def _with_router_loss(self, hidden: Tensor, routing: Routing | None) -> Tensor:
         """What a stage without the head hands on; backward through it adds the gradient of the routers' losses."""
@@ -215,8 +191,10 @@ class PipelineStage(PipelineModule):
         self._results.add(None, routing.stats, {"router": router_loss})
         slices = self._process_grid.shape.tensor if self._sequence_parallel else 1
         tokens = hidden.shape[0] * hidden.shape[1] * slices
-        attached: Tensor = _Attached.apply(hidden, routing.loss, 1.0 / (tokens * self._num_micro_batches))
-        return attached
+        # As the objective of the last stage, which is divided by the tokens there, and by the micro-batches in DeepSpeed.
+        share = 1.0 / (tokens * self._num_micro_batches)
+        with_gradient: Tensor = _AddLossGradient.apply(hidden, routing.loss, share)
+        return with_gradient
 
     def _with_all_copies(self, objective: Tensor) -> Tensor:
         """The same objective, whose backward in the last micro-batch of a step gives every copy on this stage a gradient.

@@ -1,4 +1,4 @@
-"""The grid with the methods that DeepSpeed calls on its `mpu` argument. Nothing of DeepSpeed is imported."""
+"""DeepSpeed's `mpu` argument ("model parallel unit"), made from the grid. Nothing of DeepSpeed is imported."""
 
 import torch.distributed as dist
 
@@ -6,7 +6,7 @@ from overtok_megatron.parallel.grid import ProcessGrid
 
 
 class DeepSpeedTopology:
-    """Model- and data-parallel ranks and groups of a grid, as DeepSpeed asks for them.
+    """The `mpu` that DeepSpeed asks for its model- and data-parallel ranks and groups; the methods have DeepSpeed's names.
 
     DeepSpeed sees context-parallel ranks as data-parallel ones: they hold the same weights, and gradients are averaged.
     """

@@ -1,0 +1,43 @@
+"""One micro-batch on one rank: what goes into the model, and what this rank's layers give back, with a pipeline or without.
+
+Shapes: b micro batch, s sequence, slices of which the context ranks hold; T tables; F statistics of a router.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from overtok_megatron.ngram.fetched_rows import FetchedRows
+
+
+class MicroBatch(NamedTuple):
+    """What a rank handles of one micro-batch.
+
+    full_inputs int64 [b, s]: the input tokens of all context ranks. inputs, targets int64 [b, s / context ranks]: this rank's
+    slice. fetched [b, s / (context ranks x tensor ranks), T]: the rows that this rank looked up, on any stage; None where it
+    looks nothing up.
+    """
+
+    full_inputs: Tensor
+    inputs: Tensor
+    fetched: FetchedRows | None
+    targets: Tensor
+
+
+class StageResults(NamedTuple):
+    """What a rank's layers computed in a step, one entry per micro-batch; without a pipeline they are all layers.
+
+    losses: summed cross entropies, on the last stage only. router_stats [blocks of this stage, F]: with experts only.
+    auxiliary_losses: sums of this stage's auxiliary losses by name, the same on all of its tensor-parallel ranks.
+    """
+
+    losses: list[Tensor]
+    router_stats: list[Tensor]
+    auxiliary_losses: list[dict[str, Tensor]]
+
+    def add(self, loss: Tensor | None, stats: Tensor | None, auxiliary_losses: dict[str, Tensor]) -> None:
+        if loss is not None:
+            self.losses.append(loss)
+        if stats is not None:
+            self.router_stats.append(stats)
+        self.auxiliary_losses.append(auxiliary_losses)
