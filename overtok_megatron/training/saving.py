@@ -1,8 +1,8 @@
-"""Saving a run: the engine's files, the dense weights and the tables become one checkpoint, or none.
+"""Saving a run: DeepSpeed's files, the dense weights and the tables become one checkpoint, or none.
 
-Dense state is written before `save` returns, tables by a thread of each rank while training goes on. The checkpoint becomes
-visible when the last rank is done: each leaves a note in its folder, and the first rank's thread waits for all of them. Every
-rank learns of a failure on any other.
+Weights and dense optimizer state are written before `save` returns, tables by a thread of each rank while training goes on. The
+checkpoint becomes visible when the last rank is done: each leaves a note in its folder, and the first rank's thread waits for
+all of them. Every rank learns of a failure on any other.
 """
 
 import json
