@@ -117,13 +117,13 @@ def test_a_wrong_loss_fails(name: str, tmp_path: Path) -> None:
         tmp_path,
         """
         from overtok_megatron.model.heads import OutputHead
-        right = OutputHead.losses
+        right = OutputHead.forward_losses
 
         def wrong(self, *arguments, **more):
             result = right(self, *arguments, **more)
             return result._replace(main_loss=result.main_loss * (1.0 if self.kernels.name == "torch" else 1.001))
 
-        OutputHead.losses = wrong
+        OutputHead.forward_losses = wrong
         """,
     )
     given = ["--json", str(tmp_path / "found.json"), "--only", name, "rows: hashing"]
