@@ -1,6 +1,7 @@
 """Experiment trackers: where the metrics of a run go besides the run's own files of records.
 
-To add a tracker, write a class with the methods of `Tracker` and append it in `training_trackers` (or `evaluation_trackers`).
+To add a tracker, write a class with the methods of `Tracker` and append it in `training_trackers` (or `evaluation_trackers`);
+its key goes into `LoggingConfig` (config/schema.py), its package among the optional ones of pyproject.toml.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ class TensorBoard:
     """Writes TensorBoard's event files into a folder; the names of metrics are tags."""
 
     def __init__(self, folder: Path, *, purge_step: int | None = None, flush: bool = False) -> None:
-        """purge_step: TensorBoard hides earlier events of later steps. flush: whether each `write` reaches the file at once."""
+        """purge_step: TensorBoard hides what was written before of this step and later ones. flush: whether each `write`
+        reaches the file at once."""
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
         self._flush = flush
 
@@ -42,10 +44,10 @@ class TensorBoard:
 
 
 def training_trackers(logging: LoggingConfig, run: RunFolder, steps_done: int) -> list[Tracker]:
-    """The trackers of a training run that `logging` asks for. steps_done: as in `StepRecords`."""
+    """The trackers of a training run that `logging` asks for. steps_done: 0, or those before a resume."""
     trackers: list[Tracker] = []
     if logging.tensorboard:
-        trackers.append(TensorBoard(run.tensorboard, purge_step=steps_done))
+        trackers.append(TensorBoard(run.tensorboard, purge_step=steps_done + 1))
     return trackers
 
 
