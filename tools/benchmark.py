@@ -41,7 +41,7 @@ from overtok_megatron.errors import ConfigError, DataError, OvertokError
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.parallel.devices import CPU, default_device, num_accelerators
-from overtok_megatron.training.metrics import peak_memory
+from overtok_megatron.training.measuring import peak_memory
 from overtok_megatron.training.peaks import measured
 
 

@@ -33,7 +33,7 @@ from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.parallel.devices import synchronize
-from overtok_megatron.training.metrics import peak_memory
+from overtok_megatron.training.measuring import peak_memory
 
 _PART = 2**22  # rows per file
 

@@ -2,7 +2,7 @@
 
 from heapq import heapify, heapreplace
 
-from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
+from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RowRule, RunConfig
 
 
 def head_size(model: ModelConfig) -> int:
@@ -112,7 +112,8 @@ def table_rate_factor(config: RunConfig) -> float:
     over = config.over_encoding
     if over.learning_rate_factor is not None:
         return over.learning_rate_factor
-    return 10.0 if over.optimizer == "rowwise_adagrad" else 1.0
+    default: dict[RowRule, float] = {"rowwise_adagrad": 10.0, "rowwise_adam": 1.0, "adam": 1.0, "sgd": 1.0}
+    return default[over.optimizer]
 
 
 def tokens_per_step(config: RunConfig) -> int:

@@ -1,15 +1,15 @@
 """N-gram input embeddings: token ids to table rows, the sharded tables, their exchange and their optimizer.
 
-A row has four numbers, in the order in which a look-up meets them:
+A row is named in four ways, in the order in which a look-up meets them:
 
-    number                         made from the one above by                      and back by
+    name                           made by                                         and back by
     table, and row in the table    the hash of the n-gram (ids.py)                 -
     row id, in the row space       kernels.rows.row_id                             kernels.rows.table_and_row_of
     owner rank, and local row      placement.owned_range: the range of the rank    local row + first row id of the rank
                                    holds the row id; local row = row id - its
                                    first row id (FlatExchange.plan)
-    slot, in the fetched rows      RowKernels.unique: the index of the row id      FlatPlan.unique[slot] is the row id
-    of a step                      among the distinct ones of this rank
+    slot, in the fetched rows      RowKernels.unique, from the row id: its index   FlatPlan.unique[slot] is the row id
+    of a step                      among the distinct ones that this rank wants
 
 The row space is the one array of all rows of all tables (row_space.py). `NgramHash.row_ids` takes the first two steps at once,
 so the number of a row in its table appears only where tables grow and in tests. A look-up is one (position, table).
@@ -27,7 +27,7 @@ A training step, with the file of each part; A micro-batches, b sequences, s pos
       |   NgramProjection                    projection.py                        w -> hidden size, joined to the embedding
       |   ... the model, the loss, backward ...
       |   DistinctRows.add_gradients         fetched_rows.py                      into one buffer [U, w]
-      | ShardedTables.reduce_gradients       sharded_tables.py
+      | ShardedTables.reduce_gradients       sharded_tables.py                    called inside DeepSpeed's gradient norm
       |   Exchange.send_gradients            exchange.py, two_level_exchange.py   owners add what several ranks send
     RowGradients: local rows, gradients, the tables' part of the global norm
       | ShardedTables.update_rows            sharded_tables.py
@@ -44,9 +44,9 @@ C1  Same numbers. Row ids depend on the tokens, the tokens before them and the d
 C2  One row space. The rows of all tables are interleaved in one array, and every rank owns one contiguous range of it, without
     padding rows. The initial values of a row follow from the seed and its row id, so they are the same for any number of ranks.
 C3  One exchange per step. The rows of all micro-batches are fetched together before the first forward pass, and their gradients
-    are sent together after the last backward pass; nothing communicates about rows in between. The cost of a step depends on
-    its look-ups: it allocates, moves and reads nothing of the size of the tables.
-C4  Tables on every rank. All ranks of the world own rows and serve them, also pipeline stages that look nothing up. Ranks that
-    see the same sequence each look up a slice of it; tables are never replicated.
+    are sent together after the last backward pass; nothing communicates about the rows of this step in between. The cost of a
+    step depends on its look-ups: it allocates, moves and reads nothing of the size of the tables.
+C4  Tables on every rank. All ranks of the world may own rows, and serve them, also pipeline stages that look nothing up. Ranks
+    that see the same sequence each look up a slice of it; tables are never replicated.
 C5  One norm. Gradient clipping uses one norm over dense parameters and rows, the one that a single process would compute.
 """

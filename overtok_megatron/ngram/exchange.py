@@ -21,6 +21,7 @@ from overtok_megatron.ngram.row_space import RowFilter
 from overtok_megatron.parallel.collectives import profiler_span
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
+ReadRequests = Callable[[Tensor], Tensor]  # indices int64 [n] into a plan's requested rows -> their values [n, w]
 
 
 @dataclass(kw_only=True)
@@ -161,10 +162,10 @@ class FlatExchange:
         stale = is_in(plan.requested_rows, step_rows)
         self.resend(plan, rows, stale, lambda requests: read(plan.requested_rows[requests]))
 
-    def resend(self, plan: FlatPlan, rows: Tensor, stale: Tensor, read_requests: ReadRows) -> Tensor:
+    def resend(self, plan: FlatPlan, rows: Tensor, stale: Tensor, read_requests: ReadRequests) -> Tensor:
         """Send again those of the R requested rows that are stale, bool [R], and put them into `rows` of their requesters.
 
-        read_requests: indices into requested_rows -> values. Returns the indices of the rows that were renewed here, int64.
+        Returns the indices of the rows that were renewed here, int64.
         """
         requests = stale.nonzero().squeeze(1)
         values = read_requests(requests)

@@ -7,8 +7,8 @@ models have today. Each family has a row space, and tables, of its own.
 Outside this folder a second family needs what is not there yet: a section of the configuration beside `over_encoding`, from
 which its tables are stored and updated (today `building.build_family_tables` reads that one section for every family); a
 place in the model that reads it out (`Readout` has one value, and model/embedding.py joins one set of rows); a folder of its
-own in checkpoints (checkpoint/tables.py writes one row space); and an engine that steps several `ShardedTables` and adds up
-their norms (training/engine.py holds one).
+own in checkpoints (checkpoint/tables.py writes one row space); an engine that steps several `ShardedTables` and adds up their
+norms (training/engine.py holds one); and its form in the exported modelling file (interchange/modeling_overtok.py).
 """
 
 from typing import Literal, Protocol

@@ -2,7 +2,7 @@
 
 A row that a step did not look up keeps its value and its state: no momentum drift, no weight decay ("lazy", as in
 torch.optim.SparseAdam). Weight decay is decoupled (AdamW) and reaches only the rows of the step. The rules themselves are in
-kernels/rows.py (RowStep).
+kernels/rows.py (RowKernels.update); Adam's bias correction is here.
 """
 
 import torch
@@ -55,7 +55,7 @@ class RowOptimizer:
         if local_rows.numel() == 0:
             return
         rate = learning_rate
-        if self.rule in ("adam", "rowwise_adam"):
+        if "exp_avg" in self.state:  # Adam's rules
             beta1, beta2 = self.betas
             rate *= (1.0 - beta2**self.steps) ** 0.5 / (1.0 - beta1**self.steps)
         step = RowStep(

@@ -154,7 +154,7 @@ class ShardedTables(TableReader[PlanT]):
         return self.fetch_row_ids(self.row_ids(tokens, history), training=training)
 
     def reduce_gradients(self, fetched: FetchedRows[PlanT], scale: float) -> RowGradients:
-        """Send the gradients of the fetched rows to their owners, after the last backward pass; one all-to-all.
+        """After the last backward pass: send the gradients of the fetched rows to their owners, and sum their squares.
 
         scale: what the gradients are to be multiplied by, the same on all ranks.
         """

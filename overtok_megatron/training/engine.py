@@ -114,9 +114,10 @@ class TrainingEngine:
         # Phases 2, 3 and 4 START HERE: DeepSpeed runs them in one go, but for the update of rows.
         # Phase 2: forward and backward of every micro-batch. Gradients of dense parameters add up in DeepSpeed's buffers,
         # those of rows in the buffer of `fetched`.
-        # Phase 3: reduce gradients. DeepSpeed averages dense gradients over the data and context ranks, and behind the last
-        # backward pass it computes its norm. That norm is patched (deepspeed/joint_norm.py): INSIDE it `reduce_rows` sends
-        # row gradients to the owners of the rows, because clipping needs one norm of dense parameters and rows.
+        # Phase 3: reduce gradients. DeepSpeed averages dense gradients over the data and context ranks (ZeRO 2 and 3 in every
+        # backward pass), and behind the last backward pass it computes its norm. That norm is patched (deepspeed/optimizers.py
+        # calls joint_norm.py): INSIDE it `reduce_rows` sends row gradients to the owners of the rows, because clipping needs
+        # one norm of dense parameters and rows.
         # Phase 4: DeepSpeed clips and updates the dense parameters.
         results = self._train_pipeline(micro_batches) if self.is_pipeline else self._train(micro_batches)
 
@@ -190,7 +191,7 @@ class TrainingEngine:
         for batch in micro_batches:
             result = self._forward(batch)
             # The mean over the micro-batch's tokens. DeepSpeed divides it by the number of micro-batches, its
-            # gradient_accumulation_steps. The last call averages dense gradients over ranks.
+            # gradient_accumulation_steps. It averages dense gradients over ranks by the end of the last call.
             self.deepspeed_engine.backward(result.objective / batch.targets.numel())
             # Only the last call does anything: it computes the norm, which exchanges ROW GRADIENTS, clips and updates.
             self.deepspeed_engine.step()
@@ -225,7 +226,7 @@ class TrainingEngine:
         self.deepspeed_engine.eval_batch(
             _tensors(micro_batches), num_micro_batches=len(micro_batches), reduce_output=None, bcast_loss=False
         )
-        return self.model.take_results().losses
+        return self.model.take_results().main_losses
 
     def _reduce_rows(self, fetched: FetchedRows | None) -> RowGradients | None:
         """Send row gradients to their owners; all ranks must call this.

@@ -27,17 +27,17 @@ class MicroBatch(NamedTuple):
 class StageResults(NamedTuple):
     """What a rank's layers computed in a step, one entry per micro-batch; without a pipeline they are all layers.
 
-    losses: summed cross entropies, on the last stage only. router_stats [blocks of this stage, F]: with experts only.
+    main_losses: summed cross entropies, on the last stage only. router_stats [blocks of this stage, F]: with experts only.
     auxiliary_losses: sums of this stage's auxiliary losses by name, the same on all of its tensor-parallel ranks.
     """
 
-    losses: list[Tensor]
+    main_losses: list[Tensor]
     router_stats: list[Tensor]
     auxiliary_losses: list[dict[str, Tensor]]
 
-    def add(self, loss: Tensor | None, stats: Tensor | None, auxiliary_losses: dict[str, Tensor]) -> None:
-        if loss is not None:
-            self.losses.append(loss)
+    def add(self, main_loss: Tensor | None, stats: Tensor | None, auxiliary_losses: dict[str, Tensor]) -> None:
+        if main_loss is not None:
+            self.main_losses.append(main_loss)
         if stats is not None:
             self.router_stats.append(stats)
         self.auxiliary_losses.append(auxiliary_losses)

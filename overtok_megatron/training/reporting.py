@@ -16,7 +16,7 @@ from overtok_megatron.trackers import Tracker, training_trackers
 log = logging.getLogger(__name__)
 
 
-class StepRecords:
+class MetricsWriter:
     """Writes the metrics of steps to `metrics.jsonl` in a run's folder (appended), and hands them to trackers.
 
     steps_done: how many steps the checkpoint has from which the run resumes, else 0. Records of later steps are removed, so
@@ -48,12 +48,12 @@ class RunReport:
     """Reports the steps of a run, on its first rank."""
 
     def __init__(self, config: RunConfig, *, steps_done: int, total_steps: int, bar: bool) -> None:
-        """steps_done: as in `StepRecords`. bar: whether the progress bar is drawn."""
+        """steps_done: as in `MetricsWriter`. bar: whether the progress bar is drawn."""
         run = RunFolder(Path(config.training.output_directory))
         self._interval = config.logging.interval
         self._total_steps = total_steps
         trackers = training_trackers(config.logging, run, steps_done)
-        self._records = StepRecords(run, trackers, steps_done=steps_done)
+        self._records = MetricsWriter(run, trackers, steps_done=steps_done)
         self._bar = tqdm(
             total=total_steps, initial=steps_done, unit="step", desc=run.path.name, disable=not bar, dynamic_ncols=True
         )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from overtok_megatron.config import counts, derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.dtypes import DTYPES
-from overtok_megatron.training.metrics import over_ranks, peak_memory
+from overtok_megatron.training.measuring import over_ranks, peak_memory
 from overtok_megatron.training.peaks import peak_flops
 from overtok_megatron.training.step_result import StepResult
 

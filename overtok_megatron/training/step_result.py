@@ -19,10 +19,10 @@ class StepResult:
     """What one optimizer step did, the same on every rank. Norms are before clipping.
 
     loss: the cross entropy of the next token, in nats per token. auxiliary_losses: the losses of other layers by name, times
-    their weights, per token; the z-loss is not among them. stop: a rank was asked to stop after this step. unique_rows: the
-    sum over ranks of the distinct rows of each. looked_up_rows: look-ups of all ranks. exchange_bytes: the sum over ranks of
-    what each sent to others for rows and their gradients, without rows that a prefetch sent again. router_metrics: by name
-    (router_metrics.py); empty without experts.
+    their weights, per token; the head's z-loss is not among them. stop: a rank was asked to stop after this step.
+    unique_rows: the sum over ranks of the distinct rows of each. looked_up_rows: look-ups of all ranks. exchange_bytes: the sum
+    over ranks of what each sent to others for rows and their gradients, without rows that a prefetch sent again.
+    router_metrics: by name (router_metrics.py); empty without experts.
     """
 
     loss: float
@@ -57,7 +57,7 @@ class StepReduction:
 
     def reduce(self, results: StageResults, rows: RowCounts, norms: StepNorms, *, stop_asked: bool) -> StepResult:
         """The step's metrics over all ranks, and whether any rank was asked to stop; all ranks must call this."""
-        own = [self._own_sum(results.losses), float(stop_asked), rows.unique, rows.looked_up, rows.sent_bytes]
+        own = [self._own_sum(results.main_losses), float(stop_asked), rows.unique, rows.looked_up, rows.sent_bytes]
         router = self._router_metrics.own_sums(results.router_stats)
         names = self._names(results)
         auxiliary = [

@@ -10,7 +10,7 @@ from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
-from overtok_megatron.training.metrics import peak_memory
+from overtok_megatron.training.measuring import peak_memory
 from support.distributed_harness import run_ranks
 
 CPU = torch.device("cpu")

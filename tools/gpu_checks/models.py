@@ -17,7 +17,7 @@ from gpu_checks.timing import free_memory
 from gpu_checks.training import Settings, configuration, engine_of, made_tokens, own_part
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.training.metrics import peak_memory
+from overtok_megatron.training.measuring import peak_memory
 from overtok_megatron.training.peaks import peak_flops
 
 _ROWS = 12_800_000  # of each of four tables
