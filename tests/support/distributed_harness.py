@@ -12,7 +12,14 @@ import torch
 
 from overtok_megatron.launching.local import free_port
 
-_IMPORTED = ["torch", "transformers", "overtok_megatron.training.trainer"]
+# What every rank would import by itself, in seconds: torch's deterministic mode imports its compiler, DeepSpeed an optimizer.
+_IMPORTED = [
+    "torch",
+    "torch._inductor.compile_fx",
+    "transformers",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "overtok_megatron.training.trainer",
+]
 
 
 def _rank_main(
