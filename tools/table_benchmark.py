@@ -28,7 +28,7 @@ from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import HashTables, RowKernels
 from overtok_megatron.model.assembly import build_transformer
-from overtok_megatron.ngram.building import build_table_reader, row_space
+from overtok_megatron.ngram.building import build_family, build_table_reader, row_space
 from overtok_megatron.ngram.row_space import RowSpace
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
@@ -183,7 +183,7 @@ def _made_model(config: RunConfig, store: RowReader, device: torch.device) -> Tr
     torch.manual_seed(0)
     kernels = choose_kernels(config.training.kernels, device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=0).eval()
-    tables = build_table_reader(config, 0, store, device=device, kernels=kernels)
+    tables = build_table_reader(config, build_family(config, 0, kernels.rows), store, device=device, kernels=kernels)
     tokenizer = configured_tokenizer(config.tokenizer)
     return TrainedModel(config=config, model=model, tables=tables, tokenizer=tokenizer, step=0)
 

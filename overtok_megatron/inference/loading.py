@@ -21,7 +21,8 @@ from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.model.transformer import Transformer
-from overtok_megatron.ngram.building import build_row_store, build_table_reader, row_space
+from overtok_megatron.ngram.building import build_family, build_row_store, build_table_reader
+from overtok_megatron.ngram.families import TableFamily
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.ngram.row_store import RowReader
 from overtok_megatron.ngram.sharded_tables import TableReader
@@ -87,8 +88,9 @@ def load_trained(
     _copy_weights(model, weights, path)
     tables = None
     if config.over_encoding.enabled:
-        store = _open_rows(path, config, storage, device, kernels)
-        tables = build_table_reader(config, manifest.eod_id, store, device=device, kernels=kernels)
+        family = build_family(config, manifest.eod_id, kernels.rows)
+        store = _open_rows(path, config, family, storage, device, kernels)
+        tables = build_table_reader(config, family, store, device=device, kernels=kernels)
     return TrainedModel(config=config, model=model.eval(), tables=tables, tokenizer=tokenizer, step=manifest.step)
 
 
@@ -115,14 +117,15 @@ def _config_to_load(
     return config
 
 
-def _open_rows(path: Path, config: RunConfig, storage: Storage, device: torch.device, kernels: Kernels) -> RowReader:
+def _open_rows(
+    path: Path, config: RunConfig, family: TableFamily, storage: Storage, device: torch.device, kernels: Kernels
+) -> RowReader:
     """All rows of a checkpoint. device: where the model computes, with its kernels."""
     if storage == "mapped":
-        space = row_space(config.model, config.over_encoding)
-        return RowsOnDisk(path, space.total_rows, space.width, RowKernels())
+        return RowsOnDisk(path, family.total_rows, family.width, RowKernels())
     row_device = device if storage == "device" else torch.device("cpu")
     row_kernels = kernels if row_device == device else choose_kernels(config.training.kernels, row_device)
-    store = build_row_store(config, device=row_device, kernels=row_kernels.rows)
+    store = build_row_store(config, family, device=row_device, kernels=row_kernels.rows)
     load_rows(path, store)
     return store
 

@@ -3,7 +3,6 @@
 This is the only file of ngram/ that reads configuration objects; it passes plain values to the others.
 """
 
-import hashlib
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace, TableGroup
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables, TableReader
+from overtok_megatron.parallel.splits import named_seed
 
 
 def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:
@@ -54,20 +54,33 @@ def build_family(config: RunConfig, eod_id: int, kernels: RowKernels) -> TableFa
 
 
 def build_row_store(
-    config: RunConfig, *, device: torch.device, kernels: RowKernels, group: dist.ProcessGroup | None = None
+    config: RunConfig,
+    family: TableFamily,
+    *,
+    device: torch.device,
+    kernels: RowKernels,
+    group: dist.ProcessGroup | None = None,
 ) -> RowStore:
-    """This rank's rows with their initial values. device: where they lie; group: all ranks, None = all rows are here."""
-    space = row_space(config.model, config.over_encoding)
-    seed = family_seed(config.training.seed, "")
-    return _row_store(config, space.total_rows, space.width, seed=seed, device=device, kernels=kernels, group=group)
+    """This rank's rows of a family with their initial values. device: where they lie; group: None = all rows are here."""
+    over = config.over_encoding
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    return RowStore(
+        *owned_range(family.total_rows, rank, size, over.ranks_per_host),
+        family.width,
+        std=over.init_std,
+        seed=family_seed(config.training.seed, family.seed_name),
+        device=device,
+        dtype=ROW_DTYPES[over.row_dtype],
+        kernels=kernels,
+    )
 
 
 def build_table_reader(
-    config: RunConfig, eod_id: int, store: RowReader, *, device: torch.device, kernels: Kernels
+    config: RunConfig, family: TableFamily, store: RowReader, *, device: torch.device, kernels: Kernels
 ) -> TableReader:
     """Tables to be read, over a store that holds all rows. device: where the model computes, with its kernels."""
     return TableReader(
-        build_family(config, eod_id, kernels.rows),
+        family,
         store,
         FlatExchange((0, store.stop), None, kernels=store.kernels),
         dtype=DTYPES[config.training.precision],
@@ -113,10 +126,7 @@ def build_family_tables(
     on_host = config.over_encoding.storage == "host"
     store_device = torch.device("cpu") if on_host else device
     row_kernels = kernels.rows if store_device == device else choose_kernels(config.training.kernels, store_device).rows
-    seed = family_seed(config.training.seed, family.seed_name)
-    store = _row_store(
-        config, family.total_rows, family.width, seed=seed, device=store_device, kernels=row_kernels, group=group
-    )
+    store = build_row_store(config, family, device=store_device, kernels=row_kernels, group=group)
     dtype = DTYPES[config.training.precision]
     prefetch = None
     if on_host:
@@ -126,7 +136,7 @@ def build_family_tables(
         family,
         store,
         _exchange(config, family, group, row_kernels),
-        optimizer=_row_optimizer(config, store, seed),
+        optimizer=_row_optimizer(config, family, store),
         dtype=dtype,
         device=device,
         kernels=kernels.rows,
@@ -138,36 +148,10 @@ def build_family_tables(
 
 def family_seed(seed: int, seed_name: str) -> int:
     """The seed of a family's initial rows and rounding noise: of the run where the name is empty, else another of 63 bits."""
-    if not seed_name:
-        return seed
-    digest = hashlib.sha256(f"{seed}:{seed_name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return named_seed(seed, seed_name) if seed_name else seed
 
 
-def _row_store(
-    config: RunConfig,
-    total_rows: int,
-    width: int,
-    *,
-    seed: int,
-    device: torch.device,
-    kernels: RowKernels,
-    group: dist.ProcessGroup | None,
-) -> RowStore:
-    over = config.over_encoding
-    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    return RowStore(
-        *owned_range(total_rows, rank, size, over.ranks_per_host),
-        width,
-        std=over.init_std,
-        seed=seed,
-        device=device,
-        dtype=ROW_DTYPES[over.row_dtype],
-        kernels=kernels,
-    )
-
-
-def _row_optimizer(config: RunConfig, store: RowStore, seed: int) -> RowOptimizer:
+def _row_optimizer(config: RunConfig, family: TableFamily, store: RowStore) -> RowOptimizer:
     over = config.over_encoding
     return RowOptimizer(
         over.optimizer,
@@ -176,7 +160,7 @@ def _row_optimizer(config: RunConfig, store: RowStore, seed: int) -> RowOptimize
         betas=over.betas,
         eps=over.eps,
         state_dtype=ROW_DTYPES[over.state_dtype],
-        seed=seed,
+        seed=family_seed(config.training.seed, family.seed_name),
         kernels=store.kernels,
     )
 

@@ -19,7 +19,7 @@ from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.snapshot import RowSnapshot
-from overtok_megatron.parallel.collectives import profiler_span
+from overtok_megatron.parallel.collectives import all_reduce_in_place
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,7 @@ class ShardedTables(TableReader[PlanT]):
         )
         local_rows, sums = self.exchange.send_gradients(fetched.rows.plan, lookup_gradients)
         squared_norm = (self.store.kernels.sum(sums.row_squared_norms) * scale**2).to(self.device)
-        if self.group is not None:
-            with profiler_span("all-reduce of squares", self.group):
-                dist.all_reduce(squared_norm, group=self.group)
+        all_reduce_in_place(squared_norm, self.group, of="squares")
         return RowGradients(local_rows, sums.total, scale, squared_norm)
 
     def update_rows(self, gradients: RowGradients, learning_rate: float, clip_factor: float) -> None:

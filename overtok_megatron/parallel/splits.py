@@ -99,10 +99,15 @@ def is_tied_copy(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "ds_pipe_replicated", False)
 
 
+def named_seed(seed: int, name: str) -> int:
+    """A seed of 63 bits for what is called `name`: the first bytes of the SHA-256 of (seed, name)."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def named_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator for one weight, seeded by (seed, name). Global random states are unchanged."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(named_seed(seed, name))
 
 
 @torch.no_grad()

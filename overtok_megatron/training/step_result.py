@@ -57,14 +57,15 @@ class StepReduction:
 
     def reduce(self, results: StageResults, rows: RowCounts, norms: StepNorms, *, stop_asked: bool) -> StepResult:
         """The step's metrics over all ranks, and whether any rank was asked to stop; all ranks must call this."""
-        own = [self._own_sum(results.main_losses), float(stop_asked), rows.unique, rows.looked_up, rows.sent_bytes]
+        own = [float(stop_asked), rows.unique, rows.looked_up, rows.sent_bytes]
         router = self._router_metrics.own_sums(results.router_stats)
         names = self._names(results)
         auxiliary = [
             self._own_sum([losses[name] for losses in results.auxiliary_losses if name in losses]) for name in names
         ]
-        sums = torch.cat([self._to_device(own), router, self._to_device(auxiliary)])
-        own_sums, router, auxiliary_sums = self.sum_over_ranks(sums).cpu().split([len(own), len(router), len(names)])
+        sums = torch.cat([self._own_sum(results.main_losses), self._to_device(own), router, *auxiliary])
+        sizes = [1 + len(own), len(router), len(names)]
+        own_sums, router, auxiliary_sums = self.sum_over_ranks(sums).cpu().split(sizes)
         loss, stops, unique, looked_up, sent_bytes = own_sums.tolist()
         return StepResult(
             loss=loss / self._num_tokens,
@@ -88,11 +89,11 @@ class StepReduction:
     def _to_device(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self._device)
 
-    def _own_sum(self, losses: list[Tensor]) -> float:
-        """What this rank adds to a loss: tensor-parallel ranks hold the same values, and those of the first rank count."""
+    def _own_sum(self, losses: list[Tensor]) -> Tensor:
+        """What this rank adds to a loss, float64 [1]: tensor-parallel ranks hold the same values; the first counts."""
         if not losses or self._grid.tensor_rank > 0:
-            return 0.0
-        return float(torch.stack(losses).double().sum())
+            return self._to_device([0.0])
+        return torch.stack(losses).double().sum().reshape(1)
 
     def _names(self, results: StageResults) -> list[str]:
         """Names of all auxiliary losses, in the same order on every rank.

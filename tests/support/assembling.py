@@ -8,7 +8,7 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.model.transformer import Transformer
-from overtok_megatron.ngram.building import build_row_store, build_table_reader, build_tables
+from overtok_megatron.ngram.building import build_family, build_row_store, build_table_reader, build_tables
 from overtok_megatron.ngram.row_store import RowReader
 from overtok_megatron.ngram.sharded_tables import ShardedTables, TableReader
 
@@ -32,5 +32,6 @@ def cpu_tables(config: RunConfig, eod_id: int, **options: Any) -> ShardedTables:
 def cpu_reader(config: RunConfig, eod_id: int, store: RowReader | None = None) -> TableReader:
     """Tables to read, over a store or else over rows with their initial values."""
     kernels = kernels_of(config)
-    store = store or build_row_store(config, device=CPU, kernels=kernels.rows)
-    return build_table_reader(config, eod_id, store, device=CPU, kernels=kernels)
+    family = build_family(config, eod_id, kernels.rows)
+    store = store or build_row_store(config, family, device=CPU, kernels=kernels.rows)
+    return build_table_reader(config, family, store, device=CPU, kernels=kernels)
