@@ -7,7 +7,7 @@ The package `apex` on PyPI is an unrelated web toolkit. It does not have the mod
 """
 
 import ctypes
-import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.kernels import cpu, reference
 from overtok_megatron.kernels.build import load_library
+from overtok_megatron.kernels.compiled_softmax import compiled_softmax
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels
 from overtok_megatron.kernels.rows import RowKernels
 
@@ -40,7 +41,10 @@ class Kernels:
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.rotate
     causal_attention: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = reference.causal_attention
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
-    softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
+    softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None] = reference.softmax_gradient
+    softmax_loss_and_gradient: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
+        reference.softmax_loss_and_gradient
+    )
     adamw: AdamW = torch_adamw
     rows: RowKernels = RowKernels()  # noqa: RUF009  # all may share one: it has no state
 
@@ -86,6 +90,8 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
     torch_kernels = replace(
         Kernels(), rms_norm=_cuda_rms_norm, rows=RowKernels() if choice == "torch" else _cuda_row_kernels()
     )
+    if choice != "torch" and importlib.util.find_spec("triton") is not None:
+        torch_kernels = replace(torch_kernels, **compiled_softmax())
     if parts is None:
         return torch_kernels
     norm, fused_adam = parts
@@ -116,5 +122,6 @@ def _cpu_kernels(library: ctypes.CDLL) -> Kernels:
         causal_attention=loops.causal_attention,
         softmax_statistics=loops.softmax_statistics,
         softmax_gradient=loops.softmax_gradient,
+        softmax_loss_and_gradient=loops.softmax_loss_and_gradient,
         rows=CpuRowKernels(library),
     )

@@ -55,30 +55,54 @@ inline float largest_of(const T* values, int64_t size) {
     return top;
 }
 
+struct Statistics {
+    float largest, exp_sum;
+};
+
+template <typename T>
+inline Statistics row_statistics(const T* row, int64_t size) {
+    const float top = largest_of(row, size);
+    float total = 0.0f;
+    for (int64_t j = 0; j < size; ++j) total += fast_exp(load(row[j]) - top);
+    return {top, total};
+}
+
+template <typename T>
+inline void row_gradient(T* row, int64_t size, float log_sum, float scale, int64_t target) {
+    const bool here = target >= 0 && target < size;
+    const float logit = here ? load(row[target]) : 0.0f;
+    for (int64_t j = 0; j < size; ++j) store(row[j], fast_exp(load(row[j]) - log_sum) * scale);
+    if (here) store(row[target], fast_exp(logit - log_sum) * scale - 1.0f);
+}
+
 template <typename T>
 void softmax_statistics(const T* logits, int64_t rows, int64_t size, float* largest, float* exp_sum) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-        const T* row = logits + r * size;
-        const float top = largest_of(row, size);
-        float total = 0.0f;
-        for (int64_t j = 0; j < size; ++j) total += fast_exp(load(row[j]) - top);
-        largest[r] = top;
-        exp_sum[r] = total;
+        const Statistics found = row_statistics(logits + r * size, size);
+        largest[r] = found.largest;
+        exp_sum[r] = found.exp_sum;
     }
 }
 
 template <typename T>
 void softmax_gradient(T* logits, int64_t rows, int64_t size, const float* log_sum, const float* scale, const int64_t* target) {
 #pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) row_gradient(logits + r * size, size, log_sum[r], scale[r], target[r]);
+}
+
+// Both for one row after the other, so that the second finds the row in the cache.
+template <typename T>
+void softmax_loss_and_gradient(T* logits, int64_t rows, int64_t size, const int64_t* target, const uint8_t* scored,
+                               float z_loss_weight, float* log_sum, float* target_logit) {
+#pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
         T* row = logits + r * size;
-        const float shift = log_sum[r], factor = scale[r];
+        const Statistics found = row_statistics(row, size);
         const int64_t place = target[r];
-        const bool here = place >= 0 && place < size;
-        const float logit = here ? load(row[place]) : 0.0f;
-        for (int64_t j = 0; j < size; ++j) store(row[j], fast_exp(load(row[j]) - shift) * factor);
-        if (here) store(row[place], fast_exp(logit - shift) * factor - 1.0f);
+        log_sum[r] = std::log(found.exp_sum) + found.largest;
+        target_logit[r] = place >= 0 && place < size ? load(row[place]) : -INFINITY;
+        row_gradient(row, size, log_sum[r], scored[r] ? 1.0f + 2.0f * z_loss_weight * log_sum[r] : 0.0f, place);
     }
 }
 
@@ -219,6 +243,10 @@ void causal_softmax_backward(const T* probabilities, T* grad, int64_t heads, int
     extern "C" void softmax_gradient_##SUFFIX(void* a, int64_t r, int64_t n, const float* l, const float* f,            \
                                               const int64_t* t) {                                                       \
         softmax_gradient(static_cast<T*>(a), r, n, l, f, t);                                                            \
+    }                                                                                                                   \
+    extern "C" void softmax_loss_and_gradient_##SUFFIX(void* a, int64_t r, int64_t n, const int64_t* t,                 \
+                                                       const uint8_t* y, float z, float* l, float* g) {                 \
+        softmax_loss_and_gradient(static_cast<T*>(a), r, n, t, y, z, l, g);                                             \
     }                                                                                                                   \
     extern "C" void rms_norm_##SUFFIX(const void* x, int64_t st, const void* w, int64_t r, int64_t n, float e, void* y, \
                                       float* s) {                                                                       \

@@ -41,16 +41,23 @@ class CpuLoops:
         getattr(self._library, f"{name}_{_SUFFIX[dtype]}")(*converted)
 
     def softmax_statistics(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.contiguous()
         largest, exp_sum = torch.empty(2, logits.shape[0]).unbind()
-        self.call("softmax_statistics", logits.dtype, logits, *logits.shape, largest, exp_sum)
+        self.call("softmax_statistics", logits.dtype, logits.contiguous(), *logits.shape, largest, exp_sum)
         return largest, exp_sum
 
-    def softmax_gradient(self, logits: Tensor, log_sum: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-        logits = logits.contiguous()
+    def softmax_gradient(self, logits: Tensor, log_sum: Tensor, scale: Tensor, target: Tensor) -> None:
+        assert logits.is_contiguous()  # a copy would be written in its stead
         columns = (log_sum.contiguous(), scale.contiguous(), target.contiguous())
         self.call("softmax_gradient", logits.dtype, logits, *logits.shape, *columns)
-        return logits
+
+    def softmax_loss_and_gradient(
+        self, logits: Tensor, target: Tensor, scored: Tensor, z_loss_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        assert logits.is_contiguous()
+        log_sum, target_logit = torch.empty(2, logits.shape[0]).unbind()
+        given = (target.contiguous(), scored.contiguous(), float(z_loss_weight))
+        self.call("softmax_loss_and_gradient", logits.dtype, logits, *logits.shape, *given, log_sum, target_logit)
+        return log_sum, target_logit
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         result: Tensor = _RMSNorm.apply(x, weight, eps, self)

@@ -103,14 +103,44 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     return largest, (wide - largest.unsqueeze(1)).exp_().sum(dim=1)
 
 
-def softmax_gradient(logits: Tensor, log_sum: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    """exp(logit - log_sum) scale - [target], of logits' shape and dtype; `logits` may be overwritten.
+def target_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """logits [c, v], target [c] int64 -> the logit of each row's target [c] float32; -inf where no column is the target."""
+    size = logits.shape[1]
+    if size == 0:
+        return torch.full((logits.shape[0],), -torch.inf, device=logits.device)
+    ours = (target >= 0) & (target < size)
+    found = logits.gather(1, torch.where(ours, target, 0).unsqueeze(1)).squeeze(1).float()
+    return torch.where(ours, found, -torch.inf)
 
-    log_sum, scale [c] float32; target [c] int64, out of range = no target.
+
+def softmax_gradient(logits: Tensor, log_sum: Tensor, scale: Tensor, target: Tensor) -> None:
+    """Turn logits [c, v] in place into exp(logit - log_sum) scale - [target].
+
+    log_sum, scale [c] float32; target [c] int64, out of range = no column is the target.
     """
     size = logits.shape[1]
     result = logits.float().sub(log_sum.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
     if size:
         ours = (target >= 0) & (target < size)
         result.scatter_add_(1, torch.where(ours, target, 0).unsqueeze(1), -ours.float().unsqueeze(1))
-    return result.to(logits.dtype)
+    logits.copy_(result)
+
+
+def softmax_loss_and_gradient(
+    logits: Tensor, target: Tensor, scored: Tensor, z_loss_weight: float
+) -> tuple[Tensor, Tensor]:
+    """What softmax_statistics, target_logits and softmax_gradient give where a rank holds all v columns, v > 0.
+
+    logits [c, v], turned in place into the gradient by them of the sum over scored rows of
+    log_sum - target_logit + z_loss_weight log_sum^2; target [c] int64, out of range = no column; scored [c] bool, and a row
+    that is not scored must have no target. Returns log_sum and target_logit, [c] float32.
+    """
+    largest, exp_sum = softmax_statistics(logits)
+    log_sum, target_logit = exp_sum.log() + largest, target_logits(logits, target)
+    softmax_gradient(logits, log_sum, loss_scale(scored, log_sum, z_loss_weight), target)
+    return log_sum, target_logit
+
+
+def loss_scale(scored: Tensor, log_sum: Tensor, z_loss_weight: float) -> Tensor:
+    """What the softmax of a row is times in the loss's gradient, [c] float32: 1 + 2 z_loss_weight log_sum, 0 if not scored."""
+    return torch.where(scored, 1.0 + 2.0 * z_loss_weight * log_sum, 0.0)

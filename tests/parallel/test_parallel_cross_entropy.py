@@ -16,6 +16,7 @@ from torch import Tensor
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.parallel import cross_entropy as module
 from overtok_megatron.parallel.collectives import copy_to_group, group_rank, group_size
+from overtok_megatron.parallel.cross_entropy import ChunkBound
 from overtok_megatron.parallel.splits import split_range
 from support.distributed_harness import run_ranks
 
@@ -50,6 +51,10 @@ CASES = [
 ]
 
 
+def small_chunks(tokens: int, multiple: int = 1) -> ChunkBound:
+    return ChunkBound(values=1 << 30, tokens=tokens, even=False, multiple=multiple)
+
+
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(case.tokens, WIDTH, generator=generator).to(case.dtype)
@@ -81,12 +86,17 @@ def _error(found: Tensor | None, expected: Tensor) -> float:
 
 def _check(case: Case, group: dist.ProcessGroup | None) -> None:
     start, stop = split_range(case.vocab, group_size(group), group_rank(group))
-    module._CHUNK_VALUES = case.chunk * split_range(case.vocab, group_size(group), 0)[1]  # the largest shard's rows
     hidden, weight, targets = _inputs(case)
     hidden.requires_grad_()
     part = weight[start:stop].clone().requires_grad_()
     objective, cross_entropy = linear_cross_entropy(
-        copy_to_group(hidden, group), part, targets, vocab_start=start, group=group, z_loss_weight=case.z_loss
+        copy_to_group(hidden, group),
+        part,
+        targets,
+        vocab_start=start,
+        group=group,
+        z_loss_weight=case.z_loss,
+        bound=small_chunks(case.chunk),
     )
     assert objective.dtype == cross_entropy.dtype == torch.float32
     assert not cross_entropy.requires_grad
@@ -104,8 +114,7 @@ def _check(case: Case, group: dist.ProcessGroup | None) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_whole_vocabulary(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK_VALUES", module._CHUNK_VALUES)  # put back afterwards
+def test_whole_vocabulary(case: Case) -> None:
     _check(case, None)
 
 
@@ -136,10 +145,11 @@ def _check_default_chunks(vocab: int, tokens: int) -> float:
     """Chunk sizes as shipped: shards of unequal width must still make the same number of collective calls."""
     dist.init_process_group("gloo")
     group = dist.group.WORLD
-    module._CHUNK_VALUES = 64
     hidden, weight, targets = _inputs(Case(vocab=vocab, tokens=tokens))
     start, stop = split_range(vocab, group_size(group), group_rank(group))
-    loss = linear_cross_entropy(hidden, weight[start:stop], targets, vocab_start=start, group=group)[1].item()
+    bound = ChunkBound(values=64, tokens=64, even=False, multiple=1)
+    part = weight[start:stop]
+    loss = linear_cross_entropy(hidden, part, targets, vocab_start=start, group=group, bound=bound)[1].item()
     dist.destroy_process_group()
     return loss
 

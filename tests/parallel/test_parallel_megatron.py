@@ -183,6 +183,8 @@ def _check_cross_entropy(group: dist.ProcessGroup, sequence_parallel: bool, kern
         vocab_start=head.vocab_start,
         group=group,
         kernels=choose_kernels(kernels, torch.device("cpu")),
+        # 7 tokens at a time: several chunks, the last one short
+        bound=module.ChunkBound(values=7 * VOCAB, tokens=7, even=False, multiple=1),
     )
     logits, _ = theirs(their_x)
     losses = core.tensor_parallel.vocab_parallel_cross_entropy(logits, targets.t().contiguous())
@@ -200,8 +202,6 @@ def _check_all() -> None:
     dist.init_process_group("gloo")
     core.parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     group = core.parallel_state.get_tensor_model_parallel_group()
-    # 7 tokens at a time: several chunks, the last one short
-    module._CHUNK_VALUES = 7 * VOCAB // dist.get_world_size(group)
     for sequence_parallel in (False, True):
         if sequence_parallel:  # their buffers for it are placed by this call, and no option says otherwise
             torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
