@@ -56,7 +56,8 @@ def _compiled(plain: Callable[..., Any], otherwise: Callable[..., Any]) -> Calla
     The compiler takes sizes of 0 and 1 for constants, so that chunks of one row would be compiled apart in mid-run: these
     go to `otherwise`, as those without columns do.
     """
-    compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+    # Unsplit, a row is reduced in one loop, however few rows the first call has: Inductor plans for the number it sees then.
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False, options={"split_reductions": False})
 
     @functools.wraps(plain)
     def call(logits: Tensor, *columns: Any) -> Any:

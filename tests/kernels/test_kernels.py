@@ -112,6 +112,26 @@ def test_softmax(loops: Kernels, dtype: torch.dtype, size: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=3e-6 if dtype == torch.float32 else 1e-2, atol=3e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 31, 33, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_loss_and_gradient_in_one_pass(loops: Kernels, dtype: torch.dtype, size: int, z_loss: float) -> None:
+    logits = (20 * normal(4, size)).to(dtype)
+    target, scored = torch.tensor([0, size, -1, size - 1]), torch.tensor([True, True, False, True])
+    exact = logits.double()
+    log_sum = exact.logsumexp(1)
+    wanted = exact.softmax(1) * torch.where(scored, 1 + 2 * z_loss * log_sum, 0.0).unsqueeze(1)
+    wanted[0, 0] -= 1
+    wanted[3, -1] -= 1
+    for kernels in (loops, Kernels()):
+        written = logits.clone()
+        found, target_logit = kernels.softmax_loss_and_gradient(written, target, scored, z_loss)
+        torch.testing.assert_close(found.double(), log_sum, rtol=1e-6, atol=1e-6)
+        assert target_logit.tolist() == [logits[0, 0], -torch.inf, -torch.inf, logits[3, -1]]
+        # log_sum is rounded to float32, here up to 60: 4e-6
+        torch.testing.assert_close(written.double(), wanted, rtol=8e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize(("length", "window"), [(9, 1), (9, 4), (600, 7), (600, 299)])
 def test_a_window_by_the_formula(length: int, window: int) -> None:
     q, k, v = (normal(1, 2, length, 4, seed=seed) for seed in range(3))
