@@ -5,6 +5,7 @@ gradient of the logits and the results, which gives about 2e-3 for each; 1e-2 is
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -13,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.kernels.choice import Kernels, choose_kernels
 from overtok_megatron.parallel import cross_entropy as module
 from overtok_megatron.parallel.collectives import copy_to_group, group_rank, group_size
-from overtok_megatron.parallel.cross_entropy import ChunkBound
+from overtok_megatron.parallel.cross_entropy import ChunkBound, chunk_bound
 from overtok_megatron.parallel.splits import split_range
 from support.distributed_harness import run_ranks
 
@@ -33,6 +34,7 @@ class Case:
     z_loss: float = 0.0
     ignored: float = 0.2  # share of targets that are not scored
     chunk: int = 7  # tokens: several chunks, the last one short
+    multiple: int = 1  # of which the columns of a chunk are one
     upstream: float = 0.37
 
 
@@ -48,6 +50,9 @@ CASES = [
     Case(dtype=torch.bfloat16),
     Case(dtype=torch.bfloat16, z_loss=0.01),
     Case(dtype=torch.bfloat16, vocab=2),
+    Case(multiple=8, z_loss=0.01),
+    Case(multiple=8, vocab=2),
+    Case(multiple=8, dtype=torch.bfloat16),
 ]
 
 
@@ -96,7 +101,7 @@ def _check(case: Case, group: dist.ProcessGroup | None) -> None:
         vocab_start=start,
         group=group,
         z_loss_weight=case.z_loss,
-        bound=small_chunks(case.chunk),
+        bound=small_chunks(case.chunk, case.multiple),
     )
     assert objective.dtype == cross_entropy.dtype == torch.float32
     assert not cross_entropy.requires_grad
@@ -159,6 +164,114 @@ def test_unequal_shards_cut_their_tokens_alike() -> None:
     wanted = _expected(case)[1].item()
     for loss in run_ranks(2, _check_default_chunks, case.vocab, case.tokens, timeout=60):
         assert abs(loss - wanted) < 1e-5 * wanted
+
+
+def _check_large(names: tuple[str, ...]) -> list[float]:
+    """Vocabularies of the size of real ones against float64; the losses, of which all ranks must have the same bits."""
+    group = None
+    if names[0] == "split":
+        dist.init_process_group("gloo")
+        group = dist.group.WORLD
+    losses = []
+    for vocab, z_loss, dtype in itertools.product((8_193, 100_278), (0.0, 1e-3), (torch.float32, torch.bfloat16)):
+        case = Case(tokens=37, vocab=vocab, z_loss=z_loss, dtype=dtype)
+        expected = _expected(case)
+        start, stop = split_range(vocab, group_size(group), group_rank(group))
+        for kernels in map(choose_kernels, names[1:], itertools.repeat(torch.device("cpu"))):
+            hidden, weight, targets = _inputs(case)
+            part = weight[start:stop].clone().requires_grad_()
+            hidden.requires_grad_()
+            given = {"vocab_start": start, "group": group, "z_loss_weight": z_loss, "kernels": kernels}
+            given["bound"] = small_chunks(11, 8)
+            objective, cross_entropy = module.linear_cross_entropy(copy_to_group(hidden, group), part, targets, **given)
+            (objective * case.upstream).backward()
+            with torch.no_grad():
+                unrecorded = module.linear_cross_entropy(hidden, part, targets, **given)
+            for found, without, right in zip((objective, cross_entropy), unrecorded, expected[:2], strict=True):
+                assert abs(found.item() - right.item()) < (1e-6 if dtype == torch.float32 else 1e-3) * right.item()
+                assert abs(without.item() - found.item()) <= 1e-6 * found.item()
+            for found, right in ((hidden.grad, expected[2]), (part.grad, expected[3][start:stop])):
+                assert found is not None
+                limit = 1e-5 if dtype == torch.float32 else 1e-2
+                assert (found.double() - right).abs().max() < limit * right.abs().max(), (case, kernels.name)
+            losses += [objective.item(), cross_entropy.item()]
+    if group is not None:
+        dist.destroy_process_group()
+    return losses
+
+
+def test_large_vocabularies() -> None:
+    _check_large(("whole", "torch", "auto"))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_large_vocabularies_over_ranks(world: int) -> None:
+    losses = run_ranks(world, _check_large, ("split", "torch", "auto"))
+    assert all(each == losses[0] for each in losses)
+
+
+def _check_target_outside(vocab: int) -> None:
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    start, stop = split_range(vocab, group_size(group), group_rank(group))
+    for outside, multiple in itertools.product((vocab, vocab + 1, -1), (1, 8)):  # also where a rank's padding is
+        hidden, weight, targets = _inputs(Case(vocab=vocab))
+        targets[3] = outside
+        given = {"vocab_start": start, "group": group, "bound": small_chunks(7, multiple)}
+        objective, cross_entropy = linear_cross_entropy(hidden, weight[start:stop].requires_grad_(), targets, **given)
+        assert objective.isnan(), (outside, multiple)
+        assert cross_entropy.isnan(), (outside, multiple)
+    dist.destroy_process_group()
+
+
+def test_a_target_that_no_rank_holds_shows_as_nan() -> None:
+    run_ranks(2, _check_target_outside, 9)
+
+
+def test_chunks_of_a_cpu_fit_in_its_cache() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        bound = chunk_bound("cpu", dtype)
+        assert bound.columns(100_278) == 100_278
+        assert [bound.chunk_tokens(10**6, shard) for shard in (100_278, 8192, 1, 0)] == [41, 512, 2**22, 2**22]
+        assert bound.chunk_tokens(10, 2**23) == 1
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_chunks_of_a_gpu_have_thousands_of_tokens_and_at_most_a_gibibyte(dtype: torch.dtype, size: int) -> None:
+    bound = chunk_bound("cuda", dtype)
+    for shard, tokens in itertools.product(
+        (0, 1, 7, 8193, 16_000, 32_000, 100_278, 262_144), (1, 9, 4096, 8192, 8193, 65_537)
+    ):
+        step, columns = bound.chunk_tokens(tokens, shard), bound.columns(shard)
+        assert shard <= columns < shard + 16 // size
+        assert columns * size % 16 == 0
+        assert 1 <= step <= min(8192, tokens)
+        assert step * columns * size <= 2**30
+        chunks = -(-tokens // step)
+        assert chunks == 1 or (step + 1) * chunks > tokens >= step * (chunks - 1), "the chunks are not about equal"
+        assert (chunks - 1) * min(8192, 2**30 // max(1, columns * size)) < tokens, (
+            "there are more chunks than are needed"
+        )
+    assert chunk_bound("cuda", torch.bfloat16).chunk_tokens(8192, 100_278) == 4096
+    assert chunk_bound("cuda", torch.bfloat16).chunk_tokens(8192, 32_000) == 8192
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_product_does_not_read_what_it_is_written_over(dtype: torch.dtype) -> None:
+    left, right = torch.randn(5, 7).to(dtype), torch.randn(7, 3).to(dtype)
+    total = torch.full((5, 3), torch.nan)
+    module._add_product(total, left, right, first=True)
+    module._add_product(total, left, right, first=False)
+    torch.testing.assert_close(total, 2 * (left @ right).float())
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The first one overwrote what it had saved."""
+    hidden, weight, targets = _inputs(Case())
+    objective, _ = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    objective.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        objective.backward()
 
 
 def test_no_gradient_work_where_none_is_wanted() -> None:
