@@ -1,7 +1,10 @@
 """The output head with its fused cross entropy, against torch's cross entropy over logits that are all in memory at once.
 
-Shapes: N positions, d hidden, V vocabulary.
+Besides the numbers, time per position is held against that of the three products, and on CUDA the memory that the loss takes
+against the bound that linear_cross_entropy states. Shapes: N positions, d hidden, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from gpu_checks.timing import free_memory, seconds_of
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.norm import RMSNorm
+from overtok_megatron.parallel.cross_entropy import chunk_bound, linear_cross_entropy
 from overtok_megatron.parallel.vocabulary import VocabParallelHead
 from overtok_megatron.training.peaks import measured
 
@@ -43,12 +47,21 @@ class Head:
         seconds = seconds_of(lambda: _ours(head, hidden, targets), context.device, rounds=5)
         least = 6 * count * vocabulary * hidden_size / measured(context.device, dtype)
         worst = max(names, key=lambda name: errors[name])
-        return Result(
-            not wrong,
-            f"V {vocabulary}: {worst} off by {errors[worst]:.1e}; {1e6 * seconds / count:.2f} us per token",
-            f"off by {2 * limits[worst] + floor:.1e}; {1e6 * least / count:.2f} us (three products)",
-            {"errors": errors, "torch_errors": limits, "seconds": seconds, "limit_seconds": least, "positions": count},
-        )
+        figure = f"V {vocabulary}: {worst} off by {errors[worst]:.1e}; {1e6 * seconds / count:.2f} us per token"
+        limit = f"off by {2 * limits[worst] + floor:.1e}; {1e6 * least / count:.2f} us (three products)"
+        numbers: dict[str, Any] = {
+            "errors": errors,
+            "torch_errors": limits,
+            "seconds": seconds,
+            "limit_seconds": least,
+            "positions": count,
+            "bound_bytes": _stated_bytes(hidden.flatten(0, 1), head.output.weight),
+        }
+        if context.cuda:
+            numbers["peak_bytes"] = _peak_bytes(head, hidden.flatten(0, 1), targets.flatten())
+            figure += f"; {numbers['peak_bytes'] / 2**20:.0f} MiB"
+            limit += f"; {numbers['bound_bytes'] / 2**20:.0f} MiB"
+        return Result(not wrong and numbers.get("peak_bytes", 0) <= numbers["bound_bytes"], figure, limit, numbers)
 
 
 def _made(
@@ -86,6 +99,31 @@ def _by_torch(head: OutputHead, hidden: Tensor, targets: Tensor, dtype: torch.dt
     normed = F.rms_norm(leaf, (leaf.shape[-1],), norm, _EPSILON)
     loss = F.cross_entropy(F.linear(normed, weight).flatten(0, 1).float(), targets.flatten())
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def _stated_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """What linear_cross_entropy says that it takes at most, hidden [N, d] and weight [V, d] themselves not counted."""
+    (tokens, width), vocabulary, size = hidden.shape, weight.shape[0], weight.element_size()
+    bound = chunk_bound(hidden.device.type, hidden.dtype)
+    columns = bound.columns(vocabulary)
+    chunk = min(tokens, bound.chunk_tokens(tokens, vocabulary)) * columns * size
+    padded_weight = columns * width * size if columns > vocabulary else 0
+    gradients = tokens * width * size + columns * width * 4  # of hidden, and of the weight in float32
+    vectors = 2**26  # [c] and [N], and what the allocator rounds up
+    return gradients + max(chunk + padded_weight, weight.numel() * size) + vectors
+
+
+def _peak_bytes(head: OutputHead, hidden: Tensor, targets: Tensor) -> int:
+    """Most bytes that one forward and backward pass of the loss added to what was allocated before; after one to warm up."""
+    leaf = hidden.detach().requires_grad_()
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        objective, _ = linear_cross_entropy(leaf, head.output.weight, targets, kernels=head.kernels)
+        torch.autograd.grad(objective / len(leaf), [leaf, head.output.weight])
+        del objective
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
