@@ -4,7 +4,8 @@ Signatures and results are those of reference.py, up to rounding. The functions 
 is followed by the sum of exp(logit - maximum) is what Inductor reads in one pass (its `online_softmax`); the target's place
 is found by comparing column numbers, because a scatter would need a float32 copy of the logits; the gradient is written
 where the logits were. So a chunk is read twice, the second time mostly from the cache, and written once, and nothing of its
-shape is allocated.
+shape is allocated. Only the first call may copy it, while Inductor times its variants of a kernel: to host memory where the
+device would need more than it has needed before.
 """
 
 import functools

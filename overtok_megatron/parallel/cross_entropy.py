@@ -208,12 +208,12 @@ def linear_cross_entropy(
     z_loss_weight log(Z)^2 per token. The gradient of hidden is this rank's term of a sum, so hidden must come from
     copy_to_group or all_gather_sequence. Softmax is computed in float32, products in hidden's dtype.
 
-    bound: of the logits of a chunk, the same on all ranks; None = that of the device, see chunk_bound. Where a gradient is
-    wanted, forward allocates the logits of one chunk, v_shard d float32 values for the weight's gradient, and N d values in
-    hidden's dtype for hidden's; all of it is on the device and nothing waits for it. Besides there are only vectors [c]; a
-    copy of the weight where v_shard is not a multiple of bound.multiple; and without CUDA, outside of float32, the weight
-    gradient of a chunk in hidden's dtype. Torch's form of the softmax passes also has float32 copies of the chunk. The logits
-    are freed before backward, which makes the weight's gradient in its own dtype while the float32 one still exists.
+    bound: of the logits of a chunk, the same on all ranks; None = that of the device, see chunk_bound. Nothing here waits for
+    the device. Where a gradient is wanted, forward takes memory for the logits of one chunk, for the weight's gradient in
+    float32, and for hidden's in its dtype. Besides these there are vectors [c]; a copy of the weight where v_shard is not a
+    multiple of bound.multiple; without CUDA and outside of float32, one chunk's product for the weight's gradient in hidden's
+    dtype; and in torch's form of the softmax passes, float32 copies of the chunk. Backward no longer has the logits. It makes
+    the weight's gradient in its own dtype while the float32 one still exists (and on a CPU a float32 copy of that).
     """
     if bound is None:
         bound = chunk_bound(hidden.device.type, hidden.dtype)
