@@ -105,7 +105,7 @@ def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
         raise ConfigError(
             f"training.kernels: {choice}, but this run has no CUDA device; write auto, or torch for torch's own operators"
         )
-    plain = replace(Kernels(), rows=choose_row_kernels(choice, device))
+    plain = Kernels() if choice == "torch" else replace(Kernels(), rows=choose_row_kernels(choice, device))
     if device.type == "cuda":
         plain = _with_norm(plain, _cuda_rms_norm)
     if choice == "torch":

@@ -42,5 +42,6 @@ class LigerPasses:
         return total, normed
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        out: Tensor = self._swiglu.apply(gate_up, _IN_PLACE)
-        return out
+        rows = gate_up.reshape(-1, gate_up.shape[-1])  # its backward returns two dimensions, whatever came in
+        out: Tensor = self._swiglu.apply(rows, _IN_PLACE)
+        return out.view(*gate_up.shape[:-1], -1)
