@@ -102,8 +102,8 @@ def _model_part(key: str, value: Any) -> Any:
     return value
 
 
-# Keys that decide what DeepSpeed's files hold, beside the layout.
-_FILE_KEYS = ("parallel.offload_optimizer", "parallel.pipeline_partition", "training.kernels")
+# Keys that decide what DeepSpeed's files hold, beside the layout and the class of AdamW.
+_FILE_KEYS = ("parallel.offload_optimizer", "parallel.pipeline_partition")
 
 
 def same_deepspeed_files(config: dict[str, Any], layout: CheckpointLayout, manifest: Manifest) -> bool:
@@ -113,4 +113,11 @@ def same_deepspeed_files(config: dict[str, Any], layout: CheckpointLayout, manif
         section, name = key.split(".")
         mine = config[section][name]
         pairs.append((mine, manifest.config[section].get(name, mine)))
+    pairs.append((_has_apex_adamw(config), _has_apex_adamw(manifest.config)))
     return all(mine == theirs for mine, theirs in pairs)
+
+
+def _has_apex_adamw(config: dict[str, Any]) -> bool:
+    """Whether a run's AdamW is apex's, whose state has another form; that of all other kernels is torch's."""
+    kernels = config["training"].get("kernels", "auto")
+    return kernels == "apex" and config["parallel"].get("offload_optimizer", "none") == "none"

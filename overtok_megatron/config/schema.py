@@ -27,6 +27,7 @@ Order = Annotated[int, Field(ge=2, le=LONGEST_ORDER)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]  # how n-gram rows are updated: kernels/rows.py
+KernelChoice = Literal["auto", "compile", "liger", "apex", "torch"]
 LONGEST_NAME = 240  # bytes; file systems take 255, and files of a set or a checkpoint add endings
 
 
@@ -283,10 +284,10 @@ class TrainingConfig(Section):
     recompute: Recompute = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
     )
-    kernels: Literal["auto", "apex", "torch"] = Field(
+    kernels: KernelChoice = Field(
         "auto",
-        description="auto: compiled loops on CPU; on CUDA Triton for table rows, apex's RMSNorm and AdamW if installed; "
-        "apex: require apex; torch: torch's operators only",
+        description="auto: compiled loops on CPU, passes fused by torch.compile on CUDA; compile: these on any device; "
+        "liger, apex: auto with that package's kernels (CUDA only); torch: torch's operators only",
     )
     num_threads: Parts | None = Field(None, description="CPU threads per rank; none = cores divided by ranks")
 

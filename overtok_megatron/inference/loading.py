@@ -17,7 +17,7 @@ from overtok_megatron.data.tokenizers.kept import find_tokenizer
 from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.kernels.choice import Kernels, choose_kernels
+from overtok_megatron.kernels.choice import Kernels, choose_kernels, choose_row_kernels
 from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.model.transformer import Transformer
@@ -80,7 +80,8 @@ def load_trained(
     config = _config_to_load(path, manifest, storage, precision, tokenizer_path)
     tokenizer = configured_tokenizer(config.tokenizer)
     _check_tokenizer(tokenizer, manifest, config, path)
-    kernels = choose_kernels(config.training.kernels, device)
+    # apex or liger-kernel may be missing here; they are for training
+    kernels = choose_kernels("torch" if config.training.kernels == "torch" else "auto", device)
     model = build_transformer(config, device=device, kernels=kernels, eod_id=manifest.eod_id)
     weights = dict(read_parts(path, manifest.layout.model_parallel_ranks))
     if config.model.tie_word_embeddings:
@@ -124,8 +125,8 @@ def _open_rows(
     if storage == "mapped":
         return RowsOnDisk(path, family.total_rows, family.width, RowKernels())
     row_device = device if storage == "device" else torch.device("cpu")
-    row_kernels = kernels if row_device == device else choose_kernels(config.training.kernels, row_device)
-    store = build_row_store(config, family, device=row_device, kernels=row_kernels.rows)
+    row_kernels = kernels.rows if row_device == device else choose_row_kernels(config.training.kernels, row_device)
+    store = build_row_store(config, family, device=row_device, kernels=row_kernels)
     load_rows(path, store)
     return store
 

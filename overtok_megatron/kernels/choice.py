@@ -1,27 +1,34 @@
 """Chooses the implementation of each pass for a device.
 
-On a CPU these are the compiled loops of this project. On a CUDA device they are Triton's kernels for table rows and NVIDIA's
-apex for the norm and AdamW, each where it can be imported. In every other case torch's operators are used.
+On a CPU these are the compiled loops of this project. On a CUDA device they are passes that torch.compile fuses, and Triton's
+kernels for table rows; liger-kernel and NVIDIA's apex where they are asked for. In every other case torch's operators are used.
 
 The package `apex` on PyPI is an unrelated web toolkit. It does not have the modules that `apex_parts` imports.
 """
 
 import ctypes
-import importlib.util
+import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from overtok_megatron.config.schema import KernelChoice
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.kernels import cpu, reference
 from overtok_megatron.kernels.build import load_library
+from overtok_megatron.kernels.compiled import compiled_passes, missing_for_compilation
 from overtok_megatron.kernels.compiled_softmax import compiled_softmax
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels
+from overtok_megatron.kernels.liger import LigerPasses
 from overtok_megatron.kernels.rows import RowKernels
+
+log = logging.getLogger(__name__)
 
 Groups = list[dict[str, Any]]
 AdamW = Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer]  # groups, rate, betas, eps
@@ -31,14 +38,32 @@ def torch_adamw(groups: Groups, lr: float, betas: tuple[float, float], eps: floa
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
+class NormAndRotate(Protocol):
+    """The signature of `reference.norm_and_rotate`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        full_size: int,
+        sum_over_ranks: reference.SumInPlace | None,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
     """One implementation of each pass: by default those of reference.py and rows.py, which define signatures and results."""
 
     name: str = "torch"
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
+    rms_norm: reference.Norm = reference.rms_norm
+    add_normed: Callable[[Tensor, Tensor, Tensor, float], Tensor] = reference.add_normed
+    norm_of_sum: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = reference.norm_of_sum
+    norm_and_rotate: NormAndRotate = reference.norm_and_rotate
     swiglu: Callable[[Tensor], Tensor] = reference.swiglu
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.rotate
+    rotate: reference.Rotation = reference.rotate
     causal_attention: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = reference.causal_attention
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None] = reference.softmax_gradient
@@ -71,34 +96,106 @@ def _cuda_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def choose_kernels(choice: str, device: torch.device) -> Kernels:
+def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
     """The kernels that a device runs with a value of `training.kernels`.
 
-    choice: "auto" takes the compiled loops on a CPU; on a CUDA device it takes Triton for table rows, and apex for the norm
-    and AdamW if apex can be imported. "torch" takes torch's operators only. "apex" is "auto" with apex required.
+    choice: "auto" takes the compiled loops on a CPU, and on a CUDA device passes that torch.compile fuses, Triton for table
+    rows, and torch's fused AdamW. "compile" is "auto" with fused passes on every device. "torch" takes torch's operators only.
+    "liger" and "apex" are "auto" with that package's passes, and apex with its AdamW.
 
-    Raises ConfigError where apex is required and cannot be imported.
+    Raises ConfigError where a choice other than "auto" asks for something that this machine does not have.
     """
-    cuda = device.type == "cuda"
-    parts = apex_parts() if cuda and choice != "torch" else None
-    if choice == "apex" and parts is None:
-        why = "NVIDIA apex does not import here" if cuda else "this run has no CUDA device"
-        raise ConfigError(f"training.kernels: apex, but {why}; write torch or auto, or build NVIDIA's apex from source")
-    if not cuda:
-        library = load_library() if choice == "auto" else None
-        return Kernels() if library is None else _cpu_kernels(library)
-    torch_kernels = replace(
-        Kernels(), rms_norm=_cuda_rms_norm, rows=RowKernels() if choice == "torch" else _cuda_row_kernels()
+    if choice in ("apex", "liger") and device.type != "cuda":
+        raise ConfigError(
+            f"training.kernels: {choice}, but this run has no CUDA device; write auto, or torch for torch's own operators"
+        )
+    plain = Kernels() if choice == "torch" else replace(Kernels(), rows=choose_row_kernels(choice, device))
+    if device.type == "cuda":
+        plain = _with_norm(plain, _cuda_rms_norm)
+    if choice == "torch":
+        return plain
+    if device.type == "cpu":
+        library = load_library()
+        fast = plain if library is None else _cpu_kernels(plain, library)
+        return fast if choice == "auto" else _compiled_kernels(fast, device)
+    if choice == "compile":
+        return _compiled_kernels(plain, device)
+    missing = missing_for_compilation(device)
+    if missing is None:
+        fast = _compiled_kernels(plain, device)
+    else:
+        fast = plain
+        _warn_once(f"{missing}: norms, rotary positions and SwiGLU run as torch's own operators, which are slower")
+    if choice == "liger":
+        return _liger_kernels(fast)
+    return _apex_kernels(fast) if choice == "apex" else fast
+
+
+def choose_row_kernels(choice: KernelChoice, device: torch.device) -> RowKernels:
+    """The kernels for table rows on the device that holds them, which may be another than that of the model."""
+    if choice == "torch":
+        return RowKernels()
+    if device.type == "cuda":
+        return _cuda_row_kernels()
+    library = load_library()
+    return RowKernels() if library is None else CpuRowKernels(library)
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _with_norm(kernels: Kernels, norm: reference.Norm) -> Kernels:
+    """With another RMSNorm, also in the passes of which it is a part."""
+    return replace(
+        kernels,
+        rms_norm=norm,
+        add_normed=partial(reference.add_normed, norm=norm),
+        norm_of_sum=partial(reference.norm_of_sum, norm=norm),
+        norm_and_rotate=partial(reference.norm_and_rotate, norm=norm, rotation=kernels.rotate),
     )
-    if choice != "torch" and importlib.util.find_spec("triton") is not None:
-        torch_kernels = replace(torch_kernels, **compiled_softmax())
+
+
+def _compiled_kernels(kernels: Kernels, device: torch.device) -> Kernels:
+    missing = missing_for_compilation(device)
+    if missing is not None:
+        raise ConfigError(f"training.kernels: compile, but {missing}; write auto, or torch for torch's own operators")
+    passes = compiled_passes()
+    return replace(
+        kernels,
+        name="compile",
+        rms_norm=passes.rms_norm,
+        add_normed=passes.add_normed,
+        norm_of_sum=passes.norm_of_sum,
+        norm_and_rotate=passes.norm_and_rotate,
+        swiglu=passes.swiglu,
+        rotate=passes.rotate,
+        **compiled_softmax(),
+    )
+
+
+def _liger_kernels(kernels: Kernels) -> Kernels:
+    try:
+        passes = LigerPasses()
+    except ImportError as error:
+        raise ConfigError(
+            f"training.kernels: liger, but it does not import here ({error}); install liger-kernel>=0.8.5, or write auto"
+        ) from None
+    normed = _with_norm(kernels, passes.rms_norm)
+    return replace(normed, name="liger", norm_of_sum=passes.norm_of_sum, swiglu=passes.swiglu)
+
+
+def _apex_kernels(kernels: Kernels) -> Kernels:
+    parts = apex_parts()
     if parts is None:
-        return torch_kernels
+        raise ConfigError(
+            "training.kernels: apex, but NVIDIA apex does not import here; write auto, or build NVIDIA's apex from source"
+        )
     norm, fused_adam = parts
     return replace(
-        torch_kernels,
+        _with_norm(kernels, lambda x, weight, eps: norm(x, weight, (x.shape[-1],), eps)),
         name="apex",
-        rms_norm=lambda x, weight, eps: norm(x, weight, (x.shape[-1],), eps),
         adamw=lambda groups, lr, betas, eps: fused_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True),
     )
 
@@ -112,16 +209,16 @@ def _cuda_row_kernels() -> RowKernels:
     return TritonRowKernels()
 
 
-def _cpu_kernels(library: ctypes.CDLL) -> Kernels:
+def _cpu_kernels(plain: Kernels, library: ctypes.CDLL) -> Kernels:
     loops = cpu.CpuLoops(library)
-    return Kernels(
+    kernels = replace(
+        plain,
         name="cpu",
-        rms_norm=loops.rms_norm,
         swiglu=loops.swiglu,
         rotate=loops.rotate,
         causal_attention=loops.causal_attention,
         softmax_statistics=loops.softmax_statistics,
         softmax_gradient=loops.softmax_gradient,
         softmax_loss_and_gradient=loops.softmax_loss_and_gradient,
-        rows=CpuRowKernels(library),
     )
+    return _with_norm(kernels, loops.rms_norm)

@@ -4,8 +4,7 @@ Signatures and results are those of reference.py, up to rounding. The functions 
 is followed by the sum of exp(logit - maximum) is what Inductor reads in one pass (its `online_softmax`); the target's place
 is found by comparing column numbers, because a scatter would need a float32 copy of the logits; the gradient is written
 where the logits were. So a chunk is read twice, the second time mostly from the cache, and written once, and nothing of its
-shape is allocated. Only the first call may copy it, while Inductor times its variants of a kernel: to host memory where the
-device would need more than it has needed before.
+shape is allocated.
 """
 
 import functools
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.kernels import reference
+from overtok_megatron.kernels.compiled import COMPILER_OPTIONS
 
 
 def _statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,8 @@ def _compiled(plain: Callable[..., Any], otherwise: Callable[..., Any]) -> Calla
     go to `otherwise`, as those without columns do.
     """
     # Unsplit, a row is reduced in one loop, however few rows the first call has: Inductor plans for the number it sees then.
-    compiled = torch.compile(plain, fullgraph=True, dynamic=False, options={"split_reductions": False})
+    options: dict[str, Any] = {**COMPILER_OPTIONS, "split_reductions": False}
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(plain)
     def call(logits: Tensor, *columns: Any) -> Any:

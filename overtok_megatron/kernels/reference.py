@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SumInPlace = Callable[[Tensor], None]  # sums a tensor over the ranks that split a dimension, in place
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -67,6 +69,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [b, s, h, e]; cos, sin [(b,) s, 1, e/2] float32. Pairs are (i, i + e/2), Llama's and OLMo2's form."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def add_normed(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *, norm: Norm = rms_norm) -> Tensor:
+    """x + norm(branch), the residual sum of a post-norm layer; all [.., d] of one dtype."""
+    return x + norm(branch, weight, eps)
+
+
+def norm_of_sum(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, *, norm: Norm = rms_norm
+) -> tuple[Tensor, Tensor]:
+    """(x + branch, its norm), the residual sum of a pre-norm layer and what the next layer reads; all [.., d] of one dtype."""
+    total = x + branch
+    return total, norm(total, weight, eps)
+
+
+def norm_and_rotate(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    full_size: int,
+    sum_over_ranks: SumInPlace | None,
+    *,
+    norm: Norm = rms_norm,
+    rotation: Rotation = rotate,
+) -> Tensor:
+    """x [b, s, h e], normalised over its last axis and then rotated: [b, s, h, e]. cos, sin: as in `rotate`.
+
+    full_size, sum_over_ranks: as in `rms_norm_split`, where the heads are split over ranks. norm: used where they are not.
+    """
+    normed = (
+        norm(x, weight, eps) if sum_over_ranks is None else rms_norm_split(x, weight, eps, full_size, sum_over_ranks)
+    )
+    return rotation(normed.unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:

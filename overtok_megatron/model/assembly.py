@@ -7,6 +7,7 @@ by `Layers.reset`. The tables of an over-encoded model are built elsewhere (ngra
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,12 +23,14 @@ from overtok_megatron.model.feed_forward import FeedForward
 from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.mlp import SwiGLU
 from overtok_megatron.model.moe import MixtureOfExperts, RoutingRule
-from overtok_megatron.model.norm import RMSNorm
+from overtok_megatron.model.norm import RMSNorm, RMSNormAdded, RMSNormOfSum
 from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.projection import NgramProjection
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
+
+AnyNorm = TypeVar("AnyNorm", RMSNorm, RMSNormAdded, RMSNormOfSum)
 
 
 def build_encoder(
@@ -112,11 +115,11 @@ class Assembly:
         scaling = rope_scaling(self.model)
         return plain, plain if scaling is None else Rotary(head_size(self.model), self.model.rope_theta, scaling)
 
-    def norm(self) -> RMSNorm:
+    def norm(self, kind: type[AnyNorm]) -> AnyNorm:
         """Over the hidden size, which every rank holds in full."""
         sequence_group = self.tensor_group if self.sequence_parallel else None
         model = self.model
-        return RMSNorm(model.hidden_size, eps=model.norm_epsilon, kernels=self.kernels, sum_group=sequence_group)
+        return kind(model.hidden_size, eps=model.norm_epsilon, kernels=self.kernels, sum_group=sequence_group)
 
     def embedding(self, parts: Sequence[EmbeddingPart]) -> InputEmbedding | None:
         """Those dense parts that are named, of the parts that the model has; None without any."""
@@ -174,12 +177,12 @@ class Assembly:
         )
 
     def block(self, index: int) -> Block:
+        post = self.model.norm_placement == "post"
         return Block(
             attention=self.attention(index),
             feed_forward=self.feed_forward(),
-            attention_norm=self.norm(),
-            feed_forward_norm=self.norm(),
-            norm_placement=self.model.norm_placement,
+            attention_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNorm),
+            feed_forward_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNormOfSum),
             recompute=self.recompute == "full",
         )
 
@@ -190,7 +193,7 @@ class Assembly:
             assert embedding is not None and embedding.word is not None, "a tied head needs the word embedding"
             tied = embedding.word
         return OutputHead(
-            norm=self.norm(),
+            norm=self.norm(RMSNorm),
             output=VocabParallelHead(model.vocab_size, model.hidden_size, group=self.tensor_group, tied=tied),
             kernels=self.kernels,
             tensor_group=self.tensor_group,

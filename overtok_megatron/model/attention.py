@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.cache import KVCache
-from overtok_megatron.model.norm import RMSNorm
+from overtok_megatron.model.norm import RotatedRMSNorm
 from overtok_megatron.model.rotary import Rotary
 from overtok_megatron.parallel.collectives import exchange_dims, group_rank, group_size
 from overtok_megatron.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -95,8 +95,8 @@ class Attention(nn.Module):
         )
         self.q_norm = self.k_norm = None
         if (eps := shape.qk_norm_epsilon) is not None:
-            self.q_norm = RMSNorm(query_size, eps=eps, kernels=kernels, group=tensor_group)
-            self.k_norm = RMSNorm(kv_size, eps=eps, kernels=kernels, group=tensor_group)
+            self.q_norm = RotatedRMSNorm(query_size, eps=eps, kernels=kernels, group=tensor_group)
+            self.k_norm = RotatedRMSNorm(kv_size, eps=eps, kernels=kernels, group=tensor_group)
         self.o_proj = RowParallelLinear(
             query_size, shape.hidden_size, group=tensor_group, sequence_parallel=sequence_parallel
         )
@@ -112,17 +112,15 @@ class Attention(nn.Module):
         """
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
         batch, length = q.shape[:2]  # length is s: `qkv` has gathered what sequence parallelism splits
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.reshape(batch, length, self.heads_shard, self.head_size)
-        k = k.reshape(batch, length, self.kv_heads_shard, self.head_size)
         v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g_shard, s, e]
         if decode is None:
             angles = self.rotary.range_angles(group_rank(self.context_group) * length, length, x.device)
         else:
             angles = self.rotary.angles(decode.positions)
-        q = self.kernels.rotate(q, *angles).transpose(1, 2)  # [b, h_shard, s, e]
-        k = self.kernels.rotate(k, *angles).transpose(1, 2)  # [b, g_shard, s, e]
+        q, k = (
+            (self.q_norm or self._rotate)(q, *angles).transpose(1, 2),  # [b, h_shard, s, e]
+            (self.k_norm or self._rotate)(k, *angles).transpose(1, 2),  # [b, g_shard, s, e]
+        )
         if decode is not None:
             k, v = decode.cache.write(self.layer_index, k, v)
             seen = decode.mask if self.window is None else decode.sliding_mask
@@ -133,6 +131,10 @@ class Attention(nn.Module):
             mixed = self._core(q, k, v, mask)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys [b, s, h_shard e] of a model without norms over them -> [b, s, h_shard, e]."""
+        return self.kernels.rotate(x.unflatten(-1, (-1, self.head_size)), cos, sin)
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [b, h_shard, s, e], k and v [b, g_shard, s, e] -> [b, h_shard, s, e], over the positions of all context ranks."""

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from overtok_megatron.config.schema import NormPlacement
 from overtok_megatron.model.attention import Attention, DecodeStep
 from overtok_megatron.model.documents import document_mask
 from overtok_megatron.model.feed_forward import FeedForward, Routing
-from overtok_megatron.model.norm import RMSNorm
+from overtok_megatron.model.norm import RMSNorm, RMSNormAdded, RMSNormOfSum
 
 
 class Block(nn.Module):
     """[b, s_shard, d] -> [b, s_shard, d].
 
-    norm_placement "post": x + attention_norm(attention(x)), then x + feed_forward_norm(feed_forward(x)). "pre":
-    x + attention(attention_norm(x)), then x + feed_forward(feed_forward_norm(x)). Either way attention_norm is the norm of
+    Post-norm, with two `RMSNormAdded`: x + norm(attention(x)), then x + norm(feed_forward(x)). Pre-norm, with an `RMSNorm` and
+    an `RMSNormOfSum`: x + attention(norm(x)), then x + feed_forward(norm(x)). Either way attention_norm is the norm of
     attention: Llama's input_layernorm is attention_norm, and its post_attention_layernorm is feed_forward_norm.
 
     recompute: backward computes the layer again from its input, instead of keeping activations.
@@ -32,13 +31,11 @@ class Block(nn.Module):
         *,
         attention: Attention,
         feed_forward: FeedForward,
-        attention_norm: RMSNorm,
-        feed_forward_norm: RMSNorm,
-        norm_placement: NormPlacement,
+        attention_norm: RMSNorm | RMSNormAdded,
+        feed_forward_norm: RMSNormOfSum | RMSNormAdded,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.norm_placement = norm_placement
         self.recompute = recompute
         # The names and the order of these four are those of parameters in checkpoints (the order by way of the optimizer).
         self.attention = attention
@@ -62,13 +59,13 @@ class Block(nn.Module):
         return self._layer(x, decode, mask)
 
     def _layer(self, x: Tensor, decode: DecodeStep | None, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
-        if self.norm_placement == "pre":
-            x = x + self.attention(self.attention_norm(x), decode, mask)
-            out, routing = self.mlp(self.mlp_norm(x))
+        if isinstance(self.mlp_norm, RMSNormOfSum):
+            x, normed = self.mlp_norm(x, self.attention(self.attention_norm(x), decode, mask))
+            out, routing = self.mlp(normed)
             return x + out, routing
-        x = x + self.attention_norm(self.attention(x, decode, mask))
+        x = self.attention_norm(x, self.attention(x, decode, mask))
         out, routing = self.mlp(x)
-        return x + self.mlp_norm(out), routing
+        return self.mlp_norm(x, out), routing
 
 
 def run_blocks(

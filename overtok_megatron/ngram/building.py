@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from overtok_megatron.config.derived import hash_base, row_width
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
-from overtok_megatron.kernels.choice import Kernels, choose_kernels
+from overtok_megatron.kernels.choice import Kernels, choose_row_kernels
 from overtok_megatron.kernels.dtypes import DTYPES, ROW_DTYPES
 from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.ngram.exchange import Exchange, FlatExchange
@@ -125,7 +125,7 @@ def build_family_tables(
     """
     on_host = config.over_encoding.storage == "host"
     store_device = torch.device("cpu") if on_host else device
-    row_kernels = kernels.rows if store_device == device else choose_kernels(config.training.kernels, store_device).rows
+    row_kernels = kernels.rows if store_device == device else choose_row_kernels(config.training.kernels, store_device)
     store = build_row_store(config, family, device=store_device, kernels=row_kernels, group=group)
     dtype = DTYPES[config.training.precision]
     prefetch = None

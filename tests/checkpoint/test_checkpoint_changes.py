@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from overtok_megatron.checkpoint.changes import check_same_model
+from overtok_megatron.checkpoint.changes import check_same_model, same_deepspeed_files
 from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.config.schema import RunConfig
@@ -46,3 +46,27 @@ def test_a_key_younger_than_the_checkpoint(key: str, other: object) -> None:
     section, name = key.split(".")
     values[section][name] = other
     expect_error(lambda: check_same_model(values, manifest, path), f"{key} is", "there")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("torch", "compile", True),
+        ("auto", "liger", True),
+        ("liger", "torch", True),
+        ("auto", "apex", False),  # apex's AdamW counts steps elsewhere, and DeepSpeed takes another optimizer for it
+        ("apex", "compile", False),
+        ("apex", "apex", True),
+    ],
+)
+def test_deepspeeds_files_are_those_of_an_adamw(before: str, after: str, same: bool) -> None:
+    manifest = manifest_without(make(training__kernels=before), "training.num_threads")
+    config = make(training__kernels=after).model_dump(mode="json")
+    assert same_deepspeed_files(config, manifest.layout, manifest) == same
+
+
+def test_an_optimizer_in_host_memory_is_torchs() -> None:
+    """apex's AdamW is not used there, so the choice makes no difference."""
+    apex, auto = (make(parallel__offload_optimizer="cpu", training__kernels=name) for name in ("apex", "auto"))
+    manifest, config = manifest_without(apex, "training.num_threads"), auto.model_dump(mode="json")
+    assert same_deepspeed_files(config, manifest.layout, manifest)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from overtok_megatron.config.schema import KernelChoice
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.kernels import build, choice, reference
-from overtok_megatron.kernels.choice import Kernels, apex_parts, choose_kernels
+from overtok_megatron.kernels.choice import Kernels, apex_parts, choose_kernels, choose_row_kernels
 
 CPU = torch.device("cpu")
 # relative to the norm of the float64 result; bfloat16 keeps 8 bits of mantissa
@@ -198,7 +199,8 @@ def test_an_offloaded_optimizer_is_torchs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(choice, "apex_parts", lambda: (None, lambda groups, **settings: made.append("apex")))
     device = torch.device("cuda", 0)
     weights = [{"params": [torch.nn.Parameter(torch.ones(3))]}]
-    kernels = choose_kernels("auto", device)
+    assert choose_kernels("auto", device).adamw is choice.torch_adamw, "apex was not asked for"
+    kernels = choose_kernels("apex", device)
     kernels.choose_adamw(offloaded=False)(weights, 1e-3, (0.9, 0.95), 1e-8)
     assert made == ["apex"]
     assert kernels.choose_adamw(offloaded=True) is choice.torch_adamw
@@ -225,8 +227,28 @@ def test_apex_gives_torchs_numbers() -> None:
 
 
 def test_the_choice_names_itself() -> None:
+    for device in (CPU, torch.device("cuda", 0)):
+        for name in ("torch", "compile"):
+            assert choose_kernels(name, device).name == name
+    assert choose_kernels("auto", torch.device("cuda", 0)).name == "compile"
     assert choose_kernels("torch", CPU) == Kernels()
     assert choice.Kernels().rms_norm is reference.rms_norm
+
+
+def test_passes_are_made_of_a_devices_own_norm_and_rotation(loops: Kernels) -> None:
+    """To the last bit: the compiled loops are composed, and nothing else computes."""
+    x, branch, weight = normal(2, 7, 24).float(), normal(2, 7, 24, seed=1).float(), normal(24, seed=2).float()
+    turn = angles(7, 4)
+    assert torch.equal(loops.add_normed(x, branch, weight, 1e-6), x + loops.rms_norm(branch, weight, 1e-6))
+    total, normed = loops.norm_of_sum(x, branch, weight, 1e-6)
+    assert torch.equal(total, x + branch) and torch.equal(normed, loops.rms_norm(total, weight, 1e-6))
+    wanted = loops.rotate(loops.rms_norm(x, weight, 1e-6).unflatten(-1, (6, 4)), *turn)
+    assert torch.equal(loops.norm_and_rotate(x, weight, 1e-6, *turn, 24, None), wanted)
+
+
+@pytest.mark.parametrize("name", ["apex", "liger"])
+def test_rows_in_host_memory_need_no_cuda_package(name: KernelChoice) -> None:
+    assert type(choose_row_kernels(name, CPU)) is type(choose_row_kernels("auto", CPU))
 
 
 def test_loading_the_library_keeps_subnormal_numbers() -> None:

@@ -25,6 +25,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from overtok_megatron.config.derived import attention_windows, table_rate_factor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
 from overtok_megatron.model.moe import MixtureOfExperts
+from overtok_megatron.model.norm import RMSNormOfSum
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_store import initial_rows
@@ -44,7 +45,7 @@ def hugging_face_names(
         prefix = f"model.layers.{index}"
         attention, mlp = block.attention, block.mlp
         norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-        if block.norm_placement == "pre":
+        if isinstance(block.mlp_norm, RMSNormOfSum):
             norms = ("input_layernorm", "post_attention_layernorm")
         for letter in "qkv":
             names[f"{prefix}.self_attn.{letter}_proj.weight"] = read(getattr(attention.qkv, f"{letter}_proj"))
