@@ -116,7 +116,7 @@ class TokenFeed:
         self._thread.shutdown(wait=wait)
 
     def _step_tokens(self, consumed: int) -> Tokens:
-        """The samples of the step after the first `consumed` samples: [A, b, s + k], undefined where this rank does not read."""
+        """The samples of the step after the first `consumed` samples: [A, b, s + k], undefined where it does not read."""
         return self._batches.read(consumed) if self._reads else np.empty(self._batches.shape, dtype=np.int64)
 
     def _read_ahead(self, reads: Iterable[Read]) -> Iterator[Tensor | None]:
