@@ -141,9 +141,13 @@ class ShardedTables(TableReader[PlanT]):
         self.snapshot: RowSnapshot | None = None  # being written by a save
 
     def announce(self, tokens: Tensor | None) -> None:
-        """Begin to fetch the rows of a coming training step, from its tokens; to be called in the order of the steps."""
+        """Begin to fetch the rows of a coming training step, from its tokens in host memory.
+
+        To be called in the order of the steps.
+        """
         if self.prefetch is not None:
-            self.prefetch.start(self.row_ids(tokens).to(self.store.device))
+            ids = self.row_ids(None if tokens is None else _moved(tokens, self.device))
+            self.prefetch.start(ids.to(self.store.device))
 
     def fetch_rows(
         self, tokens: Tensor | None, *, history: Tensor | None = None, training: bool = False

@@ -79,6 +79,8 @@ GROUPS: dict[tuple[Axis, ...], str] = {
     ("pipe", "context", "tensor"): "batch",
     AXES: "tables",
 }
+# Groups over gloo whatever the run's device: a thread broadcasts tokens in host memory over it (training/token_feed.py).
+_ON_THE_HOST: tuple[tuple[Axis, ...], ...] = (("pipe", "context", "tensor"),)
 # DeepSpeed asks for these groups even where they have one rank.
 _NEEDED_ALONE: tuple[tuple[Axis, ...], ...] = (("tensor",), ("data", "context"))
 
@@ -120,7 +122,10 @@ class ProcessGrid:
 
     @property
     def batch_group(self) -> dist.ProcessGroup | None:
-        """The ranks that see the same samples, which are those of one pipeline."""
+        """The ranks that see the same samples, which are those of one pipeline; for tensors in host memory.
+
+        The thread of the token feed alone may use it, because all ranks must call the collectives of a group in one order.
+        """
         return self.group("pipe", "context", "tensor")
 
     @property
@@ -180,7 +185,7 @@ class ProcessGrid:
         world = dist.get_world_size()
         assert world == shape.world_size, (world, shape)
         groups = {  # every rank makes every group, in the same order
-            axes: _own_group(name, shape.all_groups(*axes))
+            axes: _own_group(name, shape.all_groups(*axes), backend="gloo" if axes in _ON_THE_HOST else None)
             for axes, name in GROUPS.items()
             if shape.ranks(*axes) > 1 or axes in _NEEDED_ALONE
         }
@@ -198,11 +203,14 @@ class ProcessGrid:
         )
 
 
-def _own_group(name: str, groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Make a group of each list of ranks, on all ranks in the same order; returns the one that this rank is in."""
+def _own_group(name: str, groups: list[list[int]], *, backend: str | None = None) -> dist.ProcessGroup | None:
+    """Make a group of each list of ranks, on all ranks in the same order; returns the one that this rank is in.
+
+    backend: None = that of the run.
+    """
     own = None
     for ranks in groups:
-        group = dist.new_group(ranks, group_desc=name)
+        group = dist.new_group(ranks, backend=backend, group_desc=name)
         if dist.get_rank() in ranks:
             own = group
     return own

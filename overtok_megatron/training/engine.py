@@ -88,7 +88,7 @@ class TrainingEngine:
         return tokens[..., :length], tokens[..., 1 : length + 1]
 
     def announce(self, tokens: Tensor) -> None:
-        """Tell the tables the tokens [A, b, s + k] of a coming step; they fetch its rows ahead, where they are set to do so.
+        """Tell the tables the tokens [A, b, s + k] of a coming step, in host memory; they may begin to fetch its rows.
 
         Steps must be announced in the order in which they come. A step that was not announced fetches its rows itself.
         """

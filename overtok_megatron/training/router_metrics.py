@@ -7,6 +7,7 @@ over positions of the balance loss, and with a z-loss that of its squares (moe.p
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,15 +46,16 @@ class RouterMetrics:
                 stage[:, self._num_experts :] = here[:, self._num_experts :]
         return sums.flatten()
 
-    def of_step(self, sums: Tensor) -> dict[str, float]:
-        """The sums [L F] of all ranks, in host memory -> metrics by name.
+    def of_step(self, sums: Sequence[float]) -> dict[str, float]:
+        """The sums [L F] of all ranks -> metrics by name.
 
         balance_loss, z_loss: means over layers, unweighted; in the objective they have weights. max_load: the largest share of
         a layer's choices that one expert got, divided by the share of each expert under an even load.
         """
         if not self._width:
             return {}
-        counts, losses = sums.view(self._num_layers, self._width).split([self._num_experts, 1 + self._z_loss], dim=1)
+        of_layers = np.array(sums).reshape(self._num_layers, self._width)
+        counts, losses = of_layers[:, : self._num_experts], of_layers[:, self._num_experts :]
         means = (losses.sum(0) / (self._num_layers * self._num_tokens)).tolist()
-        load = counts.max().item() * self._num_experts / (self._num_tokens * self._per_token)
+        load = float(counts.max()) * self._num_experts / (self._num_tokens * self._per_token)
         return dict(zip(("balance_loss", "z_loss"), means, strict=False)) | {"max_load": load}

@@ -8,6 +8,7 @@ from torch import Tensor
 from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.parallel.collectives import all_reduce_in_place
+from overtok_megatron.parallel.devices import uploaded
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.deepspeed.joint_norm import StepNorms
 from overtok_megatron.training.micro_batch import StageResults
@@ -63,14 +64,15 @@ class StepReduction:
         auxiliary = [
             self._own_sum([losses[name] for losses in results.auxiliary_losses if name in losses]) for name in names
         ]
-        sums = torch.cat([self._own_sum(results.main_losses), self._to_device(own), router, *auxiliary])
-        sizes = [1 + len(own), len(router), len(names)]
-        own_sums, router, auxiliary_sums = self.sum_over_ranks(sums).cpu().split(sizes)
-        loss, stops, unique, looked_up, sent_bytes = own_sums.tolist()
+        own_values = uploaded(torch.tensor(own, dtype=torch.float64), self._device)
+        sums = self.sum_over_ranks(torch.cat([self._own_sum(results.main_losses), own_values, *auxiliary, router]))
+        # A WAIT FOR THE DEVICE, the second of two per step: everything that the step reports is read at once.
+        loss, stops, unique, looked_up, sent_bytes, *others = sums.tolist()
+        auxiliary_sums, router_sums = others[: len(names)], others[len(names) :]
         return StepResult(
             loss=loss / self._num_tokens,
             auxiliary_losses={
-                name: total / self._num_tokens for name, total in zip(names, auxiliary_sums.tolist(), strict=True)
+                name: total / self._num_tokens for name, total in zip(names, auxiliary_sums, strict=True)
             },
             grad_norm=norms.joint,
             table_grad_norm=norms.tables,
@@ -78,7 +80,7 @@ class StepReduction:
             unique_rows=int(unique),
             looked_up_rows=int(looked_up),
             exchange_bytes=int(sent_bytes),
-            router_metrics=self._router_metrics.of_step(router),
+            router_metrics=self._router_metrics.of_step(router_sums),
         )
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -86,13 +88,10 @@ class StepReduction:
         all_reduce_in_place(values, self._grid.table_group, of="metrics")  # the group is the whole world
         return values
 
-    def _to_device(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self._device)
-
     def _own_sum(self, losses: list[Tensor]) -> Tensor:
         """What this rank adds to a loss, float64 [1]: tensor-parallel ranks hold the same values; the first counts."""
         if not losses or self._grid.tensor_rank > 0:
-            return self._to_device([0.0])
+            return torch.zeros(1, dtype=torch.float64, device=self._device)
         return torch.stack(losses).double().sum().reshape(1)
 
     def _names(self, results: StageResults) -> list[str]:

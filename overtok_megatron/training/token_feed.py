@@ -1,9 +1,15 @@
 """The tokens that ranks train and validate on: one rank of each copy of the model reads them and hands them to the others.
 
+Both happen on a thread, one step ahead of the step that is announced, so that no training step waits for the disk. The thread
+puts the tokens into host memory, pinned beside a GPU; the main thread only starts their copy to the device.
+
 Shapes: A micro-batches per step, b micro batch, s sequence, k further tokens of the stream.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -11,15 +17,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.batches import TrainBatches, validation_batches
+from overtok_megatron.data.batches import Tokens, TrainBatches, validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.run_data import RunData
 from overtok_megatron.parallel.collectives import profiler_span
+from overtok_megatron.parallel.devices import make_current, uploaded
 from overtok_megatron.parallel.grid import ProcessGrid
+
+Read = Callable[[], Tokens | None]  # the next tokens of some order, of the same shape on every rank; None at its end
 
 
 class TokenFeed:
-    """Reads a run's data for one rank. All ranks of a copy of the model must ask for the same tokens in the same order."""
+    """Reads a run's data for one rank. All ranks of a copy of the model must ask for the same tokens in the same order.
+
+    What the thread raises is raised where the tokens are asked for, on the rank that reads. Call `close` at the end.
+    """
 
     def __init__(
         self,
@@ -46,24 +58,31 @@ class TokenFeed:
             seed=config.data.shuffle_seed,
             extra_tokens=extra_tokens,
         )
+        # One thread, with a queue that the main thread fills at the same points of the program on every rank: the broadcasts
+        # come in one order, and every rank makes as many of them, whenever training stops.
+        self._thread = ThreadPoolExecutor(1, "tokens", initializer=make_current, initargs=(device,))
+        self._failure: Exception | None = None
 
     def steps(self, consumed: int, num_steps: int, announce: Callable[[Tensor], None]) -> Iterator[Tensor]:
-        """The tokens [A, b, s + k] of each of `num_steps` steps, after the first `consumed` samples of the order.
+        """The tokens [A, b, s + k] of each of `num_steps` steps on the device, after the first `consumed` samples of the order.
 
-        announce: called with the tokens of every step, in order, one step before they are given: the rows of a step can then
-        be fetched while the step before it runs. Before the first step it gets the tokens of the first two.
+        announce: called with the tokens of every step IN HOST MEMORY, in order, one step before they are given: the exchange
+        of a step's rows can then be prepared while the step before it runs. Before the first step it gets the tokens of the
+        first two.
         """
+        batch = self._config.training.global_batch_size
+        reading = self._read_ahead(partial(self._step_tokens, consumed + step * batch) for step in range(num_steps))
 
-        def announced(step: int) -> Tensor:
-            tokens = self._step_tokens(consumed + step * self._config.training.global_batch_size)
-            announce(tokens)
-            return tokens
+        def announced() -> Tensor | None:
+            host = next(reading, None)
+            if host is not None:
+                announce(host)
+            return host
 
-        following = announced(0) if num_steps else None
-        for step in range(num_steps):
-            tokens, following = following, announced(step + 1) if step + 1 < num_steps else None
-            assert tokens is not None
-            yield tokens
+        following = announced()
+        while following is not None:
+            tokens, following = following, announced()
+            yield uploaded(tokens, self._device)
 
     def epochs(self, consumed: int) -> dict[str, float]:
         """How often each set has been gone through after the first `consumed` samples, by the set's name."""
@@ -72,7 +91,7 @@ class TokenFeed:
     def validation(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs, targets) [b, s] int64 of a validation set, which score each of its tokens once over all ranks."""
         shape = self._grid.shape
-        for pair in validation_batches(
+        batches = validation_batches(
             dataset,
             self._config.data.seq_length,
             self._config.training.micro_batch_size,
@@ -80,20 +99,54 @@ class TokenFeed:
             shape.data,
             multiple=shape.context * shape.tensor,  # the ranks that divide a sequence among them
             read=self._reads,
-        ):
-            both = self._shared(torch.from_numpy(np.stack(pair)) if self._reads else None, (2, *pair[0].shape))
+        )
+
+        def read() -> Tokens | None:
+            pair = next(batches, None)
+            return None if pair is None else np.stack(pair)
+
+        for host in self._read_ahead(repeat(read)):
+            if host is None:
+                break
+            both = uploaded(host, self._device)
             yield both[0], both[1]
 
-    def _step_tokens(self, consumed: int) -> Tensor:
-        """The samples of the step after the first `consumed` samples: [A, b, s + k]."""
-        own = torch.from_numpy(self._batches.read(consumed)) if self._reads else None
-        return self._shared(own, self._batches.shape)
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread once it has done what it was asked for; all ranks must call this. wait: return only then."""
+        self._thread.shutdown(wait=wait)
 
-    def _shared(self, own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        """What one rank has read, int64 of `shape`, on all ranks of its copy of the model, which must all call this."""
-        group = self._grid.batch_group
-        tokens = torch.empty(shape, dtype=torch.int64, device=self._device) if own is None else own.to(self._device)
-        if group is not None:
-            with profiler_span("broadcast of tokens", group):
-                dist.broadcast(tokens, src=self._grid.batch_source, group=group)
-        return tokens
+    def _step_tokens(self, consumed: int) -> Tokens:
+        """The samples of the step after the first `consumed` samples: [A, b, s + k], undefined where it does not read."""
+        return self._batches.read(consumed) if self._reads else np.empty(self._batches.shape, dtype=np.int64)
+
+    def _read_ahead(self, reads: Iterable[Read]) -> Iterator[Tensor | None]:
+        """What `_hand_out` returns for each of `reads`; the thread begins with the next one before one is given."""
+        following: Future[Tensor | None] | None = None
+        for read in reads:
+            current, following = following, self._thread.submit(self._hand_out, read)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
+
+    def _hand_out(self, read: Read) -> Tensor | None:
+        """On the thread: what one rank reads, in the host memory of all ranks of its copy of the model; None at the end."""
+        if (
+            self._failure is not None
+        ):  # other ranks still wait for what was not read, and must not be given what follows it
+            raise self._failure
+        try:
+            own = read()
+            if own is None:
+                return None
+            host = torch.from_numpy(own)
+            if self._device.type == "cuda":
+                host = host.pin_memory()
+            group = self._grid.batch_group
+            if group is not None:
+                with profiler_span("broadcast of tokens", group):
+                    dist.broadcast(host, src=self._grid.batch_source, group=group)
+        except Exception as error:
+            self._failure = error
+            raise
+        return host

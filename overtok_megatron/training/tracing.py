@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 from overtok_megatron.parallel.devices import num_accelerators
 
@@ -26,7 +26,9 @@ class Tracer:
         """Around one training step."""
         if self._steps and rank in self._ranks and step == self._steps[0]:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if num_accelerators() else [])]
-            self._profiler = profile(activities=activities)
+            # tokens are handed out, and rows fetched ahead, on threads
+            every_thread = _ExperimentalConfig(profile_all_threads=True)
+            self._profiler = profile(activities=activities, experimental_config=every_thread)
             self._profiler.start()
         yield
         if self._profiler is not None and step == self._steps[1]:

@@ -137,7 +137,7 @@ def test_a_trace_names_every_collective(workspace: Workspace) -> None:
         2,
         "parallel.tensor_parallel_size=2",
         "logging.trace_steps=[2,3]",
-        "training.train_iters=3",
+        "training.train_iters=5",  # tokens are broadcast two steps ahead
         "logging.trace_ranks=[1]",
     )
     (trace,) = (workspace.scratch / "traced" / "traces").iterdir()

@@ -11,6 +11,7 @@ from gpu_checks.registry import Check
 from gpu_checks.rows import hot_row, large_table, oracle, row_speed
 from gpu_checks.saves import save
 from gpu_checks.training import References, Settings
+from gpu_checks.waits import waits
 from gpu_checks.whole_run import whole_run
 
 _ROWS = {
@@ -45,6 +46,7 @@ def all_checks(ranks: int) -> list[Check]:
             if ranks % layout.needs == 0
         ),
         Check("saving thread's device", saving_device, 30, ranks="any", cuda=True),
+        Check("waits for the device", waits, 60, cuda=True),
         Check("rows: speed", row_speed, 60, quick=False),
         *(
             Check(

@@ -116,7 +116,7 @@ class Speed:
 def _speed(context: Context, config: RunConfig) -> Speed:
     """Time some steps after two that are not counted, then profile one."""
     engine = engine_of(context, config)
-    parts = [own_part(engine, batch) for batch in made_tokens(context, config, 4)]
+    parts = [own_part(engine, batch).to(engine.device) for batch in made_tokens(context, config, 4)]
     rounds = 3 if context.quick or not context.cuda else 6
     times, losses = [], []
     for turn in range(2 + rounds):

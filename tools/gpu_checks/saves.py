@@ -24,7 +24,7 @@ def save(context: Context) -> Result:
     engine = engine_of(context, config)
     assert engine.tables is not None
     table_bytes = sum(column.nbytes for column in engine.tables.columns().values())
-    parts = [own_part(engine, batch) for batch in made_tokens(context, config, 4)]
+    parts = [own_part(engine, batch).to(engine.device) for batch in made_tokens(context, config, 4)]
     done = iter(range(10**9))
 
     def step() -> float:

@@ -135,10 +135,10 @@ def engine_of(context: Context, config: RunConfig) -> "TrainingEngine":
 
 
 def own_part(engine: "TrainingEngine", tokens: Tensor) -> Tensor:
-    """Of tokens [B, s + 1] those of this rank's copy of the model, [A, b, s + 1] on its device."""
+    """Of tokens [B, s + 1] those of this rank's copy of the model, [A, b, s + 1] in host memory."""
     grid, micro = engine.grid, engine.config.training.micro_batch_size
     own = tokens.chunk(grid.shape.data)[grid.data_rank]
-    return own.view(-1, micro, tokens.shape[1]).to(engine.device)
+    return own.view(-1, micro, tokens.shape[1])
 
 
 def train_steps(engine: "TrainingEngine", batches: list[Tensor]) -> list[float]:
@@ -148,7 +148,7 @@ def train_steps(engine: "TrainingEngine", batches: list[Tensor]) -> list[float]:
     for number, part in enumerate(parts):
         for ahead in parts[:2] if number == 0 else parts[number + 1 : number + 2]:
             engine.announce(ahead)
-        losses.append(engine.step(part, _RATE).loss)
+        losses.append(engine.step(part.to(engine.device), _RATE).loss)
     return losses
 
 

@@ -55,13 +55,19 @@ class JointNorm:
 
     def finish_step(self) -> StepNorms:
         """Call this after DeepSpeed's step."""
-        joint = self._adapter.global_norm()
+        patched = self._reduce_rows is None
+        joint_norm, square = self._adapter.global_norm(), self._reduce_and_square()
+        # A WAIT FOR THE DEVICE, the first of two per step: both norms are read at once, because whether to go on, and the
+        # factor of the rows' update, depend on the joint one.
+        if isinstance(joint_norm, Tensor):
+            joint, squared = torch.stack([joint_norm.double(), square.to(joint_norm.device)]).tolist()
+        else:  # DeepSpeed had it on the host
+            joint, squared = joint_norm, square.item()
         # Where dense gradients are not finite, some of DeepSpeed's classes leave out the norm and the update; `joint` is then
         # not finite either. In any other step dense parameters would have been clipped without the rows, and updated.
-        assert self._reduce_rows is None or not math.isfinite(joint), "DeepSpeed stepped without the patched norm"
-        tables = math.sqrt(float(self._reduce_and_square()))
+        assert patched or not math.isfinite(joint), "DeepSpeed stepped without the patched norm"
         row_gradients, self._row_gradients = self._row_gradients, None
-        return StepNorms(joint, tables, self._adapter.clip_factor(joint), row_gradients)
+        return StepNorms(joint, math.sqrt(squared), self._adapter.clip_factor(joint), row_gradients)
 
     def _reduce_and_square(self) -> Tensor:
         """Send row gradients to their owners, at the first call of a step; return their sum of squares over all ranks.

@@ -11,7 +11,6 @@ each adapter patches another method, which runs once per step on every rank, aft
 | fp32, 0 | none, the torch optimizer itself | a hook before its step, which clips |
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +49,10 @@ class OptimizerAdapter:
         """Patch DeepSpeed so that its gradient norm, by which it clips dense gradients, includes the row gradients."""
         raise NotImplementedError
 
-    def global_norm(self) -> float:
-        """The joint norm of the last step, before clipping."""
-        return float(self.deepspeed_engine.get_global_grad_norm())
+    def global_norm(self) -> Tensor | float:
+        """The joint norm of the last step, before clipping: a scalar on a device, or where DeepSpeed read it a number."""
+        norm: Tensor | float = self.deepspeed_engine.get_global_grad_norm()
+        return norm
 
     def set_max_norm(self, max_norm: float) -> None:
         """Clip to another norm from the next step on."""
@@ -79,21 +79,18 @@ class TorchOptimizer(OptimizerAdapter):
     """float32 without ZeRO: DeepSpeed steps on the torch optimizer itself, and the norm and clipping are done here."""
 
     def join_norm(self, reduce_and_square: ReduceAndSquare) -> None:
-        self._norm = 0.0
+        self._norm = torch.zeros(())
 
         def clip(*_: Any) -> None:
-            self._norm = math.sqrt(self._dense_square() + float(reduce_and_square()))
-            factor = self.clip_factor(self._norm)
-            if factor != 1.0:
-                for parameter in self._parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
+            self._norm = (self._dense_square() + reduce_and_square()).sqrt()
+            if self.max_norm > 0:  # multiplies by 1 where nothing is to be clipped, which needs no look at the norm
+                torch.nn.utils.clip_grads_with_norm_(self._parameters(), self.max_norm, self._norm)
 
         # DeepSpeed's own clipping, which knows the dense gradients only, runs before the optimizer's step.
         self.deepspeed_engine.clip_fp32_gradients = lambda: None
         self.optimizer.register_step_pre_hook(clip)
 
-    def global_norm(self) -> float:
+    def global_norm(self) -> Tensor:
         return self._norm
 
     def set_max_norm(self, max_norm: float) -> None:
@@ -102,8 +99,8 @@ class TorchOptimizer(OptimizerAdapter):
     def _parameters(self) -> Any:
         return self.deepspeed_engine.module.parameters()
 
-    def _dense_square(self) -> float:
-        """Sum of squares of dense gradients over the ranks of one copy of the model, each value once.
+    def _dense_square(self) -> Tensor:
+        """Sum of squares of dense gradients over the ranks of one copy of the model, each value once: a float64 scalar.
 
         A split parameter counts on every tensor-parallel rank, an unsplit one on the first; the second copy of a tied weight
         does not count.
@@ -114,7 +111,7 @@ class TorchOptimizer(OptimizerAdapter):
             if parameter.grad is not None and counts and not is_tied_copy(parameter):
                 total += parameter.grad.double().square().sum()
         all_reduce_in_place(total, self.grid.replica_group, of="squares")
-        return float(total)
+        return total
 
     def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
         parameter.data.copy_(state.values["master"])
@@ -221,9 +218,9 @@ class Bf16WithoutZero(OptimizerAdapter):
 
         def with_joint_norm(*arguments: Any, **others: Any) -> Any:
             values = list(arguments)
-            dense = float(values[self._norm_argument])
-            values[self._norm_argument] = (dense**2 + float(reduce_and_square())) ** 0.5
-            self.optimizer._global_grad_norm = values[self._norm_argument]
+            dense = values[self._norm_argument]  # a number where DeepSpeed has read it, or a scalar on the device
+            joint = (dense**2 + reduce_and_square()).sqrt()
+            self.optimizer._global_grad_norm = values[self._norm_argument] = joint
             return unscale_and_clip(*values, **others)
 
         self.optimizer.unscale_and_clip_grads = with_joint_norm
