@@ -40,26 +40,38 @@ class Upload:
         """A dataclass with its int64 tensors, and those of dataclasses in it, on the device: they travel as one copy."""
         if self.device.type == "cpu":
             return value
-        found = {id(tensor): tensor for tensor in _tensors(value)}
-        starts, end = {}, 0
-        for key, tensor in found.items():
-            assert tensor.dtype == torch.int64, tensor.dtype
-            starts[key] = end
-            end += -(-tensor.numel() // _ALIGNED) * _ALIGNED
-        packed = torch.empty(end, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        for key, tensor in found.items():
-            packed[starts[key] : starts[key] + tensor.numel()] = tensor.reshape(-1)
+        packed, starts = pack(value, pinned=self.device.type == "cuda")
         with self.stream():
-            arrived = packed.to(self.device, non_blocking=True)
-        copies = {
-            key: arrived[starts[key] : starts[key] + tensor.numel()].view(tensor.shape) for key, tensor in found.items()
-        }
-        replaced: T = _with_tensors(value, copies)
-        return replaced
+            return unpack(value, packed.to(self.device, non_blocking=True), starts)
 
     def end(self) -> "torch.cuda.Event | None":
         """Marks the end of all copies so far, for `use`; None where nothing is copied."""
         return None if self._own_stream is None else self._own_stream.record_event()
+
+
+def pack(value: Any, *, pinned: bool) -> tuple[Tensor, dict[int, int]]:
+    """The int64 tensors of a dataclass in one tensor, and where in it each starts, by the id of the tensor."""
+    found = {id(tensor): tensor for tensor in _tensors(value)}
+    starts, end = {}, 0
+    for key, tensor in found.items():
+        assert tensor.dtype == torch.int64, tensor.dtype
+        starts[key] = end
+        end += -(-tensor.numel() // _ALIGNED) * _ALIGNED
+    packed = torch.empty(end, dtype=torch.int64, pin_memory=pinned)
+    for key, tensor in found.items():
+        packed[starts[key] : starts[key] + tensor.numel()] = tensor.reshape(-1)
+    return packed, starts
+
+
+def unpack(value: T, packed: Tensor, starts: dict[int, int]) -> T:
+    """The dataclass that `pack` was given, with views of a copy of its result in the place of the tensors."""
+    if isinstance(value, Tensor):
+        start = starts[id(value)]
+        return packed[start : start + value.numel()].view(value.shape)  # type: ignore[return-value]  # T is Tensor here
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: unpack(getattr(value, field.name), packed, starts) for field in fields(value)}
+        return replace(value, **parts)
+    return value
 
 
 def use(end: "torch.cuda.Event | None", *values: Any) -> None:
@@ -104,14 +116,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value):
         for field in fields(value):
             yield from _tensors(getattr(value, field.name))
-
-
-def _with_tensors(value: Any, copies: dict[int, Tensor]) -> Any:
-    """A dataclass with copies, by the id of the tensors, in the place of its tensors."""
-    if isinstance(value, Tensor):
-        return copies[id(value)]
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{field.name: _with_tensors(getattr(value, field.name), copies) for field in fields(value)}
-        )
-    return value
