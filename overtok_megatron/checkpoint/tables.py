@@ -57,6 +57,7 @@ class TableWriter:
 
     def start_save(self, folder: Path) -> Callable[[], dict[str, Digest]]:
         """Start a save below `folder`; call the returned function once to write the files: it returns their digests."""
+        self._tables.settle()
         store = self._store
         chain, self._chain = self._chain, None
         changed = store.take_changed()

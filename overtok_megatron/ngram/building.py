@@ -22,7 +22,9 @@ from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace, TableGroup
 from overtok_megatron.ngram.row_store import RowReader, RowStore
-from overtok_megatron.ngram.sharded_tables import ShardedTables, TableReader
+from overtok_megatron.ngram.sharded_tables import ShardedTables, TableReader, slice_row_ids
+from overtok_megatron.ngram.uploading import Upload
+from overtok_megatron.parallel.devices import CPU
 from overtok_megatron.parallel.splits import named_seed
 
 
@@ -124,18 +126,24 @@ def build_family_tables(
     rows and rounding noise follow from the run's seed and the family's `seed_name`. All ranks must call this.
     """
     on_host = config.over_encoding.storage == "host"
-    store_device = torch.device("cpu") if on_host else device
-    row_kernels = kernels.rows if store_device == device else choose_row_kernels(config.training.kernels, store_device)
-    store = build_row_store(config, family, device=store_device, kernels=row_kernels, group=group)
+    host_kernels = kernels.rows if device == CPU else choose_row_kernels(config.training.kernels, CPU)
+    store_device, store_kernels = (CPU, host_kernels) if on_host else (device, kernels.rows)
+    store = build_row_store(config, family, device=store_device, kernels=store_kernels, group=group)
     dtype = DTYPES[config.training.precision]
     prefetch = None
-    if on_host:
-        # the thread's exchange has process groups of its own
-        prefetch = Prefetch(_exchange(config, family, group, row_kernels), partial(store.read, dtype=dtype))
+    # One rank on the CPU would gain nothing: the thread would plan on the cores that the model computes on.
+    if on_host or group is not None or device != CPU:
+        prefetch = Prefetch(
+            partial(slice_row_ids, family.with_kernels(host_kernels), sequence_slice, CPU),
+            # the thread's exchange has process groups of its own
+            _exchange(config, family, group, host_kernels, backend="gloo", name="tables ahead", pin_rows=device != CPU),
+            Upload(device),
+            partial(store.read, dtype=dtype) if on_host else None,
+        )
     return ShardedTables(
         family,
         store,
-        _exchange(config, family, group, row_kernels),
+        _exchange(config, family, group, store_kernels, backend="gloo" if store_device != device else None),
         optimizer=_row_optimizer(config, family, store),
         dtype=dtype,
         device=device,
@@ -166,7 +174,11 @@ def _row_optimizer(config: RunConfig, family: TableFamily, store: RowStore) -> R
 
 
 def _exchange(
-    config: RunConfig, family: TableFamily, group: dist.ProcessGroup | None, kernels: RowKernels
+    config: RunConfig,
+    family: TableFamily,
+    group: dist.ProcessGroup | None,
+    kernels: RowKernels,
+    **groups: Any,
 ) -> Exchange[Any]:
     over = config.over_encoding
     return make_exchange(
@@ -176,5 +188,5 @@ def _exchange(
         kernels=kernels,
         gradient_dtype=ROW_DTYPES[over.gradient_dtype],
         trained_rows=family.trained_rows,
-        backend="gloo" if over.storage == "host" else None,
+        **groups,
     )

@@ -2,7 +2,7 @@
 
 Each row is owned by one rank. A rank sends the row ids that it looks up to their owners, once per step; the owners answer with
 the rows; after the backward pass, the gradients of the rows go the way that the ids went, and the owners sum them. Nothing here
-knows a model or an optimizer.
+knows a model or an optimizer, nor on which thread it runs (prefetch.py).
 
 Shapes: N look-ups of a step, U distinct rows among them, R rows that all ranks request from this rank, r of them distinct, w
 row width.
@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from overtok_megatron.kernels.rows import DistinctIds, RowGradientSums, RowKernels
+from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
 from overtok_megatron.ngram.row_space import RowFilter
 from overtok_megatron.parallel.collectives import profiler_span
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
-ReadRequests = Callable[[Tensor], Tensor]  # indices int64 [n] into a plan's requested rows -> their values [n, w]
 
 
 @dataclass(kw_only=True)
@@ -38,6 +37,11 @@ class Plan:
     count: int
     local_row_of_slot: Tensor | None = None
 
+    @property
+    def step_rows(self) -> Tensor:
+        """The local rows of this rank that the step will update, int64 [r], ascending: those that get a gradient."""
+        raise NotImplementedError
+
 
 PlanT = TypeVar("PlanT", bound=Plan)
 
@@ -46,22 +50,30 @@ class Exchange(Protocol[PlanT]):
     """Moves rows and their gradients between the ranks that own rows and the ranks that look them up.
 
     All ranks must call every method but payload_bytes, also ranks that look nothing up. Every exchange has a type of plan of
-    its own. gradient_dtype: the dtype in which gradients are sent; they are summed in float32.
+    its own; another exchange of that type between the same owners may go on with the plan. gradient_dtype: the dtype in
+    which gradients are sent; they are summed in float32.
     """
 
     gradient_dtype: torch.dtype
 
-    def plan(self, ids: Tensor) -> PlanT:
-        """Tell the owners which rows this rank looks up. ids: row ids, int64 of any shape."""
+    def plan(self, ids: Tensor, *, training: bool = True) -> PlanT:
+        """Tell the owners which rows this rank looks up. ids: row ids, int64 of any shape.
+
+        training: prepare the way back of the gradients as well. Nothing else has to be told about a step: `fetch` and
+        `send_gradients` then know every size and every index.
+        """
 
     def fetch(self, plan: PlanT, read: ReadRows) -> Tensor:
         """The plan's distinct rows [U, w], ascending by row id, in the dtype in which the owners' `read` gives them."""
 
-    def refresh(self, plan: PlanT, rows: Tensor, step_rows: Tensor, read: ReadRows) -> None:
-        """Bring rows [U, w] that `fetch` returned up to date, in place.
+    def tell_changes(self, plan: PlanT, changing: RowFilter) -> None:
+        """Tell the ranks that look rows up which of them will change between `fetch` and their use.
 
-        step_rows [r] int64: this rank's local rows that a step has updated since, ascending.
+        changing: local rows int64 [..] -> bool [..].
         """
+
+    def fetch_changed(self, plan: PlanT, read: ReadRows) -> tuple[Tensor, Tensor]:
+        """The slots int64 [c] of the rows that `tell_changes` named on any rank, and their values [c, w] now."""
 
     def send_gradients(self, plan: PlanT, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
         """Send gradients of rows to the ranks that own the rows, which sum what several ranks send for the same row.
@@ -73,32 +85,69 @@ class Exchange(Protocol[PlanT]):
         """
 
     def payload_bytes(self, plan: PlanT, row_bytes: int, grad_bytes: int) -> int:
-        """Bytes that this rank sends to other ranks for a step: counts, ids, the rows that it serves, gradients."""
+        """Bytes that this rank sends to other ranks for a step: a count for each, ids, the rows that it serves, gradients.
+
+        What pads a message of ids to the size of the others is not counted, nor are rows that are sent again.
+        """
+
+
+@dataclass(kw_only=True)
+class GradientPlan:
+    """The way of gradients to the owners of the rows. Frozen rows get none.
+
+    kept int64 [K]: which of the U rows have gradients that are sent; None = all. send_counts, recv_counts: as those of
+    FlatPlan, of these rows alone. local_rows int64 [r]: the distinct rows of this rank that gradients arrive for, ascending.
+    sorted_arrivals int64: the gradients that arrive ordered by their index in local_rows (kernels.rows.DistinctIds); None
+    where one rank owns all rows, because they are in that order already.
+    """
+
+    kept: Tensor | None
+    send_counts: list[int]
+    recv_counts: list[int]
+    local_rows: Tensor
+    sorted_arrivals: Tensor | None
+
+
+@dataclass(kw_only=True)
+class Changes:
+    """Rows of a plan that change after they were fetched.
+
+    requests int64: which of the R requested rows, for send_counts[i] of which the values go to rank i. slots int64: which of
+    the U rows of this rank, for recv_counts[i] of which the values come from rank i.
+    """
+
+    requests: Tensor
+    slots: Tensor
+    send_counts: list[int]
+    recv_counts: list[int]
 
 
 @dataclass(kw_only=True)
 class FlatPlan(Plan):
-    """unique [U] int64: the row ids that this rank looks up, ascending.
-
-    Both counts are those of the way to the owners, which ids and gradients take. send_counts[i]: how many of the U rows rank
-    i owns, so that their ids go there. recv_counts[i]: how many rows rank i requests from here. requested_rows [R] int64:
-    those rows, local, in the order of the ranks. Rows go the way back, from owners to requesters, where the two counts
-    change places.
+    """Both counts are those of the way to the owners, which ids and gradients take. send_counts[i]: how many of the U rows
+    rank i owns, so that their ids go there. recv_counts[i]: how many rows rank i requests from here. requested_rows [R]
+    int64: those rows, local, in the order of the ranks. Rows go the way back, from owners to requesters, where the two
+    counts change places. gradients: None where the rows get no gradients. changes: None where no rows change.
     """
 
-    unique: Tensor
     send_counts: list[int]
     recv_counts: list[int]
     requested_rows: Tensor
-    distinct: DistinctIds | None = None  # kept by distinct_requests
-    trained: "tuple[FlatPlan, Tensor] | None" = None  # kept by trained_part
+    gradients: GradientPlan | None = None
+    changes: Changes | None = None
+
+    @property
+    def step_rows(self) -> Tensor:
+        assert self.gradients is not None, "a plan without gradients"
+        return self.gradients.local_rows
 
 
 class FlatExchange:
     """Every rank talks to every other.
 
     bounds: the first row id of each rank and the end, ascending. group: the ranks; None = one rank, which owns all rows.
-    gradient_dtype: as in Exchange. trained_rows: which rows take updates; None = all.
+    gradient_dtype: as in Exchange. trained_rows: which rows take updates; None = all. pin_rows: fetched rows land in pinned
+    memory of the host.
     """
 
     def __init__(
@@ -109,44 +158,91 @@ class FlatExchange:
         kernels: RowKernels | None = None,
         gradient_dtype: torch.dtype = torch.float32,
         trained_rows: RowFilter | None = None,
+        pin_rows: bool = False,
     ) -> None:
         self.bounds = tuple(bounds)
         self.trained_rows = trained_rows
         self.kernels = kernels or RowKernels()
         self.group = group
         self.gradient_dtype = gradient_dtype
+        self.pin_rows = pin_rows
         self.rank = 0 if group is None else dist.get_rank(group)
         self.first_row_id = self.bounds[self.rank]
         assert len(self.bounds) == 1 + (1 if group is None else dist.get_world_size(group))
+        self._capacity = 0  # ids for each rank that fit the first message of a plan; the same on all ranks
 
-    def plan(self, ids: Tensor) -> FlatPlan:
-        """Two all-to-alls: counts, then ids."""
+    @property
+    def num_rows(self) -> int:
+        """How many rows this rank owns."""
+        return self.bounds[self.rank + 1] - self.first_row_id
+
+    def plan(self, ids: Tensor, *, training: bool = True) -> FlatPlan:
+        """One all-to-all of counts and ids; a second one where a step looks up more rows than any step before."""
         unique, slots, sorted_lookups = self.kernels.unique(ids, self.bounds[-1])
-        count = unique.numel()
+        return self.plan_distinct(unique, slots, sorted_lookups, training=training)
+
+    def plan_distinct(self, unique: Tensor, slots: Tensor, sorted_lookups: Tensor, *, training: bool) -> FlatPlan:
+        """As `plan`, from ids that are distinct and ascending already, int64 [U]."""
         if self.group is None:
-            local_row_of_slot = unique - self.first_row_id if self.first_row_id else unique
-            return FlatPlan(
-                slots=slots,
-                sorted_lookups=sorted_lookups,
-                count=count,
-                local_row_of_slot=local_row_of_slot,
-                unique=unique,
-                send_counts=[count],
-                recv_counts=[count],
-                requested_rows=local_row_of_slot,
-            )
-        edges = torch.searchsorted(unique, torch.tensor(self.bounds, device=unique.device))
-        counts = edges.diff()  # [ranks]
-        send_counts, recv_counts = counts.tolist(), self._all_to_all("counts", counts).tolist()
-        requested = self._all_to_all("ids", unique, send_counts=send_counts, recv_counts=recv_counts)
-        return FlatPlan(
+            requested_rows = unique - self.first_row_id if self.first_row_id else unique
+            local_row_of_slot, send_counts, recv_counts = requested_rows, [unique.numel()], [unique.numel()]
+        else:
+            requested, send_counts, recv_counts = self._ask_owners(unique)
+            requested_rows, local_row_of_slot = requested - self.first_row_id, None
+        plan = FlatPlan(
             slots=slots,
             sorted_lookups=sorted_lookups,
-            count=count,
-            unique=unique,
+            count=unique.numel(),
+            local_row_of_slot=local_row_of_slot,
             send_counts=send_counts,
             recv_counts=recv_counts,
-            requested_rows=requested - self.first_row_id,
+            requested_rows=requested_rows,
+        )
+        if training:
+            plan.gradients = self._plan_gradients(plan, unique)
+        return plan
+
+    def _ask_owners(self, unique: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """Send ids to the owners. Returns the ids that this rank is asked for, and how many go to and come from each rank.
+
+        The first message to each rank holds how many ids are for it, how many are for the rank with the most, and as many
+        ids as the largest plan so far had. Every rank learns the largest number of ids between any two ranks from it, so that
+        all know alike whether the ids did not fit and travel by themselves, and how many fit from then on.
+        """
+        edges = torch.searchsorted(unique, torch.tensor(self.bounds, device=unique.device))
+        counts = edges.diff()  # [ranks]
+        message = unique.new_zeros(counts.numel(), 2 + self._capacity)
+        message[:, 0], message[:, 1] = counts, counts.max()
+        place = torch.arange(unique.numel(), device=unique.device) - torch.repeat_interleave(edges[:-1], counts)
+        fits = place < self._capacity
+        message[torch.repeat_interleave(counts)[fits], place[fits] + 2] = unique[fits]
+        received = self._all_to_all("counts and ids", message)
+        send_counts, (recv_counts, most) = counts.tolist(), received[:, :2].T.tolist()
+        if max(most) <= self._capacity:
+            ids = received[:, 2:]
+            requested = ids[torch.arange(self._capacity, device=ids.device) < received[:, :1]]
+        else:
+            self._capacity = max(most) + max(most) // 8
+            requested = self._all_to_all("ids", unique, send_counts=send_counts, recv_counts=recv_counts)
+        return requested, send_counts, recv_counts
+
+    def _plan_gradients(self, plan: FlatPlan, unique: Tensor) -> GradientPlan:
+        """The way back. Both ends compute it from what they know already, without communication. unique: row ids [U]."""
+        kept, local_rows, sorted_arrivals = None, plan.requested_rows, None
+        send_counts, recv_counts = plan.send_counts, plan.recv_counts
+        if self.trained_rows is not None:
+            trained = self.trained_rows(unique)
+            arriving = self.trained_rows(plan.requested_rows + self.first_row_id)
+            kept, local_rows = trained.nonzero().squeeze(1), plan.requested_rows[arriving]
+            send_counts, recv_counts = _kept_counts(trained, send_counts), _kept_counts(arriving, recv_counts)
+        if self.group is not None:
+            local_rows, _, sorted_arrivals = self.kernels.unique(local_rows, self.num_rows)
+        return GradientPlan(
+            kept=kept,
+            send_counts=send_counts,
+            recv_counts=recv_counts,
+            local_rows=local_rows,
+            sorted_arrivals=sorted_arrivals,
         )
 
     def fetch(self, plan: FlatPlan, read: ReadRows) -> Tensor:
@@ -155,93 +251,83 @@ class FlatExchange:
         if self.group is None:
             return values
         # the way back: this rank sends to each rank what that one requests, and receives what it requested itself
-        return self._all_to_all("rows", values, send_counts=plan.recv_counts, recv_counts=plan.send_counts)
+        return self._all_to_all(
+            "rows", values, send_counts=plan.recv_counts, recv_counts=plan.send_counts, pinned=self.pin_rows
+        )
 
-    def refresh(self, plan: FlatPlan, rows: Tensor, step_rows: Tensor, read: ReadRows) -> None:
-        """Three small all-to-alls: how many of each rank's rows changed, which ones, and their values."""
-        stale = is_in(plan.requested_rows, step_rows)
-        self.resend(plan, rows, stale, lambda requests: read(plan.requested_rows[requests]))
+    def tell_changes(self, plan: FlatPlan, changing: RowFilter) -> None:
+        """One all-to-all, of a byte per row."""
+        self.mark_changes(plan, changing(plan.requested_rows))
 
-    def resend(self, plan: FlatPlan, rows: Tensor, stale: Tensor, read_requests: ReadRequests) -> Tensor:
-        """Send again those of the R requested rows that are stale, bool [R], and put them into `rows` of their requesters.
-
-        Returns the indices of the rows that were renewed here, int64.
-        """
-        requests = stale.nonzero().squeeze(1)
-        values = read_requests(requests)
+    def mark_changes(self, plan: FlatPlan, changing: Tensor) -> Changes:
+        """As `tell_changes`. changing: which of the R requested rows change, bool [R]."""
+        requests = changing.nonzero().squeeze(1)
         if self.group is None:
-            rows.index_copy_(0, requests, values)
-            return requests
-        starts = torch.tensor([0, *plan.recv_counts], device=requests.device).cumsum(0)
-        counts = torch.searchsorted(requests, starts).diff()  # [ranks], stale rows of those that each rank requested
-        incoming = self._all_to_all("changed counts", counts)
-        # of the stale rows alone and of the way back, from owners to requesters
-        send_counts, recv_counts = counts.tolist(), incoming.tolist()
-        offsets = requests - torch.repeat_interleave(starts[:-1], counts)  # among what one rank requested
-        renewed = self._all_to_all("changed rows' indices", offsets, send_counts=send_counts, recv_counts=recv_counts)
-        unique_starts = torch.tensor([0, *plan.send_counts[:-1]], device=renewed.device).cumsum(0)
-        renewed = renewed + torch.repeat_interleave(unique_starts, incoming)  # index into `unique`
-        values = self._all_to_all("changed rows", values, send_counts=send_counts, recv_counts=recv_counts)
-        rows.index_copy_(0, renewed, values)
-        return renewed
+            counts = [requests.numel()]
+            plan.changes = Changes(requests=requests, slots=requests, send_counts=counts, recv_counts=counts)
+            return plan.changes
+        marks = self._all_to_all(
+            "marks of changing rows",
+            changing.to(torch.uint8),
+            send_counts=plan.recv_counts,
+            recv_counts=plan.send_counts,
+        )
+        plan.changes = Changes(
+            requests=requests,
+            slots=marks.nonzero().squeeze(1),
+            send_counts=_kept_counts(changing, plan.recv_counts),
+            recv_counts=_kept_counts(marks, plan.send_counts),
+        )
+        return plan.changes
+
+    def fetch_changed(self, plan: FlatPlan, read: ReadRows) -> tuple[Tensor, Tensor]:
+        """One all-to-all."""
+        changes = plan.changes
+        assert changes is not None, "nobody told of changes"
+        return changes.slots, self.send_changed(changes, read(plan.requested_rows[changes.requests]))
+
+    def send_changed(self, changes: Changes, values: Tensor) -> Tensor:
+        """The values of the changed rows [c, w] of this rank, for those that it sends of requested rows."""
+        if self.group is None:
+            return values
+        return self._all_to_all(
+            "changed rows",
+            values,
+            send_counts=changes.send_counts,
+            recv_counts=changes.recv_counts,
+            pinned=self.pin_rows,
+        )
 
     def send_gradients(self, plan: FlatPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
         """One all-to-all."""
-        plan, kept = self.trained_part(plan)
-        if kept is not None:
-            lookup_gradients = RowGradientSums(*(part[kept] for part in lookup_gradients))
-        return self.send_all_gradients(plan, lookup_gradients)
+        gradients = plan.gradients
+        assert gradients is not None, "a plan without gradients"
+        if gradients.kept is not None:
+            lookup_gradients = RowGradientSums(*(part[gradients.kept] for part in lookup_gradients))
+        return self.send_kept_gradients(gradients, lookup_gradients)
 
-    def trained_part(self, plan: FlatPlan) -> tuple[FlatPlan, Tensor | None]:
-        """The plan of the rows whose gradients are sent, and which of the U rows those are, bool [U]; None = all.
-
-        The requesting and the owning rank each compute it from what they know already, without communication.
-        """
-        if self.trained_rows is None:
-            return plan, None
-        if plan.trained is None:
-            kept = self.trained_rows(plan.unique)
-            kept_requests = self.trained_rows(plan.requested_rows + self.first_row_id)
-            unique = plan.unique[kept]
-            part = FlatPlan(
-                slots=plan.slots,
-                sorted_lookups=plan.sorted_lookups,
-                count=unique.numel(),
-                unique=unique,
-                send_counts=_kept_counts(kept, plan.send_counts),
-                recv_counts=_kept_counts(kept_requests, plan.recv_counts),
-                requested_rows=plan.requested_rows[kept_requests],
-            )
-            plan.trained = part, kept
-        return plan.trained
-
-    def send_all_gradients(self, plan: FlatPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
-        """As `send_gradients`, for a plan all of whose rows take updates."""
-        if self.group is None:
-            return plan.requested_rows, lookup_gradients
-        received = self._all_to_all(  # [R, w]
+    def send_kept_gradients(
+        self, plan: GradientPlan, lookup_gradients: RowGradientSums
+    ) -> tuple[Tensor, RowGradientSums]:
+        """As `send_gradients`, from the gradients of the rows that are sent alone."""
+        if plan.sorted_arrivals is None:
+            return plan.local_rows, lookup_gradients
+        received = self._all_to_all(
             "gradients",
             lookup_gradients.total.to(self.gradient_dtype),
             send_counts=plan.send_counts,
             recv_counts=plan.recv_counts,
         )
-        requests = self.distinct_requests(plan)
-        sums = RowGradientSums.empty(requests.ids.numel(), received.shape[1], received.device)
-        self.kernels.add(sums, requests.sorted_lookups, received, fresh=True)  # each row's gradients are in rank order
-        return requests.ids, sums
-
-    def distinct_requests(self, plan: FlatPlan) -> DistinctIds:
-        """The distinct ones among the R requested rows: their `ids` are local rows."""
-        if plan.distinct is None:
-            num_rows = self.bounds[self.rank + 1] - self.first_row_id
-            plan.distinct = self.kernels.unique(plan.requested_rows, num_rows)
-        return plan.distinct
+        sums = RowGradientSums.empty(plan.local_rows.numel(), received.shape[1], received.device)
+        self.kernels.add(sums, plan.sorted_arrivals, received, fresh=True)  # each row's gradients are in rank order
+        return plan.local_rows, sums
 
     def payload_bytes(self, plan: FlatPlan, row_bytes: int, grad_bytes: int) -> int:
-        trained, _ = self.trained_part(plan)
+        assert plan.gradients is not None, "a plan without gradients"
         # what goes to each rank: ids and gradients to owners, rows to requesters
         ids, rows, gradients = (
-            sum(counts) - counts[self.rank] for counts in (plan.send_counts, plan.recv_counts, trained.send_counts)
+            sum(counts) - counts[self.rank]
+            for counts in (plan.send_counts, plan.recv_counts, plan.gradients.send_counts)
         )
         return 8 * (len(plan.send_counts) - 1) + ids * 8 + rows * row_bytes + gradients * grad_bytes
 
@@ -252,10 +338,11 @@ class FlatExchange:
         *,
         send_counts: list[int] | None = None,
         recv_counts: list[int] | None = None,
+        pinned: bool = False,
     ) -> Tensor:
         """How many of the values go to each rank, and come from each; None for both: as many go to each as come from it."""
         shape = values.shape if recv_counts is None else (sum(recv_counts), *values.shape[1:])
-        result = values.new_empty(shape)
+        result = torch.empty(shape, dtype=values.dtype, device=values.device, pin_memory=pinned)
         assert self.group is not None
         with profiler_span(f"all-to-all of {what}", self.group):
             dist.all_to_all_single(result, values.contiguous(), recv_counts, send_counts, group=self.group)
@@ -263,7 +350,7 @@ class FlatExchange:
 
 
 def _kept_counts(kept: Tensor, counts: list[int]) -> list[int]:
-    """How many of each rank's rows are kept: kept bool [R] has counts[i] values of rank i, in the order of the ranks."""
+    """How many of each rank's rows are kept: kept [R], 0 or 1, has counts[i] values of rank i, in the order of the ranks."""
     return torch.stack([part.sum() for part in kept.split(counts)]).tolist()
 
 

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.ngram.row_space import RowFilter
 
 Readout = Literal["embedding"]  # joined to the 1-gram embedding, before the first layer
@@ -62,6 +63,9 @@ class TableFamily(Protocol):
 
         history int64 [b, history_length]: the tokens before tokens[:, 0]; None = there are none. MISSING stands for no token.
         """
+
+    def with_kernels(self, kernels: RowKernels) -> "TableFamily":
+        """The same family, computed by other kernels: those of the host where tokens are hashed there."""
 
     def collision_share(self, tokens: Tensor) -> float:
         """Share of look-ups of tokens [b, s] whose row another n-gram among them uses too, over all tables, 0 to 1."""

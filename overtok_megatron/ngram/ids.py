@@ -6,7 +6,7 @@ section 3.2). It is reduced at every Horner step: p^(q-1) overflows int64 from V
 Shapes: b batch (any number of leading axes), s sequence, n longest n-gram, T tables.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -93,6 +93,9 @@ class NgramHash:
         Rows per table are below 2^31, which config validation ensures: no intermediate passes 2^62.
         """
         return self.kernels.ngram_row_ids(self._extended(tokens, history), self.tables)
+
+    def with_kernels(self, kernels: RowKernels) -> "NgramHash":
+        return replace(self, kernels=kernels)
 
     def collision_share(self, tokens: Tensor) -> float:
         row_ids = self.row_ids(tokens).flatten(0, -2)  # [b s, T]

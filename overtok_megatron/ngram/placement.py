@@ -38,31 +38,34 @@ def make_exchange(
     gradient_dtype: torch.dtype,
     trained_rows: RowFilter | None = None,
     backend: str | None = None,
+    name: str = "tables",
+    pin_rows: bool = False,
 ) -> Exchange[Any]:
     """The exchange over all ranks of the world. All ranks must call this, because it may make process groups.
 
     group: of all ranks; None = one rank. ranks_per_host: given, it asks for the exchange in two levels. trained_rows: which
     rows take updates; None = all. backend: of the process groups that are made for the exchange; None = the default one, and
-    the flat exchange uses `group` itself.
+    the flat exchange uses `group` itself. name: of these groups in traces. pin_rows: as in FlatExchange.
     """
     world_size = 1 if group is None else dist.get_world_size(group)
     bounds = split_bounds(total_rows, world_size)
+    settings: dict[str, Any] = {
+        "kernels": kernels, "gradient_dtype": gradient_dtype, "trained_rows": trained_rows, "pin_rows": pin_rows,
+    }  # fmt: skip
     if world_size == 1:
-        return FlatExchange(bounds, None, kernels=kernels, gradient_dtype=gradient_dtype, trained_rows=trained_rows)
+        return FlatExchange(bounds, None, **settings)
     if ranks_per_host is None:
         if backend is not None:
-            group = dist.new_group(list(range(world_size)), backend=backend, group_desc="tables")
-        return FlatExchange(bounds, group, kernels=kernels, gradient_dtype=gradient_dtype, trained_rows=trained_rows)
+            group = dist.new_group(list(range(world_size)), backend=backend, group_desc=name)
+        return FlatExchange(bounds, group, **settings)
     hosts = world_size // ranks_per_host
     ranks_of_hosts = [list(range(host * ranks_per_host, (host + 1) * ranks_per_host)) for host in range(hosts)]
     same_rank_in_host = [list(range(first, world_size, ranks_per_host)) for first in range(ranks_per_host)]
     return TwoLevelExchange(
         bounds,
-        host_group=_group_of_this_rank(ranks_of_hosts, backend, "tables, host"),
-        network_group=_group_of_this_rank(same_rank_in_host, backend, "tables, hosts"),
-        kernels=kernels,
-        gradient_dtype=gradient_dtype,
-        trained_rows=trained_rows,
+        host_group=_group_of_this_rank(ranks_of_hosts, backend, f"{name}, host"),
+        network_group=_group_of_this_rank(same_rank_in_host, backend, f"{name}, hosts"),
+        **settings,
     )
 
 

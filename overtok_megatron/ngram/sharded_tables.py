@@ -5,6 +5,7 @@ a step updates.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 import torch
@@ -19,7 +20,9 @@ from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.snapshot import RowSnapshot
+from overtok_megatron.ngram.uploading import moved, to_host
 from overtok_megatron.parallel.collectives import all_reduce_in_place
+from overtok_megatron.parallel.devices import CPU
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,23 @@ class RowGradients:
     grad: Tensor
     scale: float
     global_squared_norm: Tensor
+
+
+def slice_row_ids(
+    family: TableFamily,
+    sequence_slice: tuple[int, int],
+    device: torch.device,
+    tokens: Tensor | None,
+    history: Tensor | None = None,
+) -> Tensor:
+    """Row ids int64 [.., s / slices, T] of one slice of tokens [.., s] on a device; an empty tensor [0] for tokens None.
+
+    sequence_slice: (index, count of slices). history: as in `TableFamily.row_ids`.
+    """
+    if tokens is None:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    index, count = sequence_slice
+    return family.row_ids(tokens, history).chunk(count, dim=-2)[index]
 
 
 class TableReader(Generic[PlanT]):
@@ -63,14 +83,11 @@ class TableReader(Generic[PlanT]):
         self.device = device
         self.kernels = kernels
         self.group = group
-        self.sequence_slice_index, self.num_sequence_slices = sequence_slice
+        self.sequence_slice = sequence_slice
 
     def row_ids(self, tokens: Tensor | None, history: Tensor | None = None) -> Tensor:
         """Row ids int64 [.., s / slices, T] of tokens [.., s] on the model's device; an empty tensor [0] for tokens None."""
-        if tokens is None:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        ids = self.family.row_ids(tokens, history)
-        return ids.chunk(self.num_sequence_slices, dim=-2)[self.sequence_slice_index]
+        return slice_row_ids(self.family, self.sequence_slice, self.device, tokens, history)
 
     def fetch_rows(self, tokens: Tensor | None, *, history: Tensor | None = None) -> FetchedRows[PlanT]:
         """Fetch the rows of the n-grams of tokens int64 [.., s]: slots [.., s / slices, T], without gradients.
@@ -81,39 +98,39 @@ class TableReader(Generic[PlanT]):
 
     def fetch_row_ids(self, ids: Tensor, *, training: bool = False) -> FetchedRows[PlanT]:
         """Fetch rows by their ids, int64 of any shape, which is the shape of the slots. training: with a gradient buffer."""
-        plan = self.exchange.plan(ids.to(self.store.device))
-        stored = self.store.rows
-        if plan.local_row_of_slot is not None and stored is not None and self.store.device == self.device:
-            # every row is here: read in place
-            return self._fetched(plan, stored, plan.local_row_of_slot, training=training)
-        return self._fetched(plan, StoredRows(self.exchange.fetch(plan, self._read)), training=training)
+        plan = self.exchange.plan(ids.to(self.store.device), training=training)
+        return self._fetch(plan, plan.slots, plan.sorted_lookups, training=training)
 
-    def _read(self, local_rows: Tensor) -> Tensor:
-        return self.store.read(local_rows, self.dtype)
-
-    def _fetched(
-        self, plan: PlanT, stored: StoredRows, index: Tensor | None = None, *, training: bool
+    def _fetch(
+        self, plan: PlanT, slots: Tensor, sorted_lookups: Tensor, *, training: bool, rows: Tensor | None = None
     ) -> FetchedRows[PlanT]:
-        """stored: the store's rows with the index of each slot among them, or without an index the plan's rows alone."""
-        if index is None:
-            stored = StoredRows(_moved(stored.weight, self.device))
-        rows = DistinctRows(
+        """The rows of a plan on the rows' device, with its slots and look-ups on any. rows: its distinct rows, if known."""
+        stored, index = self.store.rows, plan.local_row_of_slot
+        if rows is not None or index is None or stored is None or self.store.device != self.device:
+            if rows is None:
+                rows = self.exchange.fetch(plan, self._read)
+            stored, index = StoredRows(moved(rows, self.device)), None
+        # else every row is here: read in place
+        distinct = DistinctRows(
             stored=stored,
             index=index,
             plan=plan,
-            sorted_lookups=_moved(plan.sorted_lookups, self.device) if training else None,
+            sorted_lookups=moved(sorted_lookups, self.device) if training else None,
             dtype=self.dtype,
             kernels=self.kernels,
         )
-        return FetchedRows(_moved(plan.slots, self.device), rows)
+        return FetchedRows(moved(slots, self.device), distinct)
+
+    def _read(self, local_rows: Tensor) -> Tensor:
+        return self.store.read(local_rows, self.dtype)
 
 
 class ShardedTables(TableReader[PlanT]):
     """Tables that are trained: this rank's rows with their optimizer.
 
     A training step calls, on every rank and in this order: `fetch_rows(tokens, training=True)`, the forward and backward
-    passes, `reduce_gradients`, `update_rows`. prefetch: where given, `announce(tokens)` may name the batches of coming
-    steps; losses are the same without it.
+    passes, `reduce_gradients`, `update_rows`. prefetch: where given, it plans every step, and fetches and updates rows on the
+    host; `announce(tokens)` may name the batches of coming steps, so that it does so ahead; losses are the same without.
     """
 
     store: RowStore
@@ -141,53 +158,70 @@ class ShardedTables(TableReader[PlanT]):
         self.snapshot: RowSnapshot | None = None  # being written by a save
 
     def announce(self, tokens: Tensor | None) -> None:
-        """Begin to fetch the rows of a coming training step, from its tokens in host memory.
-
-        To be called in the order of the steps.
-        """
+        """Begin to plan a coming training step, from its tokens in host memory; to be called in the order of the steps."""
         if self.prefetch is not None:
-            ids = self.row_ids(None if tokens is None else _moved(tokens, self.device))
-            self.prefetch.start(ids.to(self.store.device))
+            self.prefetch.start(_on_host(tokens))
 
     def fetch_rows(
         self, tokens: Tensor | None, *, history: Tensor | None = None, training: bool = False
     ) -> FetchedRows[PlanT]:
-        """As `TableReader.fetch_rows`. training: all micro-batches of a step [A, b, s], with a gradient buffer."""
-        if training and self.prefetch is not None and self.prefetch.pending:
-            return self._fetched(*self.prefetch.take(), training=True)
-        return self.fetch_row_ids(self.row_ids(tokens, history), training=training)
+        """As `TableReader.fetch_rows`. training: all micro-batches of a step [A, b, s], with a gradient buffer.
+
+        A step that was announced takes what was planned for it.
+        """
+        if self.prefetch is None:
+            return self.fetch_row_ids(self.row_ids(tokens, history), training=training)
+        assert history is None, "tables in training look up whole sequences"
+        if training:
+            if not self.prefetch.pending:
+                self.announce(tokens)
+            step = self.prefetch.take()
+        else:
+            step = self.prefetch.once(_on_host(tokens))
+        return self._fetch(step.plan, step.slots, step.sorted_lookups, training=training, rows=step.rows)
 
     def reduce_gradients(self, fetched: FetchedRows[PlanT], scale: float) -> RowGradients:
         """After the last backward pass: send the gradients of the fetched rows to their owners, and sum their squares.
 
         scale: what the gradients are to be multiplied by, the same on all ranks.
         """
-        lookup_gradients = RowGradientSums(
-            *(_moved(part, self.store.device) for part in fetched.rows.gradients(self.device))
-        )
+        lookup_gradients = fetched.rows.gradients(self.device)
+        if self.store.device != self.device:
+            lookup_gradients = RowGradientSums(*to_host(*lookup_gradients))
         local_rows, sums = self.exchange.send_gradients(fetched.rows.plan, lookup_gradients)
-        squared_norm = (self.store.kernels.sum(sums.row_squared_norms) * scale**2).to(self.device)
+        squared_norm = moved(self.store.kernels.sum(sums.row_squared_norms) * scale**2, self.device)
         all_reduce_in_place(squared_norm, self.group, of="squares")
         return RowGradients(local_rows, sums.total, scale, squared_norm)
 
     def update_rows(self, gradients: RowGradients, learning_rate: float, clip_factor: float) -> None:
-        """Update the rows of the step with their gradients times `clip_factor` (1.0 = not clipped)."""
-        step_rows = gradients.local_rows
-        if self.prefetch is not None:
-            self.prefetch.wait()  # it may still read rows that are about to change
+        """Update the rows of the step with their gradients times `clip_factor` (1.0 = not clipped).
+
+        Rows on the host are updated on the thread; `settle` waits for it.
+        """
+        if self.prefetch is not None and self.prefetch.updates_rows:
+            self.prefetch.update(partial(self._update_rows, gradients, learning_rate, clip_factor))
+        else:
+            self._update_rows(gradients, learning_rate, clip_factor)
+
+    def _update_rows(self, gradients: RowGradients, learning_rate: float, clip_factor: float) -> None:
         snapshot = self.snapshot  # read once: the thread of a save removes it when the save is written
         if snapshot is not None:
-            snapshot.preserve(step_rows)
-        self.optimizer.update(step_rows, gradients.grad, learning_rate, gradients.scale * clip_factor)
+            snapshot.preserve(gradients.local_rows)
+        self.optimizer.update(gradients.local_rows, gradients.grad, learning_rate, gradients.scale * clip_factor)
+
+    def settle(self) -> None:
+        """Wait until all updates of rows have been made. Call this before rows, or the optimizer's state, are read directly."""
         if self.prefetch is not None:
-            self.prefetch.refresh(step_rows)
+            self.prefetch.wait()
 
     def columns(self) -> dict[str, Tensor]:
         """Everything that a row has, values and optimizer state, by name: tensors with one entry per local row."""
+        self.settle()
         return {**self.store.columns(), **self.optimizer.state}
 
     def num_ever_updated(self) -> int:
         """How many of this rank's rows were ever updated."""
+        self.settle()
         return self.store.num_ever_updated()
 
     def payload_bytes(self, fetched: FetchedRows[PlanT]) -> int:
@@ -198,10 +232,5 @@ class ShardedTables(TableReader[PlanT]):
         )
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device: itself where it is there already, else a copy, to a GPU without waiting for it."""
-    if tensor.device == device:
-        return tensor
-    if device.type == "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+def _on_host(tokens: Tensor | None) -> Tensor | None:
+    return None if tokens is None else moved(tokens, CPU)

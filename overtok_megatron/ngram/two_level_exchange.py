@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
-from overtok_megatron.ngram.exchange import FlatExchange, FlatPlan, Plan, ReadRows, is_in
+from overtok_megatron.ngram.exchange import FlatExchange, FlatPlan, Plan, ReadRows
 from overtok_megatron.ngram.row_space import RowFilter
 
 
@@ -20,14 +20,16 @@ from overtok_megatron.ngram.row_space import RowFilter
 class TwoLevelPlan(Plan):
     """host_plan: between the ranks of this host. network_plan: between hosts, of the H distinct rows that this host requests.
 
-    network_slots int64 [R]: for each of the R requested rows, its index among the H distinct ones. network_rows [H, w]: the
-    values of the distinct ones, once fetched.
+    network_slots int64 [R]: for each of the R requested rows, its index among the H distinct ones.
     """
 
     host_plan: FlatPlan
     network_plan: FlatPlan
     network_slots: Tensor
-    network_rows: Tensor
+
+    @property
+    def step_rows(self) -> Tensor:
+        return self.network_plan.step_rows
 
 
 class TwoLevelExchange:
@@ -36,7 +38,7 @@ class TwoLevelExchange:
     Rank l of a host requests rows from the ranks l of all hosts, on behalf of its host: it collects what the ranks of its
     host look up of them. bounds: the first row id of each owner and the end, owners ordered by (l, host). host_group: this
     host's ranks. network_group: the ranks l of all hosts; None, for either, where it would have one rank. Gradients are
-    summed over the host's ranks first, then over hosts: equal to FlatExchange to rounding.
+    summed over the host's ranks first, then over hosts: equal to FlatExchange to rounding. pin_rows: as in FlatExchange.
     """
 
     def __init__(
@@ -48,11 +50,17 @@ class TwoLevelExchange:
         kernels: RowKernels | None = None,
         gradient_dtype: torch.dtype = torch.float32,
         trained_rows: RowFilter | None = None,
+        pin_rows: bool = False,
     ) -> None:
         hosts = 1 if network_group is None else dist.get_world_size(network_group)
         self.gradient_dtype = gradient_dtype
         self.host = FlatExchange(
-            bounds[::hosts], host_group, kernels=kernels, gradient_dtype=gradient_dtype, trained_rows=trained_rows
+            bounds[::hosts],
+            host_group,
+            kernels=kernels,
+            gradient_dtype=gradient_dtype,
+            trained_rows=trained_rows,
+            pin_rows=pin_rows,
         )
         first = self.host.rank * hosts
         self.network = FlatExchange(
@@ -63,49 +71,49 @@ class TwoLevelExchange:
             trained_rows=trained_rows,
         )
 
-    def plan(self, ids: Tensor) -> TwoLevelPlan:
-        """Four all-to-alls: counts and ids, within the host and then between hosts."""
-        host_plan = self.host.plan(ids)
-        requested, network_slots, _ = self.host.distinct_requests(host_plan)
+    def plan(self, ids: Tensor, *, training: bool = True) -> TwoLevelPlan:
+        """Two all-to-alls, within the host and then between hosts; each as FlatExchange.plan."""
+        host_plan = self.host.plan(ids, training=training)
+        requested, network_slots, _ = self.host.kernels.unique(host_plan.requested_rows, self.host.num_rows)
+        no_lookups = requested[:0]  # they are those of the plan within the host
         return TwoLevelPlan(
             slots=host_plan.slots,
             sorted_lookups=host_plan.sorted_lookups,
             count=host_plan.count,
             host_plan=host_plan,
-            network_plan=self.network.plan(requested + self.host.first_row_id),
+            network_plan=self.network.plan_distinct(
+                requested + self.host.first_row_id, no_lookups, no_lookups, training=training
+            ),
             network_slots=network_slots,
-            network_rows=ids.new_empty(0),
         )
 
     def fetch(self, plan: TwoLevelPlan, read: ReadRows) -> Tensor:
         """Two all-to-alls."""
-        plan.network_rows = self.network.fetch(plan.network_plan, read)
-        return self.host.fetch(plan.host_plan, lambda _: plan.network_rows[plan.network_slots])
+        network_rows = self.network.fetch(plan.network_plan, read)  # [H, w]
+        return self.host.fetch(plan.host_plan, lambda _: network_rows[plan.network_slots])
 
-    def refresh(self, plan: TwoLevelPlan, rows: Tensor, step_rows: Tensor, read: ReadRows) -> None:
-        """Six small all-to-alls."""
-        requested = plan.network_plan.requested_rows
-        renewed = self.network.resend(
-            plan.network_plan,
-            plan.network_rows,
-            is_in(requested, step_rows),
-            lambda requests: read(requested[requests]),
-        )
-        stale = torch.zeros(plan.network_rows.shape[0], dtype=torch.bool, device=rows.device)
-        stale.index_fill_(0, renewed, True)
-        self.host.resend(
-            plan.host_plan,
-            rows,
-            stale[plan.network_slots],
-            lambda requests: plan.network_rows[plan.network_slots[requests]],
-        )
+    def tell_changes(self, plan: TwoLevelPlan, changing: RowFilter) -> None:
+        """Two all-to-alls, of a byte per row."""
+        network_plan = plan.network_plan
+        network = self.network.mark_changes(network_plan, changing(network_plan.requested_rows))
+        of_host = torch.zeros(network_plan.count, dtype=torch.bool, device=plan.slots.device)  # [H]
+        of_host[network.slots] = True
+        self.host.mark_changes(plan.host_plan, of_host[plan.network_slots])
+
+    def fetch_changed(self, plan: TwoLevelPlan, read: ReadRows) -> tuple[Tensor, Tensor]:
+        """Two all-to-alls."""
+        network_slots, values = self.network.fetch_changed(plan.network_plan, read)  # ascending among H, [c, w]
+        changes = plan.host_plan.changes
+        assert changes is not None, "nobody told of changes"
+        index = torch.searchsorted(network_slots, plan.network_slots[changes.requests])
+        return changes.slots, self.host.send_changed(changes, values[index])
 
     def send_gradients(self, plan: TwoLevelPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
         """Two all-to-alls."""
         _, host_sums = self.host.send_gradients(plan.host_plan, lookup_gradients)
+        assert plan.network_plan.gradients is not None
         # The exchange within the host has dropped the rows that take no updates already.
-        network_plan, _ = self.network.trained_part(plan.network_plan)
-        return self.network.send_all_gradients(network_plan, host_sums)
+        return self.network.send_kept_gradients(plan.network_plan.gradients, host_sums)
 
     def payload_bytes(self, plan: TwoLevelPlan, row_bytes: int, grad_bytes: int) -> int:
         within_host = self.host.payload_bytes(plan.host_plan, row_bytes, grad_bytes)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.ngram.building import build_family_tables, build_tables, family_seed
 from overtok_megatron.ngram.families import Readout
 from overtok_megatron.ngram.ids import MISSING
@@ -43,6 +44,9 @@ class MadeUpFamily:
             history = torch.full((*tokens.shape[:-1], 1), MISSING)
         before = torch.cat([history, tokens], dim=-1)[..., :-1]
         return ((tokens * 31 + before + 1) % self.total_rows).unsqueeze(-1)
+
+    def with_kernels(self, kernels: RowKernels) -> "MadeUpFamily":
+        return self
 
     def collision_share(self, tokens: Tensor) -> float:
         raise NotImplementedError

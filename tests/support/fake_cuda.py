@@ -72,7 +72,8 @@ def forward(config: RunConfig) -> None:
     fetched = None
     if config.over_encoding.enabled:
         tables = build_tables(config, 0, device=CUDA, kernels=kernels)
-        fetched = tables.fetch_rows(tokens[:, :-1], training=True)
+        # Planned on the device: the thread that plans a step on the host knows no fake tensors.
+        fetched = tables.fetch_row_ids(tables.row_ids(tokens[:, :-1]), training=True)
         assert fetched.rows.index is not None, "one process took the branch of several"
         assert fetched.slots.device == fetched.rows.stored.weight.device == CUDA
     result = model(tokens[:, :-1], fetched, tokens[:, 1:])

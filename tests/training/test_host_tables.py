@@ -22,23 +22,29 @@ def batches(steps: int) -> list[Tensor]:
 
 
 def train(
-    over: dict[str, Any], parallel: dict[str, Any], steps: int, rate: float
+    over: dict[str, Any], parallel: dict[str, Any], steps: int, rate: float, ahead: bool = True
 ) -> tuple[list[float], list[float], Tensor, Tensor]:
-    """One rank's work: losses, validation losses on the way, and its rows and their state in the end."""
+    """One rank's work: losses, validation losses on the way, and its rows and their state in the end.
+
+    ahead: steps are announced before they come.
+    """
     config = layout_config(Layout({"zero_stage": 1, **parallel}, over=STORED | GROWN | over))
     engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
     parts = [own_tokens(engine, batch) for batch in batches(steps)]
     losses, validations = [], []
-    engine.announce(parts[0])
+    announced = parts if ahead else []
+    for part in announced[:1]:
+        engine.announce(part)
     for step, part in enumerate(parts):
-        if step + 1 < len(parts):
-            engine.announce(parts[step + 1])
+        for following in announced[step + 1 : step + 2]:
+            engine.announce(following)
         losses.append(engine.step(part, rate).loss)
         if step % 70 == 3:
             pair = (part.flatten(0, 1)[:, :-1], part.flatten(0, 1)[:, 1:])
             validations.append(engine.evaluate([pair])[0])
     assert engine.tables is not None
-    assert (engine.tables.prefetch is not None) == (over.get("storage") == "host")
+    prefetch = engine.tables.prefetch
+    assert (prefetch is not None and prefetch.updates_rows) == (over.get("storage") == "host")
     columns = engine.tables.columns()
     return losses, validations, columns["weight"], columns["square_sum"]
 
@@ -59,13 +65,32 @@ SLOW = pytest.mark.slow
 def test_rows_fetched_ahead_change_nothing(ranks: int, parallel: dict[str, Any], steps: int) -> None:
     device = run_ranks(ranks, train, {}, parallel, steps, 1e-2, timeout=230)
     host = run_ranks(ranks, train, {"storage": "host"}, parallel, steps, 1e-2, timeout=230)
-    for (losses, validations, *columns), (wanted, wanted_validations, *wanted_columns) in zip(
-        host, device, strict=True
+    assert_same(host, device)
+    assert device[0][0][-1] < 0.95 * device[0][0][0]
+
+
+HOST_IN_LEVELS = {"storage": "host", "ranks_per_host": 2}
+
+
+def train_both_ways(over: list[dict[str, Any]]) -> list[list[Any]]:
+    """One rank's work: for each setting the results of steps that were announced, and of steps that were not."""
+    return [[train(one, {}, 6, 1e-2, ahead) for ahead in (True, False)] for one in over]
+
+
+def test_steps_that_nobody_announced_are_the_same() -> None:
+    for settings in zip(*run_ranks(2, train_both_ways, [{}, {"storage": "host"}, HOST_IN_LEVELS]), strict=True):
+        for ahead, at_once in settings:
+            assert_same([ahead], [at_once])
+
+
+def assert_same(found: list[Any], wanted: list[Any]) -> None:
+    """Results of `train` on all ranks, bit for bit."""
+    for (losses, validations, *columns), (wanted_losses, wanted_validations, *wanted_columns) in zip(
+        found, wanted, strict=True
     ):
-        assert losses == wanted
+        assert losses == wanted_losses
         assert validations == wanted_validations
         assert all(torch.equal(a, b) for a, b in zip(columns, wanted_columns, strict=True))
-    assert device[0][0][-1] < 0.95 * device[0][0][0]
 
 
 @pytest.mark.ci
