@@ -169,7 +169,10 @@ def update_tiles(width: int) -> dict[str, int]:
 
 
 def _aligned(values: Tensor) -> Tensor:
-    """The same values, contiguous and at an address that is a multiple of 16 bytes: another alignment would compile again."""
+    """The same values, contiguous and at an address that is a multiple of 16 bytes.
+
+    Triton compiles a kernel for each alignment, and a part of a larger tensor may begin anywhere. Whole tensors are aligned.
+    """
     values = values.contiguous()
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
@@ -203,7 +206,7 @@ class TritonRowKernels(RowKernels):
         tiles = gather_tiles(rows.weight.shape[1])
         if slots.numel() > 0:
             gather_kernel[(triton.cdiv(slots.numel(), tiles["ROWS"]),)](
-                _aligned(rows.weight), rows.scale, index, slots, out, slots.numel(),
+                rows.weight, rows.scale, index, slots, out, slots.numel(),
                 INDEXED=index is not None, SCALED=rows.scale is not None, **tiles,
             )  # fmt: skip
         return out

@@ -187,10 +187,10 @@ def add_shape(width: int) -> tuple[dict[str, int], int]:
 
 
 def add_segments_shape(width: int) -> tuple[dict[str, int], int]:
-    """Compile-time sizes of add_segments_kernel, and its number of warps: 16 values per thread."""
+    """Compile-time sizes of add_segments_kernel, and its number of warps: 8 or 16 values per thread."""
     columns = triton.next_power_of_2(width)
     lines = max(1, 2048 // columns)
-    return {"WIDTH": width, "LINES": lines, "COLUMNS": columns, "WINDOWS": WINDOWS}, max(4, columns // 512)
+    return {"WIDTH": width, "LINES": lines, "COLUMNS": columns, "WINDOWS": WINDOWS}, max(4, columns // 256)
 
 
 def add_gradients(sums: RowGradientSums, sorted_lookups: Tensor, grad: Tensor, *, fresh: bool) -> None:
