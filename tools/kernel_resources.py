@@ -24,7 +24,9 @@ from triton.compiler import ASTSource
 from triton.runtime.errors import PTXASError
 
 from overtok_megatron.commands.arguments import positive
-from overtok_megatron.kernels import triton_rows as rows
+from overtok_megatron.kernels.triton_hash import ngram_row_ids_kernel
+from overtok_megatron.kernels.triton_rows import gather_kernel, gather_tiles, update_kernel, update_tiles
+from overtok_megatron.kernels.triton_sums import add_kernel, add_segments_kernel, add_segments_shape, add_shape
 
 CAPABILITIES = (80, 90)
 WIDTHS = (64, 512)
@@ -65,27 +67,33 @@ def cases(widths: Sequence[int] = WIDTHS) -> Iterator[Case]:
     numbers = ("positions", "length", "base", "pad_id", "eod_id", "stripes", "total", "smallest")
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("extended", "numbers", "out"), "*i64")
     constants: dict[str, Any] = {"TABLES": 4, "LONGEST": 3, "RESET": True, "BLOCK": 256}
-    yield Case("ngram_row_ids", rows.ngram_row_ids_kernel, types, constants)
+    yield Case("ngram_row_ids", ngram_row_ids_kernel, types, constants)
     for width in widths:
-        tiles = rows._tiles(width)
-        for grad, fresh in (("*fp32", True), ("*bf16", False)):
-            types = {"grad": grad, "sorted_lookups": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32"}
-            constants = {"FRESH": fresh, "WIDTH": width, "COLUMNS": tiles["COLUMNS"]}
-            yield Case(
-                f"add {grad[1:]} w {width}", rows.add_kernel, types, constants, warps=rows.add_warps(tiles["COLUMNS"])
-            )
+        yield from _sums(width)
         for stored, more in zip(_FORMATS, ({}, {"index": "*i64"}, {"scale": "*fp32"}), strict=True):
             types = {"weight": stored, "slots": "*i64", "out": "*bf16", "count": "i32"} | more
-            constants = {"INDEXED": "index" in more, "SCALED": "scale" in more, **tiles}
-            yield Case(f"gather {stored[1:]} w {width}", rows.gather_kernel, types, constants)
+            constants = {"INDEXED": "index" in more, "SCALED": "scale" in more, **gather_tiles(width)}
+            yield Case(f"gather {stored[1:]} w {width}", gather_kernel, types, constants)
         for stored in _FORMATS:
             for rule, states in _STATES.items():
                 types = dict.fromkeys(("rate", "decay", "beta1", "beta2", "eps", "factor"), "fp32") | {
                     "index": "*i64", "grad": "*fp32", "flags": "*u8", "count": "i32", "key": "i32", "first_row_id": "i64",
                     "weight": stored, **states, **({"scale": "*fp32"} if stored == "*i8" else {}),
                 }  # fmt: skip
-                constants = {"RULE": rule, "SCALED": stored == "*i8", "FLAGGED": True, **tiles}
-                yield Case(f"update {rule} {stored[1:]} w {width}", rows.update_kernel, types, constants)
+                constants = {"RULE": rule, "SCALED": stored == "*i8", "FLAGGED": True, **update_tiles(width)}
+                yield Case(f"update {rule} {stored[1:]} w {width}", update_kernel, types, constants)
+
+
+def _sums(width: int) -> Iterator[Case]:
+    types = {"sorted_lookups": "*i64", "ends": "*i64", "total": "*fp32", "squares": "*fp32", "segments": "*fp32"}
+    types |= dict.fromkeys(("lookups", "rows", "places"), "i32")
+    sizes, warps = add_shape(width)
+    for grad, fresh in (("*fp32", True), ("*bf16", False)):
+        name = f"add {grad[1:]} w {width}"
+        yield Case(name, add_kernel, types | {"grad": grad}, {"FRESH": fresh, **sizes}, warps)
+    del types["rows"], types["places"]
+    sizes, warps = add_segments_shape(width)
+    yield Case(f"add segments w {width}", add_segments_kernel, types, {"FRESH": False, **sizes}, warps)
 
 
 def resources(case: Case, capability: int) -> Resources:
@@ -94,7 +102,13 @@ def resources(case: Case, capability: int) -> Resources:
     given = {**case.types, **{name: "constexpr" for name in names if name not in case.types}}
     absent = {name: None for name in names if name not in case.types and name not in case.constants}
     signature = {name: given[name] for name in names}
-    source = ASTSource(case.kernel, signature, constexprs={**case.constants, **absent})
+    # as for tensors that torch has allocated; without this, Triton would make no load of 16 bytes
+    aligned = {
+        (number,): [["tt.divisibility", 16]]
+        for number, name in enumerate(names)
+        if given[name][0] == "*" and not case.kernel.params[number].do_not_specialize_on_alignment
+    }
+    source = ASTSource(case.kernel, signature, constexprs={**case.constants, **absent}, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})
     usage = dict(re.findall(r"(\w+):(\d+)", _usage(compiled.asm["cubin"])))
     stack = int(usage["STACK"]) + int(usage["LOCAL"])

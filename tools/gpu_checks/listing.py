@@ -8,7 +8,7 @@ from gpu_checks.models import Model
 from gpu_checks.passes import fused_passes
 from gpu_checks.ranks import LAYOUTS, OnRanks, exchange, links
 from gpu_checks.registry import Check
-from gpu_checks.rows import hot_row, large_table, oracle, row_speed
+from gpu_checks.rows import hot_row, large_table, oracle, recompilations, row_speed
 from gpu_checks.saves import save
 from gpu_checks.training import References, Settings
 from gpu_checks.waits import waits
@@ -18,6 +18,7 @@ _ROWS = {
     "rows: hashing": row_checks.check_ngram_row_ids,
     "rows: look-ups": row_checks.check_look_ups,
     "rows: sums": row_checks.check_sums,
+    "rows: frequent rows": row_checks.check_frequent_rows,
     "rows: updates": row_checks.check_updates,
     "rows: rounding": row_checks.check_rounding,
 }
@@ -31,6 +32,7 @@ def all_checks(ranks: int) -> list[Check]:
         *(Check(name, oracle(function), 120) for name, function in _ROWS.items()),
         Check("rows: large table", large_table, 60),
         Check("rows: one hot row", hot_row, 60),
+        Check("rows: recompilations", recompilations, 60),
         *(Check(f"head: V {name}", Head(size), 60, quick=name == "32 K") for name, size in _VOCABULARIES.items()),
         Check("passes", fused_passes, 120),
         Check("exchange", exchange, 60, ranks="many"),

@@ -1,9 +1,10 @@
 """What every compiled form of the row kernels must do, against torch's operators; `gpu_check.py` and the tests run it.
 
-`python tools/gpu_checks/row_checks.py` runs them on Triton's interpreter, where TRITON_INTERPRET=1 is set.
+`python tools/gpu_checks/row_checks.py NAME..` runs them on Triton's interpreter, where TRITON_INTERPRET=1 is set.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from itertools import product
 from typing import get_args
@@ -110,6 +111,105 @@ def check_sums(kernels: RowKernels, device: torch.device) -> None:
         assert total.dtype == torch.float64
         expected = values.double().sum()
         torch.testing.assert_close(total.cpu(), expected, rtol=1e-12, atol=0.0)
+
+
+# Rows with more look-ups than SHORT are summed in several parts by some kernels (triton_sums.SEGMENT).
+SHORT = 64
+_COUNTS = (
+    0,
+    1,
+    15,
+    16,
+    17,
+    SHORT - 1,
+    SHORT,
+    SHORT + 1,
+    2 * SHORT,
+    2 * SHORT + 1,
+    0,
+    3,
+    10 * SHORT,
+    2,
+    2,
+    1,
+    0,
+    SHORT + 1,
+)
+FREQUENT_WIDTHS = (1, 8, 48, 64, 100, 256, 512, 1000)
+
+
+@dataclass(frozen=True)
+class FrequentRows:
+    """Gradients [N, w] of look-ups with slots [N]: row r has counts[r] of them, and the last row 30% of all."""
+
+    counts: Tensor
+    slots: Tensor
+    grad: Tensor
+
+    @classmethod
+    def make(cls, width: int, dtype: torch.dtype) -> "FrequentRows":
+        generator = torch.Generator().manual_seed(width)
+        counts = torch.tensor([*_COUNTS, sum(_COUNTS) * 3 // 7])
+        slots = torch.arange(len(counts)).repeat_interleave(counts)
+        slots = slots[torch.randperm(len(slots), generator=generator)]
+        return cls(counts, slots, torch.randn(len(slots), width, generator=generator).to(dtype))
+
+    def among_others(self) -> "tuple[FrequentRows, Tensor]":
+        """The same look-ups in the same order, with those of other rows between them; and the new numbers of the rows."""
+        generator = torch.Generator().manual_seed(1)
+        rows, lookups, others = len(self.counts), len(self.slots), 301
+        numbers = torch.randperm(2 * rows, generator=generator)
+        among = torch.randperm(lookups + others, generator=generator)[:lookups].sort().values
+        slots = numbers[torch.randint(rows, 2 * rows, (lookups + others,), generator=generator)]
+        slots[among] = numbers[self.slots]
+        grad = torch.randn(lookups + others, self.grad.shape[1], generator=generator).to(self.grad.dtype)
+        grad[among] = self.grad
+        return FrequentRows(slots.bincount(minlength=2 * rows), slots, grad), numbers[:rows]
+
+    def add(self, kernels: RowKernels, device: torch.device, sums: RowGradientSums | None = None) -> RowGradientSums:
+        """The sums on the CPU. sums: what there is before."""
+        fresh, rows, width = sums is None, len(self.counts), self.grad.shape[1]
+        if sums is None:
+            sums = RowGradientSums(torch.full((rows, width), torch.nan), torch.full((rows,), torch.nan))
+        sums = RowGradientSums(*(part.clone().to(device) for part in sums))
+        kernels.add(sums, kernels.sort_lookups(self.slots.to(device), rows), self.grad.to(device), fresh=fresh)
+        return RowGradientSums(*(part.cpu() for part in sums))
+
+
+def check_frequent_rows(kernels: RowKernels, device: torch.device) -> None:
+    """Sums of rows with very different numbers of look-ups, for every width and both dtypes of gradients."""
+    for width, dtype in product(FREQUENT_WIDTHS, (torch.float32, torch.bfloat16)):
+        frequent_rows_are_right(kernels, device, width, dtype)
+
+
+def check_few_frequent_rows(kernels: RowKernels, device: torch.device) -> None:
+    """The short form of check_frequent_rows, for Triton's interpreter."""
+    frequent_rows_are_right(kernels, device, 8, torch.float32)
+    frequent_rows_are_right(kernels, device, 48, torch.bfloat16)
+
+
+def frequent_rows_are_right(kernels: RowKernels, device: torch.device, width: int, dtype: torch.dtype) -> None:
+    """Sums equal torch's to 1e-6 of the sum of sizes, and have the same bits whatever other rows there are."""
+    rows = FrequentRows.make(width, dtype)
+    sums = rows.add(kernels, device)
+    exact = torch.zeros(sums.total.shape, dtype=torch.float64).index_add_(0, rows.slots, rows.grad.double())
+    sizes = torch.zeros_like(exact).index_add_(0, rows.slots, rows.grad.double().abs())
+    for expected in (exact, rows.add(PLAIN, torch.device("cpu")).total):
+        assert ((sums.total - expected).abs() <= 1e-6 * sizes).all()
+    for row in (
+        (rows.counts <= SHORT).nonzero().flatten().tolist()
+    ):  # these are added one after the other, as on the CPU
+        values = rows.grad[rows.slots == row].float().numpy()
+        expected = torch.from_numpy(values.cumsum(axis=0)[-1]) if len(values) else torch.zeros(width)
+        assert torch.equal(sums.total[row], expected), f"row {row}"
+    torch.testing.assert_close(sums.row_squared_norms, sums.total.square().sum(1), rtol=1e-5, atol=0.0)
+
+    others, numbers = rows.among_others()
+    assert torch.equal(others.add(kernels, device).total[numbers], sums.total)
+
+    more = rows.add(kernels, device, sums)
+    assert ((more.total - 2 * exact).abs() <= 2e-6 * sizes).all()
+    torch.testing.assert_close(more.row_squared_norms, more.total.square().sum(1), rtol=1e-5, atol=0.0)
 
 
 def row_step(rule: RowRule) -> RowStep:
@@ -229,12 +329,12 @@ def check_rounding(kernels: RowKernels, device: torch.device) -> None:
         assert (error > 0).any()
 
 
-CHECKS = [check_ngram_row_ids, check_look_ups, check_sums, check_updates, check_rounding]
+CHECKS = [check_ngram_row_ids, check_look_ups, check_sums, check_frequent_rows, check_updates, check_rounding]
 
 
 if __name__ == "__main__":
     from overtok_megatron.kernels.triton_rows import TritonRowKernels
 
-    for check in CHECKS:
-        check(TritonRowKernels(), torch.device("cpu"))
-        print(check.__name__)
+    for name in sys.argv[1:]:
+        globals()[name](TritonRowKernels(), torch.device("cpu"))
+        print(name)
