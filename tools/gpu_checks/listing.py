@@ -5,6 +5,7 @@ from gpu_checks.configurations import MODELS, WAYS, Configuration, host_bits, sa
 from gpu_checks.heads import Head
 from gpu_checks.installation import installation
 from gpu_checks.models import Model
+from gpu_checks.planning import planned_ahead
 from gpu_checks.ranks import LAYOUTS, OnRanks, exchange, links
 from gpu_checks.registry import Check
 from gpu_checks.rows import hot_row, large_table, oracle, row_speed
@@ -31,6 +32,7 @@ def all_checks(ranks: int) -> list[Check]:
         Check("rows: one hot row", hot_row, 60),
         *(Check(f"head: V {name}", Head(size), 60, quick=name == "32 K") for name, size in _VOCABULARIES.items()),
         Check("exchange", exchange, 60, ranks="many"),
+        Check("exchange: planned ahead", planned_ahead, 60, ranks="any"),
         Check("whole run", whole_run, 120, ranks="any"),
         Check("tables in host memory: bits", host_bits, 60, quick=False),
         *(
