@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gpu_checks.installation import device_name
+
 from overtok_megatron.launching.console import overtok_output
 from overtok_megatron.run_folder import RunFolder
 
@@ -30,12 +32,35 @@ def _seconds_a_step(kind: str, options: argparse.Namespace, folder: Path) -> flo
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Step time of the over-encoded quickstart over the baseline's."""
+    """Step time of the over-encoded quickstart over the baseline's: of each round, of the medians, and of the fastest runs.
+
+    A round's two runs follow each other, the one or the other first in turn, because a machine may slow down with time.
+    """
     seconds: dict[str, list[float]] = {"baseline": [], "overtok": []}
+    ratios: list[float] = []
     for turn in range(options.rounds):
-        for kind, times in seconds.items():
+        for kind in sorted(seconds, reverse=turn % 2 == 1):
             with tempfile.TemporaryDirectory() as scratch:
-                times.append(_seconds_a_step(kind, options, Path(scratch) / "run"))
-        print(f"round {turn + 1}: {seconds['overtok'][-1] / seconds['baseline'][-1]:.3f} x", flush=True)
+                seconds[kind].append(_seconds_a_step(kind, options, Path(scratch) / "run"))
+        baseline, overtok = (times[-1] for times in seconds.values())
+        ratios.append(overtok / baseline)
+        print(
+            f"round {turn + 1}: baseline {1e3 * baseline:.1f} ms, over-encoded {1e3 * overtok:.1f} ms: {ratios[-1]:.3f} x",
+            flush=True,
+        )
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}
-    return {"seconds": medians, "rounds": seconds, "ratio": medians["overtok"] / medians["baseline"]}
+    ratio = medians["overtok"] / medians["baseline"]
+    fastest = min(seconds["overtok"]) / min(seconds["baseline"])
+    print(
+        f"medians: baseline {1e3 * medians['baseline']:.1f} ms, over-encoded {1e3 * medians['overtok']:.1f} ms: {ratio:.3f} x;"
+        f" fastest runs: {fastest:.3f} x; {device_name(options.device.type == 'cuda')}",
+        flush=True,
+    )
+    return {
+        "processor": device_name(options.device.type == "cuda"),
+        "seconds": medians,
+        "rounds": seconds,
+        "ratios": ratios,
+        "ratio": ratio,
+        "ratio_of_fastest": fastest,
+    }

@@ -27,23 +27,23 @@ class Worker:
         self._name = name
         self._device = device
         self._jobs: _Jobs = SimpleQueue()
-        self._last: Future[Any] | None = None
+        self._started = False
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Queue a job. The future has its result, or its exception."""
-        if self._last is None:
+        if not self._started:
+            self._started = True
             thread = threading.Thread(target=_run, args=(self._jobs, self._device), name=self._name, daemon=True)
             thread.start()
             weakref.finalize(self, self._jobs.put, None)
         future: Future[T] = Future()
-        self._last = future
         self._jobs.put((job, future))
         return future
 
     def wait(self) -> None:
         """Return when every job has ended. Raises what a job has raised."""
-        if self._last is not None:
-            self._last.result()
+        if self._started:
+            self.submit(lambda: None).result()
 
 
 def _run(jobs: _Jobs, device: torch.device) -> None:

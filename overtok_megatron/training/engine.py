@@ -88,9 +88,9 @@ class TrainingEngine:
         return tokens[..., :length], tokens[..., 1 : length + 1]
 
     def announce(self, tokens: Tensor) -> None:
-        """Tell the tables the tokens [A, b, s + k] of a coming step, in host memory; they may begin to fetch its rows.
+        """Tell the tables the tokens [A, b, s + k], in host memory, of a coming step: its exchange is planned meanwhile.
 
-        Steps must be announced in the order in which they come. A step that was not announced fetches its rows itself.
+        Steps must be announced in the order in which they come. A step that was not announced is planned when it begins.
         """
         if self.tables is not None:
             inputs, _ = self.inputs_and_targets(tokens)

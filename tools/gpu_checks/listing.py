@@ -6,6 +6,7 @@ from gpu_checks.heads import Head
 from gpu_checks.installation import installation
 from gpu_checks.models import Model
 from gpu_checks.passes import fused_passes
+from gpu_checks.planning import planned_ahead
 from gpu_checks.ranks import LAYOUTS, OnRanks, exchange, links
 from gpu_checks.registry import Check
 from gpu_checks.rows import hot_row, large_table, oracle, recompilations, row_speed
@@ -36,6 +37,7 @@ def all_checks(ranks: int) -> list[Check]:
         *(Check(f"head: V {name}", Head(size), 60, quick=name == "32 K") for name, size in _VOCABULARIES.items()),
         Check("passes", fused_passes, 120),
         Check("exchange", exchange, 60, ranks="many"),
+        Check("exchange: planned ahead", planned_ahead, 60, ranks="any"),
         Check("whole run", whole_run, 120, ranks="any"),
         Check("tables in host memory: bits", host_bits, 60, quick=False),
         *(
