@@ -173,11 +173,9 @@ def _layout(tensor: Tensor, leading: int) -> tuple[Any, ...]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[.., d] -> [n, d], whose rows are contiguous."""
+    """[.., d] -> [n, d], whose rows are contiguous and lie at one stride: a view where x has such rows."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] == 1 or flat.stride(-1) != 1:  # the stride of one row is arbitrary
-        return flat.contiguous()
-    return flat
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 class CompiledPasses:
