@@ -1,4 +1,5 @@
-"""Implementations of passes over activations and over table rows: torch's operators, compiled loops on CPU, Triton, apex.
+"""Implementations of passes over activations and over table rows.
 
+These are torch's operators, compiled loops on CPU, passes that torch.compile fuses, Triton kernels, liger-kernel and apex.
 `choose_kernels` chooses them once per device (training.kernels); the result is passed down as an argument.
 """

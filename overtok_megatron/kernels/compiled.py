@@ -12,6 +12,7 @@ Shapes: n positions, d normalised size, f feed-forward size, b batch, s sequence
 import importlib.util
 import shutil
 import sysconfig
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -132,20 +133,25 @@ class _CompiledPass:
     def __init__(self, function: Callable[..., Any]) -> None:
         assert isinstance(function, FunctionType)
         self.function = function
-        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by layout; each has run once
+        self._lock = threading.Lock()
 
     def __call__(self, tensors: tuple[Tensor, ...], leading: tuple[int, ...], *constants: float) -> Any:
         """leading: how many of each tensor's first dimensions are symbols. constants follow the tensors as arguments."""
         layouts = [_layout(tensor, count) for tensor, count in zip(tensors, leading, strict=True)]
         key = (torch.is_grad_enabled(), constants, *layouts)
         made = self.compiled.get(key)
-        if made is None:
-            made = self.compiled.setdefault(key, self._compile())
+        if made is not None:
+            return made(*tensors, *constants)
+        with self._lock:  # a second thread would compile with the sizes that it happens to have
+            made = self.compiled.get(key) or self._compile()
             for tensor, count in zip(tensors, leading, strict=True):
                 for dim in range(count):
                     if tensor.shape[dim] > 1:
                         torch._dynamo.mark_dynamic(tensor, dim)
-        return made(*tensors, *constants)
+            result = made(*tensors, *constants)
+            self.compiled[key] = made
+        return result
 
     def _compile(self) -> Callable[..., Any]:
         function = self.function
@@ -167,11 +173,9 @@ def _layout(tensor: Tensor, leading: int) -> tuple[Any, ...]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[.., d] -> [n, d], whose rows are contiguous."""
+    """[.., d] -> [n, d], whose rows are contiguous and lie at one stride: a view where x has such rows."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] == 1 or flat.stride(-1) != 1:  # the stride of one row is arbitrary
-        return flat.contiguous()
-    return flat
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 class CompiledPasses:

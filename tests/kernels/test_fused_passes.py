@@ -58,7 +58,7 @@ def check(fused: Kernels, plain: Plain, values: list[Tensor]) -> None:
     for mine, wanted in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
         assert mine.shape == wanted.shape and mine.dtype == wanted.dtype
         if wanted.dtype == torch.bfloat16:  # each side rounds its result, and torch's operators round in between, too
-            torch.testing.assert_close(mine, wanted, rtol=1.6e-2, atol=1e-2 * float(wanted.abs().max()))
+            torch.testing.assert_close(mine, wanted, rtol=1.6e-2, atol=1e-2 * float(wanted.detach().abs().max()))
             continue
         limit = 1e-5 if wanted.dim() == 1 else 1e-6
         assert (mine - wanted).abs().max() <= limit * wanted.abs().max()
@@ -131,7 +131,7 @@ def test_a_norm_of_heads_on_two_ranks_equals_the_whole(fused: Kernels, dtype: to
 
 
 @pytest.mark.ci
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_pass_of_every_shape(fused: Kernels, dtype: torch.dtype) -> None:
     before = compilations()

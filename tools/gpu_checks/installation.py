@@ -18,7 +18,18 @@ from overtok_megatron.kernels.rows import RowKernels
 from overtok_megatron.parallel.devices import num_accelerators
 
 ROOT = Path(__file__).parent.parent.parent
-_SEEN = ("torch", "triton", "deepspeed", "numpy", "pydantic", "safetensors", "sentencepiece", "tokenizers", "apex")
+_SEEN = (
+    "torch",
+    "triton",
+    "deepspeed",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "sentencepiece",
+    "tokenizers",
+    "apex",
+    "liger-kernel",
+)
 
 
 def _output(*command: str) -> str | None:

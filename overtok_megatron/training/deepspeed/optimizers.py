@@ -247,7 +247,7 @@ class FusedBf16WithoutZero(Bf16WithoutZero):
         raise CheckpointError(
             "parallel.zero_stage: 0; with bf16 and apex's AdamW it resumes on the layout that wrote the checkpoint only, and "
             "starts from no other weights; "
-            "use 1, or training.kernels: torch"
+            "use 1, or training.kernels: auto"
         )
 
 
