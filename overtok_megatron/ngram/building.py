@@ -23,9 +23,9 @@ from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_space import RowSpace, TableGroup
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables, TableReader, slice_row_ids
-from overtok_megatron.ngram.uploading import Upload
 from overtok_megatron.parallel.devices import CPU
 from overtok_megatron.parallel.splits import named_seed
+from overtok_megatron.parallel.uploading import Upload
 
 
 def row_space(model: ModelConfig, over: OverEncodingConfig) -> RowSpace:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.ngram.exchange import Exchange, PlanT, ReadRows, is_in
-from overtok_megatron.ngram.uploading import Upload, use
-from overtok_megatron.ngram.worker import Worker
+from overtok_megatron.parallel.uploading import Upload, use
+from overtok_megatron.parallel.worker import Worker
 
 
 @dataclass(kw_only=True)

@@ -20,9 +20,9 @@ from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.snapshot import RowSnapshot
-from overtok_megatron.ngram.uploading import moved, to_host
 from overtok_megatron.parallel.collectives import all_reduce_in_place
 from overtok_megatron.parallel.devices import CPU
+from overtok_megatron.parallel.uploading import moved, to_host
 
 
 @dataclass(frozen=True)

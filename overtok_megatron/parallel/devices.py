@@ -7,7 +7,6 @@ tensor's device with the wanted one takes the wrong branch. Devices here always 
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from overtok_megatron.errors import ConfigError
 
@@ -83,14 +82,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was launched on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def uploaded(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device: on the CPU itself, else a copy that is only started, on the current stream.
-
-    A pinned tensor may be dropped at once: torch gives its memory out again only when the copy has ended.
-    """
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def backend_of(device: torch.device) -> Literal["nccl", "gloo"]:

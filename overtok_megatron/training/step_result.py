@@ -8,8 +8,8 @@ from torch import Tensor
 from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.parallel.collectives import all_reduce_in_place
-from overtok_megatron.parallel.devices import uploaded
 from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.parallel.uploading import moved
 from overtok_megatron.training.deepspeed.joint_norm import StepNorms
 from overtok_megatron.training.micro_batch import StageResults
 from overtok_megatron.training.router_metrics import RouterMetrics
@@ -64,7 +64,7 @@ class StepReduction:
         auxiliary = [
             self._own_sum([losses[name] for losses in results.auxiliary_losses if name in losses]) for name in names
         ]
-        own_values = uploaded(torch.tensor(own, dtype=torch.float64), self._device)
+        own_values = moved(torch.tensor(own, dtype=torch.float64), self._device)
         sums = self.sum_over_ranks(torch.cat([self._own_sum(results.main_losses), own_values, *auxiliary, router]))
         # A WAIT FOR THE DEVICE, the second of two per step: everything that the step reports is read at once.
         loss, stops, unique, looked_up, sent_bytes, *others = sums.tolist()

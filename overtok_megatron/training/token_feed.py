@@ -7,7 +7,7 @@ Shapes: A micro-batches per step, b micro batch, s sequence, k further tokens of
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from itertools import repeat
 
@@ -21,8 +21,9 @@ from overtok_megatron.data.batches import Tokens, TrainBatches, validation_batch
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.run_data import RunData
 from overtok_megatron.parallel.collectives import profiler_span
-from overtok_megatron.parallel.devices import make_current, uploaded
 from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.parallel.uploading import moved
+from overtok_megatron.parallel.worker import Worker
 
 Read = Callable[[], Tokens | None]  # the next tokens of some order, of the same shape on every rank; None at its end
 
@@ -30,7 +31,7 @@ Read = Callable[[], Tokens | None]  # the next tokens of some order, of the same
 class TokenFeed:
     """Reads a run's data for one rank. All ranks of a copy of the model must ask for the same tokens in the same order.
 
-    What the thread raises is raised where the tokens are asked for, on the rank that reads. Call `close` at the end.
+    What the thread raises is raised where the tokens are asked for, on the rank that reads. Call `finish` at the end.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class TokenFeed:
             seed=config.data.shuffle_seed,
             extra_tokens=extra_tokens,
         )
-        # One thread, with a queue that the main thread fills at the same points of the program on every rank: the broadcasts
-        # come in one order, and every rank makes as many of them, whenever training stops.
-        self._thread = ThreadPoolExecutor(1, "tokens", initializer=make_current, initargs=(device,))
-        self._failure: Exception | None = None
+        # The main thread gives it jobs at the same points of the program on every rank: the broadcasts come in one order, and
+        # every rank makes as many of them, whenever training stops. Behind a read that failed it makes none: other ranks would
+        # take what follows for what was not read.
+        self._worker = Worker("tokens", device)
 
     def steps(self, consumed: int, num_steps: int, announce: Callable[[Tensor], None]) -> Iterator[Tensor]:
         """The tokens [A, b, s + k] of each of `num_steps` steps on the device, after the first `consumed` samples of the order.
@@ -82,7 +83,7 @@ class TokenFeed:
         following = announced()
         while following is not None:
             tokens, following = following, announced()
-            yield uploaded(tokens, self._device)
+            yield moved(tokens, self._device)
 
     def epochs(self, consumed: int) -> dict[str, float]:
         """How often each set has been gone through after the first `consumed` samples, by the set's name."""
@@ -108,12 +109,12 @@ class TokenFeed:
         for host in self._read_ahead(repeat(read)):
             if host is None:
                 break
-            both = uploaded(host, self._device)
+            both = moved(host, self._device)
             yield both[0], both[1]
 
-    def close(self, *, wait: bool = True) -> None:
-        """End the thread once it has done what it was asked for; all ranks must call this. wait: return only then."""
-        self._thread.shutdown(wait=wait)
+    def finish(self) -> None:
+        """Return when the thread has done what it was asked for; all ranks must call this at the end of a run."""
+        self._worker.wait()
 
     def _step_tokens(self, consumed: int) -> Tokens:
         """The samples of the step after the first `consumed` samples: [A, b, s + k], undefined where it does not read."""
@@ -123,7 +124,7 @@ class TokenFeed:
         """What `_hand_out` returns for each of `reads`; the thread begins with the next one before one is given."""
         following: Future[Tensor | None] | None = None
         for read in reads:
-            current, following = following, self._thread.submit(self._hand_out, read)
+            current, following = following, self._worker.submit(partial(self._hand_out, read))
             if current is not None:
                 yield current.result()
         if following is not None:
@@ -131,22 +132,14 @@ class TokenFeed:
 
     def _hand_out(self, read: Read) -> Tensor | None:
         """On the thread: what one rank reads, in the host memory of all ranks of its copy of the model; None at the end."""
-        if (
-            self._failure is not None
-        ):  # other ranks still wait for what was not read, and must not be given what follows it
-            raise self._failure
-        try:
-            own = read()
-            if own is None:
-                return None
-            host = torch.from_numpy(own)
-            if self._device.type == "cuda":
-                host = host.pin_memory()
-            group = self._grid.batch_group
-            if group is not None:
-                with profiler_span("broadcast of tokens", group):
-                    dist.broadcast(host, src=self._grid.batch_source, group=group)
-        except Exception as error:
-            self._failure = error
-            raise
+        own = read()
+        if own is None:
+            return None
+        host = torch.from_numpy(own)
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+        group = self._grid.batch_group
+        if group is not None:
+            with profiler_span("broadcast of tokens", group):
+                dist.broadcast(host, src=self._grid.batch_source, group=group)
         return host

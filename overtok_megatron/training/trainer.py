@@ -92,7 +92,7 @@ class Trainer:
         """
         try:
             finished = self._train()
-            self.feed.close()
+            self.feed.finish()
             if not self.first:
                 self.lock.release()
             self.grid.wait_for_all()  # the first rank lets go last, and leaves a tidy folder
@@ -100,7 +100,6 @@ class Trainer:
             self.saver.settle()
             raise
         finally:
-            self.feed.close(wait=False)  # after an error the tokens that the thread waits for may never come
             self.lock.release()
         return finished
 

@@ -22,9 +22,9 @@ from overtok_megatron.ngram.exchange import FlatExchange, Plan
 from overtok_megatron.ngram.ids import NgramHash
 from overtok_megatron.ngram.prefetch import Prefetch
 from overtok_megatron.ngram.row_space import RowSpace, TableGroup
-from overtok_megatron.ngram.uploading import Upload, pack, unpack
-from overtok_megatron.ngram.worker import Worker
 from overtok_megatron.parallel import collectives
+from overtok_megatron.parallel.uploading import Upload, pack, unpack
+from overtok_megatron.parallel.worker import Worker
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from support.distributed_harness import run_ranks
@@ -191,7 +191,7 @@ def test_a_failure_to_plan_surfaces_where_the_rows_are_asked_for(training: bool)
 def test_a_process_leaves_although_a_job_never_ends() -> None:
     program = (
         "import threading, torch\n"
-        "from overtok_megatron.ngram.worker import Worker\n"
+        "from overtok_megatron.parallel.worker import Worker\n"
         "worker = Worker('test', torch.device('cpu'))\n"
         "worker.submit(threading.Event().wait)\n"
         "raise SystemExit(7)\n"

@@ -29,8 +29,7 @@ def feed_of(config: RunConfig, grid: ProcessGrid | None = None) -> Iterator[Toke
     data = open_run_data(config)
     feed = TokenFeed(config, data, grid or ProcessGrid.single(), CPU, num_micro_batches=1, extra_tokens=1)
     yield feed
-    feed.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokens")]
+    feed.finish()
 
 
 def test_tokens_are_announced_one_step_ahead(trained_runs: TrainedRuns) -> None:
@@ -79,7 +78,7 @@ def test_an_error_of_the_thread_is_raised_where_tokens_are_asked_for(
 
     monkeypatch.setattr(TrainBatches, "read", broken)
     config = tiny_run_config(trained_runs.folder, "fp32")
-    with feed_of(config) as feed:
+    with pytest.raises(DataError, match="broken"), feed_of(config) as feed:  # `finish` raises it as well
         steps = feed.steps(CONSUMED, STEPS, lambda tokens: None)
         next(steps)
         with pytest.raises(DataError, match="broken"):

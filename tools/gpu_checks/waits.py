@@ -17,7 +17,7 @@ import torch
 import overtok_megatron
 from gpu_checks.registry import Context, Result
 from gpu_checks.training import Settings, engine_of, made_tokens, own_part, small_configuration
-from overtok_megatron.parallel.devices import uploaded
+from overtok_megatron.parallel.uploading import moved
 
 ALLOWED = 3  # waits of overtok_megatron per step
 _OURS = str(Path(overtok_megatron.__file__).parent)
@@ -89,7 +89,7 @@ def waits(context: Context) -> Result:
         engine.announce(hosts[0])
         for step in range(3):
             engine.announce(hosts[step + 1])
-            tokens = uploaded(hosts[step], engine.device)
+            tokens = moved(hosts[step], engine.device)
             with counted_on_cuda() as places:
                 engine.step(tokens, 1e-3)
         ours = {str(place): count for place, count in places.items() if place.ours}  # of the last step

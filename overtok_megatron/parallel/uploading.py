@@ -86,7 +86,11 @@ def use(end: "torch.cuda.Event | None", *values: Any) -> None:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device: itself where it is there already, else a copy, which the host waits for only on the host."""
+    """The tensor on a device: itself where it is there already, else a copy.
+
+    To the host the copy is waited for; to a device it is only started, on the current stream. A pinned tensor may be dropped at
+    once: torch gives its memory out again only when the copy has ended.
+    """
     if tensor.device == device:
         return tensor
     if device.type == "cpu":
