@@ -248,7 +248,6 @@ def test_no_operator_waits_for_a_gpu() -> None:
     "ask",
     [
         lambda values: values[0, 0].item(),
-        lambda values: values.tolist(),
         lambda values: values.cpu().clone(),
         lambda values: bool((values > 0).any()),
         lambda values: values[values > 0],
