@@ -168,6 +168,20 @@ def test_one_moment_on_a_device_that_works_late(seed: int) -> None:
     check_a_late_device(seed)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_updates_launched_before_belong_to_the_moment(seed: int) -> None:
+    device = LateDevice(Random(seed))
+    column = device.put(torch.zeros(5, 3))
+    values = column.values
+    device.launch(lambda: values.add_(1.0))
+    snapshot = RowSnapshot({"weight": column}, LateCopies(device))
+    taken: list[Tensor] = []
+    thread = threading.Thread(target=lambda: taken.append(snapshot.take(5)["weight"]), name="save")
+    thread.start()
+    thread.join()
+    assert torch.equal(taken[0], torch.ones(5, 3))
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=5000)
 @given(seed=st.integers(0, 2**32))
