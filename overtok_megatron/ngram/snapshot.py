@@ -132,9 +132,8 @@ class RowSnapshot:
     def _restore(self, begin: int, end: int, result: dict[str, Tensor]) -> None:
         """Put what was preserved of the rows [begin, end) over what was read of them."""
         with self._sorting:
-            for _ in range(
-                len(self._unsorted)
-            ):  # those of later steps are of no use here: their updates overtook no read
+            # Copies of steps that come from now on are not waited for: their updates overtook no read of this range.
+            for _ in range(len(self._unsorted)):
                 preserved = self._next_unsorted()
                 preserved.copied.synchronize()
                 self._sort(preserved)
