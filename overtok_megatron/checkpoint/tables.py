@@ -9,10 +9,10 @@ The names of the files: table_file.py. Metadata: the range and the optimizer's s
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
@@ -23,8 +23,7 @@ from overtok_megatron.errors import CheckpointError
 from overtok_megatron.ngram.row_store import RowStore
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
-
-_PIECE_BYTES = 1 << 24  # copied at a time, during which no row can change
+from overtok_megatron.parallel.copy_stream import CopyStream
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,9 @@ class Chain:
 class TableWriter:
     """Saves one rank's rows, all of them or only those that changed, in two halves.
 
-    `start_save` notes what is to be written. It takes no time that grows with the tables except for reading one flag per row.
-    The function that it returns writes the files, on any thread, while training goes on changing rows.
+    `start_save` notes what is to be written, and copies no rows. A full save takes no time there that grows with the tables;
+    one of changed rows finds them, for which it reads one flag per row and waits for the device. The function that it
+    returns writes the files, on any one thread, while training goes on changing rows (ngram/snapshot.py).
     """
 
     def __init__(self, tables: ShardedTables, max_increments: int) -> None:
@@ -50,6 +50,7 @@ class TableWriter:
         self._optimizer = tables.optimizer
         self._max_increments = max_increments
         self._chain: Chain | None = None
+        self._stream = CopyStream(tables.store.device)
 
     def forget(self) -> None:
         """Make the next save a full one: the last was not completed, so it is not known what has changed since."""
@@ -60,55 +61,54 @@ class TableWriter:
         self._tables.settle()
         store = self._store
         chain, self._chain = self._chain, None
-        changed = store.take_changed()
+        changed = None
+        if chain is None or chain.increments >= self._max_increments:
+            store.forget_changed()
+        else:
+            changed = store.take_changed()
+            if 2 * changed.shape[0] > store.num_rows:
+                changed = None
         if store.num_rows == 0:
             return dict
-        steps = self._optimizer.steps
-        if chain is None or chain.increments >= self._max_increments or 2 * changed.numel() > store.num_rows:
-            snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns())
-            return lambda: self._finish(folder, self._write_all(folder, snapshot, steps), 0)
-        values = {name: _rows_to_host(column, changed) for name, column in self._tables.columns().items()}
-        values["rows"] = changed.cpu() + store.start
-        increments = chain.increments + 1
-        return lambda: self._finish(folder, self._write_changed(folder, chain, values, steps), increments)
+        snapshot = self._tables.snapshot = RowSnapshot(self._tables.columns(), self._stream, changed)
+        return partial(self._write, folder, snapshot, None if changed is None else chain, self._optimizer.steps)
 
-    def _finish(self, folder: Path, files: dict[str, Digest], increments: int) -> dict[str, Digest]:
-        self._tables.snapshot = None
-        self._chain = Chain(folder, files, increments)
+    def _write(self, folder: Path, snapshot: RowSnapshot, chain: Chain | None, steps: int) -> dict[str, Digest]:
+        """Write the snapshot. chain: what the save of changed rows builds on; None = all rows are written."""
+        try:
+            if chain is None:
+                files = self._write_all(folder, snapshot, steps)
+            else:
+                files = self._write_changed(folder, chain, snapshot, steps)
+        finally:
+            self._tables.snapshot = None  # else rows would be preserved on and on
+        self._chain = Chain(folder, files, 0 if chain is None else chain.increments + 1)
         return files
 
     def _write_all(self, folder: Path, snapshot: RowSnapshot, steps: int) -> dict[str, Digest]:
-        store, columns = self._store, self._tables.columns()
-        row_bytes = sum(tensor[:1].nbytes for tensor in columns.values())
-        rows_per_file, rows_per_piece = max(1, FILE_BYTES // row_bytes), max(1, _PIECE_BYTES // row_bytes)
+        store = self._store
+        rows_per_file = max(1, FILE_BYTES // snapshot.row_bytes)
         files: dict[str, Digest] = {}
         for first in range(0, store.num_rows, rows_per_file):
             stop = min(first + rows_per_file, store.num_rows)
-            pieces = [snapshot.take(min(row + rows_per_piece, stop)) for row in range(first, stop, rows_per_piece)]
-            values = {name: torch.cat([piece[name] for piece in pieces]) for name in columns}
-            files |= write_rows(folder, TableFile.full(store.start + first, store.start + stop), values, steps)
+            file = TableFile.full(store.start + first, store.start + stop)
+            files |= write_rows(folder, file, snapshot.take(stop), steps)
         return files
 
-    def _write_changed(self, folder: Path, chain: Chain, values: dict[str, Tensor], steps: int) -> dict[str, Digest]:
+    def _write_changed(self, folder: Path, chain: Chain, snapshot: RowSnapshot, steps: int) -> dict[str, Digest]:
         (folder / FOLDER).mkdir(exist_ok=True)
         for name in chain.files:
             os.link(chain.folder / name, folder / name)
         file = TableFile(chain.increments + 1, self._store.start, self._store.stop)
+        values = snapshot.take(snapshot.count)
+        assert snapshot.host_rows is not None
+        values["rows"] = snapshot.host_rows + self._store.start
         return chain.files | write_rows(folder, file, values, steps)
 
     def published(self, folder: Path) -> None:
         """Note the final name of the save's folder, below which the next increment finds the files to link."""
         if self._chain is not None:
             self._chain = Chain(folder, self._chain.files, self._chain.increments)
-
-
-def _rows_to_host(column: Tensor, rows: Tensor) -> Tensor:
-    """column[rows] in host memory; rows [c] int64. On the device only a piece of the result exists at a time."""
-    result = torch.empty(rows.numel(), *column.shape[1:], dtype=column.dtype)
-    step = max(1, _PIECE_BYTES // column[:1].nbytes)
-    for first in range(0, rows.numel(), step):
-        result[first : first + step] = column[rows[first : first + step]]
-    return result
 
 
 def write_rows(folder: Path, file: TableFile, values: dict[str, Tensor], steps: int) -> dict[str, Digest]:

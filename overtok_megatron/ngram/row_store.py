@@ -112,10 +112,17 @@ class RowStore:
         return int(self.flags.count_nonzero())
 
     def take_changed(self) -> Tensor:
-        """Local rows [c] int64, ascending, that were updated since this was last called."""
+        """Local rows [c] int64, ascending, that were updated since this or `forget_changed` was last called.
+
+        Waits for the device, once for every _FLAGS_AT_ONCE rows, because nobody knows before how many rows have changed.
+        """
         parts = []
         for begin in range(0, self.num_rows, _FLAGS_AT_ONCE):
             flags = self.flags[begin : begin + _FLAGS_AT_ONCE]
             parts.append((flags == CHANGED).nonzero().squeeze(1) + begin)
-            flags.clamp_(max=EVER_UPDATED)
+        self.forget_changed()
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def forget_changed(self) -> None:
+        """Let no row count as changed since the last save."""
+        self.flags.clamp_(max=EVER_UPDATED)

@@ -1,8 +1,12 @@
 """Saving a run: DeepSpeed's files, the dense weights and the tables become one checkpoint, or none.
 
-Weights and dense optimizer state are written before `save` returns, tables by a thread of each rank while training goes on. The
-checkpoint becomes visible when the last rank is done: each leaves a note in its folder, and the first rank's thread waits for
-all of them. Every rank learns of a failure on any other.
+Each rank has a thread for its saves, which works while training goes on, and a stream for copies to host memory. What happens
+when: of the weights, copies into host memory are asked for (pinned beside a GPU; as many bytes as this rank's weights; under
+ZeRO 3 DeepSpeed gathers them there); the next update waits for them on the device, and the thread writes them. Of the tables
+nothing is copied yet (ngram/snapshot.py). DeepSpeed's files are written before `save` returns: their content, 12 bytes per
+parameter over the ranks that share it, would have to be held twice until the disk has it. Only that they reach the disk is
+left to the thread. The checkpoint becomes visible when the last rank is done: each leaves a note in its folder, and the first
+rank's thread waits for all of them. Every rank learns of a failure on any other.
 """
 
 import json
@@ -16,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from overtok_megatron.checkpoint.deepspeed_state import OPTIMIZER_PARAMETERS
 from overtok_megatron.checkpoint.dense import save_dense
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.files import write_atomically
+from overtok_megatron.files import sync, write_atomically
+from overtok_megatron.parallel.copy_stream import CopyStream, stream_of_thread
 from overtok_megatron.parallel.devices import make_current
 from overtok_megatron.parallel.splits import is_tied_copy, splits_of
 from overtok_megatron.training.agreement import WRITE_ERRORS, reason
@@ -37,14 +42,15 @@ _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 def in_background(work: Callable[[], Any], device: torch.device) -> threading.Thread:
     """Run `work` on a thread of low priority, which gets the processor when training leaves it idle.
 
-    device: of the tensors that it reads.
+    device: of the tensors that it reads. What it launches there goes to a stream of its own.
     """
 
     def run() -> None:
         with suppress(OSError, AttributeError):  # only Linux has priorities of single threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         make_current(device)
-        work()
+        with stream_of_thread(device):
+            work()
 
     thread = threading.Thread(target=run, name="save", daemon=True)
     thread.start()
@@ -91,6 +97,7 @@ class Saver:
         self._writer: TableWriter | None = None
         if engine.tables is not None:
             self._writer = TableWriter(engine.tables, engine.config.checkpoint.incremental)
+        self._copies = CopyStream(engine.device)
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
         self._step = 0
@@ -106,13 +113,14 @@ class Saver:
         self._step, self._failure = step, None
         folder = self.store.partial(step)
         self._raise_on_all(self._failure_of(lambda: self.store.start_save(step)) if self._rank == 0 else None)
-        files = self._write_dense(folder)
-        write_tables = None if self._writer is None else self._writer.start_save(folder)
+        writers = [self._start_dense(folder)]
+        if self._writer is not None:
+            writers.insert(0, self._writer.start_save(folder))  # first: steps are slower until all rows were read
         manifest = {"step": step, "consumed_samples": consumed_samples, **self._identity}
 
         def complete() -> None:
             try:
-                self._complete(folder, files, write_tables, manifest, started)
+                self._complete(folder, writers, manifest, started)
             except Exception as error:  # of any kind: it must not be lost when the thread ends
                 self._failure = reason(error)
                 self.engine.stop_asked = True  # all ranks learn of it after this step, and call save() or finish()
@@ -172,9 +180,12 @@ class Saver:
             "make room or change training.output_directory and start again to resume from it"
         )
 
-    def _write_dense(self, folder: Path) -> list[str]:
-        """Write our weights and DeepSpeed's files; returns the names of those that this rank wrote and has to hash."""
-        engine, grid, written = self.engine, self.engine.grid, []
+    def _start_dense(self, folder: Path) -> Callable[[], dict[str, Digest]]:
+        """Write DeepSpeed's files, and copy our weights; the returned function writes the weights and syncs and hashes all.
+
+        It returns the digests of the files that this rank wrote.
+        """
+        engine, grid = self.engine, self.engine.grid
         parameters = dict(engine.model.named_parameters())
         split_dims = _split_dims(parameters)
         dense = engine.dense_weights()
@@ -183,31 +194,37 @@ class Saver:
             **universal_info(parameters, split_dims, grid),
             OPTIMIZER_PARAMETERS: engine.optimizer_order,
         }
-
-        def write_weights() -> None:
-            own = {name: value for name, value in dense.items() if not is_tied_copy(parameters[name])}
-            layout = layout_of(engine)
-            number = layout.file_number(grid.coordinate("pipe"), grid.tensor_rank)
-            written.append(save_dense(folder, own, split_dims, number, layout.model_parallel_ranks))
-
         first_replica = grid.coordinate("data") == grid.coordinate("context") == 0
-        self._raise_on_all(self._failure_of(write_weights) if first_replica else None)
+        own: dict[str, Tensor] = {}
+        self._copies.follow_compute()
+        for name, value in dense.items() if first_replica else ():
+            if not is_tied_copy(parameters[name]):  # under ZeRO 3 the values are copies already
+                own[name] = self._copies.copy(value) if value.device == engine.device else value
+        copied = self._copies.mark()
+        copied.wait()  # the stream that computes does, before it changes weights; this thread goes on
+        layout = layout_of(engine)
+        number = layout.file_number(grid.coordinate("pipe"), grid.tensor_rank)
         deepspeed_files, failure = engine.deepspeed_files.save(folder, client_state)
         self._raise_on_all(failure)
-        return [*written, *(path.relative_to(folder).as_posix() for path in deepspeed_files)]
+
+        def write() -> dict[str, Digest]:
+            names = [path.relative_to(folder).as_posix() for path in deepspeed_files]
+            for path in deepspeed_files:
+                sync(path)
+            if first_replica:
+                copied.synchronize()
+                names.append(save_dense(folder, own, split_dims, number, layout.model_parallel_ranks))
+            return {name: file_digest(folder / name) for name in names}
+
+        return write
 
     def _complete(
-        self,
-        folder: Path,
-        files: list[str],
-        write_tables: Callable[[], dict[str, Digest]] | None,
-        manifest: dict[str, Any],
-        started: float,
+        self, folder: Path, writers: list[Callable[[], dict[str, Digest]]], manifest: dict[str, Any], started: float
     ) -> None:
         """On the rank's thread: write and hash what is left, leave a note, and on the first rank publish."""
-        digests = {name: file_digest(folder / name) for name in files}
-        if write_tables is not None:
-            digests |= write_tables()
+        digests: dict[str, Digest] = {}
+        for write in writers:
+            digests |= write()
         leave_note(folder, self._rank, digests)
         if self._rank == 0:
             self._publish(folder, manifest, started)

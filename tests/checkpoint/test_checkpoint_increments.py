@@ -11,8 +11,10 @@ from torch import Tensor
 
 from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.checkpoint.tables import TableWriter, load_tables, merged_rows, table_files, write_rows
+from overtok_megatron.ngram import snapshot as snapshot_module
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.ngram.snapshot import RowSnapshot
+from overtok_megatron.parallel.copy_stream import CopyStream
 from support.over_tables import columns, make_tables
 
 
@@ -45,7 +47,7 @@ def check_loads(folder: Path, expected: dict[str, Tensor], readers: int, steps: 
 def test_a_snapshot_is_one_moment(cuts: list[int], changes: list[set[int]]) -> None:
     live = {"weight": torch.randn(30, 3), "state": torch.randn(30), "flag": torch.zeros(30, dtype=torch.bool)}
     before = {name: column.clone() for name, column in live.items()}
-    snapshot = RowSnapshot(live)
+    snapshot = RowSnapshot(live, CopyStream(torch.device("cpu")))
     parts = []
     for turn, end in enumerate([*sorted(cuts), 30]):
         rows = torch.tensor(sorted(changes[turn]), dtype=torch.int64)
@@ -60,7 +62,7 @@ def test_a_snapshot_is_one_moment(cuts: list[int], changes: list[set[int]]) -> N
 
 def test_a_save_writes_the_moment_that_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables_module, "FILE_BYTES", 600)
-    monkeypatch.setattr(tables_module, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(snapshot_module, "PIECE_BYTES", 100)
     tables = make_tables(std=1.0)
     train_rows(tables, list(range(0, 82, 3)), seed=0)
     expected = copies([tables])

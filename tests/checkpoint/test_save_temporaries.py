@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from overtok_megatron.checkpoint import tables as tables_module
 from overtok_megatron.ngram import row_store as table_module
+from overtok_megatron.ngram import snapshot as snapshot_module
 from overtok_megatron.ngram.row_store import RowStore
+from overtok_megatron.ngram.snapshot import RowSnapshot
+from overtok_megatron.parallel.copy_stream import CopyStream
 
 
 class Largest(TorchDispatchMode):
@@ -46,11 +48,12 @@ def test_changed_rows_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_changed_rows_leave_the_device_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables_module, "_PIECE_BYTES", 16 * 10)
+    monkeypatch.setattr(snapshot_module, "PIECE_BYTES", 16 * 10)
     column = torch.randn(500, 4)
     rows = torch.arange(0, 500, 2)
     expected = column[rows]
+    snapshot = RowSnapshot({"weight": column}, CopyStream(torch.device("cpu")), rows)
     with Largest() as largest:
-        values = tables_module._rows_to_host(column, rows)
+        values = snapshot.take(250)["weight"]
     assert torch.equal(values, expected)
     assert largest.elements == 10 * 4

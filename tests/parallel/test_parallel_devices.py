@@ -2,6 +2,8 @@
 
 import ast
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -90,11 +92,24 @@ def test_devices_are_made_in_one_place() -> None:
     assert wrong == []
 
 
-def test_the_saving_thread_works_on_the_runs_device(eight_cards: list[torch.device]) -> None:
-    """Every thread starts on device 0."""
-    at_work: list[int] = []
-    in_background(lambda: at_work.append(torch.cuda.current_device()), torch.device("cuda", 6)).join()
-    assert at_work == [6]
+def test_the_saving_thread_works_on_the_runs_device_in_a_stream_of_its_own(
+    eight_cards: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread starts on device 0, in the stream in which the training thread computes."""
+    streams = ["default"]
+
+    @contextmanager
+    def entered(name: str) -> Iterator[None]:
+        streams.append(name)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"new on {device}")
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    at_work: list[tuple[int, str]] = []
+    in_background(lambda: at_work.append((torch.cuda.current_device(), streams[-1])), torch.device("cuda", 6)).join()
+    assert at_work == [(6, "new on cuda:6")]
+    assert streams == ["default"]
 
 
 def control_after_a_pause() -> tuple[list[int], str | None]:

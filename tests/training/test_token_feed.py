@@ -24,10 +24,13 @@ from support.trained_runs import TrainedRuns, tiny_run_config
 CONSUMED, STEPS = 16, 5
 
 
+def made_feed(config: RunConfig, grid: ProcessGrid) -> TokenFeed:
+    return TokenFeed(config, open_run_data(config), grid, CPU, num_micro_batches=1, extra_tokens=1)
+
+
 @contextmanager
 def feed_of(config: RunConfig, grid: ProcessGrid | None = None) -> Iterator[TokenFeed]:
-    data = open_run_data(config)
-    feed = TokenFeed(config, data, grid or ProcessGrid.single(), CPU, num_micro_batches=1, extra_tokens=1)
+    feed = made_feed(config, grid or ProcessGrid.single())
     yield feed
     feed.finish()
 
@@ -78,16 +81,17 @@ def test_an_error_of_the_thread_is_raised_where_tokens_are_asked_for(
 
     monkeypatch.setattr(TrainBatches, "read", broken)
     config = tiny_run_config(trained_runs.folder, "fp32")
-    with pytest.raises(DataError, match="broken"), feed_of(config) as feed:  # `finish` raises it as well
-        steps = feed.steps(CONSUMED, STEPS, lambda tokens: None)
+    feed = made_feed(config, ProcessGrid.single())
+    steps = feed.steps(CONSUMED, STEPS, lambda tokens: None)
+    next(steps)
+    with pytest.raises(DataError, match="broken"):
         next(steps)
-        with pytest.raises(DataError, match="broken"):
-            next(steps)
-        (dataset,) = open_run_data(config).validation.values()
-        with pytest.raises(
-            DataError, match="broken"
-        ):  # nothing is read behind it: other ranks would take it for what is missing
-            next(feed.validation(dataset))
+    (dataset,) = open_run_data(config).validation.values()
+    # Nothing is read behind it: other ranks would take it for what is missing.
+    with pytest.raises(DataError, match="broken"):
+        next(feed.validation(dataset))
+    with pytest.raises(DataError, match="broken"):
+        feed.finish()
     assert len(reads) == 3
 
 

@@ -10,7 +10,7 @@ from gpu_checks.planning import planned_ahead
 from gpu_checks.ranks import LAYOUTS, OnRanks, exchange, links
 from gpu_checks.registry import Check
 from gpu_checks.rows import hot_row, large_table, oracle, recompilations, row_speed
-from gpu_checks.saves import save
+from gpu_checks.saves import read, save
 from gpu_checks.training import References, Settings
 from gpu_checks.waits import waits
 from gpu_checks.whole_run import whole_run
@@ -63,6 +63,7 @@ def all_checks(ranks: int) -> list[Check]:
             for name, size in _VOCABULARIES.items()
             for tables in (False, True)
         ),
+        Check("saving: reading rows", read, 60, fresh=True),
         Check("saving big tables", save, 90, fresh=True),
         Check("links", links, 60, ranks="many"),
     ]

@@ -1,4 +1,4 @@
-"""What a checkpoint of large tables costs the training beside it: a wait, slower steps, memory on the device."""
+"""What a checkpoint of large tables costs the training beside it: waits, slower steps, memory; how fast it reads."""
 
 import statistics
 import time
@@ -7,12 +7,18 @@ from pathlib import Path
 
 import torch
 from measuring import save_beside_steps
+from torch import Tensor
 
 from gpu_checks.registry import Context, Result
-from gpu_checks.timing import free_memory
+from gpu_checks.timing import free_memory, seconds_of
 from gpu_checks.training import configuration, engine_of, made_tokens, own_part
 from overtok_megatron.checkpoint.tables import TableWriter
+from overtok_megatron.checkpoint.writing import FILE_BYTES
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.kernels.rows import CHANGED
+from overtok_megatron.ngram.snapshot import RowSnapshot
+from overtok_megatron.parallel.copy_stream import CopyStream
+from overtok_megatron.parallel.devices import synchronize
 
 _SPARE = 256 * 2**20  # bytes that a save may take on the device, besides a tenth of the tables
 _ROW_WIDTH = 512
@@ -55,6 +61,65 @@ def save(context: Context) -> Result:
         "save_seconds": whole, "extra_device_bytes": max(0, _peak(context) - peak_alone),
     }  # fmt: skip
     return _result(context, numbers)
+
+
+def read(context: Context) -> Result:
+    """How fast rows come to host memory, and how long a step's thread is busy preserving rows while the device works.
+
+    A save that makes that thread wait for the device fails the check.
+    """
+    row_bytes = 2 * _ROW_WIDTH + 4 + 1
+    count = (2**30 if context.cuda else 2**22) // row_bytes
+    columns = {
+        "weight": torch.ones(count, _ROW_WIDTH, dtype=torch.bfloat16, device=context.device),
+        "square_sum": torch.ones(count, device=context.device),
+        "touched": torch.full((count,), CHANGED, dtype=torch.uint8, device=context.device),
+    }
+    stream = CopyStream(context.device)
+    source = columns["weight"][: count // 4]
+    target = stream.buffer(source)
+
+    def copy() -> None:
+        stream.read(target, source)
+        stream.mark().synchronize()
+
+    def take_all() -> RowSnapshot:
+        snapshot = RowSnapshot(columns, stream)
+        step = FILE_BYTES // row_bytes
+        for first in range(0, count, step):
+            snapshot.take(min(first + step, count))
+        return snapshot
+
+    bus = source.nbytes / seconds_of(copy, context.device)
+    rate = count * row_bytes / seconds_of(take_all, context.device, rounds=3, warm=1)
+    changed = torch.arange(0, count, 16, device=context.device)
+    calls, busy = _preserving(context, RowSnapshot(columns, stream), changed)
+    numbers = {"bus_bytes_per_second": bus, "bytes_per_second": rate, "preserve_seconds": calls, "busy_seconds": busy}
+    words = f"{rate / 1e9:.1f} GB/s; {1e3 * calls:.1f} ms to ask for {len(changed)} rows"
+    return Result(True, words, f"{bus / 1e9:.1f} GB/s; device busy {1e3 * busy:.0f} ms", numbers)
+
+
+def _preserving(context: Context, snapshot: RowSnapshot, rows: Tensor) -> tuple[float, float]:
+    """Median seconds of a call of `preserve` while the device has work to do, and how long that work takes.
+
+    On a GPU, torch raises where a call waits for the device.
+    """
+    size = 8192 if context.cuda else 64
+    factor = torch.ones(size, size, device=context.device)
+    times: list[float] = []
+    busy = seconds_of(lambda: [factor @ factor for _ in range(8)], context.device)
+    for _ in range(5):
+        for _ in range(8):
+            factor @ factor
+        if context.cuda:
+            torch.cuda.set_sync_debug_mode("error")
+        started = time.perf_counter()
+        snapshot.preserve(rows)
+        times.append(time.perf_counter() - started)
+        if context.cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        synchronize(context.device)
+    return statistics.median(times), busy
 
 
 def _configuration(context: Context) -> RunConfig:

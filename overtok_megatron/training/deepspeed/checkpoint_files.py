@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files: written with a sync, and read without executing what they hold."""
+"""DeepSpeed's checkpoint files: written so that a failure is known on all ranks, and read without executing what they hold."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from overtok_megatron.checkpoint.deepspeed_state import DEEPSPEED_FOLDER
 from overtok_megatron.errors import CheckpointError
-from overtok_megatron.files import sync
 from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 
 # Classes that DeepSpeed pickles into its checkpoints and that hold plain numbers only.
@@ -24,7 +23,7 @@ def load_deepspeed_file(path: str, map_location: Any = "cpu") -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
-class _SyncedFiles:
+class _NotedFiles:
     """Stands in for DeepSpeed's checkpoint engine, which writes and reads single files.
 
     A failed write is remembered in `failure` instead of raised, because the other ranks are about to enter a barrier. The
@@ -42,7 +41,6 @@ class _SyncedFiles:
     def save(self, state_dict: Any, path: str) -> None:
         try:
             torch.save(state_dict, path)
-            sync(Path(path))
             self.written.append(Path(path))
         except WRITE_ERRORS as error:
             self.failure = self.failure or f"{path}: {reason(error)}"
@@ -56,10 +54,14 @@ class DeepSpeedFiles:
 
     def __init__(self, deepspeed_engine: Any) -> None:
         self._deepspeed_engine = deepspeed_engine
-        self._files = deepspeed_engine.checkpoint_engine = _SyncedFiles(deepspeed_engine.checkpoint_engine)
+        self._files = deepspeed_engine.checkpoint_engine = _NotedFiles(deepspeed_engine.checkpoint_engine)
 
     def save(self, checkpoint: Path, client_state: dict[str, Any]) -> tuple[list[Path], str | None]:
-        """Write the files below `checkpoint`; all ranks must call this. Returns what this rank wrote, and why it failed."""
+        """Write the files below `checkpoint`; all ranks must call this. Returns what this rank wrote, and why it failed.
+
+        The files may not be on the disk yet: the caller syncs them. Waits until the device's values were copied and written;
+        DeepSpeed hands over tensors that the next step changes, and a copy would double the memory of the optimizer's state.
+        """
         files = self._files
         files.failure, files.written = None, []
         try:
