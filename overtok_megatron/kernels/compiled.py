@@ -123,7 +123,7 @@ class _CompiledPass:
 
     All sizes are constants for the compiler, so that loops and loads are as wide as can be, but for the leading dimensions of
     activations, which change from batch to batch: these are symbols. Only a size of 1 is a constant there as well, because
-    PyTorch's shapes treat it so; a pass is thus compiled at most twice for a model in training, and twice in inference.
+    PyTorch's shapes treat it so: a single position is another layout than many, whatever their number.
 
     Dynamo keeps what it compiled by code object, gives up behind `recompile_limit` entries, and makes sizes symbolic that
     changed between entries. Every layout has a code object of its own here, so neither can happen, whatever number of models
@@ -166,9 +166,10 @@ def _layout(tensor: Tensor, leading: int) -> tuple[Any, ...]:
     ones = tuple(size == 1 for size in tensor.shape[:leading])
     # the last leading dimension's stride is a constant; those before it are multiples of symbols
     strides = tensor.stride()[max(leading - 1, 0) :]
+    offset = min(tensor.storage_offset(), 2)  # a symbol, and as a size a constant where it is 0 or 1
     return (
         type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_inference(), ones,
-        tensor.shape[leading:], strides,
+        tensor.shape[leading:], strides, offset,
     )  # fmt: skip
 
 
