@@ -1,13 +1,16 @@
 """Chooses the implementation of each pass for a device.
 
-On a CPU these are the compiled loops of this project. On a CUDA device they are Triton's kernels for table rows and NVIDIA's
-apex for the norm and AdamW, each where it can be imported. In every other case torch's operators are used.
+On a CPU these are the compiled loops of this project. On a CUDA device they are Triton's kernels for table rows, torch's
+FlexAttention for windows and documents, and NVIDIA's apex for the norm and AdamW, each where it can be imported. In every other
+case torch's operators are used.
 
 The package `apex` on PyPI is an unrelated web toolkit. It does not have the modules that `apex_parts` imports.
 """
 
 import ctypes
 import importlib
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.kernels import cpu, reference
+from overtok_megatron.kernels import cpu, flex_attention, reference
 from overtok_megatron.kernels.build import load_library
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels
+from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.kernels.rows import RowKernels
 
+log = logging.getLogger(__name__)
+
 Groups = list[dict[str, Any]]
+CausalAttention = Callable[[Tensor, Tensor, Tensor, int | None, Documents | None], Tensor]  # q, k, v, window, documents
 AdamW = Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer]  # groups, rate, betas, eps
 
 
@@ -38,7 +45,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
     swiglu: Callable[[Tensor], Tensor] = reference.swiglu
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.rotate
-    causal_attention: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = reference.causal_attention
+    causal_attention: CausalAttention = reference.causal_attention
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.softmax_gradient
     adamw: AdamW = torch_adamw
@@ -84,7 +91,10 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
         library = load_library() if choice == "auto" else None
         return Kernels() if library is None else _cpu_kernels(library)
     torch_kernels = replace(
-        Kernels(), rms_norm=_cuda_rms_norm, rows=RowKernels() if choice == "torch" else _cuda_row_kernels()
+        Kernels(),
+        rms_norm=_cuda_rms_norm,
+        causal_attention=reference.causal_attention if choice == "torch" else _cuda_attention(),
+        rows=RowKernels() if choice == "torch" else _cuda_row_kernels(),
     )
     if parts is None:
         return torch_kernels
@@ -95,6 +105,16 @@ def choose_kernels(choice: str, device: torch.device) -> Kernels:
         rms_norm=lambda x, weight, eps: norm(x, weight, (x.shape[-1],), eps),
         adamw=lambda groups, lr, betas, eps: fused_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True),
     )
+
+
+def _cuda_attention() -> CausalAttention:
+    """FlexAttention for windows and documents; where there is no Triton to compile it with, dense masks, said aloud."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning(
+            "Triton cannot be imported: sliding windows and attention within documents use dense masks, s x s elements"
+        )
+        return reference.causal_attention
+    return flex_attention.causal_attention
 
 
 def _cuda_row_kernels() -> RowKernels:
