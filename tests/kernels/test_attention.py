@@ -1,4 +1,4 @@
-"""Causal attention with shared heads, windows and documents: torch's form, the compiled loops, FlexAttention's forward and mask.
+"""Causal attention with shared heads, windows and documents: torch's form, compiled loops, FlexAttention's forward and mask.
 
 FlexAttention has no backward on a CPU: on CUDA tools/gpu_check.py compares its gradients.
 """
