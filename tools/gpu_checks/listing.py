@@ -1,6 +1,7 @@
 """The list of all checks, in the order in which they run: correctness first, then speed."""
 
 from gpu_checks import row_checks
+from gpu_checks.attention import attention, attention_speed
 from gpu_checks.configurations import MODELS, WAYS, Configuration, host_bits, saving_device
 from gpu_checks.heads import Head
 from gpu_checks.installation import installation
@@ -30,6 +31,7 @@ def all_checks(ranks: int) -> list[Check]:
         Check("rows: large table", large_table, 60),
         Check("rows: one hot row", hot_row, 60),
         *(Check(f"head: V {name}", Head(size), 60, quick=name == "32 K") for name, size in _VOCABULARIES.items()),
+        Check("attention", attention, 240),
         Check("exchange", exchange, 60, ranks="many"),
         Check("whole run", whole_run, 120, ranks="any"),
         Check("tables in host memory: bits", host_bits, 60, quick=False),
@@ -44,6 +46,7 @@ def all_checks(ranks: int) -> list[Check]:
         ),
         Check("saving thread's device", saving_device, 30, ranks="any", cuda=True),
         Check("rows: speed", row_speed, 60, quick=False),
+        Check("attention: speed", attention_speed, 180, quick=False),
         *(
             Check(
                 f"model: V {name}{', tables' if tables else ''}",
