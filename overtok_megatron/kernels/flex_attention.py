@@ -91,7 +91,7 @@ def _block_mask(first: Tensor) -> BlockMask:
     blocks = torch.arange(-(-length // _BLOCK), device=first.device)
     begins, ends = blocks * _BLOCK, (blocks * _BLOCK + _BLOCK - 1)  # of a block, both included
     before = blocks < blocks.unsqueeze(1)  # [n, n]: keys before queries
-    seen_by_one = first[:, begins].unsqueeze(2) <= ends  # [b, n, n]: queries, keys
+    seen_by_one = first[:, ::_BLOCK].unsqueeze(2) <= ends  # [b, n, n]: queries, keys
     seen_by_all = first[:, ends.clamp(max=length - 1)].unsqueeze(2) <= begins
     whole = (ends < length).unsqueeze(1)  # in a block that ends early, torch's kernels must look at the mask
     full = before & seen_by_all & whole
