@@ -1,7 +1,8 @@
 """Chooses the implementation of each pass for a device.
 
-On a CPU these are the compiled loops of this project. On a CUDA device they are passes that torch.compile fuses, and Triton's
-kernels for table rows; liger-kernel and NVIDIA's apex where they are asked for. In every other case torch's operators are used.
+On a CPU these are the compiled loops of this project. On a CUDA device they are passes that torch.compile fuses, torch's
+FlexAttention for windows and documents, and Triton's kernels for table rows; liger-kernel and NVIDIA's apex where they are
+asked for. In every other case torch's operators are used.
 
 The package `apex` on PyPI is an unrelated web toolkit. It does not have the modules that `apex_parts` imports.
 """
@@ -20,17 +21,19 @@ from torch import Tensor
 
 from overtok_megatron.config.schema import KernelChoice
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.kernels import cpu, reference
+from overtok_megatron.kernels import cpu, flex_attention, reference
 from overtok_megatron.kernels.build import load_library
 from overtok_megatron.kernels.compiled import compiled_passes, missing_for_compilation
 from overtok_megatron.kernels.compiled_softmax import compiled_softmax
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels
+from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.kernels.liger import LigerPasses
 from overtok_megatron.kernels.rows import RowKernels
 
 log = logging.getLogger(__name__)
 
 Groups = list[dict[str, Any]]
+CausalAttention = Callable[[Tensor, Tensor, Tensor, int | None, Documents | None], Tensor]  # q, k, v, window, documents
 AdamW = Callable[[Groups, float, tuple[float, float], float], torch.optim.Optimizer]  # groups, rate, betas, eps
 
 
@@ -64,7 +67,7 @@ class Kernels:
     norm_and_rotate: NormAndRotate = reference.norm_and_rotate
     swiglu: Callable[[Tensor], Tensor] = reference.swiglu
     rotate: reference.Rotation = reference.rotate
-    causal_attention: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = reference.causal_attention
+    causal_attention: CausalAttention = reference.causal_attention
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None] = reference.softmax_gradient
     softmax_loss_and_gradient: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
@@ -125,7 +128,10 @@ def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
         fast = _compiled_kernels(plain, device)
     else:
         fast = plain
-        _warn_once(f"{missing}: norms, rotary positions and SwiGLU run as torch's own operators, which are slower")
+        _warn_once(
+            f"{missing}: norms, rotary positions, SwiGLU and the output head's softmax run as torch's own operators, which are "
+            "slower; sliding windows and attention within documents use dense masks of s x s elements"
+        )
     if choice == "liger":
         return _liger_kernels(fast)
     return _apex_kernels(fast) if choice == "apex" else fast
@@ -162,6 +168,8 @@ def _compiled_kernels(kernels: Kernels, device: torch.device) -> Kernels:
     if missing is not None:
         raise ConfigError(f"training.kernels: compile, but {missing}; write auto, or torch for torch's own operators")
     passes = compiled_passes()
+    if device.type == "cuda":  # FlexAttention's backward does not run on a CPU
+        kernels = replace(kernels, causal_attention=flex_attention.causal_attention)
     return replace(
         kernels,
         name="compile",

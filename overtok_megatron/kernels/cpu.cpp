@@ -203,13 +203,14 @@ void rotate(const T* x, const float* cosine, const float* sine, float sign, int6
     }
 }
 
-// scores: [heads, queries, seen], replaced by probabilities; query q sees keys 0 .. begin + q, the rest becomes zero.
+// scores: [heads, rows, seen], replaced by probabilities; row r is a query at position begin + r / shared, which sees the keys up
+// to its position. The rest becomes zero. shared: query heads per key/value head; those of one position are consecutive rows.
 template <typename T>
-void causal_softmax(T* scores, int64_t heads, int64_t queries, int64_t seen, int64_t begin) {
+void causal_softmax(T* scores, int64_t heads, int64_t rows, int64_t seen, int64_t begin, int64_t shared) {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < heads * queries; ++r) {
+    for (int64_t r = 0; r < heads * rows; ++r) {
         T* __restrict row = scores + r * seen;
-        const int64_t visible = begin + r % queries + 1;
+        const int64_t visible = begin + r % rows / shared + 1;
         const float top = largest_of(row, visible);
         float total = 0.0f;
         for (int64_t j = 0; j < visible; ++j) total += fast_exp(load(row[j]) - top);
@@ -219,14 +220,15 @@ void causal_softmax(T* scores, int64_t heads, int64_t queries, int64_t seen, int
     }
 }
 
-// grad: [heads, queries, seen], the gradient of the probabilities, replaced by that of the scores.
+// grad: [heads, rows, seen], the gradient of the probabilities, replaced by that of the scores.
 template <typename T>
-void causal_softmax_backward(const T* probabilities, T* grad, int64_t heads, int64_t queries, int64_t seen, int64_t begin) {
+void causal_softmax_backward(const T* probabilities, T* grad, int64_t heads, int64_t rows, int64_t seen, int64_t begin,
+                             int64_t shared) {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < heads * queries; ++r) {
+    for (int64_t r = 0; r < heads * rows; ++r) {
         const T* __restrict p = probabilities + r * seen;
         T* __restrict g = grad + r * seen;
-        const int64_t visible = begin + r % queries + 1;
+        const int64_t visible = begin + r % rows / shared + 1;
         float dot = 0.0f;
         for (int64_t j = 0; j < visible; ++j) dot += load(p[j]) * load(g[j]);
         for (int64_t j = 0; j < visible; ++j) store(g[j], load(p[j]) * (load(g[j]) - dot));
@@ -263,12 +265,12 @@ void causal_softmax_backward(const T* probabilities, T* grad, int64_t heads, int
     extern "C" void swiglu_backward_##SUFFIX(const void* x, const void* g, int64_t r, int64_t n, void* y) {             \
         swiglu_backward(static_cast<const T*>(x), static_cast<const T*>(g), r, n, static_cast<T*>(y));                  \
     }                                                                                                                   \
-    extern "C" void causal_softmax_##SUFFIX(void* x, int64_t h, int64_t q, int64_t n, int64_t begin) {                  \
-        causal_softmax(static_cast<T*>(x), h, q, n, begin);                                                             \
+    extern "C" void causal_softmax_##SUFFIX(void* x, int64_t h, int64_t q, int64_t n, int64_t begin, int64_t shared) {  \
+        causal_softmax(static_cast<T*>(x), h, q, n, begin, shared);                                                     \
     }                                                                                                                   \
     extern "C" void causal_softmax_backward_##SUFFIX(const void* p, void* g, int64_t h, int64_t q, int64_t n,           \
-                                                     int64_t begin) {                                                   \
-        causal_softmax_backward(static_cast<const T*>(p), static_cast<T*>(g), h, q, n, begin);                          \
+                                                     int64_t begin, int64_t shared) {                                   \
+        causal_softmax_backward(static_cast<const T*>(p), static_cast<T*>(g), h, q, n, begin, shared);                  \
     }                                                                                                                   \
     extern "C" void rotate_##SUFFIX(const void* x, const float* c, const float* s, float sign, int64_t r, int64_t h,    \
                                     int64_t half, int64_t period, void* y) {                                            \

@@ -5,12 +5,13 @@ cpu_rows.py.
 """
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from overtok_megatron.kernels import reference
+from overtok_megatron.kernels.documents import Documents
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _WEIGHT_PARTS = 32  # partial sums of a norm's weight gradient: a constant, so that the result is independent of threads
@@ -71,7 +72,11 @@ class CpuLoops:
         result: Tensor = _Rotate.apply(x, cos, sin, self)
         return result
 
-    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    def causal_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Documents | None = None
+    ) -> Tensor:
+        if documents is not None:  # the loops know the causal mask and a window only
+            return reference.causal_attention(q, k, v, window, documents)
         result: Tensor = _TiledAttention.apply(q, k, v, window, self)
         return result
 
@@ -183,68 +188,99 @@ class _TiledAttention(torch.autograd.Function):
 
     With a window, a tile leaves out the keys that none of its queries sees. Backward computes the probabilities again, so
     memory is linear in the sequence. This is faster than torch's CPU flash kernel, whose backward is not blocked for the
-    matrix units.
+    matrix units. The query heads that share a key/value head are rows of one product, consecutive for each position.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, loops: CpuLoops) -> Tensor:
-        shape = q.shape
-        q, k, v = (q * shape[-1] ** -0.5).reshape(-1, *shape[2:]), k.reshape(-1, *shape[2:]), v.reshape(-1, *shape[2:])
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for heads, tile, seen in _tiles(q, window):
-            probabilities = _probabilities(loops, q[heads, tile], k[heads, seen], window)
-            torch.bmm(probabilities, v[heads, seen], out=out[heads, tile])
-        ctx.save_for_backward(q, k, v)
-        ctx.shape, ctx.window, ctx.loops = shape, window, loops
-        return out.view(shape)
+        shared = q.shape[1] // k.shape[1]
+        scaled = _rows(q * q.shape[-1] ** -0.5, shared)
+        k, v = k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
+        out = torch.empty_like(scaled, memory_format=torch.contiguous_format)
+        for tile in _tiles(k, shared, window):
+            probabilities = _probabilities(loops, scaled[tile.heads, tile.rows], k[tile.heads, tile.seen], tile, window)
+            torch.bmm(probabilities, v[tile.heads, tile.seen], out=out[tile.heads, tile.rows])
+        ctx.save_for_backward(scaled, k, v)
+        ctx.shape, ctx.window, ctx.loops = q.shape, window, loops
+        return _heads(out, q.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
-        grad = grad.reshape(q.shape)
+        batch, heads, _, size = ctx.shape
+        shared = batch * heads // len(k)
+        grad = _rows(grad, shared)
         grad_q = torch.empty_like(q)
-        wide = torch.float32 if q.shape[1] > _TILE_QUERIES else q.dtype  # several tiles add to one gradient
+        tiles = _tiles(k, shared, ctx.window)
+        wide = torch.float32 if tiles[0].stop < k.shape[1] else q.dtype  # several tiles add to one gradient
         grad_k, grad_v = (torch.empty(k.shape, dtype=wide) for _ in "kv")
-        for heads, tile, seen in _tiles(q, ctx.window):
-            incoming, start = grad[heads, tile], tile.start - seen.start
-            probabilities = _probabilities(ctx.loops, q[heads, tile], k[heads, seen], ctx.window)
+        for tile in tiles:
+            heads, rows, seen = tile.heads, tile.rows, tile.seen
+            before = tile.start - seen.start  # keys before the first query
+            incoming = grad[heads, rows]
+            probabilities = _probabilities(ctx.loops, q[heads, rows], k[heads, seen], tile, ctx.window)
             scores = torch.bmm(incoming, v[heads, seen].mT)
-            ctx.loops.call("causal_softmax_backward", q.dtype, probabilities, scores, *scores.shape, start)
-            torch.bmm(scores, k[heads, seen], out=grad_q[heads, tile])
-            for total, left, right in ((grad_k, scores, q[heads, tile]), (grad_v, probabilities, incoming)):
-                if start > 0:
-                    total[heads, seen.start : tile.start] += torch.bmm(left[:, :, :start].mT, right)
-                total[heads, tile] = torch.bmm(left[:, :, start:].mT, right)
-        grad_q *= ctx.shape[-1] ** -0.5
-        return (
-            grad_q.view(ctx.shape),
-            grad_k.to(k.dtype).view(ctx.shape),
-            grad_v.to(v.dtype).view(ctx.shape),
-            None,
-            None,
-        )
+            ctx.loops.call("causal_softmax_backward", q.dtype, probabilities, scores, *scores.shape, before, shared)
+            torch.bmm(scores, k[heads, seen], out=grad_q[heads, rows])
+            for total, left, right in ((grad_k, scores, q[heads, rows]), (grad_v, probabilities, incoming)):
+                if before > 0:
+                    total[heads, seen.start : tile.start] += torch.bmm(left[:, :, :before].mT, right)
+                total[heads, tile.start : tile.stop] = torch.bmm(left[:, :, before:].mT, right)
+        grad_q *= size**-0.5
+        shape = (batch, -1, *k.shape[1:])
+        return _heads(grad_q, ctx.shape), grad_k.to(k.dtype).view(shape), grad_v.to(v.dtype).view(shape), None, None
 
 
-def _tiles(q: Tensor, window: int | None) -> list[tuple[slice, slice, slice]]:
-    """(heads, queries, the keys that these see) of every tile of q [heads, s, e]."""
-    heads, length, _ = q.shape
-    step = max(1, _TILE_VALUES // (min(_TILE_QUERIES, length) * length))
-    return [
-        (
-            slice(first, min(first + step, heads)),
-            slice(start, min(start + _TILE_QUERIES, length)),
-            slice(0 if window is None else max(0, start - window + 1), min(start + _TILE_QUERIES, length)),
-        )
-        for first in range(0, heads, step)
-        for start in range(0, length, _TILE_QUERIES)
-    ]
+def _rows(x: Tensor, shared: int) -> Tensor:
+    """[b, h, s, e] -> [b g, s shared, e]: the query heads that share a key/value head, side by side at each position."""
+    batch, heads, length, size = x.shape
+    grouped = x.reshape(batch, heads // shared, shared, length, size).transpose(2, 3)
+    return grouped.reshape(-1, length * shared, size)
 
 
-def _probabilities(loops: CpuLoops, q: Tensor, k: Tensor, window: int | None) -> Tensor:
-    """[heads, queries, seen]; the queries are at the positions of the last keys."""
+def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_rows`: [b g, s shared, e] -> [b, h, s, e], the given shape, which lies in memory as [b, s, h, e].
+
+    That is how the callers go on with it: the projection after attention, and backward of the rotation before it.
+    """
+    batch, heads, length, size = shape
+    by_position = rows.view(batch, -1, length, rows.shape[1] // length, size).transpose(1, 2)  # [b, s, g, shared, e]
+    return by_position.reshape(batch, length, heads, size).transpose(1, 2)
+
+
+class _Tile(NamedTuple):
+    """heads: of k and v. Queries at the positions [start, stop), as rows; the keys that these see end at `stop`, too."""
+
+    heads: slice
+    start: int
+    stop: int
+    rows: slice
+    seen: slice
+
+
+def _tiles(k: Tensor, shared: int, window: int | None) -> list[_Tile]:
+    """Those of all heads of k [heads, s, e] and all queries."""
+    heads, length, _ = k.shape
+    queries = min(_TILE_QUERIES, length)
+    queries = max(1, min(queries, max(_TILE_QUERIES // shared, _TILE_VALUES // (shared * length))))
+    step = max(1, _TILE_VALUES // (queries * shared * length))
+    tiles = []
+    for first in range(0, heads, step):
+        for start in range(0, length, queries):
+            stop = min(start + queries, length)
+            seen = slice(0 if window is None else max(0, start - window + 1), stop)
+            rows = slice(start * shared, stop * shared)
+            tiles.append(_Tile(slice(first, min(first + step, heads)), start, stop, rows, seen))
+    return tiles
+
+
+def _probabilities(loops: CpuLoops, q: Tensor, k: Tensor, tile: _Tile, window: int | None) -> Tensor:
+    """q [heads, rows, e], k [heads, seen, e] of a tile -> [heads, rows, seen]."""
     scores = torch.bmm(q, k.mT)
-    if window is not None and window < scores.shape[2]:
-        hidden = reference.window_mask(scores.shape[1], scores.shape[2], window, scores.device).logical_not_()
-        scores.masked_fill_(hidden, -torch.inf)
-    loops.call("causal_softmax", scores.dtype, scores, *scores.shape, scores.shape[2] - scores.shape[1])
+    queries, seen = tile.stop - tile.start, k.shape[1]
+    shared = q.shape[1] // queries
+    if window is not None and window < seen:
+        hidden = reference.window_mask(queries, seen, window, scores.device).logical_not_().unsqueeze(1)
+        scores.unflatten(1, (queries, shared)).masked_fill_(hidden, -torch.inf)
+    loops.call("causal_softmax", scores.dtype, scores, *scores.shape, seen - queries, shared)
     return scores

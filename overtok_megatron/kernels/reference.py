@@ -1,7 +1,7 @@
 """Passes over activations in torch's own operators: they run on any device, and tests compare the other forms with them.
 
 Passes over table rows are in rows.py. Shapes: .. any leading dimensions, d normalised size, f feed-forward size, b batch,
-s sequence, h heads, e head size.
+s sequence, h query heads, g key/value heads, e head size.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from overtok_megatron.kernels.documents import Documents
 
 SumInPlace = Callable[[Tensor], None]  # sums a tensor over the ranks that split a dimension, in place
 Norm = Callable[[Tensor, Tensor, float], Tensor]
@@ -106,19 +108,52 @@ def norm_and_rotate(
     return rotation(normed.unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """q, k, v [b, h, s, e] -> [b, h, s, e]; position t sees positions 0..t, or the last `window` of these."""
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Documents | None = None
+) -> Tensor:
+    """q [b, h, s, e], k and v [b, g, s, e] -> [b, h, s, e]; h / g query heads share each key/value head.
+
+    Position t sees positions 0..t, or the last `window` of these. documents: it sees those of its own document only.
+    """
     length = q.shape[2]
+    if documents is not None:
+        return _attention(q, k, v, documents.derive(document_mask, window, q.dtype))
     if window is None or window >= length:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return _attention(q, k, v, None)
     step = max(window, 256)  # queries per tile; their keys start less than a window before them
     parts = []
     for start in range(0, length, step):
         stop, first = min(start + step, length), max(0, start - window + 1)
         mask = window_mask(stop - start, stop - first, window, q.device)
-        keys, values = k[:, :, first:stop], v[:, :, first:stop]
-        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=mask))
+        parts.append(_attention(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask))
     return torch.cat(parts, dim=2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's attention with shared keys and values. mask: None = causal.
+
+    torch's flash kernels read shared heads in place: on a CPU always, on CUDA in 16 bits and without a mask. Elsewhere on CUDA
+    torch would leave its memory-efficient kernel, which does not know shared heads, and keep all scores: a copy is cheaper.
+    Source: ATen/native/transformers/cuda/sdp_utils.cpp, check_batch_size_and_num_heads_dense.
+    """
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.device.type != "cpu" and (mask is not None or q.element_size() > 2):
+        k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1)
+
+
+def document_mask(ids: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """ids [b, s] int64, the document of each position -> [b, 1, s, s] of `dtype`, to be added to attention scores.
+
+    0 where a position sees another one of its own document, else -inf. window: how many positions each sees, its own
+    included; None = all before it. The mask is not boolean, because torch would convert a boolean mask in every layer and
+    keep each layer's result until backward.
+    """
+    length = ids.shape[1]
+    hidden = ids.unsqueeze(2) != ids.unsqueeze(1)  # [b, s, s]
+    hidden |= ~window_mask(length, length, length if window is None else window, ids.device)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
 
 def window_mask(queries: int, seen: int, window: int, device: torch.device) -> Tensor:

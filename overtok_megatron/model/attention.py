@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries and rotary positions, with RMSNorm over q and k or without, and without biases.
 
 A position sees all positions before it, or the last few of them (a sliding window); of all documents, or of its own only
-where the caller passes a mask (documents.py).
+where the caller passes the documents (kernels/documents.py).
 
 Shapes: b batch, s this context rank's slice of the sequence (all of it without context parallelism), s_shard the part of s that
 a tensor-parallel rank holds under sequence parallelism (else s), d hidden, e head size, c columns of the decoding cache. Of all
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.cache import KVCache
 from overtok_megatron.model.norm import RotatedRMSNorm
 from overtok_megatron.model.rotary import Rotary
@@ -105,11 +106,8 @@ class Attention(nn.Module):
         self.qkv.reset(seed, f"{name}.qkv", std)
         self.o_proj.reset(seed, f"{name}.o_proj", std)
 
-    def forward(self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [b, s_shard, d] -> [b, s_shard, d]. mask: added to the scores, instead of the causal mask and its window.
-
-        mask [b, 1, S, S], with S the positions of all context ranks.
-        """
+    def forward(self, x: Tensor, decode: DecodeStep | None = None, documents: Documents | None = None) -> Tensor:
+        """x [b, s_shard, d] -> [b, s_shard, d]. documents: of the positions of all context ranks; None = one document."""
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
         batch, length = q.shape[:2]  # length is s: `qkv` has gathered what sequence parallelism splits
         v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g_shard, s, e]
@@ -124,11 +122,11 @@ class Attention(nn.Module):
         if decode is not None:
             k, v = decode.cache.write(self.layer_index, k, v)
             seen = decode.mask if self.window is None else decode.sliding_mask
-            mixed = F.scaled_dot_product_attention(q, *self._repeat(k, v), attn_mask=seen)
+            mixed = _attend_to_cache(q, k, v, seen)
         elif self.recompute_core and torch.is_grad_enabled():
-            mixed = checkpoint(self._core, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
+            mixed = checkpoint(self._core, q, k, v, documents, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._core(q, k, v, mask)
+            mixed = self._core(q, k, v, documents)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
@@ -136,19 +134,22 @@ class Attention(nn.Module):
         """Queries or keys [b, s, h_shard e] of a model without norms over them -> [b, s, h_shard, e]."""
         return self.kernels.rotate(x.unflatten(-1, (-1, self.head_size)), cos, sin)
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """q [b, h_shard, s, e], k and v [b, g_shard, s, e] -> [b, h_shard, s, e], over the positions of all context ranks."""
         q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
-        k, v = self._repeat(k, v)
-        if mask is None:
-            mixed = self.kernels.causal_attention(q, k, v, self.window)
-        else:  # the compiled loops and torch's fastest kernels support the causal mask only
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = self.kernels.causal_attention(q, k, v, self.window, documents)
         return exchange_dims(mixed, self.context_group, split=2, join=1)
 
-    def _repeat(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Repeat keys and values [b, g_shard, .., e] once for each query head that shares them: [b, h_shard, .., e]."""
-        repeats = self.heads_shard // self.kv_heads_shard
-        if repeats == 1:
-            return k, v
-        return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+
+def _attend_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [b, h_shard, s, e], k and v [b, g_shard, c, e], mask bool [b, 1, s, c] -> [b, h_shard, s, e].
+
+    The query heads that share keys and values are taken as further query rows, so that no copy of the cache is made: torch's
+    kernels with a mask know no shared heads on CUDA.
+    """
+    batch, heads, length, size = q.shape
+    kv_heads = k.shape[1]
+    shared = heads // kv_heads
+    rows = q.reshape(batch, kv_heads, shared * length, size)
+    mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, 1, shared, 1))
+    return mixed.reshape(batch, heads, length, size)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.attention import Attention, DecodeStep
-from overtok_megatron.model.documents import document_mask
 from overtok_megatron.model.feed_forward import FeedForward, Routing
 from overtok_megatron.model.norm import RMSNorm, RMSNormAdded, RMSNormOfSum
 
@@ -49,43 +49,40 @@ class Block(nn.Module):
         self.mlp.reset(seed, f"{name}.mlp", std)
 
     def forward(
-        self, x: Tensor, decode: DecodeStep | None = None, mask: Tensor | None = None
+        self, x: Tensor, decode: DecodeStep | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """The layer's output, and what its router reports (None if dense). mask: as in `Attention`."""
+        """The layer's output, and what its router reports (None if dense). documents: as in `Attention`."""
         if self.recompute and torch.is_grad_enabled():
             out: tuple[Tensor, Routing | None]
-            out = checkpoint(self._layer, x, decode, mask, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(self._layer, x, decode, documents, use_reentrant=False, preserve_rng_state=False)
             return out
-        return self._layer(x, decode, mask)
+        return self._layer(x, decode, documents)
 
-    def _layer(self, x: Tensor, decode: DecodeStep | None, mask: Tensor | None) -> tuple[Tensor, Routing | None]:
+    def _layer(
+        self, x: Tensor, decode: DecodeStep | None, documents: Documents | None
+    ) -> tuple[Tensor, Routing | None]:
         if isinstance(self.mlp_norm, RMSNormOfSum):
-            x, normed = self.mlp_norm(x, self.attention(self.attention_norm(x), decode, mask))
+            x, normed = self.mlp_norm(x, self.attention(self.attention_norm(x), decode, documents))
             out, routing = self.mlp(normed)
             return x + out, routing
-        x = self.attention_norm(x, self.attention(x, decode, mask))
+        x = self.attention_norm(x, self.attention(x, decode, documents))
         out, routing = self.mlp(x)
         return self.mlp_norm(x, out), routing
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None, documents: Tensor | None = None
+    blocks: Iterable[nn.Module], x: Tensor, decode: DecodeStep | None = None, documents: Documents | None = None
 ) -> tuple[Tensor, Routing | None]:
     """Run blocks one after the other.
 
     Returns the output of the last one; and with experts the sum of the routers' losses and the statistics of each router,
-    [blocks, F]. documents int64 [b, positions of all context ranks]: positions attend to those with the same number; None = to
-    all. A decoding call has its documents in its masks already.
+    [blocks, F]. documents: as in `Attention`; a decoding call has its documents in its masks already.
     """
     total: Tensor | None = None
     stats: list[Tensor] = []
-    masks: dict[int | None, Tensor] = {}  # one for all layers with the same window
     for block in blocks:
         assert isinstance(block, Block)
-        window = block.attention.window
-        if documents is not None and window not in masks:
-            masks[window] = document_mask(documents, window, x.dtype)
-        x, routing = block(x, decode, masks.get(window))
+        x, routing = block(x, decode, documents)
         if routing is not None:
             total = routing.loss if total is None else total + routing.loss
             stats.append(routing.stats)

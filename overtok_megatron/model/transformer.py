@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
         """
         documents = None
         if self.eod_id is not None and decode is None:
-            documents = document_ids(tokens if full_tokens is None else full_tokens, self.eod_id)
+            documents = Documents(document_ids(tokens if full_tokens is None else full_tokens, self.eod_id))
         return run_blocks(self.blocks, self.embedding(tokens, fetched), decode, documents)
 
     def forward(

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute
+from overtok_megatron.kernels import reference
 from overtok_megatron.kernels.choice import choose_kernels
-from overtok_megatron.model import block
+from overtok_megatron.kernels.reference import document_mask
 from overtok_megatron.model.assembly import build_layers
-from overtok_megatron.model.documents import document_ids, document_mask
+from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.transformer import Transformer
 from support.reference import hugging_face_model, hugging_face_names
 
@@ -87,7 +88,7 @@ def test_layers_of_a_window_share_a_mask(recompute: Recompute, monkeypatch: pyte
         made.append(window)
         return document_mask(documents, window, dtype)
 
-    monkeypatch.setattr(block, "document_mask", watched)
+    monkeypatch.setattr(reference, "document_mask", watched)
     model = Transformer(layers, eod_id=END).to(torch.bfloat16)
     objective, *_ = model(packed(), None, packed())
     objective.backward()

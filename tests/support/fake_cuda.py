@@ -5,13 +5,16 @@ devices raises, as it would on a GPU. Backward passes and kernels of Triton need
 """
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.kernels import flex_attention
 from overtok_megatron.kernels.choice import choose_kernels
+from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.model.assembly import build_layers
 from overtok_megatron.model.transformer import Transformer
@@ -81,12 +84,33 @@ def forward(config: RunConfig) -> None:
     assert model.logits(tokens[:, :-1], fetched).shape == (2, 8, 101)
 
 
+def flex() -> None:
+    """FlexAttention as `auto` calls it, traced but not lowered to Triton: on one device, and without waiting for it."""
+    causal_attention = choose_kernels("auto", CUDA).causal_attention
+    assert causal_attention is flex_attention.causal_attention
+    for length in (300, 513, 64):
+        q, k, v = (torch.empty(2, length, heads, 32).transpose(1, 2) for heads in (4, 2, 2))
+        documents = Documents(torch.zeros(2, length, dtype=torch.int64))
+        for window, within in ((7, None), (None, documents), (7, documents)):
+            out = causal_attention(q, k, v, window, within)
+            assert out.shape == q.shape and out.device == CUDA
+
+
 def main() -> None:
     assert torch.version.cuda is not None, "not a CUDA build of torch"
     for name, changes in CASES.items():
         with FakeTensorMode(shape_env=ShapeEnv()), torch.device(CUDA), torch.no_grad():
             forward(configuration(changes))
         print(name)
+    traced = torch.compile(torch.nn.attention.flex_attention.flex_attention, fullgraph=True, backend="aot_eager")
+    with (
+        mock.patch.object(flex_attention, "_compiled", return_value=traced),
+        FakeTensorMode(shape_env=ShapeEnv()),
+        torch.device(CUDA),
+        torch.no_grad(),
+    ):
+        flex()
+    print("FlexAttention")
 
 
 if __name__ == "__main__":

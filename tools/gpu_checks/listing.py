@@ -1,6 +1,7 @@
 """The list of all checks, in the order in which they run: correctness first, then speed."""
 
 from gpu_checks import row_checks
+from gpu_checks.attention import attention, attention_speed
 from gpu_checks.configurations import MODELS, WAYS, Configuration, host_bits, saving_device
 from gpu_checks.heads import Head
 from gpu_checks.installation import installation
@@ -36,6 +37,7 @@ def all_checks(ranks: int) -> list[Check]:
         Check("rows: recompilations", recompilations, 60),
         *(Check(f"head: V {name}", Head(size), 60, quick=name == "32 K") for name, size in _VOCABULARIES.items()),
         Check("passes", fused_passes, 120),
+        Check("attention", attention, 240),
         Check("exchange", exchange, 60, ranks="many"),
         Check("exchange: planned ahead", planned_ahead, 60, ranks="any"),
         Check("whole run", whole_run, 120, ranks="any"),
@@ -52,6 +54,7 @@ def all_checks(ranks: int) -> list[Check]:
         Check("saving thread's device", saving_device, 30, ranks="any", cuda=True),
         Check("waits for the device", waits, 60, cuda=True),
         Check("rows: speed", row_speed, 60, quick=False),
+        Check("attention: speed", attention_speed, 180, quick=False),
         *(
             Check(
                 f"model: V {name}{', tables' if tables else ''}",

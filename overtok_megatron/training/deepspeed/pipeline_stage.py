@@ -15,6 +15,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.block import run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.feed_forward import Routing
@@ -165,7 +166,7 @@ class PipelineStage(PipelineModule):
         when backward reaches the module's output, which would lose the gradients of what ran after it.
         """
         batch = self._expected.popleft()
-        documents = None if self._eod_id is None else document_ids(batch.full_inputs, self._eod_id)
+        documents = None if self._eod_id is None else Documents(document_ids(batch.full_inputs, self._eod_id))
         if self._process_grid.is_first_stage:
             assert self.embedding is not None
             x = self.embedding(x, batch.fetched)
