@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from data_benchmark import prepare_speed
-from measuring import alternate, configuration, save_beside_steps, single_process
+from measuring import alternate, configuration, save_beside_steps, single_process, steps_as_in_a_run
 from overhead_benchmark import overhead
 from table_benchmark import mapped, tables
 from torch import Tensor
@@ -43,6 +43,8 @@ from overtok_megatron.model.assembly import build_transformer
 from overtok_megatron.parallel.devices import CPU, default_device, num_accelerators
 from overtok_megatron.training.measuring import peak_memory
 from overtok_megatron.training.peaks import measured
+
+_BATCHES = 200  # of the steps beside saves, then again from the first
 
 
 def hugging_face_step(config: RunConfig, batch: Tensor) -> Callable[[], object]:
@@ -112,15 +114,12 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def engine_step(config: RunConfig, tokens: list[Tensor]) -> Callable[[], object]:
-    """Whole optimizer steps through DeepSpeed, a new batch each time."""
+def engine_step(config: RunConfig, tokens: list[Tensor], device: torch.device) -> Callable[[], object]:
+    """Whole optimizer steps through DeepSpeed, a new batch each time. tokens: in host memory."""
     from overtok_megatron.training.engine import TrainingEngine
     from overtok_megatron.training.processes import start_processes
 
-    device = tokens[0].device
-    engine = TrainingEngine(config, start_processes(config, device), device, eod_id=0)
-    turn = iter(range(10**9))
-    return lambda: engine.step(tokens[next(turn) % len(tokens)], 1e-3)
+    return steps_as_in_a_run(TrainingEngine(config, start_processes(config, device), device, eod_id=0), tokens)
 
 
 def whole_batches(dataset: IndexedDataset, seq_length: int) -> TrainBatches:
@@ -146,8 +145,8 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
              "training.global_batch_size=32", "training.micro_batch_size=32"], options.data
         )  # fmt: skip
         batches = whole_batches(dataset, config.data.seq_length)
-        tokens = [torch.from_numpy(batches.read(32 * step)).to(options.device) for step in range(options.rounds + 2)]
-        contenders[f"2^{power}"] = engine_step(config, tokens)
+        tokens = [torch.from_numpy(batches.read(32 * step)) for step in range(options.rounds + 2)]
+        contenders[f"2^{power}"] = engine_step(config, tokens, options.device)
     seconds = alternate(contenders, options.rounds, options.device)
     first = next(iter(seconds.values()))
     return {
@@ -171,11 +170,11 @@ def saves(options: argparse.Namespace) -> dict[str, Any]:
     batches = whole_batches(IndexedDataset(options.data), config.data.seq_length)
     engine = TrainingEngine(config, start_processes(config, options.device), options.device, eod_id=0)
     assert engine.tables is not None
-    done = iter(range(10**9))
+    train = steps_as_in_a_run(engine, [torch.from_numpy(batches.read(32 * number)) for number in range(_BATCHES)])
 
     def step() -> float:
         begin = time.perf_counter()
-        engine.step(torch.from_numpy(batches.read(32 * next(done))).to(options.device), 1e-3)
+        train()
         return time.perf_counter() - begin
 
     def size(folder: Path) -> int:

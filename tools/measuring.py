@@ -3,16 +3,23 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.launching.local import free_port
 from overtok_megatron.parallel.devices import synchronize
+from overtok_megatron.parallel.uploading import moved
+
+if TYPE_CHECKING:
+    from overtok_megatron.training.engine import TrainingEngine
+    from overtok_megatron.training.step_result import StepResult
 
 
 def configuration(overrides: list[str], data: str) -> RunConfig:
@@ -36,6 +43,22 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int, devic
             if turn >= 2:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def steps_as_in_a_run(engine: "TrainingEngine", batches: Sequence[Tensor]) -> "Callable[[], StepResult]":
+    """A function that trains the next step, on the batches in turn, each announced one step before as a run does it.
+
+    batches: [A, b, s + 1] int64 in host memory. The engine must not be stepped in another way afterwards.
+    """
+    numbers = count()
+    engine.announce(batches[0])
+
+    def step() -> "StepResult":
+        number = next(numbers)
+        engine.announce(batches[(number + 1) % len(batches)])
+        return engine.step(moved(batches[number % len(batches)], engine.device), 1e-3)
+
+    return step
 
 
 def save_beside_steps(

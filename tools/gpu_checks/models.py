@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import steps_as_in_a_run
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -116,16 +117,16 @@ class Speed:
 def _speed(context: Context, config: RunConfig) -> Speed:
     """Time some steps after two that are not counted, then profile one."""
     engine = engine_of(context, config)
-    parts = [own_part(engine, batch).to(engine.device) for batch in made_tokens(context, config, 4)]
+    step = steps_as_in_a_run(engine, [own_part(engine, batch) for batch in made_tokens(context, config, 4)])
     rounds = 3 if context.quick or not context.cuda else 6
     times, losses = [], []
-    for turn in range(2 + rounds):
+    for _ in range(2 + rounds):
         start = time.perf_counter()
-        losses.append(engine.step(parts[turn % len(parts)], 1e-4).loss)  # reads the loss, and so waits for the device
+        losses.append(step().loss)  # reads the loss, and so waits for the device
         times.append(time.perf_counter() - start)
     assert all(math.isfinite(loss) for loss in losses), f"a loss is not finite: {losses}"
     peak = peak_memory(context.device)
-    top, idle = _profiled(context, lambda: engine.step(parts[0], 1e-4))
+    top, idle = _profiled(context, step)
     return Speed(statistics.median(times[2:]), losses, peak, top, idle)
 
 

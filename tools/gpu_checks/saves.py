@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import save_beside_steps
+from measuring import save_beside_steps, steps_as_in_a_run
 from torch import Tensor
 
 from gpu_checks.registry import Context, Result
@@ -30,12 +30,11 @@ def save(context: Context) -> Result:
     engine = engine_of(context, config)
     assert engine.tables is not None
     table_bytes = sum(column.nbytes for column in engine.tables.columns().values())
-    parts = [own_part(engine, batch).to(engine.device) for batch in made_tokens(context, config, 4)]
-    done = iter(range(10**9))
+    train = steps_as_in_a_run(engine, [own_part(engine, batch) for batch in made_tokens(context, config, 4)])
 
     def step() -> float:
         started = time.perf_counter()
-        engine.step(parts[next(done) % len(parts)], 1e-3)
+        train()
         return time.perf_counter() - started
 
     for _ in range(3):
