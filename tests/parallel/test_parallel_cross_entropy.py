@@ -174,7 +174,7 @@ def _check_large(names: tuple[str, ...]) -> list[float]:
         group = dist.group.WORLD
     losses = []
     for vocab, z_loss, dtype in itertools.product((8_193, 100_278), (0.0, 1e-3), (torch.float32, torch.bfloat16)):
-        case = Case(tokens=37, vocab=vocab, z_loss=z_loss, dtype=dtype)
+        case = Case(tokens=97, vocab=vocab, z_loss=z_loss, dtype=dtype)
         expected = _expected(case)
         start, stop = split_range(vocab, group_size(group), group_rank(group))
         for kernels in map(choose_kernels, names[1:], itertools.repeat(torch.device("cpu"))):
@@ -182,7 +182,8 @@ def _check_large(names: tuple[str, ...]) -> list[float]:
             part = weight[start:stop].clone().requires_grad_()
             hidden.requires_grad_()
             given = {"vocab_start": start, "group": group, "z_loss_weight": z_loss, "kernels": kernels}
-            given["bound"] = small_chunks(11, 8)
+            # With fewer rows the float32 product of a chunk, torch's own, is off by more than the limit on some threads.
+            given["bound"] = small_chunks(33, 8)
             objective, cross_entropy = module.linear_cross_entropy(copy_to_group(hidden, group), part, targets, **given)
             (objective * case.upstream).backward()
             with torch.no_grad():
