@@ -10,7 +10,8 @@ row width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from overtok_megatron.ngram.row_space import RowFilter
 from overtok_megatron.parallel.collectives import profiler_span
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
+Fetching = Callable[[], Tensor]  # to be called once: waits for rows under way, and returns them
 
 
 @dataclass(kw_only=True)
@@ -59,15 +61,19 @@ class Exchange(Protocol[PlanT]):
     def plan(self, ids: Tensor, *, training: bool = True) -> PlanT:
         """Tell the owners which rows this rank looks up. ids: row ids, int64 of any shape.
 
-        training: prepare the way back of the gradients as well. Nothing else has to be told about a step: `fetch` and
+        training: prepare the way back of the gradients as well. Nothing else has to be told about a step: `start_fetch` and
         `send_gradients` then know every size and every index.
         """
 
-    def fetch(self, plan: PlanT, read: ReadRows) -> Tensor:
-        """The plan's distinct rows [U, w], ascending by row id, in the dtype in which the owners' `read` gives them."""
+    def start_fetch(self, plan: PlanT, read: ReadRows) -> Fetching:
+        """Read rows of this rank, and begin to send them to the ranks that look them up.
+
+        Returns a function that waits for the plan's distinct rows [U, w], ascending by row id, in the dtype in which the
+        owners' `read` gives them.
+        """
 
     def tell_changes(self, plan: PlanT, changing: RowFilter) -> None:
-        """Tell the ranks that look rows up which of them will change between `fetch` and their use.
+        """Tell the ranks that look rows up which of them will change between `start_fetch` and their use.
 
         changing: local rows int64 [..] -> bool [..].
         """
@@ -211,11 +217,13 @@ class FlatExchange:
         """
         edges = torch.searchsorted(unique, torch.tensor(self.bounds, device=unique.device))
         counts = edges.diff()  # [ranks]
-        message = unique.new_zeros(counts.numel(), 2 + self._capacity)
+        message = unique.new_empty(counts.numel(), 2 + self._capacity)
         message[:, 0], message[:, 1] = counts, counts.max()
-        place = torch.arange(unique.numel(), device=unique.device) - torch.repeat_interleave(edges[:-1], counts)
-        fits = place < self._capacity
-        message[torch.repeat_interleave(counts)[fits], place[fits] + 2] = unique[fits]
+        if (
+            unique.numel()
+        ):  # each rank's ids, and what follows them where there is room; the counts tell how many are for it
+            places = edges[:-1].unsqueeze(1) + torch.arange(self._capacity, device=unique.device)
+            message[:, 2:] = unique[places.clamp_(max=unique.numel() - 1)]
         received = self._all_to_all("counts and ids", message)
         send_counts, (recv_counts, most) = counts.tolist(), received[:, :2].T.tolist()
         if max(most) <= self._capacity:
@@ -245,13 +253,13 @@ class FlatExchange:
             sorted_arrivals=sorted_arrivals,
         )
 
-    def fetch(self, plan: FlatPlan, read: ReadRows) -> Tensor:
+    def start_fetch(self, plan: FlatPlan, read: ReadRows) -> Fetching:
         """One all-to-all."""
         values = read(plan.requested_rows)  # [R, w]
         if self.group is None:
-            return values
+            return lambda: values
         # the way back: this rank sends to each rank what that one requests, and receives what it requested itself
-        return self._all_to_all(
+        return self._start_all_to_all(
             "rows", values, send_counts=plan.recv_counts, recv_counts=plan.send_counts, pinned=self.pin_rows
         )
 
@@ -331,7 +339,10 @@ class FlatExchange:
         )
         return 8 * (len(plan.send_counts) - 1) + ids * 8 + rows * row_bytes + gradients * grad_bytes
 
-    def _all_to_all(
+    def _all_to_all(self, what: str, values: Tensor, **counts: Any) -> Tensor:
+        return self._start_all_to_all(what, values, **counts)()
+
+    def _start_all_to_all(
         self,
         what: str,
         values: Tensor,
@@ -339,14 +350,21 @@ class FlatExchange:
         send_counts: list[int] | None = None,
         recv_counts: list[int] | None = None,
         pinned: bool = False,
-    ) -> Tensor:
+    ) -> Fetching:
         """How many of the values go to each rank, and come from each; None for both: as many go to each as come from it."""
         shape = values.shape if recv_counts is None else (sum(recv_counts), *values.shape[1:])
         result = torch.empty(shape, dtype=values.dtype, device=values.device, pin_memory=pinned)
+        sent = values.contiguous()
         assert self.group is not None
         with profiler_span(f"all-to-all of {what}", self.group):
-            dist.all_to_all_single(result, values.contiguous(), recv_counts, send_counts, group=self.group)
-        return result
+            work = dist.all_to_all_single(result, sent, recv_counts, send_counts, group=self.group, async_op=True)
+        return partial(_arrived, work, sent, result)
+
+
+def _arrived(work: dist.Work, sent: Tensor, result: Tensor) -> Tensor:
+    """The result of a collective. sent: is kept in memory until then."""
+    work.wait()  # on a GPU only the current stream waits
+    return result
 
 
 def _kept_counts(kept: Tensor, counts: list[int]) -> list[int]:

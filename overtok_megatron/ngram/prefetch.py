@@ -123,7 +123,7 @@ class Prefetch(Generic[PlanT]):
                 sorted_lookups=plan.sorted_lookups,
                 uploaded=self._upload.end(),
             )
-        rows = self._exchange.fetch(plan, self._read)
+        rows = self._exchange.start_fetch(plan, self._read)()
         changes = training and bool(self._unsettled)  # the same on all ranks
         if changes:
             self._exchange.tell_changes(plan, self._will_change)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, StoredRows
-from overtok_megatron.ngram.exchange import Exchange, PlanT
+from overtok_megatron.ngram.exchange import Exchange, Fetching, PlanT
 from overtok_megatron.ngram.families import TableFamily
 from overtok_megatron.ngram.fetched_rows import DistinctRows, FetchedRows
-from overtok_megatron.ngram.prefetch import Prefetch
+from overtok_megatron.ngram.prefetch import PlannedStep, Prefetch
 from overtok_megatron.ngram.row_optimizer import RowOptimizer
 from overtok_megatron.ngram.row_store import RowReader, RowStore
 from overtok_megatron.ngram.snapshot import RowSnapshot
@@ -108,7 +108,7 @@ class TableReader(Generic[PlanT]):
         stored, index = self.store.rows, plan.local_row_of_slot
         if rows is not None or index is None or stored is None or self.store.device != self.device:
             if rows is None:
-                rows = self.exchange.fetch(plan, self._read)
+                rows = self.exchange.start_fetch(plan, self._read)()
             stored, index = StoredRows(moved(rows, self.device)), None
         # else every row is here: read in place
         distinct = DistinctRows(
@@ -156,6 +156,7 @@ class ShardedTables(TableReader[PlanT]):
         self.optimizer = optimizer
         self.prefetch = prefetch
         self.snapshot: RowSnapshot | None = None  # being written by a save
+        self._under_way: tuple[PlannedStep[PlanT], Fetching] | None = None  # the next step, with rows on the device
 
     def announce(self, tokens: Tensor | None) -> None:
         """Begin to plan a coming training step, from its tokens in host memory; to be called in the order of the steps."""
@@ -173,9 +174,13 @@ class ShardedTables(TableReader[PlanT]):
             return self.fetch_row_ids(self.row_ids(tokens, history), training=training)
         assert history is None, "tables in training look up whole sequences"
         if training:
-            if not self.prefetch.pending:
-                self.announce(tokens)
-            step = self.prefetch.take()
+            if self._under_way is not None:
+                (step, arriving), self._under_way = self._under_way, None
+                step.rows = arriving()
+            else:
+                if not self.prefetch.pending:
+                    self.announce(tokens)
+                step = self.prefetch.take()
         else:
             step = self.prefetch.once(_on_host(tokens))
         return self._fetch(step.plan, step.slots, step.sorted_lookups, training=training, rows=step.rows)
@@ -202,6 +207,17 @@ class ShardedTables(TableReader[PlanT]):
             self.prefetch.update(partial(self._update_rows, gradients, learning_rate, clip_factor))
         else:
             self._update_rows(gradients, learning_rate, clip_factor)
+            self._start_next_fetch()
+
+    def _start_next_fetch(self) -> None:
+        """Begin to send the rows of the next step, if it was announced: no update comes before it.
+
+        They travel while the main thread reports the step that has ended, and takes the tokens of the next one.
+        """
+        assert self._under_way is None, "rows were updated after those of the next step had been read"
+        if self.prefetch is not None and self.prefetch.pending and self.group is not None:
+            step = self.prefetch.take()
+            self._under_way = step, self.exchange.start_fetch(step.plan, self._read)
 
     def _update_rows(self, gradients: RowGradients, learning_rate: float, clip_factor: float) -> None:
         snapshot = self.snapshot  # read once: the thread of a save removes it when the save is written

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
-from overtok_megatron.ngram.exchange import FlatExchange, FlatPlan, Plan, ReadRows
+from overtok_megatron.ngram.exchange import Fetching, FlatExchange, FlatPlan, Plan, ReadRows
 from overtok_megatron.ngram.row_space import RowFilter
 
 
@@ -87,10 +87,15 @@ class TwoLevelExchange:
             network_slots=network_slots,
         )
 
-    def fetch(self, plan: TwoLevelPlan, read: ReadRows) -> Tensor:
-        """Two all-to-alls."""
-        network_rows = self.network.fetch(plan.network_plan, read)  # [H, w]
-        return self.host.fetch(plan.host_plan, lambda _: network_rows[plan.network_slots])
+    def start_fetch(self, plan: TwoLevelPlan, read: ReadRows) -> Fetching:
+        """Two all-to-alls, of which the one within the host begins when the result is asked for."""
+        from_hosts = self.network.start_fetch(plan.network_plan, read)
+
+        def arrived() -> Tensor:
+            network_rows = from_hosts()  # [H, w]
+            return self.host.start_fetch(plan.host_plan, lambda _: network_rows[plan.network_slots])()
+
+        return arrived
 
     def tell_changes(self, plan: TwoLevelPlan, changing: RowFilter) -> None:
         """Two all-to-alls, of a byte per row."""

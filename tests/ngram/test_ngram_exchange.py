@@ -93,10 +93,11 @@ def counted_bytes() -> Iterator[list[int]]:
     counts: list[int] = []
     original = dist.all_to_all_single
 
-    def counted(output: Tensor, sent: Tensor, out: Any = None, into: Any = None, group: Any = None) -> Any:
+    def counted(output: Tensor, sent: Tensor, out: Any = None, into: Any = None, **others: Any) -> Any:
+        group = others["group"]
         keeps = sent.shape[0] // dist.get_world_size(group) if into is None else into[dist.get_rank(group)]
         counts.append((sent.shape[0] - keeps) * sent[:1].nbytes if sent.shape[0] else 0)
-        return original(output, sent, out, into, group=group)
+        return original(output, sent, out, into, **others)
 
     dist.all_to_all_single = counted
     try:
@@ -121,7 +122,7 @@ def exchange_case(setting: Setting, grid: ProcessGrid, case: str) -> Exchanged:
     changed = torch.arange(len(own_range))[rank % 2 :: 2]  # some of every owner's rows
     with counted_bytes() as counts:
         plan = exchange.plan(ids)
-        rows = exchange.fetch(plan, lambda index: own[index])
+        rows = exchange.start_fetch(plan, lambda index: own[index])()
         gradient = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
         index, sums = exchange.send_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
     told = exchange.payload_bytes(plan, 4 * WIDTH, setting.gradient_dtype.itemsize * WIDTH)

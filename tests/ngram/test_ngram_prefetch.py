@@ -140,16 +140,17 @@ def collectives_of_steps(settings: list[dict[str, Any]]) -> list[Collectives]:
 
 
 def test_a_step_exchanges_rows_and_gradients_and_nothing_else() -> None:
-    """The rows' all-to-all is all that the main thread does before the first forward pass; with rows on the host nothing.
+    """The main thread takes part in no collective before the first forward pass.
 
-    The thread plans the step that follows, in one message. For rows on the host it also fetches them, and those that change.
+    The rows of the next step are sent behind the update. The thread plans the step after that, in one message. For rows on
+    the host it also fetches them, and those that change.
     """
-    after = ["all-to-all of gradients", "all-reduce of squares", "all-reduce of metrics"]
+    before_update, report = ["all-to-all of gradients", "all-reduce of squares"], ["all-reduce of metrics"]
     planned = ["all-to-all of counts and ids"]
     fetched = ["all-to-all of rows", "all-to-all of marks of changing rows", "all-to-all of changed rows"]
     for of_device, of_host in run_ranks(2, collectives_of_steps, [{}, {"storage": "host"}]):
-        assert of_device == (["all-to-all of rows"], after, planned)
-        assert of_host == ([], after, [*planned, *fetched])
+        assert of_device == ([], [*before_update, "all-to-all of rows", *report], planned)
+        assert of_host == ([], [*before_update, *report], [*planned, *fetched])
 
 
 def test_jobs_run_in_order_and_a_failure_is_the_last() -> None:

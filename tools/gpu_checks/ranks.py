@@ -73,7 +73,7 @@ def exchange(context: Context) -> Result:
     everyone = [_asked(rank, ranks, total) for rank in range(ranks)]
     ids = everyone[context.rank].to(device)
     plan = flat.plan(ids)
-    rows = flat.fetch(plan, lambda index: own[index])
+    rows = flat.start_fetch(plan, lambda index: own[index])()
     assert torch.equal(rows[plan.slots], table[ids]), "a row that was fetched is another one"
     gradient = torch.full((plan.count, width), float(context.rank + 1), device=device)
     index, sums = flat.send_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
