@@ -22,12 +22,13 @@ A training step, with the file of each part; A micro-batches, b sequences, s pos
       |   NgramHash.row_ids                  ids.py                               row ids [A, b, s, T]
       |   Exchange.plan                      exchange.py, two_level_exchange.py   each row once; its owner learns who wants it,
       |                                                                           and both ends plan the gradients' way back
-      |   Exchange.fetch                     only for rows on the host            owners read (row_store.py) and send
+      |   Exchange.start_fetch               only for rows on the host            owners read (row_store.py) and send
       |   Exchange.tell_changes              only for rows on the host            which of them the step before will update
       |   Upload                             uploading.py                         the plan, and rows on the host, to the device
     Plan
-      | ShardedTables.fetch_rows             sharded_tables.py                    at the start of the step
-      |   Exchange.fetch                     only for rows on the device          owners read and send: one all-to-all
+      |   Exchange.start_fetch               only for rows on the device          on the main thread, when the step before has
+      |                                                                           updated its rows: one all-to-all
+      | ShardedTables.fetch_rows             sharded_tables.py                    at the start of the step: waits for the rows
     FetchedRows: slots [A, b, s, T], and DistinctRows [U, w]                      fetched_rows.py
       | for each micro-batch:
       |   FetchedRows.gather                 fetched_rows.py                      rows[slots], without communication
@@ -58,8 +59,8 @@ C2  One row space. The rows of all tables are interleaved in one array, and ever
 C3  One exchange per step. Which rows a step needs follows from its tokens alone, and is planned before the step begins. The
     rows of all micro-batches are fetched together before the first forward pass, and their gradients are sent together after
     the last backward pass; nothing communicates about the rows of this step in between. For rows on the device, the main thread
-    takes part in one all-to-all before the first forward pass and in one after the last backward pass (two and two in two
-    levels), and waits for the device in neither. The cost of a step depends on its look-ups: it allocates, moves and reads
+    takes part in one all-to-all as soon as the step before has updated its rows and in one after the last backward pass (two
+    and two in two levels), and waits for the device in neither. The cost of a step depends on its look-ups: it allocates, moves and reads
     nothing of the size of the tables.
 C4  Tables on every rank. All ranks of the world may own rows, and serve them, also pipeline stages that look nothing up. Ranks
     that see the same sequence each look up a slice of it; tables are never replicated.

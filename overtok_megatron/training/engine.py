@@ -104,7 +104,8 @@ class TrainingEngine:
         assert tokens.shape[0] == self.num_micro_batches
         inputs, targets = self.inputs_and_targets(tokens)
 
-        # Phase 1: fetch rows. One exchange serves all micro-batches; their forward passes gather without communication.
+        # Phase 1: take the rows, which are under way since the end of the last step where this one was announced. One exchange
+        # serves all micro-batches; their forward passes gather without communication.
         fetched = self._fetch_rows(inputs, training=True)
         micro_batches = self._micro_batches(inputs, targets, fetched)
 
@@ -129,7 +130,8 @@ class TrainingEngine:
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
 
-        # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update.
+        # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update. The rows of the next step,
+        # if it was announced, are then sent at once: they travel during phase 5.
         if self.tables is not None and norms.row_gradients is not None:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
             self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
