@@ -35,10 +35,8 @@ A training step, with the file of each part; A micro-batches, b sequences, s pos
       |   NgramProjection                    projection.py                        w -> hidden size, joined to the embedding
       |   ... the model, the loss, backward ...
       |   DistinctRows.add_gradients         fetched_rows.py                      into one buffer [U, w]
-      |   Exchange.start_sending_gradients   exchange.py, two_level_exchange.py   within the last backward pass; for rows on
-      |                                                                           the host, or in a pipeline, a line below
-      | ShardedTables.reduce_gradients       sharded_tables.py                    called inside DeepSpeed's gradient norm:
-      |                                                                           owners add what several ranks send
+      | ShardedTables.reduce_gradients       sharded_tables.py                    called inside DeepSpeed's gradient norm
+      |   Exchange.send_gradients            exchange.py, two_level_exchange.py   owners add what several ranks send
     RowGradients: local rows, gradients, the tables' part of the global norm
       | ShardedTables.update_rows            sharded_tables.py
       |   RowOptimizer.update                row_optimizer.py                     the rows of the step, in place
@@ -59,11 +57,11 @@ C1  Same numbers. Row ids depend on the tokens, the tokens before them and the d
 C2  One row space. The rows of all tables are interleaved in one array, and every rank owns one contiguous range of it, without
     padding rows. The initial values of a row follow from the seed and its row id, so they are the same for any number of ranks.
 C3  One exchange per step. Which rows a step needs follows from its tokens alone, and is planned before the step begins. The
-    rows of all micro-batches are fetched together before the first forward pass, and their gradients are sent together at the
-    end of the last backward pass; nothing communicates about the rows of this step in between. For rows on the device, the
-    main thread takes part in one all-to-all as soon as the step before has updated its rows and in one at the end of the last
-    backward pass (two and two in two levels), and waits for the device in neither. The cost of a step depends on its look-ups:
-    it allocates, moves and reads nothing of the size of the tables.
+    rows of all micro-batches are fetched together before the first forward pass, and their gradients are sent together after
+    the last backward pass; nothing communicates about the rows of this step in between. For rows on the device, the main thread
+    takes part in one all-to-all as soon as the step before has updated its rows and in one after the last backward pass (two
+    and two in two levels), and waits for the device in neither. The cost of a step depends on its look-ups: it allocates, moves and reads
+    nothing of the size of the tables.
 C4  Tables on every rank. All ranks of the world may own rows, and serve them, also pipeline stages that look nothing up. Ranks
     that see the same sequence each look up a slice of it; tables are never replicated.
 C5  One norm. Gradient clipping uses one norm over dense parameters and rows, the one that a single process would compute.

@@ -151,7 +151,6 @@ def build_family_tables(
         group=group,
         sequence_slice=sequence_slice,
         prefetch=prefetch,
-        send_early=config.parallel.pipeline_parallel_size == 1,  # stages behind the first look nothing up
     )
 
 

@@ -23,9 +23,6 @@ from overtok_megatron.parallel.collectives import profiler_span
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
 Fetching = Callable[[], Tensor]  # to be called once: waits for rows under way, and returns them
-Sending = Callable[
-    [], tuple[Tensor, RowGradientSums]
-]  # to be called once: waits for gradients under way, and sums them
 
 
 @dataclass(kw_only=True)
@@ -65,7 +62,7 @@ class Exchange(Protocol[PlanT]):
         """Tell the owners which rows this rank looks up. ids: row ids, int64 of any shape.
 
         training: prepare the way back of the gradients as well. Nothing else has to be told about a step: `start_fetch` and
-        `start_sending_gradients` then know every size and every index.
+        `send_gradients` then know every size and every index.
         """
 
     def start_fetch(self, plan: PlanT, read: ReadRows) -> Fetching:
@@ -84,13 +81,13 @@ class Exchange(Protocol[PlanT]):
     def fetch_changed(self, plan: PlanT, read: ReadRows) -> tuple[Tensor, Tensor]:
         """The slots int64 [c] of the rows that `tell_changes` named on any rank, and their values [c, w] now."""
 
-    def start_sending_gradients(self, plan: PlanT, lookup_gradients: RowGradientSums) -> Sending:
-        """Begin to send gradients of rows to the ranks that own the rows, which sum what several ranks send for the same row.
+    def send_gradients(self, plan: PlanT, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
+        """Send gradients of rows to the ranks that own the rows, which sum what several ranks send for the same row.
 
         lookup_gradients: of the plan's U distinct rows, each summed over the look-ups of this rank. Gradients of rows that
-        take no updates are not sent. Returns a function that waits for the local rows of the step [r] int64, distinct and
-        ascending: those of this rank that some rank sent a gradient for; and for their sums, which are deterministic, because
-        they are taken in the order of the ranks.
+        take no updates are not sent. Returns the local rows of the step [r] int64, distinct and ascending: those of this
+        rank that some rank sent a gradient for; and their sums, which are deterministic, because they are taken in the order
+        of the ranks.
         """
 
     def payload_bytes(self, plan: PlanT, row_bytes: int, grad_bytes: int) -> int:
@@ -309,32 +306,28 @@ class FlatExchange:
             pinned=self.pin_rows,
         )
 
-    def start_sending_gradients(self, plan: FlatPlan, lookup_gradients: RowGradientSums) -> Sending:
+    def send_gradients(self, plan: FlatPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
         """One all-to-all."""
         gradients = plan.gradients
         assert gradients is not None, "a plan without gradients"
         if gradients.kept is not None:
             lookup_gradients = RowGradientSums(*(part[gradients.kept] for part in lookup_gradients))
-        return self.start_sending_kept_gradients(gradients, lookup_gradients)
+        return self.send_kept_gradients(gradients, lookup_gradients)
 
-    def start_sending_kept_gradients(self, plan: GradientPlan, lookup_gradients: RowGradientSums) -> Sending:
-        """As `start_sending_gradients`, from the gradients of the rows that are sent alone."""
+    def send_kept_gradients(
+        self, plan: GradientPlan, lookup_gradients: RowGradientSums
+    ) -> tuple[Tensor, RowGradientSums]:
+        """As `send_gradients`, from the gradients of the rows that are sent alone."""
         if plan.sorted_arrivals is None:
-            return lambda: (plan.local_rows, lookup_gradients)
-        arriving = self._start_all_to_all(
+            return plan.local_rows, lookup_gradients
+        received = self._all_to_all(
             "gradients",
             lookup_gradients.total.to(self.gradient_dtype),
             send_counts=plan.send_counts,
             recv_counts=plan.recv_counts,
         )
-        return partial(self._sum_arrivals, plan, plan.sorted_arrivals, arriving)
-
-    def _sum_arrivals(
-        self, plan: GradientPlan, sorted_arrivals: Tensor, arriving: Fetching
-    ) -> tuple[Tensor, RowGradientSums]:
-        received = arriving()
         sums = RowGradientSums.empty(plan.local_rows.numel(), received.shape[1], received.device)
-        self.kernels.add(sums, sorted_arrivals, received, fresh=True)  # each row's gradients are in rank order
+        self.kernels.add(sums, plan.sorted_arrivals, received, fresh=True)  # each row's gradients are in rank order
         return plan.local_rows, sums
 
     def payload_bytes(self, plan: FlatPlan, row_bytes: int, grad_bytes: int) -> int:

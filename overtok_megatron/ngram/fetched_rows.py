@@ -6,7 +6,6 @@ backward pass (sharded_tables.py).
 Shapes: N look-ups of a step, U distinct rows among them, T tables, w row width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -23,8 +22,7 @@ class DistinctRows(Generic[PlanT]):
 
     The row of slot i is row `index[i]` of `stored`, or row i without an index. plan: which rank owns which of them.
     sorted_lookups int64 [N]: all look-ups of the step, ordered by slot (kernels.rows.DistinctIds); None where no gradients
-    are wanted. dtype: of gathered rows, which is the model's. when_complete: called once, in the backward pass that adds the
-    gradients of the last look-ups of the step; None = nobody waits for that.
+    are wanted. dtype: of gathered rows, which is the model's.
     """
 
     stored: StoredRows
@@ -33,13 +31,11 @@ class DistinctRows(Generic[PlanT]):
     sorted_lookups: Tensor | None
     dtype: torch.dtype
     kernels: RowKernels
-    when_complete: "Callable[[DistinctRows[PlanT]], None] | None" = None
 
     def __post_init__(self) -> None:
         # Autograd calls a backward function only where an input requires a gradient. Rows are not leaves of the graph.
         self.autograd_anchor = torch.empty(0, requires_grad=self.sorted_lookups is not None)
         self._sums: RowGradientSums | None = None
-        self._num_added = 0  # look-ups whose gradients were added
 
     @property
     def count(self) -> int:
@@ -58,10 +54,6 @@ class DistinctRows(Generic[PlanT]):
         if self._sums is None:
             self._sums = RowGradientSums.empty(self.count, grad.shape[-1], grad.device)
         self.kernels.add(self._sums, sorted_lookups, grad, fresh=fresh)
-        self._num_added += sorted_lookups.shape[0]
-        assert self.sorted_lookups is not None
-        if self.when_complete is not None and self._num_added == self.sorted_lookups.shape[0]:
-            self.when_complete(self)
 
     def gradients(self, device: torch.device) -> RowGradientSums:
         """The gradients [U, w] float32 of all micro-batches so far; zeros on `device` where there was no backward pass."""

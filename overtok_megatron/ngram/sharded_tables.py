@@ -4,7 +4,6 @@ Shapes: A micro-batches, b batch, s sequence, T tables, w row width, U distinct 
 a step updates.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowGradientSums, RowKernels, StoredRows
-from overtok_megatron.ngram.exchange import Exchange, Fetching, PlanT, Sending
+from overtok_megatron.ngram.exchange import Exchange, Fetching, PlanT
 from overtok_megatron.ngram.families import TableFamily
 from overtok_megatron.ngram.fetched_rows import DistinctRows, FetchedRows
 from overtok_megatron.ngram.prefetch import PlannedStep, Prefetch
@@ -85,7 +84,6 @@ class TableReader(Generic[PlanT]):
         self.kernels = kernels
         self.group = group
         self.sequence_slice = sequence_slice
-        self.when_gradients_complete: Callable[[DistinctRows[PlanT]], None] | None = None  # as in DistinctRows
 
     def row_ids(self, tokens: Tensor | None, history: Tensor | None = None) -> Tensor:
         """Row ids int64 [.., s / slices, T] of tokens [.., s] on the model's device; an empty tensor [0] for tokens None."""
@@ -120,7 +118,6 @@ class TableReader(Generic[PlanT]):
             sorted_lookups=moved(sorted_lookups, self.device) if training else None,
             dtype=self.dtype,
             kernels=self.kernels,
-            when_complete=self.when_gradients_complete,
         )
         return FetchedRows(moved(slots, self.device), distinct)
 
@@ -134,8 +131,6 @@ class ShardedTables(TableReader[PlanT]):
     A training step calls, on every rank and in this order: `fetch_rows(tokens, training=True)`, the forward and backward
     passes, `reduce_gradients`, `update_rows`. prefetch: where given, it plans every step, and fetches and updates rows on the
     host; `announce(tokens)` may name the batches of coming steps, so that it does so ahead; losses are the same without.
-    send_early: begin to send gradients of rows on the device within the last backward pass, and not in `reduce_gradients`.
-    Every rank must look rows up then, so that all begin at the same place among their other collectives.
     """
 
     store: RowStore
@@ -153,7 +148,6 @@ class ShardedTables(TableReader[PlanT]):
         group: dist.ProcessGroup | None = None,
         sequence_slice: tuple[int, int] = (0, 1),
         prefetch: Prefetch[PlanT] | None = None,
-        send_early: bool = False,
     ) -> None:
         super().__init__(
             family, store, exchange,
@@ -162,9 +156,6 @@ class ShardedTables(TableReader[PlanT]):
         self.optimizer = optimizer
         self.prefetch = prefetch
         self.snapshot: RowSnapshot | None = None  # being written by a save
-        if send_early and store.device == device:
-            self.when_gradients_complete = self._start_sending
-        self._sending: Sending | None = None  # gradients of the step that runs
         self._under_way: tuple[PlannedStep[PlanT], Fetching] | None = None  # the next step, with rows on the device
 
     def announce(self, tokens: Tensor | None) -> None:
@@ -195,24 +186,17 @@ class ShardedTables(TableReader[PlanT]):
         return self._fetch(step.plan, step.slots, step.sorted_lookups, training=training, rows=step.rows)
 
     def reduce_gradients(self, fetched: FetchedRows[PlanT], scale: float) -> RowGradients:
-        """After the last backward pass: the gradients of the fetched rows, sent to their owners, and the sum of their squares.
+        """After the last backward pass: send the gradients of the fetched rows to their owners, and sum their squares.
 
         scale: what the gradients are to be multiplied by, the same on all ranks.
         """
-        if self._sending is None:
-            lookup_gradients = fetched.rows.gradients(self.device)
-            if self.store.device != self.device:
-                lookup_gradients = RowGradientSums(*to_host(*lookup_gradients))
-            self._sending = self.exchange.start_sending_gradients(fetched.rows.plan, lookup_gradients)
-        (local_rows, sums), self._sending = self._sending(), None
+        lookup_gradients = fetched.rows.gradients(self.device)
+        if self.store.device != self.device:
+            lookup_gradients = RowGradientSums(*to_host(*lookup_gradients))
+        local_rows, sums = self.exchange.send_gradients(fetched.rows.plan, lookup_gradients)
         squared_norm = moved(self.store.kernels.sum(sums.row_squared_norms) * scale**2, self.device)
         all_reduce_in_place(squared_norm, self.group, of="squares")
         return RowGradients(local_rows, sums.total, scale, squared_norm)
-
-    def _start_sending(self, rows: DistinctRows[PlanT]) -> None:
-        """Within the last backward pass: the gradients of rows travel while DeepSpeed reduces those of dense parameters."""
-        assert self._sending is None, "the gradients of the step before were not reduced"
-        self._sending = self.exchange.start_sending_gradients(rows.plan, rows.gradients(self.device))
 
     def update_rows(self, gradients: RowGradients, learning_rate: float, clip_factor: float) -> None:
         """Update the rows of the step with their gradients times `clip_factor` (1.0 = not clipped).

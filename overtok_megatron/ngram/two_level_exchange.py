@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
-from overtok_megatron.ngram.exchange import Fetching, FlatExchange, FlatPlan, Plan, ReadRows, Sending
+from overtok_megatron.ngram.exchange import Fetching, FlatExchange, FlatPlan, Plan, ReadRows
 from overtok_megatron.ngram.row_space import RowFilter
 
 
@@ -113,17 +113,12 @@ class TwoLevelExchange:
         index = torch.searchsorted(network_slots, plan.network_slots[changes.requests])
         return changes.slots, self.host.send_changed(changes, values[index])
 
-    def start_sending_gradients(self, plan: TwoLevelPlan, lookup_gradients: RowGradientSums) -> Sending:
-        """Two all-to-alls, of which the one between hosts begins when the result is asked for."""
-        within_host = self.host.start_sending_gradients(plan.host_plan, lookup_gradients)
-
-        def arrived() -> tuple[Tensor, RowGradientSums]:
-            _, host_sums = within_host()
-            assert plan.network_plan.gradients is not None
-            # The exchange within the host has dropped the rows that take no updates already.
-            return self.network.start_sending_kept_gradients(plan.network_plan.gradients, host_sums)()
-
-        return arrived
+    def send_gradients(self, plan: TwoLevelPlan, lookup_gradients: RowGradientSums) -> tuple[Tensor, RowGradientSums]:
+        """Two all-to-alls."""
+        _, host_sums = self.host.send_gradients(plan.host_plan, lookup_gradients)
+        assert plan.network_plan.gradients is not None
+        # The exchange within the host has dropped the rows that take no updates already.
+        return self.network.send_kept_gradients(plan.network_plan.gradients, host_sums)
 
     def payload_bytes(self, plan: TwoLevelPlan, row_bytes: int, grad_bytes: int) -> int:
         within_host = self.host.payload_bytes(plan.host_plan, row_bytes, grad_bytes)

@@ -124,7 +124,7 @@ def exchange_case(setting: Setting, grid: ProcessGrid, case: str) -> Exchanged:
         plan = exchange.plan(ids)
         rows = exchange.start_fetch(plan, lambda index: own[index])()
         gradient = torch.zeros_like(rows).index_add_(0, plan.slots, torch.ones(len(ids), WIDTH) * (rank + 1))
-        index, sums = exchange.start_sending_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))()
+        index, sums = exchange.send_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
     told = exchange.payload_bytes(plan, 4 * WIDTH, setting.gradient_dtype.itemsize * WIDTH)
     fetched = rows[plan.slots].clone()
     exchange.tell_changes(plan, lambda local_rows: is_in(local_rows, changed))

@@ -76,7 +76,7 @@ def exchange(context: Context) -> Result:
     rows = flat.start_fetch(plan, lambda index: own[index])()
     assert torch.equal(rows[plan.slots], table[ids]), "a row that was fetched is another one"
     gradient = torch.full((plan.count, width), float(context.rank + 1), device=device)
-    index, sums = flat.start_sending_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))()
+    index, sums = flat.send_gradients(plan, RowGradientSums(gradient, gradient.square().sum(1)))
     expected = torch.zeros(total)
     for rank, asked in enumerate(everyone):
         expected[asked.unique()] += rank + 1
