@@ -135,6 +135,7 @@ def load_tables(folder: Path, tables: ShardedTables) -> None:
     Raises CheckpointError where rows are missing or of another width, where the state is another optimizer's, or where a file
     is damaged.
     """
+    assert not tables.any_announced, "the rows of an announced step may have been read already"
     tables.optimizer.steps = _fill(folder, tables.store, tables.columns())
 
 

@@ -118,6 +118,17 @@ def _split_gradient(
     return ((scaled - x.float() * scale * mean) * scale).to(x.dtype)
 
 
+def compiled_copy(function: Callable[..., Any], number: int, **options: Any) -> Callable[..., Any]:
+    """`function`, to be compiled at its first call, with a code object of its own: see _CompiledPass. options: of Inductor."""
+    assert isinstance(function, FunctionType)
+    name = f"{function.__name__}_{number}"
+    copy = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    compiled: Callable[..., Any] = torch.compile(
+        copy, fullgraph=True, dynamic=False, options={**COMPILER_OPTIONS, **options}
+    )
+    return compiled
+
+
 class _CompiledPass:
     """A plain function, compiled once for every layout of its arguments. It never falls back to eager mode.
 
@@ -131,7 +142,6 @@ class _CompiledPass:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        assert isinstance(function, FunctionType)
         self.function = function
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by layout; each has run once
         self._lock = threading.Lock()
@@ -154,11 +164,7 @@ class _CompiledPass:
         return result
 
     def _compile(self) -> Callable[..., Any]:
-        function = self.function
-        name = f"{function.__name__}_{len(self.compiled)}"
-        copy = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-        compiled: Callable[..., Any] = torch.compile(copy, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
-        return compiled
+        return compiled_copy(self.function, len(self.compiled))
 
 
 def _layout(tensor: Tensor, leading: int) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.kernels import reference
-from overtok_megatron.kernels.compiled import COMPILER_OPTIONS
+from overtok_megatron.kernels.compiled import compiled_copy
 
 
 def _statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,17 +57,20 @@ def _compiled(plain: Callable[..., Any], otherwise: Callable[..., Any]) -> Calla
     The compiler takes sizes of 0 and 1 for constants, so that chunks of one row would be compiled apart in mid-run: these
     go to `otherwise`, as those without columns do.
     """
-    # Unsplit, a row is reduced in one loop, however few rows the first call has: Inductor plans for the number it sees then.
-    options: dict[str, Any] = {**COMPILER_OPTIONS, "split_reductions": False}
-    compiled = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
+    made: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @functools.wraps(plain)
     def call(logits: Tensor, *columns: Any) -> Any:
         if logits.shape[0] <= 1 or logits.shape[1] == 0:
             return otherwise(logits, *columns)
+        layout = (logits.shape[1], logits.dtype, logits.device, *(each for each in columns if isinstance(each, float)))
+        if layout not in made:
+            # With `split_reductions`, Inductor would plan for the number of rows of the first call, and a row of few rows
+            # would be reduced in several loops.
+            made[layout] = compiled_copy(plain, len(made), split_reductions=False)
         for values in (logits, *(each for each in columns if isinstance(each, Tensor))):
             torch._dynamo.maybe_mark_dynamic(values, 0)
-        return compiled(logits, *columns)
+        return made[layout](logits, *columns)
 
     return call
 

@@ -60,8 +60,8 @@ C3  One exchange per step. Which rows a step needs follows from its tokens alone
     rows of all micro-batches are fetched together before the first forward pass, and their gradients are sent together after
     the last backward pass; nothing communicates about the rows of this step in between. For rows on the device, the main thread
     takes part in one all-to-all as soon as the step before has updated its rows and in one after the last backward pass (two
-    and two in two levels), and waits for the device in neither. The cost of a step depends on its look-ups: it allocates, moves and reads
-    nothing of the size of the tables.
+    and two in two levels), and waits for the device in neither. The cost of a step depends on its look-ups: it allocates,
+    moves and reads nothing of the size of the tables.
 C4  Tables on every rank. All ranks of the world may own rows, and serve them, also pipeline stages that look nothing up. Ranks
     that see the same sequence each look up a slice of it; tables are never replicated.
 C5  One norm. Gradient clipping uses one norm over dense parameters and rows, the one that a single process would compute.

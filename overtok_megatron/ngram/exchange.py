@@ -22,7 +22,9 @@ from overtok_megatron.ngram.row_space import RowFilter
 from overtok_megatron.parallel.collectives import profiler_span
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
-Fetching = Callable[[], Tensor]  # to be called once: waits for rows under way, and returns them
+Fetching = Callable[
+    [], Tensor
+]  # to be called once: returns rows under way; on a GPU the stream waits for them, not the host
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,8 @@
 """Coming steps, planned on a thread of the host while the model computes; where rows lie on the host, fetched as well.
 
 A plan (exchange.py) is integers alone: row ids from tokens, the distinct ones among them, who asks whom for what, and the way
-back of the gradients. With it, the main thread knows every size before a step begins: for tables on the model's device it reads the
-rows and sends them in one all-to-all, as soon as the step before has updated its own, without a wait for the device.
+back of the gradients. With it, the main thread knows every size before a step begins: for tables on the model's device it
+reads the rows and sends them in one all-to-all, as soon as the step before has updated its own, without a wait for the device.
 
 Rows on the host are fetched a step ahead, before the step that runs has updated them. Its own plan says which rows those are:
 they travel again after the update, which runs on the thread too. Losses are bit for bit those of rows that are fetched at the

@@ -226,9 +226,17 @@ class ShardedTables(TableReader[PlanT]):
         self.optimizer.update(gradients.local_rows, gradients.grad, learning_rate, gradients.scale * clip_factor)
 
     def settle(self) -> None:
-        """Wait until all updates of rows have been made. Call this before rows, or the optimizer's state, are read directly."""
+        """Wait until all updates of rows have been made. Call this before rows, or the optimizer's state, are read directly.
+
+        Rows may be written directly only while no step is announced: the rows of the next one may have been read already.
+        """
         if self.prefetch is not None:
             self.prefetch.wait()
+
+    @property
+    def any_announced(self) -> bool:
+        """Whether a step was announced that has not begun."""
+        return self._under_way is not None or (self.prefetch is not None and self.prefetch.pending)
 
     def columns(self) -> dict[str, Tensor]:
         """Everything that a row has, values and optimizer state, by name: tensors with one entry per local row."""

@@ -1,7 +1,7 @@
 """A stream of a device for copies to host memory, beside the stream that computes. On the CPU copies are made at once.
 
-A copy is only asked for here. It has been made when a mark that was set after it has come. No method makes the calling thread
-wait for the device, except `synchronize` of a mark.
+The methods only enqueue copies. A copy is complete when a mark that was set after it has come. No method makes the calling
+thread wait for the device, except `synchronize` of a mark.
 """
 
 from contextlib import AbstractContextManager, nullcontext

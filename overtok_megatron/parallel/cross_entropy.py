@@ -1,4 +1,4 @@
-"""Output projection and cross entropy in one pass, chunk by chunk, so that the logits of all tokens never exist at once.
+"""Output projection and cross entropy in one pass, chunk by chunk, so that the logits of few tokens exist at once.
 
 The vocabulary may be split over the ranks of a group, which see the same tokens. Shapes: N tokens, c tokens of a chunk,
 d hidden, v_shard this rank's part of the vocabulary, R ranks.

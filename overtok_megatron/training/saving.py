@@ -1,12 +1,15 @@
 """Saving a run: DeepSpeed's files, the dense weights and the tables become one checkpoint, or none.
 
-Each rank has a thread for its saves, which works while training goes on, and a stream for copies to host memory. What happens
-when: of the weights, copies into host memory are asked for (pinned beside a GPU; as many bytes as this rank's weights; under
-ZeRO 3 DeepSpeed gathers them there); the next update waits for them on the device, and the thread writes them. Of the tables
-nothing is copied yet (ngram/snapshot.py). DeepSpeed's files are written before `save` returns: their content, 12 bytes per
-parameter over the ranks that share it, would have to be held twice until the disk has it. Only that they reach the disk is
-left to the thread. The checkpoint becomes visible when the last rank is done: each leaves a note in its folder, and the first
-rank's thread waits for all of them. Every rank learns of a failure on any other.
+Each rank has a thread for its saves, which works while training goes on, and a stream for copies to host memory.
+
+* Weights: `save` enqueues copies into host memory (pinned beside a GPU; as many bytes as this rank's weights; under ZeRO 3
+  DeepSpeed gathers them there). The next update waits for them on the device, and the thread writes them.
+* Tables: `save` copies nothing (ngram/snapshot.py), and the thread reads and writes them.
+* DeepSpeed's files are written before `save` returns: their content, 12 bytes per parameter over the ranks that share it,
+  would have to be held twice until it is written. The thread only syncs them to the disk.
+
+The checkpoint becomes visible when the last rank is done: each leaves a note in its folder, and the first rank's thread waits
+for all of them. Every rank learns of a failure on any other.
 """
 
 import json

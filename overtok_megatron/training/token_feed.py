@@ -60,8 +60,8 @@ class TokenFeed:
             extra_tokens=extra_tokens,
         )
         # The main thread gives it jobs at the same points of the program on every rank: the broadcasts come in one order, and
-        # every rank makes as many of them, whenever training stops. Behind a read that failed it makes none: other ranks would
-        # take what follows for what was not read.
+        # every rank makes as many of them, whenever training stops. After a failed read it broadcasts nothing more, because
+        # other ranks would take the next broadcast for the missing one.
         self._worker = Worker("tokens", device)
 
     def steps(self, consumed: int, num_steps: int, announce: Callable[[Tensor], None]) -> Iterator[Tensor]:

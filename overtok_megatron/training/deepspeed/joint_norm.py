@@ -43,6 +43,7 @@ class JointNorm:
         self._device = device
         self._reduce_rows: ReduceRows | None = None
         self._row_gradients: RowGradients | None = None
+        self._squares: dict[torch.device, Tensor] = {}  # of this step's row gradients
         adapter.join_norm(self._reduce_and_square)
 
     def begin_step(self, reduce_rows: ReduceRows) -> None:
@@ -56,27 +57,37 @@ class JointNorm:
     def finish_step(self) -> StepNorms:
         """Call this after DeepSpeed's step."""
         patched = self._reduce_rows is None
-        joint_norm, square = self._adapter.global_norm(), self._reduce_and_square()
-        # A WAIT FOR THE DEVICE, the first of two per step: both norms are read at once, because whether to go on, and the
-        # factor of the rows' update, depend on the joint one.
+        joint_norm = self._adapter.global_norm()
+        # A WAIT FOR THE DEVICE, where DeepSpeed has not read the norm already: both norms are read at once, because whether to
+        # go on, and the factor of the rows' update, depend on the joint one.
         if isinstance(joint_norm, Tensor):
-            joint, squared = torch.stack([joint_norm.double(), square.to(joint_norm.device)]).tolist()
-        else:  # DeepSpeed had it on the host
-            joint, squared = joint_norm, square.item()
+            joint, squared = torch.stack([joint_norm.double(), self._reduce_and_square(joint_norm.device)]).tolist()
+        else:
+            joint, squared = joint_norm, self._reduce_and_square().item()
         # Where dense gradients are not finite, some of DeepSpeed's classes leave out the norm and the update; `joint` is then
         # not finite either. In any other step dense parameters would have been clipped without the rows, and updated.
         assert patched or not math.isfinite(joint), "DeepSpeed stepped without the patched norm"
         row_gradients, self._row_gradients = self._row_gradients, None
         return StepNorms(joint, math.sqrt(squared), self._adapter.clip_factor(joint), row_gradients)
 
-    def _reduce_and_square(self) -> Tensor:
+    def _reduce_and_square(self, device: torch.device | None = None) -> Tensor:
         """Send row gradients to their owners, at the first call of a step; return their sum of squares over all ranks.
 
-        DeepSpeed's patched norm calls this, on all ranks. Returns a float64 scalar, 0 without tables.
+        DeepSpeed's patched norm calls this, on all ranks. Returns a float64 scalar, 0 without tables, on `device`; None = where
+        it was computed.
         """
         if self._reduce_rows is not None:
             reduce_rows, self._reduce_rows = self._reduce_rows, None
             self._row_gradients = reduce_rows()  # THE EXCHANGE OF ROW GRADIENTS
-        if self._row_gradients is None:
-            return torch.zeros((), dtype=torch.float64, device=self._device)
-        return self._row_gradients.global_squared_norm
+            here = (
+                torch.zeros((), dtype=torch.float64, device=self._device)
+                if self._row_gradients is None
+                else self._row_gradients.global_squared_norm
+            )
+            self._squares = {here.device: here}
+        here = next(iter(self._squares.values()))
+        if device is not None and device not in self._squares:
+            self._squares[device] = here.to(
+                device
+            )  # A WAIT FOR THE DEVICE, once: an offloaded optimizer clips on the CPU
+        return here if device is None else self._squares[device]

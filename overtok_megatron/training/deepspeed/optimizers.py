@@ -11,8 +11,7 @@ each adapter patches another method, which runs once per step on every rank, aft
 | fp32, 0 | none, the torch optimizer itself | a hook before its step, which clips |
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -24,9 +23,14 @@ from overtok_megatron.parallel.collectives import all_reduce_in_place
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import is_tied_copy, splits_of
 
-# Sends row gradients to their owners, at the first call of a step; returns their sum of squares over all ranks, a float64
-# scalar. All ranks must call it.
-ReduceAndSquare = Callable[[], Tensor]
+
+class ReduceAndSquare(Protocol):
+    """Sends row gradients to their owners, at the first call of a step; all ranks must call it.
+
+    Returns their sum of squares over all ranks, a float64 scalar, on `device`; None = where it was computed.
+    """
+
+    def __call__(self, device: torch.device | None = None) -> Tensor: ...
 
 
 class OptimizerAdapter:
@@ -126,7 +130,7 @@ class Zero1Or2(OptimizerAdapter):
 
         def joint_norm(*arguments: Any, **others: Any) -> Tensor:
             dense: Tensor = dense_norm(*arguments, **others)
-            return (dense.double().square() + reduce_and_square().to(dense.device)).sqrt().to(dense.dtype)
+            return (dense.double().square() + reduce_and_square(dense.device)).sqrt().to(dense.dtype)
 
         self.optimizer.scaled_global_norm = joint_norm
 
@@ -184,8 +188,9 @@ class Zero3(OptimizerAdapter):
 
         def joint_norms() -> list[Any]:
             """The norm of row gradients is one more group, on the device of the others: the CPU with an offloaded optimizer."""
-            dense, rows = dense_norms(), reduce_and_square().sqrt().float()
-            return [*dense, rows.to(dense[0].device) if dense and isinstance(dense[0], Tensor) else rows]
+            dense = dense_norms()
+            device = dense[0].device if dense and isinstance(dense[0], Tensor) else None
+            return [*dense, reduce_and_square(device).sqrt().float()]
 
         self.optimizer._get_norm_groups = joint_norms
 
