@@ -153,6 +153,40 @@ def test_a_step_exchanges_rows_and_gradients_and_nothing_else() -> None:
         assert of_host == ([], [*before_update, *report], [*planned, *fetched])
 
 
+def losses_of_steps(over: dict[str, Any], announced: bool, between: bool) -> list[float]:
+    """One rank's work: losses of steps, announced or not, with an evaluation between each step and the next or without."""
+    config = layout_config(Layout({"zero_stage": 1}, over=over))
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    tables, batches = engine.tables, [own_tokens(engine, batch) for batch in stream()[:5]]
+    assert tables is not None
+    losses: list[float] = []
+    for number, batch in enumerate(batches):
+        for ahead in batches[:2] if number == 0 else batches[number + 1 : number + 2]:
+            if announced:
+                engine.announce(ahead)
+        losses.append(engine.step(batch, 1e-2).loss)
+        assert tables.any_announced == (announced and number + 1 < len(batches))
+        assert (tables._under_way is not None) == tables.any_announced  # its rows travel already
+        if between:
+            losses.append(engine.evaluate([engine.inputs_and_targets(batches[-1][0])])[0])
+    return losses[1::2] if between else losses
+
+
+def steps_in_all_ways(over: dict[str, Any]) -> list[list[float]]:
+    """One rank's work: losses of steps that are announced or not, and of evaluations between such steps."""
+    ways = [(announced, between) for between in (False, True) for announced in (True, False)]
+    return [losses_of_steps(over, announced, between) for announced, between in ways]
+
+
+@pytest.mark.parametrize("over", [{}, {"ranks_per_host": 1}])
+def test_rows_that_travel_early_are_those_of_the_update(over: dict[str, Any]) -> None:
+    """Bit for bit: rows that are read behind the update of the step before, and evaluations while they travel."""
+    for ahead, at_once, evaluated_ahead, evaluated_at_once in run_ranks(2, steps_in_all_ways, over):
+        assert ahead == at_once
+        assert evaluated_ahead == evaluated_at_once
+        assert len(set(evaluated_ahead)) == len(evaluated_ahead)
+
+
 def test_jobs_run_in_order_and_a_failure_is_the_last() -> None:
     worker, done = Worker("test", CPU), list[int]()
     first = worker.submit(lambda: done.append(1))
