@@ -110,8 +110,10 @@ def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
     """
     if choice in ("apex", "liger") and device.type != "cuda":
         raise ConfigError(
-            f"training.kernels: {choice}, but this run has no CUDA device; write auto, or torch for torch's own operators"
+            f"training.kernels: {choice}, but this run has no CUDA device; write auto, compile, or torch (torch's operators)"
         )
+    if choice == "compile" and (missing := missing_for_compilation(device)) is not None:
+        raise ConfigError(f"training.kernels: compile, but {missing}; write auto, or torch for torch's own operators")
     plain = Kernels() if choice == "torch" else replace(Kernels(), rows=choose_row_kernels(choice, device))
     if device.type == "cuda":
         plain = _with_norm(plain, _cuda_rms_norm)
@@ -128,9 +130,10 @@ def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
         fast = _compiled_kernels(plain, device)
     else:
         fast = plain
-        _warn_once(
+        _say_once(
+            logging.WARNING,
             f"{missing}: norms, rotary positions, SwiGLU and the output head's softmax run as torch's own operators, which are "
-            "slower; sliding windows and attention within documents use dense masks of s x s elements"
+            "slower; sliding windows and attention within documents use dense masks of s x s elements",
         )
     if choice == "liger":
         return _liger_kernels(fast)
@@ -148,8 +151,8 @@ def choose_row_kernels(choice: KernelChoice, device: torch.device) -> RowKernels
 
 
 @lru_cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
+def _say_once(level: int, message: str) -> None:
+    log.log(level, message)
 
 
 def _with_norm(kernels: Kernels, norm: reference.Norm) -> Kernels:
@@ -164,9 +167,11 @@ def _with_norm(kernels: Kernels, norm: reference.Norm) -> Kernels:
 
 
 def _compiled_kernels(kernels: Kernels, device: torch.device) -> Kernels:
-    missing = missing_for_compilation(device)
-    if missing is not None:
-        raise ConfigError(f"training.kernels: compile, but {missing}; write auto, or torch for torch's own operators")
+    """With passes that are compiled at their first use. The caller knows that nothing is missing for that."""
+    _say_once(
+        logging.INFO,
+        "passes between products are compiled when they are first used: the first step takes seconds to minutes",
+    )
     passes = compiled_passes()
     if device.type == "cuda":  # FlexAttention's backward does not run on a CPU
         kernels = replace(kernels, causal_attention=flex_attention.causal_attention)

@@ -245,9 +245,9 @@ def test_no_positions_are_no_reason_to_compile(fused: Kernels) -> None:
 
 @pytest.fixture
 def nothing_said() -> Iterator[None]:
-    choice._warn_once.cache_clear()
+    choice._say_once.cache_clear()
     yield
-    choice._warn_once.cache_clear()
+    choice._say_once.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing_said")
