@@ -180,8 +180,8 @@ def add_shape(width: int) -> tuple[dict[str, int], int]:
     """Compile-time sizes of add_kernel, and its number of warps.
 
     Programs are of one warp up to 1023 columns: a warp then waits for no other, and 32 programs, the most that run on a
-    multiprocessor, leave 64 registers to each thread, enough to load four gradients of 8 values before they are added. At most four rows: with eight, of fewer than 33 columns,
-    their addresses take so many registers that some are spilled.
+    multiprocessor, leave 64 registers to each thread, enough to load four gradients of 8 values before they are added. They
+    take at most four rows: the addresses of eight, of fewer than 33 columns, take so many registers that some are spilled.
     """
     columns = triton.next_power_of_2(width)
     return {"WIDTH": width, "ROWS": max(1, min(4, 256 // columns)), "COLUMNS": columns}, max(1, columns // 512)
