@@ -123,8 +123,6 @@ def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
         library = load_library()
         fast = plain if library is None else _cpu_kernels(plain, library)
         return fast if choice == "auto" else _compiled_kernels(fast, device)
-    if choice == "compile":
-        return _compiled_kernels(plain, device)
     missing = missing_for_compilation(device)
     if missing is None:
         fast = _compiled_kernels(plain, device)

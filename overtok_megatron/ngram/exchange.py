@@ -8,6 +8,7 @@ Shapes: N look-ups of a step, U distinct rows among them, R rows that all ranks 
 row width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ Fetching = Callable[
 
 
 @dataclass(kw_only=True)
-class Plan:
+class Plan(ABC):
     """Which rows a step looks up, each once, and who owns them.
 
     slots: int64, of the shape of the ids: the index of each look-up's row among the `count` distinct ones. sorted_lookups
@@ -42,9 +43,9 @@ class Plan:
     local_row_of_slot: Tensor | None = None
 
     @property
+    @abstractmethod
     def step_rows(self) -> Tensor:
         """The local rows of this rank that the step will update, int64 [r], ascending: those that get a gradient."""
-        raise NotImplementedError
 
 
 PlanT = TypeVar("PlanT", bound=Plan)

@@ -120,7 +120,7 @@ def _padded_rows(weight: Tensor, rows: int) -> Tensor:
 
 
 def _empty_total(weight: Tensor, tokens: int) -> Tensor:
-    """Room for the sum of products that is the gradient of `weight`, in float32; zeros where there is no product to come."""
+    """Room for the sum of products that is the gradient of `weight`, in float32; zeros where there are no tokens."""
     make = torch.empty_like if tokens else torch.zeros_like
     return make(weight, dtype=torch.float32)
 

@@ -23,7 +23,7 @@ def compiled() -> dict[str, Any]:
 
 
 def inputs(rows: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits whose last three columns are padding, targets of which one is no column, and which rows are scored."""
+    """Logits whose last three columns are padding, targets of which one is not a column, and which rows are scored."""
     generator = torch.Generator().manual_seed(seed)
     logits = (5 * torch.randn(rows, COLUMNS, generator=generator)).to(dtype)
     logits[:, -3:] = -torch.inf

@@ -40,10 +40,11 @@ class JointNorm:
 
     def __init__(self, adapter: OptimizerAdapter, device: torch.device) -> None:
         self._adapter = adapter
-        self._device = device
         self._reduce_rows: ReduceRows | None = None
         self._row_gradients: RowGradients | None = None
-        self._squares: dict[torch.device, Tensor] = {}  # of this step's row gradients
+        self._square = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # sum of squares of this step's row gradients
         adapter.join_norm(self._reduce_and_square)
 
     def begin_step(self, reduce_rows: ReduceRows) -> None:
@@ -74,20 +75,14 @@ class JointNorm:
         """Send row gradients to their owners, at the first call of a step; return their sum of squares over all ranks.
 
         DeepSpeed's patched norm calls this, on all ranks. Returns a float64 scalar, 0 without tables, on `device`; None = where
-        it was computed.
+        it is.
         """
         if self._reduce_rows is not None:
             reduce_rows, self._reduce_rows = self._reduce_rows, None
             self._row_gradients = reduce_rows()  # THE EXCHANGE OF ROW GRADIENTS
-            here = (
-                torch.zeros((), dtype=torch.float64, device=self._device)
-                if self._row_gradients is None
-                else self._row_gradients.global_squared_norm
-            )
-            self._squares = {here.device: here}
-        here = next(iter(self._squares.values()))
-        if device is not None and device not in self._squares:
-            self._squares[device] = here.to(
-                device
-            )  # A WAIT FOR THE DEVICE, once: an offloaded optimizer clips on the CPU
-        return here if device is None else self._squares[device]
+            rows = self._row_gradients
+            self._square = torch.zeros_like(self._square) if rows is None else rows.global_squared_norm
+        if device is not None and device != self._square.device:
+            # A WAIT FOR THE DEVICE, once per step: an offloaded optimizer clips on the CPU. The number stays there.
+            self._square = self._square.to(device)
+        return self._square

@@ -27,7 +27,7 @@ from overtok_megatron.parallel.splits import is_tied_copy, splits_of
 class ReduceAndSquare(Protocol):
     """Sends row gradients to their owners, at the first call of a step; all ranks must call it.
 
-    Returns their sum of squares over all ranks, a float64 scalar, on `device`; None = where it was computed.
+    Returns their sum of squares over all ranks, a float64 scalar, on `device`; None = where it is.
     """
 
     def __call__(self, device: torch.device | None = None) -> Tensor: ...
