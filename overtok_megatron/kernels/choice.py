@@ -24,6 +24,7 @@ from overtok_megatron.errors import ConfigError
 from overtok_megatron.kernels import cpu, flex_attention, reference
 from overtok_megatron.kernels.build import load_library
 from overtok_megatron.kernels.compiled import compiled_passes, missing_for_compilation
+from overtok_megatron.kernels.compiled_layers import CompiledLayers, compiled_layers
 from overtok_megatron.kernels.compiled_softmax import compiled_softmax
 from overtok_megatron.kernels.cpu_rows import CpuRowKernels
 from overtok_megatron.kernels.documents import Documents
@@ -58,7 +59,10 @@ class NormAndRotate(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """One implementation of each pass: by default those of reference.py and rows.py, which define signatures and results."""
+    """One implementation of each pass: by default those of reference.py and rows.py, which define signatures and results.
+
+    layers: the passes of a whole layer and its products together, for layers that can be trained so; None = pass by pass.
+    """
 
     name: str = "torch"
     rms_norm: reference.Norm = reference.rms_norm
@@ -67,6 +71,7 @@ class Kernels:
     norm_and_rotate: NormAndRotate = reference.norm_and_rotate
     swiglu: Callable[[Tensor], Tensor] = reference.swiglu
     rotate: reference.Rotation = reference.rotate
+    layers: CompiledLayers | None = None
     causal_attention: CausalAttention = reference.causal_attention
     softmax_statistics: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.softmax_statistics
     softmax_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None] = reference.softmax_gradient
@@ -182,6 +187,7 @@ def _compiled_kernels(kernels: Kernels, device: torch.device) -> Kernels:
         norm_and_rotate=passes.norm_and_rotate,
         swiglu=passes.swiglu,
         rotate=passes.rotate,
+        layers=compiled_layers(),
         **compiled_softmax(),
     )
 
@@ -194,7 +200,7 @@ def _liger_kernels(kernels: Kernels) -> Kernels:
             f"training.kernels: liger, but it does not import here ({error}); install liger-kernel>=0.8.5, or write auto"
         ) from None
     normed = _with_norm(kernels, passes.rms_norm)
-    return replace(normed, name="liger", norm_of_sum=passes.norm_of_sum, swiglu=passes.swiglu)
+    return replace(normed, name="liger", norm_of_sum=passes.norm_of_sum, swiglu=passes.swiglu, layers=None)
 
 
 def _apex_kernels(kernels: Kernels) -> Kernels:
@@ -207,6 +213,7 @@ def _apex_kernels(kernels: Kernels) -> Kernels:
     return replace(
         _with_norm(kernels, lambda x, weight, eps: norm(x, weight, (x.shape[-1],), eps)),
         name="apex",
+        layers=None,
         adamw=lambda groups, lr, betas, eps: fused_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True),
     )
 

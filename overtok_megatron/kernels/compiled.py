@@ -1,7 +1,7 @@
 """Passes over activations that torch.compile fuses: Inductor makes Triton kernels of them on CUDA, and C++ loops on a CPU.
 
 The plain functions below compute in float32 and round once, at the end; AOTAutograd derives their backward passes. They are
-compiled at their first use, in the process that uses them, for one layout of arguments at a time (`_CompiledPass`). Inductor
+compiled at their first use, in the process that uses them, for one layout of arguments at a time (`CompiledPass`). Inductor
 keeps what it has compiled in the folder TORCHINDUCTOR_CACHE_DIR (default: torchinductor_USER in the folder for temporary
 files), where the next process finds it. Ranks that compile the same pass at the same time each do so, under file locks or by
 atomic renames, and with the same result.
@@ -66,29 +66,29 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (halves * cos + halves.flip(-2) * (sign * sin)).flatten(-2)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _wide_norm(x, weight, eps).to(x.dtype)
 
 
-def _add_normed(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_normed(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x.float() + _wide_norm(branch, weight, eps)).to(x.dtype)
 
 
-def _norm_of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm_of_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + branch
     return total, _wide_norm(total, weight, eps).to(x.dtype)
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _turned(x.float(), cos, sin).to(x.dtype)
 
 
-def _norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     return _turned(_wide_norm(x, weight, eps), cos, sin).to(x.dtype)
 
 
@@ -119,7 +119,7 @@ def _split_gradient(
 
 
 def compiled_copy(function: Callable[..., Any], number: int, **options: Any) -> Callable[..., Any]:
-    """`function`, to be compiled at its first call, with a code object of its own: see _CompiledPass. options: of Inductor."""
+    """`function`, to be compiled at its first call, with a code object of its own: see CompiledPass. options: of Inductor."""
     assert isinstance(function, FunctionType)
     name = f"{function.__name__}_{number}"
     copy = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
@@ -129,7 +129,7 @@ def compiled_copy(function: Callable[..., Any], number: int, **options: Any) -> 
     return compiled
 
 
-class _CompiledPass:
+class CompiledPass:
     """A plain function, compiled once for every layout of its arguments. It never falls back to eager mode.
 
     All sizes are constants for the compiler, so that loops and loads are as wide as can be, but for the leading dimensions of
@@ -146,9 +146,9 @@ class _CompiledPass:
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by layout; each has run once
         self._lock = threading.Lock()
 
-    def __call__(self, tensors: tuple[Tensor, ...], leading: tuple[int, ...], *constants: float) -> Any:
+    def __call__(self, tensors: tuple[Tensor | None, ...], leading: tuple[int, ...], *constants: float) -> Any:
         """leading: how many of each tensor's first dimensions are symbols. constants follow the tensors as arguments."""
-        layouts = [_layout(tensor, count) for tensor, count in zip(tensors, leading, strict=True)]
+        layouts = [None if x is None else _layout(x, count) for x, count in zip(tensors, leading, strict=True)]
         key = (torch.is_grad_enabled(), constants, *layouts)
         made = self.compiled.get(key)
         if made is not None:
@@ -157,7 +157,7 @@ class _CompiledPass:
             made = self.compiled.get(key) or self._compile()
             for tensor, count in zip(tensors, leading, strict=True):
                 for dim in range(count):
-                    if tensor.shape[dim] > 1:
+                    if tensor is not None and tensor.shape[dim] > 1:
                         torch._dynamo.mark_dynamic(tensor, dim)
             result = made(*tensors, *constants)
             self.compiled[key] = made
@@ -189,16 +189,16 @@ class CompiledPasses:
     """The passes of reference.py over activations, with its signatures and, to rounding, its results."""
 
     def __init__(self) -> None:
-        self._rms_norm = _CompiledPass(_rms_norm)
-        self._add_normed = _CompiledPass(_add_normed)
-        self._norm_of_sum = _CompiledPass(_norm_of_sum)
-        self._swiglu = _CompiledPass(_swiglu)
-        self._rotate = _CompiledPass(_rotate)
-        self._norm_and_rotate = _CompiledPass(_norm_and_rotate)
-        self.square_sum = _CompiledPass(_square_sum)
-        self.scale_and_rotate = _CompiledPass(_scale_and_rotate)
-        self.split_sums = _CompiledPass(_split_sums)
-        self.split_gradient = _CompiledPass(_split_gradient)
+        self._rms_norm = CompiledPass(rms_norm)
+        self._add_normed = CompiledPass(add_normed)
+        self._norm_of_sum = CompiledPass(norm_of_sum)
+        self._swiglu = CompiledPass(swiglu)
+        self._rotate = CompiledPass(rotate)
+        self._norm_and_rotate = CompiledPass(norm_and_rotate)
+        self.square_sum = CompiledPass(_square_sum)
+        self.scale_and_rotate = CompiledPass(_scale_and_rotate)
+        self.split_sums = CompiledPass(_split_sums)
+        self.split_gradient = CompiledPass(_split_gradient)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.numel() == 0:

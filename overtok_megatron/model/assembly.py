@@ -28,6 +28,7 @@ from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.projection import NgramProjection
+from overtok_megatron.parallel.collectives import group_size
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 AnyNorm = TypeVar("AnyNorm", RMSNorm, RMSNormAdded, RMSNormOfSum)
@@ -98,7 +99,10 @@ def attention_boundary(config: RunConfig, eod_id: int | None) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """Builds the parts of one model. kernels, groups, sequence_parallel and recompute say how it runs on this rank."""
+    """Builds the parts of one model. kernels, groups, sequence_parallel and recompute say how it runs on this rank.
+
+    weights_on_call: a weight is whole while the module that holds it is called, and not otherwise (ZeRO 3).
+    """
 
     model: ModelConfig
     over: OverEncodingConfig
@@ -107,6 +111,7 @@ class Assembly:
     context_group: dist.ProcessGroup | None
     sequence_parallel: bool
     recompute: Recompute
+    weights_on_call: bool
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, Rotary]:
@@ -184,7 +189,13 @@ class Assembly:
             attention_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNorm),
             feed_forward_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNormOfSum),
             recompute=self.recompute == "full",
+            halves=self.kernels.layers if self._runs_in_halves() else None,
         )
+
+    def _runs_in_halves(self) -> bool:
+        """Whether no collective and no module with a gathered weight stands between a layer's core and its ends."""
+        dense = self.model.num_experts is None
+        return dense and group_size(self.tensor_group) == 1 and not self.weights_on_call
 
     def head(self, embedding: InputEmbedding | None) -> OutputHead:
         """embedding: where a tied head finds its weight."""
@@ -220,8 +231,9 @@ def build_layers(
     context_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
+    weights_on_call: bool = False,
 ) -> Layers:
-    """The layers of a stage (None = all), weights not yet initialised.
+    """The layers of a stage (None = all), weights not yet initialised. weights_on_call: as in `Assembly`.
 
     shared: the parts of the embedding of which the last of several stages holds a copy; None = those that the model needs.
     """
@@ -233,6 +245,7 @@ def build_layers(
         context_group=context_group,
         sequence_parallel=sequence_parallel,
         recompute=recompute,
+        weights_on_call=weights_on_call,
     )
     return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared_parts(model) if shared is None else shared)
 
@@ -257,6 +270,7 @@ def build_run_layers(
         context_group=context_group,
         sequence_parallel=config.parallel.sequence_parallel and tensor_group is not None,
         recompute=config.training.recompute,
+        weights_on_call=config.parallel.zero_stage == 3,
         kernels=kernels,
     )
     layers.reset(config.training.seed, config.model.init_std)

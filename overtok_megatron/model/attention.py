@@ -111,10 +111,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).split(self.qkv.sizes, dim=-1)
         batch, length = q.shape[:2]  # length is s: `qkv` has gathered what sequence parallelism splits
         v = v.reshape(batch, length, self.kv_heads_shard, self.head_size).transpose(1, 2)  # [b, g_shard, s, e]
-        if decode is None:
-            angles = self.rotary.range_angles(group_rank(self.context_group) * length, length, x.device)
-        else:
-            angles = self.rotary.angles(decode.positions)
+        angles = self.angles(length, x.device) if decode is None else self.rotary.angles(decode.positions)
         q, k = (
             (self.q_norm or self._rotate)(q, *angles).transpose(1, 2),  # [b, h_shard, s, e]
             (self.k_norm or self._rotate)(k, *angles).transpose(1, 2),  # [b, g_shard, s, e]
@@ -123,19 +120,27 @@ class Attention(nn.Module):
             k, v = decode.cache.write(self.layer_index, k, v)
             seen = decode.mask if self.window is None else decode.sliding_mask
             mixed = _attend_to_cache(q, k, v, seen)
-        elif self.recompute_core and torch.is_grad_enabled():
-            mixed = checkpoint(self._core, q, k, v, documents, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._core(q, k, v, documents)
+            mixed = self.core(q, k, v, documents)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
+
+    def angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [s, 1, e/2] float32 of the positions of this context rank's slice; `length` is s."""
+        return self.rotary.range_angles(group_rank(self.context_group) * length, length, device)
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """q [b, h_shard, s, e], k and v [b, g_shard, s, e] -> [b, h_shard, s, e], over the positions of all context ranks."""
+        if self.recompute_core and torch.is_grad_enabled():
+            mixed: Tensor = checkpoint(self._mix, q, k, v, documents, use_reentrant=False, preserve_rng_state=False)
+            return mixed
+        return self._mix(q, k, v, documents)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries or keys [b, s, h_shard e] of a model without norms over them -> [b, s, h_shard, e]."""
         return self.kernels.rotate(x.unflatten(-1, (-1, self.head_size)), cos, sin)
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """q [b, h_shard, s, e], k and v [b, g_shard, s, e] -> [b, h_shard, s, e], over the positions of all context ranks."""
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         q, k, v = (exchange_dims(x, self.context_group, split=1, join=2) for x in (q, k, v))
         mixed = self.kernels.causal_attention(q, k, v, self.window, documents)
         return exchange_dims(mixed, self.context_group, split=2, join=1)

@@ -69,10 +69,15 @@ class MergedColumnParallelLinear(nn.Module):
         for own_name, weight in self.named_parameters():
             initialise(weight, std, seed, f"{name}.{own_name}")
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """[o_shard, i] each, in the order of `outputs`."""
+        return [self.get_parameter(name) for name in self.outputs]
+
     def forward(self, x: Tensor) -> Tensor:
         # From here on x is [b, s, i], the same on all ranks.
         x = all_gather_sequence(x, self.group, 1) if self.sequence_parallel else copy_to_group(x, self.group)
-        weight = torch.cat([getattr(self, name) for name in self.outputs])  # a copy, but small beside the activations
+        weight = torch.cat(self.weights)  # a copy, but small beside the activations
         return F.linear(x, weight)  # [b, s, sum of o_shard]
 
     def extra_repr(self) -> str:
