@@ -165,6 +165,14 @@ class Bf16Zero1(Zero1Or2):
     def __init__(self, deepspeed_engine: Any, grid: ProcessGrid, max_norm: float) -> None:
         super().__init__(deepspeed_engine, grid, max_norm)
         self.optimizer._update_hp_grad = self._add_gradient
+        self.optimizer.zero_grad = self._forget_gradients
+
+    def _forget_gradients(self, set_to_none: bool = True) -> None:
+        """What DeepSpeed's engine calls after each update. The update has set the float32 sums to zero already.
+
+        DeepSpeed's method would write the same zeros once more, 4 bytes per parameter.
+        """
+        self.optimizer.clear_lp_grads(set_to_none)
 
     @torch.no_grad()
     def _add_gradient(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
