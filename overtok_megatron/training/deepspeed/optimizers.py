@@ -115,7 +115,7 @@ class TorchOptimizer(OptimizerAdapter):
             if (self.grid.tensor_rank == 0 or splits_of(parameter)) and not is_tied_copy(parameter)
             if parameter.grad is not None
         ]
-        total = _sum_of_squares(gradients, self.deepspeed_engine.device)
+        total = _sum_of_squares(gradients, torch.float64, self.deepspeed_engine.device)
         all_reduce_in_place(total, self.grid.replica_group, of="squares")
         return total
 
@@ -199,7 +199,7 @@ class Bf16Zero1(Zero1Or2):
                 return self.optimizer.fp32_groups_gradient_flat_partition
             dense, experts = dense_gradients()
             rows = reduce_and_square()
-            square = _sum_of_squares(dense, rows.device)
+            square = _sum_of_squares(dense, torch.float32, rows.device)
             # DeepSpeed sums over the ranks of a copy of the model, so the rows count on the first of them only.
             if self.grid.tensor_rank == 0 and self.grid.is_first_stage:
                 square += rows
@@ -308,12 +308,15 @@ def adapter_of(deepspeed_engine: Any, grid: ProcessGrid, max_norm: float) -> Opt
     return _ADAPTERS[name](deepspeed_engine, grid, max_norm)
 
 
-def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of all values of gradients on a device, summed in float64: a float64 scalar, 0 for no gradients."""
+def _sum_of_squares(gradients: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sum of squares of all values of gradients on a device: a float64 scalar, 0 for no gradients.
+
+    dtype: in which the values of one gradient are added up; the gradients are added up in float64.
+    """
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(gradients, 2, torch.float64)  # on a GPU few kernels for all of them
-    return torch.stack(norms).square().sum()
+    norms = torch._foreach_norm(gradients, 2, dtype)  # on a GPU few kernels for all of them
+    return torch.stack(norms).double().square().sum()
 
 
 def _allocated(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: Tensor, steps: int) -> dict[str, Any]:
