@@ -110,7 +110,9 @@ def test_one_folder_imports_deepspeed() -> None:
 # DeepSpeed's classes, attributes and the keys of its files that the adapters know; they change without notice.
 PRIVATE_NAMES = [
     "DeepSpeedZeroOptimizer", "BF16_Optimizer", "FP16_",
-    "scaled_global_norm", "_get_norm_groups", "get_grads_for_norm", "unscale_and_clip_grads", "_global_grad_norm",
+    "scaled_global_norm", "_get_norm_groups", "get_grads_for_norm", "fp32_groups_gradient_flat_partition",
+    "_update_hp_grad", "fp32_groups_gradients", "fp32_groups_has_gradients", "clear_lp_grads",
+    "unscale_and_clip_grads", "_global_grad_norm",
     "get_global_grad_norm", "clip_fp32_gradients", "clip_grad", "_hp_mapping", "hp_fragment", "lp_fragment",
     "single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat", "fp16_groups",
     "fp32_groups", "fp32_flat_groups", "param_slice_mappings", "param_shapes", "base_optimizer_state", "ds_tensor",

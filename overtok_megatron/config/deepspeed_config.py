@@ -43,6 +43,9 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
     """
     refuse([*refused_keys(config), *contradictions(config, world_size)], lambda key: "deepspeed")
     result = _own_keys(config, world_size)
+    # A default only: DeepSpeed's timer waits for the device at the start and at the end of every micro-batch. `speed/*` of the
+    # metrics needs none of its numbers, and nothing prints them.
+    result["timers"] = {"throughput": {"enabled": False}}
     _merge(result, config.deepspeed)
     if config.parallel.zero_stage > 0:
         # DeepSpeed allocates two buckets of this size per step, whatever the model: 4 GB for its 500 million elements

@@ -20,6 +20,7 @@ from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.heads import ForwardResult
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.ngram.sharded_tables import RowGradients
+from overtok_megatron.parallel.early_reads import EarlyReads
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.building import (
     TrainedModule,
@@ -63,6 +64,9 @@ class TrainingEngine:
         if self.adapter.needs_state_reset:
             self.optimizer.state.clear()
         self.joint_norm = JointNorm(self.adapter, device)
+        # Behind the hook in which the adapter of the torch optimizer computes the norm, so that the norm is known at the mark.
+        early_reads = self.early_reads = EarlyReads(device)
+        self.optimizer.register_step_pre_hook(lambda *_: early_reads.mark())
         self.reduction = StepReduction(config, grid, device)
 
     @property
@@ -110,6 +114,7 @@ class TrainingEngine:
         micro_batches = self._micro_batches(inputs, targets, fetched)
 
         self._set_learning_rate(learning_rate)
+        self.early_reads.begin_step()
         self.joint_norm.begin_step(reduce_rows=lambda: self._reduce_rows(fetched))
 
         # Phases 2, 3 and 4 START HERE: DeepSpeed runs them in one go, but for the update of rows.
@@ -119,25 +124,30 @@ class TrainingEngine:
         # backward pass), and behind the last backward pass it computes its norm. That norm is patched (deepspeed/optimizers.py
         # calls joint_norm.py): INSIDE it `reduce_rows` sends row gradients to the owners of the rows, because clipping needs
         # one norm of dense parameters and rows.
-        # Phase 4: DeepSpeed clips and updates the dense parameters.
+        # Phase 4: DeepSpeed clips and updates the dense parameters. What is read of the step is known before the update, and is
+        # read while a GPU still makes it (early_reads.py).
         results = self._train_pipeline(micro_batches) if self.is_pipeline else self._train(micro_batches)
 
         # Phase 3, read back: the norms, and the reduced gradients of the rows that this rank owns.
-        norms = self.joint_norm.finish_step()
+        with self.early_reads.stream():
+            norms = self.joint_norm.finish_step()
         if not math.isfinite(norms.joint):
             raise DivergedError(
                 f"gradient norm is {norms.joint} at optimizer step {steps_taken(self.deepspeed_engine)}: stopped before"
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
             )
 
+        # Phase 5: report. One small reduction over all ranks. It comes before the update of rows, because the exchange that the
+        # update starts waits for the device in the same communicator, and would keep the reduction waiting too.
+        with self.early_reads.stream():
+            result = self.reduction.reduce(results, self._row_counts(fetched), norms, stop_asked=self.stop_asked)
+
         # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update. The rows of the next step,
-        # if it was announced, are then sent at once: they travel during phase 5.
+        # if it was announced, are then sent at once: they travel while the next step's tokens are taken.
         if self.tables is not None and norms.row_gradients is not None:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
             self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
-
-        # Phase 5: report. One small reduction over all ranks.
-        return self.reduction.reduce(results, self._row_counts(fetched), norms, stop_asked=self.stop_asked)
+        return result
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:

@@ -66,7 +66,8 @@ class StepReduction:
         ]
         own_values = moved(torch.tensor(own, dtype=torch.float64), self._device)
         sums = self.sum_over_ranks(torch.cat([self._own_sum(results.main_losses), own_values, *auxiliary, router]))
-        # A WAIT FOR THE DEVICE, the last of the step: everything that it reports is read at once.
+        # A WAIT FOR THE DEVICE, the last of the step, but not for its update of the dense parameters (early_reads.py):
+        # everything that the step reports is read at once.
         loss, stops, unique, looked_up, sent_bytes, *others = sums.tolist()
         auxiliary_sums, router_sums = others[: len(names)], others[len(names) :]
         return StepResult(

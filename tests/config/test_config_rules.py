@@ -74,6 +74,19 @@ def test_deepspeed_keys() -> None:
     derive(make().model_copy(update={"deepspeed": {"gradient_clipping": 1.0}}), 2)  # the same value is no contradiction
 
 
+def test_deepspeeds_throughput_timer_runs_only_where_it_is_asked_for() -> None:
+    def timer(**raw: Any) -> Any:
+        return derive(make().model_copy(update={"deepspeed": raw}), 2)["timers"]
+
+    assert timer() == {"throughput": {"enabled": False}}
+    assert timer(timers={"throughput": {"enabled": True}}) == {"throughput": {"enabled": True}}
+    assert timer(timers={"throughput": {"synchronized": False}})["throughput"] == {
+        "enabled": False,
+        "synchronized": False,
+    }
+    assert timer(timers=3) == 3  # for DeepSpeed's reader to refuse
+
+
 def test_the_papers_counts() -> None:
     config = make(
         model__vocab_size=50280,

@@ -2,15 +2,19 @@
 
 On CUDA each of these operators stops the host until the device has done what was launched before. On the CPU none waits, but
 all can be seen: a TorchFunctionMode gets every call. What moves a tensor between devices cannot be seen where there is one
-device: tools/gpu_checks/waits.py counts with torch's own debug mode.
+device: tools/gpu_checks/waits.py counts with torch's own debug mode. DeepSpeed asks its accelerator to synchronize, which does
+nothing on the CPU, but can be counted.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from gpu_checks.waits import Place, innermost_place
+from deepspeed.accelerator import get_accelerator
+from gpu_checks.waits import Place, explicit_waits_counted, innermost_place
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -67,3 +71,11 @@ class WaitCounter(TorchFunctionMode):
     def _run_backward(self, *args: Any, **kwargs: Any) -> Any:
         with self:
             return _RUN_BACKWARD(*args, **kwargs)
+
+
+@contextmanager
+def synchronize_counted() -> Iterator[Counter[Place]]:
+    """Counts how often DeepSpeed waits for the whole device, by its function that asked for it."""
+    places: Counter[Place] = Counter()
+    with explicit_waits_counted(places, [get_accelerator()]):
+        yield places

@@ -2,17 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
-from gpu_checks.waits import ALLOWED, Place
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from deepspeed.utils.timer import ThroughputTimer
+from gpu_checks.waits import ALLOWED, Place, explicit_waits_counted
 from torch import Tensor
 
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from support.distributed_harness import run_ranks
 from support.layouts import CPU, EOD, Layout, experts, layout, layout_config, own_tokens, stream
-from support.waits import WaitCounter
+from support.waits import WaitCounter, synchronize_counted
 
 HALF = {"precision": "bf16"}
 CASES: dict[str, Layout] = {
@@ -38,31 +42,45 @@ KNOWN = {
 CPU_FORMS = {("kernels/rows.py", "add"), ("kernels/grouped.py", "products"), ("kernels/grouped.py", "outer_products")}
 
 
-def places_of_a_step(cases: list[Layout]) -> list[Counter[Place]]:
-    """One rank's work: where each layout's second step waits, its coming step's announcement included."""
+@dataclass(frozen=True)
+class Found:
+    """Where a step waited. synchronized: where DeepSpeed called its accelerator's `synchronize`."""
+
+    places: Counter[Place]
+    synchronized: Counter[Place]
+
+
+def places_of_a_step(cases: list[Layout]) -> list[Found]:
+    """One rank's work: where each layout's fourth step waits, its coming step's announcement included.
+
+    Not an earlier one: DeepSpeed's timers begin with the third.
+    """
     found = []
     for case in cases:
         config = layout_config(case)
         engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        batches = [own_tokens(engine, batch) for batch in stream()[:3]]
+        batches = [own_tokens(engine, batch) for batch in stream()[:5]]
         engine.announce(batches[0])
-        for step in range(2):
-            with WaitCounter() as counter:
+        for step in range(4):
+            with WaitCounter() as counter, synchronize_counted() as synchronized:
                 engine.announce(batches[step + 1])
                 engine.step(batches[step], 1e-3)
-        found.append(counter.places)
+        found.append(Found(counter.places, synchronized))
     return found
 
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
 def test_a_step_waits_where_it_is_known_to(cases: dict[str, Layout]) -> None:
     assert sum(KNOWN.values()) <= ALLOWED
-    for found in run_ranks(2, places_of_a_step, list(cases.values())):
-        for name, places in zip(cases, found, strict=True):
-            ours = {place: count for place, count in places.items() if place.ours}
+    for results in run_ranks(2, places_of_a_step, list(cases.values())):
+        for name, found in zip(cases, results, strict=True):
+            ours = {place: count for place, count in found.places.items() if place.ours}
             measured = {place: count for place, count in ours.items() if (place.file, place.function) not in CPU_FORMS}
             assert measured == KNOWN, name
-            print(f"{name}, DeepSpeed's:", {str(place): count for place, count in places.items() if not place.ours})
+            assert not found.synchronized, name
+            print(
+                f"{name}, DeepSpeed's:", {str(place): count for place, count in found.places.items() if not place.ours}
+            )
 
 
 class _ReadsInBackward(torch.autograd.Function):
@@ -129,3 +147,24 @@ def test_the_counter_leaves_out(name: str) -> None:
     with WaitCounter() as counter:
         NOT_WAITING[name]()
     assert not counter.places
+
+
+def test_a_call_of_synchronize_belongs_to_who_asked_for_it() -> None:
+    """DeepSpeed's accelerator hands the call on to torch; one wait counts once, whatever it calls itself."""
+    accelerator = get_accelerator()
+    with synchronize_counted() as places:
+        timer = ThroughputTimer(DeepSpeedThroughputTimerConfig(), batch_size=1, start_step=0)
+        timer.start()
+        timer.stop()
+    assert places == {Place(False, "utils/timer.py", "start"): 1, Place(False, "utils/timer.py", "stop"): 1}
+    assert "synchronize" not in vars(accelerator)  # as it was
+
+    class Event:
+        def synchronize(self) -> None:
+            accelerator.synchronize()
+
+    places = Counter()
+    with explicit_waits_counted(places, [Event, accelerator]) as explicit:
+        Event().synchronize()
+        assert not explicit.is_waiting()
+    assert places.total() == 1

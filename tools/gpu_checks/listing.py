@@ -3,6 +3,7 @@
 from gpu_checks import row_checks
 from gpu_checks.attention import attention, attention_speed
 from gpu_checks.configurations import MODELS, WAYS, Configuration, host_bits, saving_device
+from gpu_checks.early_reads import early_reads
 from gpu_checks.heads import Head
 from gpu_checks.installation import installation
 from gpu_checks.models import Model
@@ -53,6 +54,7 @@ def all_checks(ranks: int) -> list[Check]:
         ),
         Check("saving thread's device", saving_device, 30, ranks="any", cuda=True),
         Check("waits for the device", waits, 60, cuda=True),
+        Check("reads before the update", early_reads, 60, cuda=True),
         Check("rows: speed", row_speed, 60, quick=False),
         Check("attention: speed", attention_speed, 180, quick=False),
         *(

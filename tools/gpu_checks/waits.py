@@ -1,16 +1,20 @@
-"""How often a training step waits for the device, and where: torch warns of every synchronizing operation.
+"""How often a training step waits for the device, and where.
 
-A wait belongs to the innermost function of overtok_megatron or of DeepSpeed that asked for it.
+torch warns of operators that wait. Calls of `synchronize` of the device, a stream or an event are counted beside it, because
+torch does not warn of all of them. A wait belongs to the innermost function of overtok_megatron or of DeepSpeed that asked for
+it.
 """
 
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -54,22 +58,63 @@ def innermost_place(depth: int) -> Place:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_OURS):
             return Place(True, str(path.relative_to(_OURS)), frame.f_code.co_name)
-        if "deepspeed" in path.parts:
+        # deepspeed/accelerator only hands calls on to torch
+        if "deepspeed" in path.parts and path.parent.name != "accelerator":
             file = "/".join(path.parts[path.parts.index("deepspeed") + 1 :])
             return Place(False, file, frame.f_code.co_name)
         frame = frame.f_back
     return Place(True, outside.co_filename, outside.co_name)
 
 
+class ExplicitWaits:
+    """Replacements of functions whose only purpose is to wait; each call is counted by the place that asked for it."""
+
+    def __init__(self, places: Counter[Place]) -> None:
+        self._places = places
+        self._waiting: set[int] = set()  # threads that are in one of the functions
+
+    def is_waiting(self) -> bool:
+        """Whether the calling thread is in one of the functions, so that the wait is counted already."""
+        return threading.get_ident() in self._waiting
+
+    def counted(self, function: Callable[..., None]) -> Callable[..., None]:
+        """The function, which counts its calls, but not those that it makes itself of another one."""
+
+        def count_and_wait(*args: Any, **others: Any) -> None:
+            if self.is_waiting():
+                return function(*args, **others)
+            self._places[innermost_place(2)] += 1
+            self._waiting.add(threading.get_ident())
+            try:
+                return function(*args, **others)
+            finally:
+                self._waiting.remove(threading.get_ident())
+
+        return count_and_wait
+
+
+@contextmanager
+def explicit_waits_counted(places: Counter[Place], owners: list[Any]) -> Iterator[ExplicitWaits]:
+    """Counts the calls of `synchronize` of each owner: a module, a class, or an object."""
+    explicit = ExplicitWaits(places)
+    with ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(mock.patch.object(owner, "synchronize", explicit.counted(owner.synchronize)))
+        yield explicit
+
+
 @contextmanager
 def counted_on_cuda() -> Iterator[Counter[Place]]:
-    """Counts the synchronizing operations of all threads."""
+    """Counts the waits of all threads."""
     places: Counter[Place] = Counter()
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
+    owners = [torch.cuda, torch.cuda.Stream, torch.cuda.Event]
+    with warnings.catch_warnings(), explicit_waits_counted(places, owners) as explicit:
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: (
-            places.update([innermost_place(2)]) if "synchronizing CUDA operation" in str(message) else None
+            places.update([innermost_place(2)])
+            if "synchronizing CUDA operation" in str(message) and not explicit.is_waiting()
+            else None
         )
         torch.cuda.set_sync_debug_mode("warn")
         try:

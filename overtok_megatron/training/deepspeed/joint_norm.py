@@ -59,8 +59,9 @@ class JointNorm:
         """Call this after DeepSpeed's step."""
         patched = self._reduce_rows is None
         joint_norm = self._adapter.global_norm()
-        # A WAIT FOR THE DEVICE, where DeepSpeed has not read the norm already: both norms are read at once, because whether to
-        # go on, and the factor of the rows' update, depend on the joint one.
+        # A WAIT FOR THE DEVICE, but not for its update of the dense parameters (early_reads.py), where DeepSpeed has not read
+        # the norm already: both norms are read at once, because whether to go on, and the factor of the rows' update, depend
+        # on the joint one.
         if isinstance(joint_norm, Tensor):
             joint, squared = torch.stack([joint_norm.double(), self._reduce_and_square(joint_norm.device)]).tolist()
         else:
