@@ -17,6 +17,7 @@ from gpu_checks.timing import busy_seconds, device_spans, free_memory
 from gpu_checks.training import Settings, configuration, engine_of, made_tokens, own_part
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.parallel.devices import synchronize
 from overtok_megatron.training.measuring import peak_memory
 from overtok_megatron.training.peaks import peak_flops
 
@@ -132,7 +133,7 @@ def _speed(context: Context, config: RunConfig) -> Speed:
     times, losses = [], []
     for _ in range(2 + rounds):
         start = time.perf_counter()
-        losses.append(step().loss)  # reads the loss, and so waits for the device
+        losses.append(step().loss)  # reads the loss; what the device still does behind it counts in the next step
         times.append(time.perf_counter() - start)
     assert all(math.isfinite(loss) for loss in losses), f"a loss is not finite: {losses}"
     peak = peak_memory(context.device)
@@ -142,8 +143,10 @@ def _speed(context: Context, config: RunConfig) -> Speed:
 def _profiled(context: Context, work: Any) -> tuple[list[dict[str, Any]], float | None, float | None]:
     """`kernels` (operators on the CPU), `busy` and `profiled` of Speed, from one call."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.cuda else [])]
+    synchronize(context.device)
     with profile(activities=activities) as profiler:
         work()
+        synchronize(context.device)
     if not context.cuda:
         found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:_TOP]
         return [{"name": event.key, "seconds": event.self_cpu_time_total / 1e6} for event in found], None, None
