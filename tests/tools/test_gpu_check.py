@@ -13,9 +13,11 @@ import gpu_check
 import pytest
 import torch
 from gpu_checks.listing import all_checks
-from gpu_checks.models import idle_share
 from gpu_checks.registry import Check, Context, Outcome, Result
+from gpu_checks.timing import Span, busy_seconds, device_seconds_of, device_spans, host_seconds_of
 from gpu_checks.workers import Workers
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from overtok_megatron.kernels.build import load_library
 
@@ -54,6 +56,12 @@ def test_everything_passes_on_the_cpu(tmp_path: Path) -> None:
     model = found["model: V 32 K, tables"]["numbers"]
     assert model["ratio"] > 0
     assert len(model["kernels"]) == 5
+    assert model["tokens_per_step"] == 64
+    assert " 64 tokens per step" in found["model: V 32 K, tables"]["figure"]
+    passes = found["passes"]["numbers"]
+    assert passes["choices"] == {"auto": "cpu" if load_library() else "torch", "compile": "compile", "torch": "torch"}
+    assert set(passes["device_seconds"]) == set(passes["host_seconds"]) == set(passes["choices"].values())
+    assert found["head: V 32 K"]["numbers"]["device_seconds"] > 0
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -238,7 +246,33 @@ def test_an_interrupted_call_keeps_what_it_found(
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 2 not run"
 
 
-def test_share_of_time_that_nothing_covers() -> None:
-    assert idle_share([]) is None
-    assert idle_share([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0)]) == pytest.approx(2 / 6)
-    assert idle_share([(0.0, 9.0), (1.0, 2.0)]) == 0.0
+def test_time_during_which_the_device_is_busy() -> None:
+    def busy(*spans: tuple[float, float]) -> float:
+        return busy_seconds([Span("kernel", start, stop) for start, stop in spans])
+
+    assert busy() == 0.0
+    assert busy((5.0, 6.0), (0.0, 2.0), (1.0, 3.0)) == pytest.approx(4.0)
+    assert busy((0.0, 9.0), (1.0, 2.0)) == pytest.approx(9.0)
+
+
+def test_only_what_ran_on_the_device_counts() -> None:
+    """Not operators of the host, nor ranges that code has named, such as an optimizer's step."""
+
+    def event(name: str, device: DeviceType, stop: float, *, named: bool = False) -> FunctionEvent:
+        return FunctionEvent(
+            id=1, name=name, thread=0, start_us=1e6, end_us=stop, device_type=device, is_user_annotation=named
+        )  # fmt: skip
+
+    events = [
+        event("aten::mul", DeviceType.CPU, 9e6),
+        event("Optimizer.step", DeviceType.CUDA, 8e6, named=True),
+        event("adamw_kernel", DeviceType.CUDA, 3e6),
+    ]
+    assert device_spans(events) == [Span("adamw_kernel", 1.0, 3.0)]
+
+
+def test_seconds_of_a_call_on_the_cpu() -> None:
+    """The host does the work itself there, so the device's time and the host's are both that of the call."""
+    cpu = torch.device("cpu")
+    assert 0.02 <= device_seconds_of(lambda: time.sleep(0.02), cpu, calls=8, warm=0) < 0.1
+    assert 0.02 <= host_seconds_of(lambda: time.sleep(0.02), cpu, calls=8, rounds=1) < 0.1

@@ -3,16 +3,19 @@
 Shapes: b batch, s sequence, h query heads, g key/value heads, e head size.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_checks.registry import Context, Result
-from gpu_checks.timing import seconds_of
+from gpu_checks.timing import device_seconds_of, seconds_of
 from overtok_megatron.kernels import reference
 from overtok_megatron.kernels.choice import CausalAttention, choose_kernels
 from overtok_megatron.kernels.documents import Documents
+from overtok_megatron.kernels.flex_attention import document_block_mask
 
 # length, window, mean length of documents, dtype; in this order, so that few shapes are compiled
 _CASES = [
@@ -32,10 +35,11 @@ def attention(context: Context) -> Result:
     for length, window, mean, dtype in _CASES if context.cuda else _CASES[:1] + _CASES[-1:]:
         inputs = _inputs(context, (2, 6, 2, length, 64), dtype)
         ids = None if mean is None else _document_ids(context, 2, length, mean)
-        ours = _run(causal_attention, inputs, window, ids)
-        again = _run(causal_attention, inputs, window, ids)
-        torchs = _run(reference.causal_attention, inputs, window, ids)
-        exact = _run(reference.causal_attention, [x.float() for x in inputs], window, ids)
+        documents = None if ids is None else Documents(ids)
+        ours = _run(causal_attention, inputs, window, documents)
+        again = _run(causal_attention, inputs, window, None if ids is None else Documents(ids))
+        torchs = _run(reference.causal_attention, inputs, window, documents)
+        exact = _run(reference.causal_attention, [x.float() for x in inputs], window, documents)
         case = f"s {length}, window {window}, documents {mean}, {str(dtype).removeprefix('torch.')}"
         floor = 4e-3 if dtype == torch.bfloat16 else 1e-5
         for name, a, b, c, d in zip(("result", "by q", "by k", "by v"), ours, again, torchs, exact, strict=True):
@@ -54,40 +58,56 @@ def attention(context: Context) -> Result:
 
 
 def attention_speed(context: Context) -> Result:
-    """Forward and backward per length: plain causal, with a window, within documents; and with a dense mask for comparison."""
+    """Forward and backward per length: plain causal, with a window, within documents; and with a dense mask for comparison.
+
+    The block mask of documents is made once, as a model makes it once per micro-batch for all layers, and timed apart.
+    """
     causal_attention = choose_kernels("auto", context.device).causal_attention
     numbers: dict[str, Any] = {}
     words = []
     for length in (4096, 16384) if context.cuda else (64, 128):
         inputs = _inputs(context, (1, 16, 4, length, 128 if context.cuda else 16), torch.bfloat16)
         ids = _document_ids(context, 1, length, length // 8)
-        forms: dict[str, tuple[CausalAttention, int | None, Tensor | None]] = {
+        forms: dict[str, tuple[CausalAttention, int | None, Documents | None]] = {
             "causal": (causal_attention, None, None),
             "window": (causal_attention, length // 8, None),
-            "documents": (causal_attention, None, ids),
-            "dense mask": (reference.causal_attention, None, ids),
+            "documents": (causal_attention, None, Documents(ids)),
+            "dense mask": (reference.causal_attention, None, Documents(ids)),
         }
         found = {name: _measured(context, form, inputs) for name, form in forms.items()}
-        numbers[f"s {length}"] = found
-        base = found["causal"]["seconds"]
-        parts = [f"{name} {found[name]['seconds'] / base:.2f} x" for name in ("window", "documents", "dense mask")]
-        words.append(f"s {length}: causal {1e3 * base:.2f} ms, {', '.join(parts)}")
+        mask = _timed(context, partial(document_block_mask, ids, None))
+        numbers[f"s {length}"] = {**found, "mask": mask}
+        base = found["causal"]["device_seconds"]
+        parts = [
+            f"{name} {found[name]['device_seconds'] / base:.2f} x" for name in ("window", "documents", "dense mask")
+        ]
+        words.append(f"s {length}: causal {1e3 * base:.2f} ms of the device, {', '.join(parts)}")
+        words.append(
+            f"mask of documents {1e3 * mask['seconds']:.2f} ms, {1e3 * mask['device_seconds']:.2f} of the device"
+        )
         if context.cuda:
             words.append(", ".join(f"{name} {found[name]['bytes'] / 2**20:.0f} MiB" for name in forms))
     return Result(None, "; ".join(words), "window and documents below 1 x at 16384", numbers)
 
 
+def _timed(context: Context, work: Callable[[], object]) -> dict[str, float]:
+    """Seconds until a call is done, and seconds of the device alone."""
+    seconds = seconds_of(work, context.device, rounds=5)
+    return {"seconds": seconds, "device_seconds": device_seconds_of(work, context.device)}
+
+
 def _measured(
-    context: Context, form: tuple[CausalAttention, int | None, Tensor | None], inputs: list[Tensor]
+    context: Context, form: tuple[CausalAttention, int | None, Documents | None], inputs: list[Tensor]
 ) -> dict[str, float]:
-    """Seconds of forward and backward, the mask of documents included, and on CUDA the most bytes that they take."""
-    seconds = seconds_of(lambda: _run(form[0], inputs, *form[1:]), context.device, rounds=5)
+    """The times of forward and backward without masks, which the first call leaves; on CUDA the most bytes, masks included."""
+    kernel, window, documents = form
+    found = _timed(context, lambda: _run(kernel, inputs, window, documents))
     if not context.cuda:
-        return {"seconds": seconds}
+        return found
     before = torch.cuda.memory_allocated(context.device)
     torch.cuda.reset_peak_memory_stats(context.device)
-    _run(form[0], inputs, *form[1:])
-    return {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated(context.device) - before}
+    _run(kernel, inputs, window, None if documents is None else Documents(documents.ids))
+    return {**found, "bytes": torch.cuda.max_memory_allocated(context.device) - before}
 
 
 def _inputs(context: Context, shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> list[Tensor]:
@@ -105,12 +125,12 @@ def _document_ids(context: Context, batch: int, length: int, mean: int) -> Tenso
 
 
 def _run(
-    causal_attention: CausalAttention, inputs: list[Tensor], window: int | None, ids: Tensor | None
+    causal_attention: CausalAttention, inputs: list[Tensor], window: int | None, documents: Documents | None
 ) -> list[Tensor]:
     """The result [b, s, h, e] and the gradients by q, k and v."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     q, k, v = (leaf.transpose(1, 2) for leaf in leaves)
-    out = causal_attention(q, k, v, window, None if ids is None else Documents(ids)).transpose(1, 2)
+    out = causal_attention(q, k, v, window, documents).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs[0].cos())]
 
 

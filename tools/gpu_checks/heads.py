@@ -1,7 +1,7 @@
 """The output head with its fused cross entropy, against torch's cross entropy over logits that are all in memory at once.
 
-Besides the numbers, time per position is held against that of the three products, and on CUDA the memory that the loss takes
-against the bound that linear_cross_entropy states. Shapes: N positions, d hidden, V vocabulary.
+Besides the numbers, time per position, also that of the device alone, is held against that of the three products, and on CUDA
+the memory that the loss takes against the bound that linear_cross_entropy states. Shapes: N positions, d hidden, V vocabulary.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_checks.registry import Context, Result
-from gpu_checks.timing import free_memory, seconds_of
+from gpu_checks.timing import device_seconds_of, free_memory, seconds_of
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.norm import RMSNorm
@@ -45,14 +45,17 @@ class Head:
         floor = 2e-3 if dtype == torch.bfloat16 else 2e-5
         wrong = [name for name in names if not errors[name] <= 2 * limits[name] + floor]
         seconds = seconds_of(lambda: _ours(head, hidden, targets), context.device, rounds=5)
+        on_device = device_seconds_of(lambda: _ours(head, hidden, targets), context.device)
         least = 6 * count * vocabulary * hidden_size / measured(context.device, dtype)
         worst = max(names, key=lambda name: errors[name])
         figure = f"V {vocabulary}: {worst} off by {errors[worst]:.1e}; {1e6 * seconds / count:.2f} us per token"
+        figure += f", {1e6 * on_device / count:.2f} of them on the device"
         limit = f"off by {2 * limits[worst] + floor:.1e}; {1e6 * least / count:.2f} us (three products)"
         numbers: dict[str, Any] = {
             "errors": errors,
             "torch_errors": limits,
             "seconds": seconds,
+            "device_seconds": on_device,
             "limit_seconds": least,
             "positions": count,
             "bound_bytes": _stated_bytes(hidden.flatten(0, 1), head.output.weight),

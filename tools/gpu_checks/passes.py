@@ -1,5 +1,8 @@
 """The passes between matrix products: each with its gradients against float64, and its time beside that of a copy.
 
+The device's time and the host's are told apart: a call of forward and backward keeps the host busy for several times as long
+as the device, and in a step the host prepares them while the device is busy with products.
+
 Shapes: b batch, s sequence, n = b s positions, d hidden, f feed-forward size, h heads, e head size.
 """
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu_checks.registry import Context, Result
-from gpu_checks.timing import copy_rate, seconds_of
+from gpu_checks.timing import copy_rate, device_seconds_of, host_seconds_of
 from overtok_megatron.config.schema import KernelChoice
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.kernels import reference
@@ -42,11 +45,15 @@ class Pass:
         incoming = [torch.randn(out.shape, generator=generator).bfloat16().to(device, dtype) for out in outputs]
         return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, incoming)]
 
-    def timed(self, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> float:
-        """Median seconds of forward and backward."""
+    def timed(self, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+        """Seconds of forward and backward: those of the device, and those that the host takes to enqueue them."""
         leaves = [leaf.to(device, dtype).requires_grad_() for leaf in self.leaves]
         incoming = [torch.ones_like(out) for out in self.outputs(kernels, leaves)]
-        return seconds_of(lambda: torch.autograd.grad(self.outputs(kernels, leaves), leaves, incoming), device)
+
+        def call() -> object:
+            return torch.autograd.grad(self.outputs(kernels, leaves), leaves, incoming)
+
+        return device_seconds_of(call, device), host_seconds_of(call, device)
 
 
 def passes(batch: int, length: int, hidden_size: int, head_size: int, device: torch.device) -> dict[str, Pass]:
@@ -112,31 +119,40 @@ def largest_error(ours: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def fused_passes(context: Context) -> Result:
-    """Every choice of `training.kernels` that this machine has."""
+    """Every implementation that a choice of `training.kernels` stands for on this machine; "auto" is one of the others."""
     sizes = (2, 4096, 2048, 128) if context.cuda else (2, 37, 64, 16)
     device, dtype = context.device, torch.bfloat16
     cases, exact = passes(*sizes, device), exact_kernels()
     wanted = {name: case.run(exact, torch.float64, device) for name, case in cases.items()}
     values = sizes[0] * sizes[1] * sizes[2] * dtype.itemsize
     rate, wrong = copy_rate(context), []
-    seconds: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, float]] = {}  # of the device, by implementation and pass
+    host: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
+    names: dict[str, str] = {}
     for choice in get_args(KernelChoice):
         try:
             kernels = choose_kernels(choice, device)
         except ConfigError:
             continue  # a package that is not installed, or that needs CUDA
-        errors[choice], seconds[choice] = {}, {}
+        names[choice] = own = kernels.name
+        if own in errors:
+            continue
+        errors[own], seconds[own], host[own] = {}, {}, {}
         for name, case in cases.items():
-            errors[choice][name] = largest_error(case.run(kernels, dtype, device), wanted[name])
-            if not errors[choice][name] <= TOLERANCES[dtype]:
-                wrong.append(f"{choice}, {name}: off by {errors[choice][name]:.1e}")
-            seconds[choice][name] = case.timed(kernels, dtype, device)
+            errors[own][name] = error = largest_error(case.run(kernels, dtype, device), wanted[name])
+            if not error <= TOLERANCES[dtype]:
+                wrong.append(f"{own}, {name}: off by {error:.1e}")
+            seconds[own][name], host[own][name] = case.timed(kernels, dtype, device)
     least = {name: case.moved * values / rate for name, case in cases.items()}
-    shares = [f"{choice} {sum(least.values()) / sum(own.values()):.0%}" for choice, own in seconds.items()]
+    shares = [f"{own} {sum(least.values()) / sum(found.values()):.0%}" for own, found in seconds.items()]
+    calls = [f"{own} {1e6 * sum(found.values()) / len(found):.0f}" for own, found in host.items()]
+    figure = (
+        f"share of a copy's speed by the device's time: {', '.join(shares)}; the host's us per call: {', '.join(calls)}"
+    )
     return Result(
         not wrong,
-        "; ".join(wrong) or f"share of a copy's speed: {', '.join(shares)}",
+        "; ".join(wrong) or f"auto is {names['auto']}; {figure}",
         f"off by {TOLERANCES[dtype]:.0e} of the largest",
-        {"errors": errors, "seconds": seconds, "copy_seconds": least},
+        {"errors": errors, "device_seconds": seconds, "host_seconds": host, "copy_seconds": least, "choices": names},
     )
