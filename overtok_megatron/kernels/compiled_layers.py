@@ -69,8 +69,7 @@ def _before_core(
     cos, sin = cos.squeeze(-2), sin.squeeze(-2)
     q = rotate(q, cos, sin) if q_norm is None else norm_and_rotate(q, q_norm, cos, sin, eps)
     k = rotate(k, cos, sin) if k_norm is None else norm_and_rotate(k, k_norm, cos, sin, eps)
-    v = v.unflatten(-1, (-1, 2 * cos.shape[-1]))
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return q, k, v.unflatten(-1, (-1, 2 * cos.shape[-1]))
 
 
 def _after_core(
@@ -104,10 +103,10 @@ class CompiledLayers:
         self, x: Tensor, cos: Tensor, sin: Tensor, weights: BeforeCore, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [b, s, d]; cos, sin [s, 1, e/2] float32 -> q [b, h, s, e], k and v [b, g, s, e]."""
-        result: tuple[Tensor, Tensor, Tensor] = self._before_core(
-            (x, cos, sin, *weights), (0,) * (3 + len(weights)), eps
-        )
-        return result
+        q, k, v = self._before_core((x, cos, sin, *weights), (0,) * (3 + len(weights)), eps)
+        # Outside, because AOTAutograd takes the gradients of its results to be contiguous, and copies those that are not: the
+        # gradients of attention lie in memory as q, k and v do, with the heads of a position side by side.
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def after_core(self, x: Tensor, mixed: Tensor, weights: AfterCore, eps: float) -> Tensor:
         """The layer's input x [b, s, d] and what its core gave, mixed [b, h, s, e] -> the layer's output [b, s, d]."""

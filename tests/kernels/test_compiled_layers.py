@@ -1,5 +1,6 @@
 """Layers that are trained in compiled halves against torch's operators, on the CPU; and which layers are not."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_losses_and_gradients_are_those_of_torch(
         assert (mine - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-@pytest.mark.parametrize("changes", [{}, LLAMA])
+@pytest.mark.parametrize("changes", [{}, pytest.param(LLAMA, marks=pytest.mark.ci)])
 def test_bfloat16_is_as_near_to_exact_as_torch(compiled: Kernels, changes: dict[str, Any]) -> None:
     """Against float32 with the same bfloat16 weights: at most a quarter further away than torch's operators."""
     exact_model = model(Kernels(), **changes).bfloat16().float()
@@ -116,3 +117,15 @@ def test_where_layers_run_pass_by_pass(compiled: Kernels, monkeypatch: pytest.Mo
         assert all(block.halves is None for block in layers.blocks.values())
         with pytest.raises(AssertionError, match="in halves"):
             results(model(compiled), made_tokens())
+
+
+def test_no_gradient_of_attention_is_copied(compiled: Kernels) -> None:
+    """AOTAutograd copies gradients that do not lie in memory as it expects: torch 2.11 did so with those of q, k and v."""
+    trained = model(replace(compiled, causal_attention=Kernels().causal_attention), num_key_value_heads=4)
+    tokens = made_tokens()
+    results(trained, tokens)
+    result = trained(tokens[:, :-1], None, tokens[:, 1:])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        result.objective.backward()
+    copies = sum(event.count for event in profiler.key_averages() if event.key == "aten::clone")
+    assert copies < 2, f"{copies} copies in two layers"
