@@ -38,6 +38,7 @@ from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 from overtok_megatron.training.deepspeed.universal import universal_info
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.resuming import layout_of
+from overtok_megatron.training.save_space import bytes_to_write, check_space
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
@@ -109,9 +110,11 @@ class Saver:
     def save(self, step: int, consumed_samples: int) -> None:
         """Start a checkpoint of the present state; it is complete after the next call of save() or finish().
 
-        Raises CheckpointError on every rank if any rank could not write this one or the last; the one before stays the latest.
+        Raises CheckpointError on every rank if any rank could not write this one or the last, or if this one cannot fit on
+        the disk; the one before stays the latest.
         """
         self.finish()
+        check_space(self.engine, self.store.root, step, bytes_to_write(self.engine, self._writer))
         started = time.perf_counter()
         self._step, self._failure = step, None
         folder = self.store.partial(step)

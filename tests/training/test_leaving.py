@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.parallel.devices import CPU
 from overtok_megatron.training.leaving import START_AGAIN, TERMINATED
 from support.distributed_harness import run_ranks
-from support.overtok_process import kill_session, start_overtok, wait_for
 from support.trained_runs import TrainedRuns, tiny_run_config
-from support.workspace import Workspace, losses, records
+from support.workspace import losses
 
 STEPS = 9
 
@@ -88,32 +85,3 @@ def test_a_run_leaves_and_goes_on(trained_runs: TrainedRuns, tmp_path: Path) -> 
     assert losses(tmp_path / "leaving") == losses(tmp_path / "whole")
     kept = sorted(path.name for path in (tmp_path / "leaving" / "checkpoints").glob("step_*"))
     assert kept == [f"step_{step:08d}" for step in (2, 3, 4, 5, 7, 9)]
-
-
-@pytest.mark.ci
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("way", ["SIGUSR1", "SIGTERM", "STOP"])
-def test_the_command_leaves_with_the_code(workspace: Workspace, way: str) -> None:
-    run = workspace.scratch / "run"
-    process = start_overtok(
-        "train",
-        str(workspace.config("run")),
-        "--processes",
-        "2",
-        "training.train_iters=100000",
-        "checkpoint.interval=null",
-    )
-    try:
-        wait_for(lambda: len(records(run)) >= 2, process)
-        if way == "STOP":
-            (run / "STOP").touch()
-        else:
-            process.send_signal(signal.Signals[way])
-        output, _ = process.communicate(timeout=100)
-    finally:
-        kill_session(process)
-    assert process.returncode == (143 if way == "SIGTERM" else 75), output
-    assert output.count("asked to stop by ") == 1
-    assert "is saved; the same command goes on from there" in output
-    assert (run / "checkpoints" / "latest").is_file()
-    assert not (run / "STOP").exists()
