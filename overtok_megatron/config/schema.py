@@ -277,6 +277,11 @@ class TrainingConfig(Section):
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
+    validation_batches: Positive | None = Field(
+        None,
+        description="evaluate, during training, only the first so many times global_batch_size samples of each validation set; "
+        "none = all of it",
+    )
     exit_after_minutes: PositiveFloat | None = Field(
         None,
         description="minutes after the start of its processes in which a run saves and leaves with exit code 75, to be "

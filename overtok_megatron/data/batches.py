@@ -78,18 +78,22 @@ def validation_batches(
     multiple: int = 1,
     read: bool = True,
     extra_tokens: int = 1,
+    most_windows: int | None = None,
 ) -> Iterator[tuple[Tokens, Tokens]]:
     """(inputs [b, s], targets [b, s + k - 1]) so that every token of the set but its first is scored once over all ranks.
 
     Of position t the next-token head predicts targets[:, t], and one that looks d tokens further ahead targets[:, t + d], for
     d < k = extra_tokens; it scores every token but the first d + 1 once. Windows of seq_length tokens follow each other without
-    overlap; padding, and what lies beyond the set, has the target IGNORE_INDEX.
+    overlap; padding, and what lies beyond the set, has the target IGNORE_INDEX. most_windows: only the first so many, over all
+    ranks together; None = all.
 
     At most `batch` windows at once on a rank; the last batch has as many as are left for each rank, and where that is one
     window for all ranks, it is as long as what it holds, rounded up to a `multiple` that divides seq_length. All ranks yield
     the same shapes; with read=False, for a rank that gets the values from another, their values are undefined.
     """
     num_scored = dataset.num_tokens - 1
+    if most_windows is not None:
+        num_scored = min(num_scored, most_windows * seq_length)
     num_windows = -(-num_scored // seq_length)
     for done in range(0, num_windows, batch * data_parallel_size):
         left = num_windows - done

@@ -17,9 +17,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def _split_dims(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
 class Saver:
     """Makes the checkpoints of one run, one at a time. All ranks must call `save` and `finish` together.
 
-    published: called by the first rank's thread after each checkpoint, with its folder and the seconds that it took.
+    data: the fingerprints of the run's sets, as in the manifest. published: called by the first rank's thread after each
+    checkpoint, with its folder and the seconds that it took.
     """
 
     def __init__(
@@ -91,11 +93,12 @@ class Saver:
         *,
         eod_id: int,
         tokenizer_fingerprint: str,
+        data: Mapping[str, str] = MappingProxyType({}),
         published: Callable[[Path, float], None] | None = None,
     ) -> None:
         self.engine = engine
         self.store = store
-        self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint}
+        self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint, "data": dict(data)}
         self._published = published
         self._rank = engine.grid.rank
         self._writer: TableWriter | None = None

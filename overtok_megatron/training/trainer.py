@@ -61,6 +61,7 @@ class Trainer:
             self.store,
             eod_id=self.data.eod_id,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
+            data=self.data.fingerprints(),
             published=self._saved,
         )
         self.consumed = 0  # samples so far, which give the position in the data
@@ -165,6 +166,8 @@ class Trainer:
             log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
         if fresh:
             return 0
+        for line in self.data.changes_since(manifest.data, path) if self.first else ():
+            log.warning("%s", line)
         self.consumed = manifest.consumed_samples
         return manifest.step
 
@@ -215,8 +218,9 @@ class Trainer:
         """The metrics of every validation set, one after the other in the configuration's order."""
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
-            loss, num_tokens = self.engine.evaluate(self.feed.validation(dataset))
-            values |= validation_metrics(name, loss, num_tokens, dataset.manifest.source_bytes)
+            loss, _ = self.engine.evaluate(self.feed.validation(dataset))
+            # Of a part of a set the bytes are not known: its tokens count as long as those of the whole set.
+            values |= validation_metrics(name, loss, dataset.num_tokens - 1, dataset.manifest.source_bytes)
         return values
 
     def _save(self, done: int) -> None:
