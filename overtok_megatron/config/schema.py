@@ -291,6 +291,12 @@ class TrainingConfig(Section):
     initial_checkpoint: FilePath | None = Field(
         None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"
     )
+    initial_state: Literal["weights", "everything"] = Field(
+        "weights",
+        description="what a run takes from initial_checkpoint: weights alone, and it begins at step 0; or everything, dense "
+        "and row optimizer state, the step and the position in the data included, as if that run went on with this "
+        "configuration: its schedule from that step on, its order of samples from that position on",
+    )
     recompute: Recompute = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"
     )

@@ -163,7 +163,8 @@ class Trainer:
         manifest = load_weights(self.engine, path) if fresh else load_checkpoint(self.engine, path)
         self._check_tokenizer(manifest, path, fresh)
         if self.first:
-            log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
+            whole = "resumed from" if start.own else "goes on, in a run of its own, from"
+            log.info("%s %s", "started from the weights of" if fresh else whole, path)
         if fresh:
             return 0
         for line in self.data.changes_since(manifest.data, path) if self.first else ():

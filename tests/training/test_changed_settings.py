@@ -193,7 +193,7 @@ REFUSED = {
     )),
     "training.precision", "training.seed", "data.seq_length",
 }  # fmt: skip
-UNDER_CONDITIONS = {"training.global_batch_size", "training.initial_checkpoint"}
+UNDER_CONDITIONS = {"training.global_batch_size", "training.initial_checkpoint", "training.initial_state"}
 ELSEWHERE = {"tokenizer"}  # by its fingerprint, where the data is known
 ALLOWED = {
     *(f"over_encoding.{name}" for name in (
