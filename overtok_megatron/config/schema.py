@@ -277,6 +277,12 @@ class TrainingConfig(Section):
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss or gradient is not finite ends the run, or is left out: no weight, row or state "
+        "changes, its samples go to skipped.jsonl, and the schedule and the data go on",
+    )
+    non_finite_limit: Positive = Field(10, description="steps left out in a row that end the run")
     validation_batches: Positive | None = Field(
         None,
         description="evaluate, during training, only the first so many times global_batch_size samples of each validation set; "

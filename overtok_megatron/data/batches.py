@@ -57,11 +57,20 @@ class TrainBatches:
         """This rank's samples of the step that begins with sample `first` of the order: [A, b, s + k] int64."""
         result = np.empty(self.shape, dtype=np.int64)
         for micro_batch in range(self._num_micro_batches):
-            begin = first + (micro_batch * self._ranks + self._rank) * self._micro_batch_size
+            begin = self._begin(first, self._rank, micro_batch)
             for index in range(self._micro_batch_size):
                 dataset, start = self._order.locate(begin + index)
                 result[micro_batch, index] = _sample(self._datasets[dataset], start, self._sample_length)
         return result
+
+    def _begin(self, first: int, rank: int, micro_batch: int) -> int:
+        """The first sample of a micro-batch of a data-parallel rank, in the step that begins with sample `first`."""
+        return first + (micro_batch * self._ranks + rank) * self._micro_batch_size
+
+    def sample_ids(self, first: int, rank: int, micro_batch: int) -> list[tuple[str, int]]:
+        """(name of the set, index in it) of each sample of a micro-batch of a data-parallel rank; first: as in `read`."""
+        begin = self._begin(first, rank, micro_batch)
+        return [self._order.sample_id(sample) for sample in range(begin, begin + self._micro_batch_size)]
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each set has been gone through after the first `samples` of the order, by the set's name."""

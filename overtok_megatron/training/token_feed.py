@@ -89,6 +89,10 @@ class TokenFeed:
         """How often each set has been gone through after the first `consumed` samples, by the set's name."""
         return self._batches.epochs(consumed)
 
+    def sample_ids(self, consumed: int, data_rank: int, micro_batch: int) -> list[tuple[str, int]]:
+        """(name of the set, index in it) of the samples of a micro-batch, in the step after the first `consumed` samples."""
+        return self._batches.sample_ids(consumed, data_rank, micro_batch)
+
     def validation(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs, targets) [b, s] int64 of a validation set, which score each of its tokens once over all ranks.
 

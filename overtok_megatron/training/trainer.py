@@ -1,6 +1,7 @@
 """The loop of a run: resume, then steps, validation, checkpoints and reports. Every rank runs it."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ from overtok_megatron.training.reporting import RunReport
 from overtok_megatron.training.resuming import load_checkpoint, load_weights
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
+from overtok_megatron.training.skipped_steps import SkippedSteps
 from overtok_megatron.training.step_metrics import StepMetrics
+from overtok_megatron.training.step_result import StepResult
 from overtok_megatron.training.table_metrics import table_metrics
 from overtok_megatron.training.token_feed import TokenFeed
 from overtok_megatron.training.tracing import Tracer
@@ -73,6 +76,13 @@ class Trainer:
             num_micro_batches=self.engine.num_micro_batches,
             extra_tokens=self.engine.extra_tokens,
         )
+        self.skips = SkippedSteps(
+            RunFolder(self.folder),
+            self.grid,
+            limit=config.training.non_finite_limit,
+            num_micro_batches=self.engine.num_micro_batches,
+            sample_ids=self.feed.sample_ids,
+        )
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule.of(config)
         self.step_metrics = StepMetrics(config, device)
@@ -112,6 +122,7 @@ class Trainer:
             if self.first:
                 log.info("nothing to do: the latest checkpoint is at step %d of %d", steps_done, self.total_steps)
             return True
+        self.skips.resume(steps_done)
         tokens_of_steps = self.feed.steps(self.consumed, self.total_steps - steps_done, self.engine.announce)
         with ExitStack() as open_until_end:
             report = None
@@ -204,13 +215,23 @@ class Trainer:
                 self._stop_after_step()
             result = self.engine.step(tokens, learning_rate)
             seconds = time.perf_counter() - started
-        values = self.step_metrics.of_step(result, learning_rate, seconds)
+        values = self.step_metrics.of_step(result, learning_rate, seconds) | self._account_for_skips(done, result)
         if self._due(done, self.config.training.validation_interval) and self.data.validation:
             values |= self._validate()
             values |= table_metrics(self.engine, tokens)
         self.consumed += self.config.training.global_batch_size
         values |= {f"data/epoch/{name}": epoch for name, epoch in self.feed.epochs(self.consumed).items()}
         return values, result.stop
+
+    def _account_for_skips(self, done: int, result: StepResult) -> dict[str, float]:
+        """The metric of the skipped steps, where the run skips any. Raises DivergedError where too many follow each other."""
+        if not self.engine.skips_non_finite:
+            return {}
+        if math.isfinite(result.grad_norm):
+            self.skips.done()
+        else:
+            self.skips.skipped(done, result.grad_norm, self.consumed, self.engine.non_finite_micro_batches)
+        return {"train/skipped_steps": float(self.skips.count)}
 
     def _stop_after_step(self) -> None:
         self.engine.stop_asked = True
