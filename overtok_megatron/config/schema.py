@@ -283,6 +283,11 @@ class TrainingConfig(Section):
         "changes, its samples go to skipped.jsonl, and the schedule and the data go on",
     )
     non_finite_limit: Positive = Field(10, description="steps left out in a row that end the run")
+    weights_check_interval: Positive | None = Field(
+        None,
+        description="steps between comparisons of the dense weights over the ranks that should hold the same, by checksum; "
+        "with one before each save, too; none = off, as always under ZeRO 3",
+    )
     validation_batches: Positive | None = Field(
         None,
         description="evaluate, during training, only the first so many times global_batch_size samples of each validation set; "

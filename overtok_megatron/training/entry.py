@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print("\n".join(f"{prefix}: {line}" for line in error.lines), file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     run.grid.wait_for_all()  # all ranks leave together
     return run.exit_code
 

@@ -17,7 +17,7 @@ from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.run_data import open_run_data
-from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
+from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError, WeightsError
 from overtok_megatron.loss_metrics import validation_metrics
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock
@@ -35,6 +35,7 @@ from overtok_megatron.training.step_result import StepResult
 from overtok_megatron.training.table_metrics import table_metrics
 from overtok_megatron.training.token_feed import TokenFeed
 from overtok_megatron.training.tracing import Tracer
+from overtok_megatron.training.weights_check import WeightsCheck
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Trainer:
             num_micro_batches=self.engine.num_micro_batches,
             sample_ids=self.feed.sample_ids,
         )
+        self.weights_check = WeightsCheck(self.engine, config.training.weights_check_interval)
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule.of(config)
         self.step_metrics = StepMetrics(config, device)
@@ -194,10 +196,10 @@ class Trainer:
             )
 
     def _one_step_or_leave(self, step: int, tokens_of_steps: Iterator[Tensor]) -> tuple[dict[str, float], bool]:
-        """As `_one_step`, but a run that diverges first completes the checkpoint being written, which is older and sound."""
+        """As `_one_step`, but a run that is to save no more first completes the checkpoint being written, which is older."""
         try:
             return self._one_step(step, tokens_of_steps)
-        except DivergedError:
+        except (DivergedError, WeightsError):
             try:
                 self.saver.finish()
             except CheckpointError as error:
@@ -216,6 +218,8 @@ class Trainer:
             result = self.engine.step(tokens, learning_rate)
             seconds = time.perf_counter() - started
         values = self.step_metrics.of_step(result, learning_rate, seconds) | self._account_for_skips(done, result)
+        if self.weights_check.due(done, saved=result.stop or self._due(done, self.config.checkpoint.interval)):
+            self.weights_check.run(done)  # now: under ZeRO 1 and 2 the next step makes the weights anew
         if self._due(done, self.config.training.validation_interval) and self.data.validation:
             values |= self._validate()
             values |= table_metrics(self.engine, tokens)

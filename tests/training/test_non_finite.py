@@ -84,7 +84,7 @@ def run(config: RunConfig, order: list[int], bad: list[int]) -> tuple[list[float
             kept = store.rows.weight[row].clone()
             store.rows.weight[row] = math.nan
         result = engine.step(own_tokens(engine, batch), 3e-3 * (index + 1))
-        assert math.isfinite(result.grad_norm) == (index not in bad)
+        assert math.isfinite(result.grad_norm) == (index not in bad), (config.parallel, config.training.precision, index)
         if planted:
             engine.tables.settle()
             store.rows.weight[row] = kept
