@@ -31,7 +31,7 @@ from overtok_megatron.training.building import (
 from overtok_megatron.training.deepspeed.checkpoint_files import DeepSpeedFiles
 from overtok_megatron.training.deepspeed.engine_object import dense_weights, steps_taken
 from overtok_megatron.training.deepspeed.joint_norm import JointNorm
-from overtok_megatron.training.deepspeed.leaving_out import leave_out_non_finite_updates
+from overtok_megatron.training.deepspeed.leaving_out import forget_gradients, leave_out_non_finite_updates
 from overtok_megatron.training.deepspeed.optimizers import adapter_of
 from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.deepspeed.starting import start_deepspeed
@@ -141,7 +141,7 @@ class TrainingEngine:
         # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update. The rows of the next step,
         # if it was announced, are then sent at once: they travel during phase 5.
         if not finite:
-            self._leave_out_rows(results)
+            self._leave_out(results)
         elif self.tables is not None and norms.row_gradients is not None:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
             self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
@@ -251,8 +251,9 @@ class TrainingEngine:
             return None
         return self.tables.reduce_gradients(fetched, 1.0 / (self.grid.shape.data * self.grid.shape.context))
 
-    def _leave_out_rows(self, results: StageResults) -> None:
+    def _leave_out(self, results: StageResults) -> None:
         """End a step without an update, and note which micro-batches were to blame. A WAIT FOR THE DEVICE, in such steps."""
+        forget_gradients(self.adapter)
         if self.tables is not None:
             self.tables.leave_out_update()
         losses = enumerate(results.main_losses)

@@ -1,6 +1,7 @@
 """What every process of a run executes: `python -m overtok_megatron.training.entry RESOLVED_CONFIG`, by the launcher.
 
-It prepares logging, runs the loop, and turns a user's mistake into one line and exit code 2.
+It prepares logging, runs the loop, and turns an error that has a name into one line and its exit code: 2 for a
+user's mistake.
 """
 
 import argparse

@@ -36,6 +36,7 @@ CASES = {
     "bfloat16, no ZeRO": skipping("", half=True),
     "bfloat16, ZeRO 2": skipping("z2", half=True),
     "bfloat16, ZeRO 3": skipping("z3", half=True),
+    "offload, bfloat16, ZeRO 1": skipping("z1 offload", half=True),
     "pipeline, bfloat16, ZeRO 1, host tables": skipping("pp2 z1", half=True, **HOST),
 }
 MORE = {
@@ -44,7 +45,7 @@ MORE = {
     "pipeline, float32": skipping("pp2"),
     "pipeline, bfloat16": skipping("pp2", half=True),
     "tensor, bfloat16, ZeRO 1": skipping("tp2 z1 sp", half=True),
-    **{f"offload, bfloat16, ZeRO {stage}": skipping(f"z{stage} offload", half=True) for stage in (1, 2, 3)},
+    **{f"offload, bfloat16, ZeRO {stage}": skipping(f"z{stage} offload", half=True) for stage in (2, 3)},
     **{f"offload, float32, ZeRO {stage}": skipping(f"z{stage} offload") for stage in (1, 2, 3)},
     "host tables, bfloat16, no ZeRO": skipping("", half=True, **HOST),
 }
@@ -84,7 +85,11 @@ def run(config: RunConfig, order: list[int], bad: list[int]) -> tuple[list[float
             kept = store.rows.weight[row].clone()
             store.rows.weight[row] = math.nan
         result = engine.step(own_tokens(engine, batch), 3e-3 * (index + 1))
-        assert math.isfinite(result.grad_norm) == (index not in bad), (config.parallel, config.training.precision, index)
+        assert math.isfinite(result.grad_norm) == (index not in bad), (
+            config.parallel,
+            config.training.precision,
+            index,
+        )
         if planted:
             engine.tables.settle()
             store.rows.weight[row] = kept

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from overtok_megatron.training.deepspeed.optimizers import OptimizerAdapter, TorchOptimizer
+from overtok_megatron.training.deepspeed.optimizers import OptimizerAdapter, TorchOptimizer, Zero1Or2
 
 
 class _LeftOutError(Exception):
@@ -41,3 +41,13 @@ def leave_out_non_finite_updates(adapter: OptimizerAdapter) -> None:
 
     torch_optimizer.register_step_pre_hook(check)  # behind the adapter's own hook, which makes the norm
     torch_optimizer.step = step
+
+
+def forget_gradients(adapter: OptimizerAdapter) -> None:
+    """Call this after a step whose update was left out, so that its gradients are not part of the next step's.
+
+    With an offloaded optimizer, ZeRO 1 and 2 clear them after an update, but not where they leave the update out.
+    """
+    if type(adapter) is Zero1Or2:
+        for groups in (adapter.optimizer.averaged_gradients, adapter.optimizer.all_grad_tensors):
+            groups.update(dict.fromkeys(groups))
