@@ -7,6 +7,8 @@ An invariant that only a bug can break is an `assert`, not one of these.
 class OvertokError(Exception):
     """Base of every error that the command line prints without a traceback: a line for each of its arguments, mostly one."""
 
+    exit_code = 2  # of a process that it ends
+
     @property
     def lines(self) -> list[str]:
         """A line for each mistake; a character that begins a new line is part of a name."""
@@ -34,6 +36,12 @@ class InputError(OvertokError):
 
 class DivergedError(OvertokError):
     """Training has left the finite numbers. Raised on every rank at the same step."""
+
+
+class WeightsError(OvertokError):
+    """Ranks that should hold the same weights do not: memory or a link has failed. Raised on every rank at the same step."""
+
+    exit_code = 1  # not the user's mistake: a start from the last checkpoint may go well
 
 
 class OutputError(OvertokError):

@@ -16,7 +16,7 @@ from overtok_megatron.config.schema import RunConfig, Section
 from overtok_megatron.errors import CheckpointError
 
 _NEW_RUN = "set another training.output_directory"
-_FROM_WEIGHTS = "start a new run from it by training.initial_checkpoint"
+_FROM_WEIGHTS = "start a new run from its weights by training.initial_checkpoint"
 
 # Keys that a run cannot change when it continues, with the reason. A new run that takes only the weights may differ in them.
 RUN_KEYS: dict[str, str] = {
@@ -49,10 +49,19 @@ def check_same_model(config: dict[str, Any], manifest: Manifest, path: Path, oth
 
 
 def check_continuable(config: dict[str, Any], manifest: Manifest, path: Path) -> None:
-    """Raise CheckpointError naming the first key because of which a run of `config` cannot continue a run's checkpoint.
+    """Raise CheckpointError naming the first key because of which a run of `config` cannot continue its own checkpoint.
 
     This needs no process group: a run is refused before its ranks start.
     """
+    check_same_state(config, manifest, path)
+    if config["training"]["initial_checkpoint"] is not None:
+        reason = "a run that has checkpoints of its own goes on from those"
+        for key in ("training.initial_checkpoint", "training.initial_state"):
+            _same(config, manifest, path, key, reason, _NEW_RUN)
+
+
+def check_same_state(config: dict[str, Any], manifest: Manifest, path: Path) -> None:
+    """As `check_continuable`, of a run that goes on from the whole state of a checkpoint, its own or another run's."""
     check_same_model(config, manifest, path)
     for key, reason in RUN_KEYS.items():
         section, name = key.split(".")
@@ -62,9 +71,6 @@ def check_continuable(config: dict[str, Any], manifest: Manifest, path: Path) ->
     if config["training"]["train_tokens"] is not None:
         reason = "with train_tokens the progress of a run is counted in tokens"
         _same(config, manifest, path, "training.global_batch_size", reason, "write training.train_iters")
-    if config["training"]["initial_checkpoint"] is not None:
-        reason = "a run that has checkpoints of its own goes on from those"
-        _same(config, manifest, path, "training.initial_checkpoint", reason, _NEW_RUN)
 
 
 def _same(config: dict[str, Any], manifest: Manifest, path: Path, key: str, reason: str, other_way: str) -> None:

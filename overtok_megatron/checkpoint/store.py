@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,11 @@ Digest = tuple[int, str]  # size in bytes, SHA-256
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is. config: the run's, as a nested dict. files: the digest of each file by its name in the folder."""
+    """What a checkpoint is. config: the run's, as a nested dict. files: the digest of each file by its name in the folder.
+
+    data: the fingerprint of each set of the run by its name (`RunData.fingerprints`); empty where nobody recorded them, as in
+    checkpoints of versions before that.
+    """
 
     step: int
     consumed_samples: int
@@ -44,6 +48,7 @@ class Manifest:
     eod_id: int
     tokenizer_fingerprint: str
     files: dict[str, Digest]
+    data: dict[str, str] = field(default_factory=dict)
     format: int = _FORMAT
 
     def to_values(self) -> dict[str, Any]:

@@ -56,13 +56,25 @@ class TableWriter:
         """Make the next save a full one: the last was not completed, so it is not known what has changed since."""
         self._chain = None
 
+    def bytes_of_next_save(self) -> int:
+        """How many bytes of rows the next save writes, if it is a full one; 0 for one of changed rows."""
+        if self._next_is_incremental:
+            return 0
+        columns = {**self._store.columns(), **self._optimizer.state}
+        return sum(column.nbytes for column in columns.values())
+
+    @property
+    def _next_is_incremental(self) -> bool:
+        return self._chain is not None and self._chain.increments < self._max_increments
+
     def start_save(self, folder: Path) -> Callable[[], dict[str, Digest]]:
         """Start a save below `folder`; call the returned function once to write the files: it returns their digests."""
         self._tables.settle()
         store = self._store
+        incremental = self._next_is_incremental
         chain, self._chain = self._chain, None
         changed = None
-        if chain is None or chain.increments >= self._max_increments:
+        if not incremental:
             store.forget_changed()
         else:
             changed = store.take_changed()

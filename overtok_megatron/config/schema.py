@@ -277,9 +277,36 @@ class TrainingConfig(Section):
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss or gradient is not finite ends the run, or is left out: no weight, row or state "
+        "changes, its samples go to skipped.jsonl, and the schedule and the data go on",
+    )
+    non_finite_limit: Positive = Field(10, description="steps left out in a row that end the run")
+    weights_check_interval: Positive | None = Field(
+        None,
+        description="steps between comparisons of the dense weights over the ranks that should hold the same, by checksum; "
+        "with one before each save, too; none = off, as always under ZeRO 3",
+    )
+    validation_batches: Positive | None = Field(
+        None,
+        description="evaluate, during training, only the first so many times global_batch_size samples of each validation set; "
+        "none = all of it",
+    )
+    exit_after_minutes: PositiveFloat | None = Field(
+        None,
+        description="minutes after the start of its processes in which a run saves and leaves with exit code 75, to be "
+        "started again; none = no limit",
+    )
     resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
     initial_checkpoint: FilePath | None = Field(
         None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"
+    )
+    initial_state: Literal["weights", "everything"] = Field(
+        "weights",
+        description="what a run takes from initial_checkpoint: weights alone, and it begins at step 0; or everything, dense "
+        "and row optimizer state, the step and the position in the data included, as if that run went on with this "
+        "configuration: its schedule from that step on, its order of samples from that position on",
     )
     recompute: Recompute = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"

@@ -57,11 +57,20 @@ class TrainBatches:
         """This rank's samples of the step that begins with sample `first` of the order: [A, b, s + k] int64."""
         result = np.empty(self.shape, dtype=np.int64)
         for micro_batch in range(self._num_micro_batches):
-            begin = first + (micro_batch * self._ranks + self._rank) * self._micro_batch_size
+            begin = self._begin(first, self._rank, micro_batch)
             for index in range(self._micro_batch_size):
                 dataset, start = self._order.locate(begin + index)
                 result[micro_batch, index] = _sample(self._datasets[dataset], start, self._sample_length)
         return result
+
+    def _begin(self, first: int, rank: int, micro_batch: int) -> int:
+        """The first sample of a micro-batch of a data-parallel rank, in the step that begins with sample `first`."""
+        return first + (micro_batch * self._ranks + rank) * self._micro_batch_size
+
+    def sample_ids(self, first: int, rank: int, micro_batch: int) -> list[tuple[str, int]]:
+        """(name of the set, index in it) of each sample of a micro-batch of a data-parallel rank; first: as in `read`."""
+        begin = self._begin(first, rank, micro_batch)
+        return [self._order.sample_id(sample) for sample in range(begin, begin + self._micro_batch_size)]
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each set has been gone through after the first `samples` of the order, by the set's name."""
@@ -78,18 +87,22 @@ def validation_batches(
     multiple: int = 1,
     read: bool = True,
     extra_tokens: int = 1,
+    most_windows: int | None = None,
 ) -> Iterator[tuple[Tokens, Tokens]]:
     """(inputs [b, s], targets [b, s + k - 1]) so that every token of the set but its first is scored once over all ranks.
 
     Of position t the next-token head predicts targets[:, t], and one that looks d tokens further ahead targets[:, t + d], for
     d < k = extra_tokens; it scores every token but the first d + 1 once. Windows of seq_length tokens follow each other without
-    overlap; padding, and what lies beyond the set, has the target IGNORE_INDEX.
+    overlap; padding, and what lies beyond the set, has the target IGNORE_INDEX. most_windows: only the first so many, over all
+    ranks together; None = all.
 
     At most `batch` windows at once on a rank; the last batch has as many as are left for each rank, and where that is one
     window for all ranks, it is as long as what it holds, rounded up to a `multiple` that divides seq_length. All ranks yield
     the same shapes; with read=False, for a rank that gets the values from another, their values are undefined.
     """
     num_scored = dataset.num_tokens - 1
+    if most_windows is not None:
+        num_scored = min(num_scored, most_windows * seq_length)
     num_windows = -(-num_scored // seq_length)
     for done in range(0, num_windows, batch * data_parallel_size):
         left = num_windows - done

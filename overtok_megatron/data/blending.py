@@ -68,6 +68,12 @@ class BlendOrder:
         index, own = self._interleaving.locate(sample)
         return index, self._orders[index].offset(own)
 
+    def sample_id(self, sample: int) -> tuple[str, int]:
+        """(name of the set, index of the sample in it, which begins at token index x seq_length) of a sample of the run."""
+        index, own = self._interleaving.locate(sample)
+        order = self._orders[index]
+        return self._names[index], order.offset(own) // order.seq_length
+
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each set has been gone through after so many samples of the run, by name."""
         counts = self._interleaving.counts(samples)

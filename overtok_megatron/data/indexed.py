@@ -7,6 +7,7 @@ index; partial_set.py writes sets such that a kill loses nothing. Not here: blen
 """
 
 import hashlib
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -62,8 +63,10 @@ def check_length(tokens: int, document: str) -> None:
 
 
 class IndexedDataset:
-    """A memory-mapped dataset, read as one stream of tokens.
+    """A dataset, read as one stream of tokens.
 
+    Tokens are read by positional reads of a file that stays open, from any number of threads, and not through a memory map:
+    where the file has become shorter since it was opened, or its disk fails, a map would end the process by SIGBUS.
     Raises DataError on opening where a file is missing, foreign, or not as long as the others say.
     """
 
@@ -85,7 +88,7 @@ class IndexedDataset:
             ):
                 if counted != indexed:
                     raise DataError(f"{self._paths[2]}: counts {counted} {what}, the index {indexed}; {MEND}")
-            self._tokens = map_tokens(self._paths[0], self.index.dtype)
+            self._file = self._paths[0].open("rb", buffering=0)
         except OSError as error:
             raise DataError(
                 f"{error.filename or prefix}: cannot be read ({error.strerror or error}); ask its owner for access"
@@ -101,9 +104,25 @@ class IndexedDataset:
         return self.index.document_lengths()
 
     def tokens(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """`count` tokens of the stream from `start` on, int64."""
+        """`count` tokens of the stream from `start` on, int64. Raises DataError where the file no longer holds them."""
         assert start >= 0 and start + count <= self.num_tokens
-        return self._tokens[start : start + count].astype(np.int64)
+        stored = np.empty(count, dtype=self.index.dtype)
+        size = stored.itemsize
+        remaining, offset = stored.view(np.uint8).data, start * size
+        while remaining:
+            try:
+                read = os.preadv(self._file.fileno(), [remaining], offset)
+            except OSError as error:
+                raise DataError(
+                    f"{self._paths[0]}: cannot be read at byte {offset} ({error.strerror}); check its disk, then start again"
+                ) from None
+            if read == 0:
+                raise DataError(
+                    f"{self._paths[0]}: ends at byte {offset} or before, its index speaks of {self.num_tokens * size}: it was "
+                    "cut while it was read; put the file back, or prepare the set again, then start again"
+                )
+            remaining, offset = remaining[read:], offset + read
+        return stored.astype(np.int64)
 
     def verify(self) -> None:
         """Hash both files again. Raises DataError naming the one that changed since it was written."""

@@ -1,6 +1,6 @@
 """Opens a run's tokenizer and datasets, and checks that they fit the model: before processes start, and in each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from overtok_megatron.config.derived import validation_sets
 from overtok_megatron.config.schema import RunConfig, WeightedSet
-from overtok_megatron.data.blending import BlendOrder, WeightedDataset
+from overtok_megatron.data.blending import BlendOrder, WeightedDataset, unique_names
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.tokenizers.loading import configured_tokenizer
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
@@ -24,6 +24,38 @@ class RunData:
     eod_id: int
     tokenizer_fingerprint: str
     tokenizer_path: str
+
+    def fingerprints(self) -> dict[str, str]:
+        """The SHA-256 of the tokens of each set, by the set's name: train/NAME, and validation/NAME (or validation/)."""
+        names = unique_names([one.dataset.prefix for one in self.train])
+        train = {f"train/{name}": one.dataset for name, one in zip(names, self.train, strict=True)}
+        validation = {f"validation/{name}": dataset for name, dataset in self.validation.items()}
+        return {name: dataset.manifest.bin_sha256 for name, dataset in (train | validation).items()}
+
+    def changes_since(self, recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
+        """A line for each training set that is not what `checkpoint` recorded, and for each validation set of other tokens.
+
+        recorded: its fingerprints; where there are none, nothing is known to have changed.
+        """
+        lines, now = [], self.fingerprints() if recorded else {}
+        for name in sorted({*recorded, *now}):
+            kind, _, own = name.partition("/")
+            if recorded.get(name) == now.get(name) or (kind == "validation" and not (name in recorded and name in now)):
+                continue
+            if kind == "validation":
+                key = f"data.validation.{own}" if own else "data.validation"
+                lines.append(f"{key}: holds other tokens than when {checkpoint} was saved; its losses do not continue")
+                continue
+            if name not in now:
+                what = f"{own} was a training set when {checkpoint} was saved, and is not one now"
+            elif name not in recorded:
+                what = f"{own} was not a training set when {checkpoint} was saved"
+            else:
+                what = f"{own} holds other tokens than when {checkpoint} was saved"
+            lines.append(
+                f"data.train: {what}; the run goes on at the same count of samples, in the sets as they are now"
+            )
+        return lines
 
     def refuse_tokenizer(self, checkpoint: Path) -> NoReturn:
         """Raise CheckpointError: `checkpoint` was trained with another tokenizer."""

@@ -209,6 +209,13 @@ class ShardedTables(TableReader[PlanT]):
             self._update_rows(gradients, learning_rate, clip_factor)
             self._start_next_fetch()
 
+    def leave_out_update(self) -> None:
+        """End a training step without an update: no row, no state and no count of steps changes. In place of `update_rows`."""
+        if self.prefetch is not None and self.prefetch.updates_rows:
+            self.prefetch.update(lambda: None)
+        else:
+            self._start_next_fetch()
+
     def _start_next_fetch(self) -> None:
         """Begin to send the rows of the next step, if it was announced: no update comes before it.
 

@@ -32,10 +32,11 @@ from overtok_megatron.training.building import (
 from overtok_megatron.training.deepspeed.checkpoint_files import DeepSpeedFiles
 from overtok_megatron.training.deepspeed.engine_object import dense_weights, steps_taken
 from overtok_megatron.training.deepspeed.joint_norm import JointNorm
+from overtok_megatron.training.deepspeed.leaving_out import forget_gradients, leave_out_non_finite_updates
 from overtok_megatron.training.deepspeed.optimizers import adapter_of
 from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.deepspeed.starting import start_deepspeed
-from overtok_megatron.training.micro_batch import MicroBatch, StageResults
+from overtok_megatron.training.micro_batch import MicroBatch, StageResults, with_own_kind_of_gradient
 from overtok_megatron.training.step_result import RowCounts, StepReduction, StepResult
 
 
@@ -43,7 +44,8 @@ class TrainingEngine:
     """A model in training: dense parameters under DeepSpeed, tables beside it.
 
     All ranks must call `step`, `evaluate` and `dense_weights` together. stop_asked: set it on any rank, and the result of the
-    next step says `stop` on all.
+    next step says `stop` on all. non_finite_micro_batches: after a step without an update, those of this rank whose loss was
+    not finite.
     """
 
     def __init__(self, config: RunConfig, grid: ProcessGrid, device: torch.device, eod_id: int) -> None:
@@ -67,6 +69,10 @@ class TrainingEngine:
         # Behind the hook in which the adapter of the torch optimizer computes the norm, so that the norm is known at the mark.
         early_reads = self.early_reads = EarlyReads(device)
         self.optimizer.register_step_pre_hook(lambda *_: early_reads.mark())
+        self.skips_non_finite = config.training.non_finite == "skip"
+        if self.skips_non_finite:
+            leave_out_non_finite_updates(self.adapter)
+        self.non_finite_micro_batches: list[int] = []
         self.reduction = StepReduction(config, grid, device)
 
     @property
@@ -103,7 +109,8 @@ class TrainingEngine:
     def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
         """One optimizer step on the tokens [A, b, s + k] int64 of this rank's copy of the model.
 
-        Raises DivergedError, on every rank, where the gradient norm is not finite; nothing of this state is to be saved.
+        Where the joint gradient norm is not finite, and so also where the loss is not, raises DivergedError on every rank, and
+        nothing of this state is to be saved; or with training.non_finite: skip no rank changes a weight, a row or a state.
         """
         assert tokens.shape[0] == self.num_micro_batches
         inputs, targets = self.inputs_and_targets(tokens)
@@ -131,7 +138,8 @@ class TrainingEngine:
         # Phase 3, read back: the norms, and the reduced gradients of the rows that this rank owns.
         with self.early_reads.stream():
             norms = self.joint_norm.finish_step()
-        if not math.isfinite(norms.joint):
+        finite = math.isfinite(norms.joint)
+        if not finite and not self.skips_non_finite:
             raise DivergedError(
                 f"gradient norm is {norms.joint} at optimizer step {steps_taken(self.deepspeed_engine)}: stopped before"
                 " a checkpoint could be written; lower optimizer.learning_rate or resume from the last one"
@@ -144,7 +152,9 @@ class TrainingEngine:
 
         # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update. The rows of the next step,
         # if it was announced, are then sent at once: they travel while the next step's tokens are taken.
-        if self.tables is not None and norms.row_gradients is not None:
+        if not finite:
+            self._leave_out(results)
+        elif self.tables is not None and norms.row_gradients is not None:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
             self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
         return result
@@ -204,7 +214,8 @@ class TrainingEngine:
             result = self._forward(batch)
             # The mean over the micro-batch's tokens. DeepSpeed divides it by the number of micro-batches, its
             # gradient_accumulation_steps. It averages dense gradients over ranks by the end of the last call.
-            self.deepspeed_engine.backward(result.objective / batch.targets.numel())
+            objective = with_own_kind_of_gradient(result.objective)
+            self.deepspeed_engine.backward(objective / batch.targets.numel())
             # Only the last call does anything: it computes the norm, which exchanges ROW GRADIENTS, clips and updates.
             self.deepspeed_engine.step()
             results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
@@ -249,6 +260,14 @@ class TrainingEngine:
         if self.tables is None or fetched is None:
             return None
         return self.tables.reduce_gradients(fetched, 1.0 / (self.grid.shape.data * self.grid.shape.context))
+
+    def _leave_out(self, results: StageResults) -> None:
+        """End a step without an update, and note which micro-batches were to blame. A WAIT FOR THE DEVICE, in such steps."""
+        forget_gradients(self.adapter)
+        if self.tables is not None:
+            self.tables.leave_out_update()
+        losses = enumerate(results.main_losses)
+        self.non_finite_micro_batches = [index for index, loss in losses if not math.isfinite(float(loss))]
 
     def _row_counts(self, fetched: FetchedRows | None) -> RowCounts:
         """What the tables of this rank did in the step."""

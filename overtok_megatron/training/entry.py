@@ -1,12 +1,12 @@
 """What every process of a run executes: `python -m overtok_megatron.training.entry RESOLVED_CONFIG`, by the launcher.
 
-It prepares logging, runs the loop, and turns a user's mistake into one line and exit code 2.
+It prepares logging, runs the loop, and turns an error that has a name into one line and its exit code: 2 for a
+user's mistake.
 """
 
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import MutableMapping
@@ -71,15 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
         run = Trainer(config, device=device, num_threads=max(1, available_cores() // local_ranks))
-        finished = run.run()
+        run.run()
     except OvertokError as error:
         if rank > 0:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print("\n".join(f"{prefix}: {line}" for line in error.lines), file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     run.grid.wait_for_all()  # all ranks leave together
-    return 0 if finished else 128 + signal.SIGTERM
+    return run.exit_code
 
 
 def run_and_leave() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from overtok_megatron.checkpoint.changes import check_continuable, check_same_model, same_deepspeed_files
+from overtok_megatron.checkpoint.changes import check_same_model, check_same_state, same_deepspeed_files
 from overtok_megatron.checkpoint.deepspeed_state import MOMENTS, ParameterState
 from overtok_megatron.checkpoint.dense import FOLDER as DENSE
 from overtok_megatron.checkpoint.dense import read_parts
@@ -45,11 +45,11 @@ def layout_of(engine: TrainingEngine) -> CheckpointLayout:
 def load_checkpoint(engine: TrainingEngine, path: Path) -> Manifest:
     """Load weights, rows and all optimizer state from a complete checkpoint of the same model, written on any layout.
 
-    On the same layout the next step has the same bits, on another layout the same numbers to rounding. Raises CheckpointError
-    naming the first difference of the model, or the first damaged file.
+    The checkpoint may be the run's own or another run's. On the same layout the next step has the same bits, on another layout
+    the same numbers to rounding. Raises CheckpointError naming the first difference of the model, or the first damaged file.
     """
     config = engine.config.model_dump(mode="json")
-    manifest = _checked_manifest(engine.grid, path, lambda found: check_continuable(config, found, path))
+    manifest = _checked_manifest(engine.grid, path, lambda found: check_same_state(config, found, path))
     agree(engine.grid, lambda: _verify_share(engine.grid, path, manifest, list(manifest.files)), path)
     if same_deepspeed_files(config, layout_of(engine), manifest):
         _load_deepspeed_files(engine, path)

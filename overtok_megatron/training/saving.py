@@ -17,9 +17,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 from overtok_megatron.training.deepspeed.universal import universal_info
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.resuming import layout_of
+from overtok_megatron.training.save_space import bytes_to_write, check_space
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
@@ -80,7 +82,8 @@ def _split_dims(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
 class Saver:
     """Makes the checkpoints of one run, one at a time. All ranks must call `save` and `finish` together.
 
-    published: called by the first rank's thread after each checkpoint, with its folder and the seconds that it took.
+    data: the fingerprints of the run's sets, as in the manifest. published: called by the first rank's thread after each
+    checkpoint, with its folder and the seconds that it took.
     """
 
     def __init__(
@@ -90,11 +93,12 @@ class Saver:
         *,
         eod_id: int,
         tokenizer_fingerprint: str,
+        data: Mapping[str, str] = MappingProxyType({}),
         published: Callable[[Path, float], None] | None = None,
     ) -> None:
         self.engine = engine
         self.store = store
-        self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint}
+        self._identity = {"eod_id": eod_id, "tokenizer_fingerprint": tokenizer_fingerprint, "data": dict(data)}
         self._published = published
         self._rank = engine.grid.rank
         self._writer: TableWriter | None = None
@@ -109,9 +113,11 @@ class Saver:
     def save(self, step: int, consumed_samples: int) -> None:
         """Start a checkpoint of the present state; it is complete after the next call of save() or finish().
 
-        Raises CheckpointError on every rank if any rank could not write this one or the last; the one before stays the latest.
+        Raises CheckpointError on every rank if any rank could not write this one or the last, or if this one cannot fit on
+        the disk; the one before stays the latest.
         """
         self.finish()
+        check_space(self.engine, self.store.root, step, bytes_to_write(self.engine, self._writer))
         started = time.perf_counter()
         self._step, self._failure = step, None
         folder = self.store.partial(step)

@@ -89,17 +89,25 @@ class TokenFeed:
         """How often each set has been gone through after the first `consumed` samples, by the set's name."""
         return self._batches.epochs(consumed)
 
+    def sample_ids(self, consumed: int, data_rank: int, micro_batch: int) -> list[tuple[str, int]]:
+        """(name of the set, index in it) of the samples of a micro-batch, in the step after the first `consumed` samples."""
+        return self._batches.sample_ids(consumed, data_rank, micro_batch)
+
     def validation(self, dataset: IndexedDataset) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, targets) [b, s] int64 of a validation set, which score each of its tokens once over all ranks."""
-        shape = self._grid.shape
+        """(inputs, targets) [b, s] int64 of a validation set, which score each of its tokens once over all ranks.
+
+        With training.validation_batches they are the tokens of its first samples.
+        """
+        shape, training = self._grid.shape, self._config.training
         batches = validation_batches(
             dataset,
             self._config.data.seq_length,
-            self._config.training.micro_batch_size,
+            training.micro_batch_size,
             self._grid.data_rank,
             shape.data,
             multiple=shape.context * shape.tensor,  # the ranks that divide a sequence among them
             read=self._reads,
+            most_windows=training.validation_batches and training.validation_batches * training.global_batch_size,
         )
 
         def read() -> Tokens | None:

@@ -1,7 +1,7 @@
 """The loop of a run: resume, then steps, validation, checkpoints and reports. Every rank runs it."""
 
 import logging
-import signal
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -17,21 +17,25 @@ from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.data.run_data import open_run_data
-from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError
+from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError, WeightsError
 from overtok_megatron.loss_metrics import validation_metrics
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock
 from overtok_megatron.training.agreement import agree
 from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.leaving import Departure, Leaving
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.reporting import RunReport
 from overtok_megatron.training.resuming import load_checkpoint, load_weights
 from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.schedules import Schedule
+from overtok_megatron.training.skipped_steps import SkippedSteps
 from overtok_megatron.training.step_metrics import StepMetrics
+from overtok_megatron.training.step_result import StepResult
 from overtok_megatron.training.table_metrics import table_metrics
 from overtok_megatron.training.token_feed import TokenFeed
 from overtok_megatron.training.tracing import Tracer
+from overtok_megatron.training.weights_check import WeightsCheck
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +53,21 @@ class Trainer:
         self.grid = start_processes(config, device)
         self.first = self.grid.rank == 0
         self.lock = self._lock_folder()
+        self.leaving = Leaving(self.grid, RunFolder(self.folder), config.training.exit_after_minutes)
+        self.departure: Departure | None = None  # why the run left before its end
         validate(config, self.grid.shape.world_size, lambda key: "resolved")
         self.data = open_run_data(config)
         self.engine = TrainingEngine(config, self.grid, device, self.data.eod_id)
+        self.leaving.signalled = self._stop_after_step
         self.store = CheckpointStore(self.folder)
         self.saver = Saver(
             self.engine,
             self.store,
             eod_id=self.data.eod_id,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
+            data=self.data.fingerprints(),
             published=self._saved,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop_after_step)
         self.consumed = 0  # samples so far, which give the position in the data
         self.feed = TokenFeed(
             config,
@@ -71,6 +77,14 @@ class Trainer:
             num_micro_batches=self.engine.num_micro_batches,
             extra_tokens=self.engine.extra_tokens,
         )
+        self.skips = SkippedSteps(
+            RunFolder(self.folder),
+            self.grid,
+            limit=config.training.non_finite_limit,
+            num_micro_batches=self.engine.num_micro_batches,
+            sample_ids=self.feed.sample_ids,
+        )
+        self.weights_check = WeightsCheck(self.engine, config.training.weights_check_interval)
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule.of(config)
         self.step_metrics = StepMetrics(config, device)
@@ -86,13 +100,14 @@ class Trainer:
         return lock
 
     def run(self) -> bool:
-        """Train to the end, or to where SIGTERM asked to stop: False then, with a checkpoint of that step.
+        """Train to the end, or to where a rank was asked to leave: False then, with a checkpoint of that step.
 
         Raises OvertokError for what the user can mend; the latest checkpoint then stands.
         """
         try:
             finished = self._train()
             self.feed.finish()
+            self.leaving.tidy()
             if not self.first:
                 self.lock.release()
             self.grid.wait_for_all()  # the first rank lets go last, and leaves a tidy folder
@@ -109,6 +124,7 @@ class Trainer:
             if self.first:
                 log.info("nothing to do: the latest checkpoint is at step %d of %d", steps_done, self.total_steps)
             return True
+        self.skips.resume(steps_done)
         tokens_of_steps = self.feed.steps(self.consumed, self.total_steps - steps_done, self.engine.announce)
         with ExitStack() as open_until_end:
             report = None
@@ -127,9 +143,23 @@ class Trainer:
                 if stop:
                     break
         self.saver.finish()
-        if stop and self.first:
-            log.warning("asked to stop: step %d of %d is saved", done, self.total_steps)
-        return not stop or done == self.total_steps
+        if not stop or done == self.total_steps:
+            return True
+        self.departure = self.leaving.agree()
+        if self.first and self.departure is not None:
+            log.warning(
+                "asked to stop by %s: step %d of %d is saved; the same command goes on from there (exit code %d)",
+                self.departure.reason,
+                done,
+                self.total_steps,
+                self.departure.exit_code,
+            )
+        return False
+
+    @property
+    def exit_code(self) -> int:
+        """Of this process when `run` has returned: 0 where the run has come to its end."""
+        return 0 if self.departure is None else self.departure.exit_code
 
     def _due(self, done: int, interval: int | None) -> bool:
         return done == self.total_steps or (interval is not None and done % interval == 0)
@@ -146,9 +176,12 @@ class Trainer:
         manifest = load_weights(self.engine, path) if fresh else load_checkpoint(self.engine, path)
         self._check_tokenizer(manifest, path, fresh)
         if self.first:
-            log.info("%s %s", "started from the weights of" if fresh else "resumed from", path)
+            whole = "resumed from" if start.own else "goes on, in a run of its own, from"
+            log.info("%s %s", "started from the weights of" if fresh else whole, path)
         if fresh:
             return 0
+        for line in self.data.changes_since(manifest.data, path) if self.first else ():
+            log.warning("%s", line)
         self.consumed = manifest.consumed_samples
         return manifest.step
 
@@ -163,10 +196,10 @@ class Trainer:
             )
 
     def _one_step_or_leave(self, step: int, tokens_of_steps: Iterator[Tensor]) -> tuple[dict[str, float], bool]:
-        """As `_one_step`, but a run that diverges first completes the checkpoint being written, which is older and sound."""
+        """As `_one_step`, but a run that is to save no more first completes the checkpoint being written, which is older."""
         try:
             return self._one_step(step, tokens_of_steps)
-        except DivergedError:
+        except (DivergedError, WeightsError):
             try:
                 self.saver.finish()
             except CheckpointError as error:
@@ -180,9 +213,13 @@ class Trainer:
         with self.tracer.step(done, self.grid.rank):
             started = time.perf_counter()
             tokens = next(tokens_of_steps)  # [A, b, s + k]
+            if self.leaving.asked():
+                self._stop_after_step()
             result = self.engine.step(tokens, learning_rate)
             seconds = time.perf_counter() - started
-        values = self.step_metrics.of_step(result, learning_rate, seconds)
+        values = self.step_metrics.of_step(result, learning_rate, seconds) | self._account_for_skips(done, result)
+        if self.weights_check.due(done, saved=result.stop or self._due(done, self.config.checkpoint.interval)):
+            self.weights_check.run(done)  # now: under ZeRO 1 and 2 the next step makes the weights anew
         if self._due(done, self.config.training.validation_interval) and self.data.validation:
             values |= self._validate()
             values |= table_metrics(self.engine, tokens)
@@ -190,12 +227,26 @@ class Trainer:
         values |= {f"data/epoch/{name}": epoch for name, epoch in self.feed.epochs(self.consumed).items()}
         return values, result.stop
 
+    def _account_for_skips(self, done: int, result: StepResult) -> dict[str, float]:
+        """The metric of the skipped steps, where the run skips any. Raises DivergedError where too many follow each other."""
+        if not self.engine.skips_non_finite:
+            return {}
+        if math.isfinite(result.grad_norm):
+            self.skips.done()
+        else:
+            self.skips.skipped(done, result.grad_norm, self.consumed, self.engine.non_finite_micro_batches)
+        return {"train/skipped_steps": float(self.skips.count)}
+
+    def _stop_after_step(self) -> None:
+        self.engine.stop_asked = True
+
     def _validate(self) -> dict[str, float]:
         """The metrics of every validation set, one after the other in the configuration's order."""
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
-            loss, num_tokens = self.engine.evaluate(self.feed.validation(dataset))
-            values |= validation_metrics(name, loss, num_tokens, dataset.manifest.source_bytes)
+            loss, _ = self.engine.evaluate(self.feed.validation(dataset))
+            # Of a part of a set the bytes are not known: its tokens count as long as those of the whole set.
+            values |= validation_metrics(name, loss, dataset.num_tokens - 1, dataset.manifest.source_bytes)
         return values
 
     def _save(self, done: int) -> None:
@@ -210,12 +261,6 @@ class Trainer:
         settings = self.config.checkpoint
         if settings.keep_last is not None:
             self.store.prune(settings.keep_last, settings.keep_every)
-
-    def _stop_after_step(self, number: int, _: object) -> None:
-        """SIGTERM, or Ctrl-C once: finish the step, save, and leave."""
-        self.engine.stop_asked = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def show_bar(config: RunConfig) -> bool:

@@ -159,3 +159,21 @@ def test_a_changed_index_fails_verification(tmp_path: Path) -> None:
     index_with(42, "<q", 2)(tmp_path / "set")  # an offset, which the reader itself does not need
     with pytest.raises(DataError, match=r"set\.idx: SHA-256 differs"):
         dataset.verify()
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    """Through a memory map the process would end here by SIGBUS, without a word."""
+    dataset = write_dataset(tmp_path / "set", [[7] * 40_000, [8] * 40_000])
+    assert dataset.tokens(79_998, 2).tolist() == [8, 8]
+    os.truncate(tmp_path / "set.bin", 50_000)
+    assert dataset.tokens(24_000, 1000).tolist() == [7] * 1000
+    for start, count in ((24_999, 2), (70_000, 1)):
+        with pytest.raises(
+            DataError, match=r"set\.bin: ends at byte \d+ or before, its index speaks of 160000: .* start again$"
+        ):
+            dataset.tokens(start, count)
+    folder = os.open(tmp_path, os.O_RDONLY)  # its reads fail, as those of a broken disk do
+    os.dup2(folder, dataset._file.fileno())
+    os.close(folder)
+    with pytest.raises(DataError, match=r"set\.bin: cannot be read at byte 0 \(.*\); check its disk"):
+        dataset.tokens(0, 1)

@@ -7,7 +7,7 @@ import pytest
 from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedWriter
-from overtok_megatron.data.run_data import open_run_data
+from overtok_megatron.data.run_data import RunData, open_run_data
 from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.errors import DataError
 
@@ -75,3 +75,34 @@ def test_every_validation_set_is_checked_and_named_with_its_key(good: Path, tmp_
                 open_run_data(configuration(train, f"data.validation={sets}"))
             assert str(caught.value).startswith(start)
             assert "\n" not in str(caught.value)
+
+
+def test_changed_sets_are_told_by_name(good: Path, tmp_path: Path) -> None:
+    fingerprint = ByteTokenizer().fingerprint()
+    for name in ("a", "b"):
+        write(tmp_path / name, 256, fingerprint, 30)
+
+    def opened(train: str, validation: str) -> RunData:
+        return open_run_data(configuration(f"data.train={train}", f"data.validation={validation}"))
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    both = f"[{{path: {a}, weight: 1}}, {{path: {b}, weight: 1}}]"
+    before = opened(both, f"{{v: {good}}}").fingerprints()
+    assert list(before) == ["train/a", "train/b", "validation/v"]
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    write(moved / "a", 256, fingerprint, 30)
+    saved = Path("runs/r/checkpoints/step_00000007")
+    same = opened(f"[{{path: {moved / 'a'}, weight: 3}}, {{path: {b}, weight: 1}}]", f"{{v: {good}, other: {a}}}")
+    assert same.changes_since(before, saved) == []
+    assert same.changes_since({}, saved) == []  # of a checkpoint that recorded none
+
+    write(moved / "b", 256, fingerprint, 35)
+    changed = opened(f"[{{path: {moved / 'b'}, weight: 1}}, {{path: {good}, weight: 1}}]", f"{{v: {moved / 'b'}}}")
+    on = "; the run goes on at the same count of samples, in the sets as they are now"
+    assert changed.changes_since(before, saved) == [
+        f"data.train: a was a training set when {saved} was saved, and is not one now{on}",
+        f"data.train: b holds other tokens than when {saved} was saved{on}",
+        f"data.train: good was not a training set when {saved} was saved{on}",
+        f"data.validation.v: holds other tokens than when {saved} was saved; its losses do not continue",
+    ]

@@ -177,6 +177,26 @@ def test_validation_scores_every_token_once(
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(2, 90),
+    length=st.integers(1, 12),
+    ranks=st.integers(1, 3),
+    batch=st.integers(1, 4),
+    most=st.integers(1, 20),
+)
+def test_a_bounded_validation_scores_the_first_windows_whatever_the_ranks(
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, length: int, ranks: int, batch: int, most: int
+) -> None:
+    dataset = write_dataset(tmp_path_factory.mktemp("v") / "set", [list(range(1, tokens + 1))])
+    scored: list[int] = []
+    for rank in range(ranks):
+        for inputs, targets in validation_batches(dataset, length, batch, rank, ranks, most_windows=most):
+            assert inputs.shape[0] <= -(-most // ranks)
+            scored += targets[targets != IGNORE_INDEX].tolist()
+    assert sorted(scored) == list(range(2, min(tokens, most * length + 1) + 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(2, 90),
     length=st.sampled_from([4, 8, 12]),
     batch=st.integers(1, 9),
     ranks=st.integers(1, 3),

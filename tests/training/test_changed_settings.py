@@ -193,7 +193,7 @@ REFUSED = {
     )),
     "training.precision", "training.seed", "data.seq_length",
 }  # fmt: skip
-UNDER_CONDITIONS = {"training.global_batch_size", "training.initial_checkpoint"}
+UNDER_CONDITIONS = {"training.global_batch_size", "training.initial_checkpoint", "training.initial_state"}
 ELSEWHERE = {"tokenizer"}  # by its fingerprint, where the data is known
 ALLOWED = {
     *(f"over_encoding.{name}" for name in (
@@ -203,7 +203,8 @@ ALLOWED = {
     "data.train", "data.validation", "data.shuffle_seed", "data.document_attention",
     *(f"training.{name}" for name in (
         "output_directory", "micro_batch_size", "train_iters", "train_tokens", "deterministic", "z_loss",
-        "validation_interval", "resume", "recompute", "kernels", "num_threads",
+        "validation_interval", "validation_batches", "non_finite", "non_finite_limit", "exit_after_minutes", "resume",
+        "recompute", "kernels", "num_threads", "weights_check_interval",
     )),
     "parallel", "optimizer", "checkpoint", "logging", "deepspeed",
 }  # fmt: skip

@@ -23,6 +23,30 @@ def load_deepspeed_file(path: str, map_location: Any = "cpu") -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
+def dense_bytes(deepspeed_engine: Any) -> int:
+    """Bytes of this tensor-parallel rank's dense weights, whole also under ZeRO 3."""
+    parameters = deepspeed_engine.module.parameters()
+    return sum(getattr(own, "ds_numel", own.numel()) * own.element_size() for own in parameters)
+
+
+def deepspeed_bytes(deepspeed_engine: Any, optimizer: torch.optim.Optimizer, *, first_replica: bool) -> int:
+    """Bytes of the tensors in the files that this rank writes for DeepSpeed, once a step has been taken.
+
+    optimizer: the torch optimizer inside DeepSpeed's. first_replica: whether this rank is the first with its weights.
+    """
+    stage = deepspeed_engine.zero_optimization_stage()
+    moments = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.ndim > 0
+    )
+    # master weights are as wide as one of the two moments; without DeepSpeed's optimizer the weights themselves are the master
+    state = moments if deepspeed_engine.optimizer is optimizer else moments * 3 // 2
+    weights = dense_bytes(deepspeed_engine) if first_replica and stage < 3 else 0
+    return weights + (state if stage > 0 or first_replica else 0)
+
+
 class _NotedFiles:
     """Stands in for DeepSpeed's checkpoint engine, which writes and reads single files.
 

@@ -24,7 +24,7 @@ from overtok_megatron.model.transformer import Layers
 from overtok_megatron.parallel.collectives import reduce_from_group
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import mark_tied_copy
-from overtok_megatron.training.micro_batch import MicroBatch, StageResults
+from overtok_megatron.training.micro_batch import MicroBatch, StageResults, with_own_kind_of_gradient
 
 
 class _AddLossGradient(torch.autograd.Function):
@@ -175,7 +175,8 @@ class PipelineStage(PipelineModule):
             return self._with_router_loss(hidden, routing)
         result = self.forward_losses(hidden, batch, routing)
         self._results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
-        return self._with_all_copies(result.objective / batch.targets.numel())
+        objective = with_own_kind_of_gradient(result.objective) if self.training else result.objective
+        return self._with_all_copies(objective / batch.targets.numel())
 
     def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Routing | None) -> ForwardResult:
         """The losses of a micro-batch, on the last stage. routing: of this stage's blocks."""
