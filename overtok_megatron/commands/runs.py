@@ -29,11 +29,17 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from overtok_megatron.launching.cluster import Cluster, read_hostfile
     from overtok_megatron.launching.local import launch
     from overtok_megatron.launching.preparation import load_run
 
+    cluster, processes = None, options.processes
+    if options.hostfile is not None:
+        hosts = read_hostfile(options.hostfile, options.processes)
+        cluster = Cluster(hosts=hosts, launcher=options.launcher, launcher_arguments=options.launcher_args)
+        processes = cluster.world_size
     loaded = load_run(options.config, options.overrides, _note)
-    return launch(loaded, options.processes, options.master_port)
+    return launch(loaded, processes, options.master_port, cluster)
 
 
 def _note(line: str) -> None:
@@ -59,7 +65,20 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--write", type=Path, metavar="FILE", help="also store the resolved configuration in a file")
     verb.set_defaults(work=_config)
 
-    verb = verbs.add_parser("train", help="train, on one or more ranks of this host")
+    verb = verbs.add_parser("train", help="train, on one or more ranks of this host, or of several")
     _add_overrides(verb)
     verb.add_argument("--master-port", type=port, default=None, help="port of the first rank (default: a free one)")
+    verb.add_argument(
+        "--hostfile",
+        type=Path,
+        default=None,
+        help="train on the hosts of this file, lines HOST slots=N; --processes is then per host (default: the slots)",
+    )
+    verb.add_argument(
+        "--launcher",
+        choices=["pdsh", "openmpi", "mpich", "impi", "slurm"],
+        default="pdsh",
+        help="with --hostfile: by what DeepSpeed starts the ranks (default: pdsh)",
+    )
+    verb.add_argument("--launcher-args", default="", help="with --hostfile: words for pdsh, mpirun or srun")
     verb.set_defaults(work=_train)
