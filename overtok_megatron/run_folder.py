@@ -12,6 +12,7 @@
 | `skipped.jsonl` | one record per step without an update: its samples | training/skipped_steps.py |
 | `train.log` | the log of the first rank | training/entry.py |
 | `STOP` | nothing; it asks the run to save and to leave, and the run then removes it (training/leaving.py) | the user |
+| `.start-WORD` | while ranks start: that they all see this folder | training/same_everywhere.py |
 | `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |
 
 Checkpoints and configurations are read by the files that write them.
@@ -68,6 +69,10 @@ class RunFolder:
     @property
     def traces(self) -> Path:
         return self.path / "traces"
+
+    def start_token(self, token: str) -> Path:
+        """token: a word of one start of the run."""
+        return self.path / f".start-{token}"
 
     @property
     def log(self) -> Path:
