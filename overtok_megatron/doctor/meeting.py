@@ -6,8 +6,10 @@ JSON.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +21,24 @@ T = TypeVar("T")
 PINGS = 8
 _GRACE = 30.0  # seconds that a rank waits for the first one beyond a step's limit
 _PING_SECONDS = 5.0  # for all pings of a host
-_STORE_ERRORS = (RuntimeError, ConnectionError)  # torch's DistError is a RuntimeError
+_STORE_ERRORS = (RuntimeError, OSError)  # torch's DistError is a RuntimeError; TimeoutError an OSError
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns or raises; raises TimeoutError where it has not ended in time, and leaves it to a daemon thread.
+
+    A client of a store whose process is stopped waits for ever, whatever its own time limit is.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # of any kind: the caller raises it
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result(seconds)
 
 
 class MeetingLostError(Exception):
@@ -58,14 +77,18 @@ class Address:
 
     def open(self, *, first: bool, seconds: float) -> Store:
         """The store, opened by the first rank, joined by others. Raises MeetingLostError where it is not reached in time."""
-        try:
-            store = TCPStore(
+
+        def connect() -> Store:
+            return TCPStore(
                 self.host,
                 self.port,
                 is_master=first and not self.served,
                 timeout=timedelta(seconds=seconds),
                 wait_for_workers=False,
             )
+
+        try:
+            store = within(seconds + _GRACE, connect)
         except _STORE_ERRORS as error:
             if first and not self.served:
                 reason = str(error).strip().splitlines()[0]
@@ -135,17 +158,20 @@ class Meeting:
     def _say(self, key: str, value: Any, seconds: float, name: str) -> str:
         limit = seconds + _GRACE
         try:
-            self._store.set(f"{key}/{self._rank}", json.dumps(value))
-            self._store.wait([f"{key}/decision"], timedelta(seconds=limit))
-            return self._store.get(f"{key}/decision").decode()
+            return within(limit + _GRACE, lambda: self._exchange(key, value, limit))
         except _STORE_ERRORS:
             raise MeetingLostError(f"the first rank did not answer within {limit:.0f} s ({name})") from None
+
+    def _exchange(self, key: str, value: Any, seconds: float) -> str:
+        self._store.set(f"{key}/{self._rank}", json.dumps(value))
+        self._store.wait([f"{key}/decision"], timedelta(seconds=seconds))
+        return self._store.get(f"{key}/decision").decode()
 
     def farewell(self) -> None:
         """Wait, shortly, until all have heard the last decision: the first rank's process may hold the store."""
         with suppress(*_STORE_ERRORS):
             if self._rank:
-                self._store.set(f"farewell/{self._rank}", "")
+                within(_PING_SECONDS, lambda: self._store.set(f"farewell/{self._rank}", ""))
             else:
                 self._store.wait([f"farewell/{rank}" for rank in self.members[1:]], timedelta(seconds=_PING_SECONDS))
 
@@ -163,7 +189,9 @@ class Meeting:
                 if pings:
                     found[rank] = estimate_offset(pings)
         elif self._rank in asked:
-            self._answer_pings(len(asked) * _PING_SECONDS + _GRACE)
+            limit = len(asked) * _PING_SECONDS + _GRACE
+            with suppress(*_STORE_ERRORS):  # the first rank has gone on, or has gone; the next step says so
+                within(limit, lambda: self._answer_pings(limit))
         self.step("the clocks", None, len(asked) * _PING_SECONDS + _GRACE, lambda _: None)
         return found
 
@@ -183,8 +211,5 @@ class Meeting:
 
     def _answer_pings(self, seconds: float) -> None:
         for turn in range(PINGS):
-            try:
-                self._store.wait([f"ping/{self._rank}/{turn}"], timedelta(seconds=seconds))
-                self._store.set(f"pong/{self._rank}/{turn}", repr(time.time()))
-            except _STORE_ERRORS:
-                return  # the first rank has gone on; the next step says so
+            self._store.wait([f"ping/{self._rank}/{turn}"], timedelta(seconds=seconds))
+            self._store.set(f"pong/{self._rank}/{turn}", repr(time.time()))

@@ -37,6 +37,8 @@ class Prober:
             jobs.send(job)
             if jobs.poll(seconds):
                 answer: dict[str, Any] = jobs.recv()
+                if "failure" in answer:
+                    self.stop()  # a library that has failed is not used again
                 return answer
             failure = f"no answer within {seconds:.0f} s"
         except (EOFError, OSError):

@@ -246,10 +246,9 @@ class Examination:
         rounds = pair_rounds(hosts, self._request.most_rounds)
         self._say(f"links over {backend}: {len(rounds)} round{'s' * (len(rounds) != 1)} of pairs")
         ends = rank_names(self._hosts)
-        for turn, pairs in enumerate(rounds):
-            mine = next(
-                (pair for pair in pairs if self._place.rank in pair and set(pair) <= set(meeting.members)), None
-            )
+        for turn, planned in enumerate(rounds):
+            pairs = [pair for pair in planned if set(pair) <= set(meeting.members)]
+            mine = next((pair for pair in pairs if self._place.rank in pair), None)
             answer = None if mine is None else self._probe_pair(prober, backend, turn, mine)
             said: dict[int, Any] = {}
             limit = LINK_SECONDS + _STARTING
@@ -271,8 +270,12 @@ class Examination:
 
     def _measure_all_reduce(self, meeting: Meeting, prober: Prober, backend: str) -> None:
         """Over all ranks that answer, unless a link is broken: the library connects every two of them, and would only wait."""
-        links = [link for link in self._report.links if link.backend == backend]
-        broken = meeting.step("the links", None, LINK_SECONDS, lambda _: any(link.failure for link in links))
+        names = rank_names(self._hosts)
+        ends = {names[rank] for rank in meeting.members}
+        failures = [
+            link.failure for link in self._report.links if link.backend == backend and {link.first, link.second} <= ends
+        ]
+        broken = meeting.step("the links", None, LINK_SECONDS, lambda _: any(failures))
         ranks, answer = meeting.members, None
         if not broken and len(ranks) > 1:
             job = Job(
@@ -319,17 +322,17 @@ class Examination:
 
 def joined(backend: str, pair: Pair, said: Mapping[int, Any], ends: Mapping[int, End]) -> Link:
     """The link of a pair by what its two ranks said; a rank that said nothing makes it a broken one."""
-    first, second = (said.get(rank) or {"failure": f"{ends[rank].rank} does not answer"} for rank in pair)
-    failure = first.get("failure") or second.get("failure")
-    if failure:
-        first = second = {"latency": 0.0, "rate": 0.0}
+    first, second = (said.get(rank, {}) for rank in pair)
+    silent = [f"{ends[rank].rank} is silent" for rank in pair if rank not in said]
+    failures = [*silent, *(str(one["failure"]) for one in (first, second) if "failure" in one)]
+    if failures:
+        return Link(backend=backend, first=ends[pair[0]], second=ends[pair[1]], failure=failures[0])
     return Link(
         backend=backend,
         first=ends[pair[0]],
         second=ends[pair[1]],
         latency=first["latency"],
         rates=(first["rate"], second["rate"]),
-        failure=failure or "",
     )
 
 

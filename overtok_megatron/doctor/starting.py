@@ -12,6 +12,7 @@ from overtok_megatron.doctor.prober import prepare_probers
 from overtok_megatron.environment import ACCELERATOR, rank_environment, restore_visible_devices
 from overtok_megatron.errors import OutputError
 from overtok_megatron.files import write_atomically
+from overtok_megatron.launching.batch_systems import Placement, find_placement
 from overtok_megatron.launching.console import overtok_command
 from overtok_megatron.launching.local import free_port
 
@@ -49,8 +50,9 @@ def examine(options: Options) -> int:
 
     0 = all right, 1 = a finding, or this rank was left alone. Raises ConfigError where the configuration is wrong.
     """
-    if "RANK" in os.environ:
-        return _take_part(options)
+    placement = find_placement(os.environ)
+    if "RANK" in os.environ or placement.world_size > 1:
+        return _take_part(options, placement)
     if options.config is not None:
         from overtok_megatron.doctor.run_facts import load_run  # late: it imports the data room
 
@@ -58,7 +60,7 @@ def examine(options: Options) -> int:
     return _start_here(options)
 
 
-def _take_part(options: Options) -> int:
+def _take_part(options: Options, placement: Placement) -> int:
     """Be a rank. The first one prints the report and writes the JSON file."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch is imported; failures are in the report
     restore_visible_devices(os.environ)
@@ -66,18 +68,17 @@ def _take_part(options: Options) -> int:
     from overtok_megatron.doctor.meeting import Address, MeetingLostError
     from overtok_megatron.doctor.rank import Examination, Place, Request, machine_identity
 
-    environment = os.environ
     name, machine = machine_identity()
     place = Place(
-        rank=int(environment["RANK"]),
-        world=int(environment["WORLD_SIZE"]),
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
+        rank=placement.rank,
+        world=placement.world_size,
+        local_rank=placement.local_rank,
         host=options.host_name or name,
         machine=machine,
         address=Address(
-            host=environment["MASTER_ADDR"],
-            port=int(environment["MASTER_PORT"]),
-            served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            host=placement.master_address,
+            port=placement.master_port,
+            served=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         ),
     )
     request = Request(
@@ -89,10 +90,10 @@ def _take_part(options: Options) -> int:
         most_rounds=options.rounds,
     )
     try:
-        report = Examination(request, place, dict(environment)).run()
+        report = Examination(request, place, dict(os.environ)).run()
     except MeetingLostError as error:
-        print(f"error: host {place.host}, rank {place.rank}: {error}", file=sys.stderr)
-        return 1
+        print(f"error: host {place.host}, rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a thread may wait in the store for ever
     if report is None:
         return 0
     print(report.text(), flush=True)
