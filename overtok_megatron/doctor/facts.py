@@ -28,12 +28,12 @@ from overtok_megatron.doctor.interfaces import (
     interfaces_up,
     nccl_interface,
 )
-from overtok_megatron.environment import available_cores
+from overtok_megatron.environment import ACCELERATOR, available_cores
 from overtok_megatron.parallel.devices import num_accelerators
 
 NONE = "none"
 _PACKAGES = ("deepspeed", "numpy", "triton")
-_SPOKEN = ("NCCL_", "GLOO_", "TORCH_NCCL_")  # variables that libraries of communication read
+_READ = ("NCCL_", "GLOO_", "TORCH_NCCL_", ACCELERATOR)  # how variables begin that all hosts should share
 _SHARED_MEMORY = Path("/dev/shm")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _INFINIBAND = Path("/sys/class/infiniband")
@@ -53,7 +53,7 @@ class Device:
 class HostFacts:
     """A host. Sizes in bytes, limits None = unlimited. cuda_devices: those that torch sees; devices: all, by nvidia-smi.
 
-    folder: the one that free_disk is about. environment: variables that NCCL and gloo read.
+    folder: the one that free_disk is about. environment: variables that NCCL, gloo and DeepSpeed read.
     """
 
     versions: dict[str, str]
@@ -109,7 +109,7 @@ def host_facts(environment: Mapping[str, str], folder: Path) -> HostFacts:
         gloo=gloo_interface(environment, up, host_addresses(socket.gethostname())),
         nccl=nccl_interface(environment, up),
         infiniband_ports=_infiniband_ports(),
-        environment={name: value for name, value in sorted(environment.items()) if name.startswith(_SPOKEN)},
+        environment={name: value for name, value in sorted(environment.items()) if name.startswith(_READ)},
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from overtok_megatron.doctor.facts import HostFacts
 from overtok_megatron.doctor.meeting import ClockOffset
 from overtok_megatron.doctor.run_facts import RunFacts
+from overtok_megatron.environment import ACCELERATOR
 
 MOST_NAMES = 6  # hosts that a line names
 MOST_KEYS = 8  # keys of a configuration that differ, of which a line each is written
@@ -140,7 +141,7 @@ def host_limits(hosts: Mapping[str, HostFacts], *, ranks: int, several: bool, nc
                 f"host {host}: /dev/shm has {facts.shared_memory / 2**20:.0f} MiB, NCCL needs more for the ranks of a host; "
                 "start the container with --shm-size=1g or more"
             )
-        if facts.devices and not facts.cuda_devices and nccl:
+        if facts.devices and not facts.cuda_devices and facts.environment.get(ACCELERATOR) != "cpu":
             yield (
                 f"host {host}: nvidia-smi sees {describe_devices(facts)}, torch {facts.versions['torch']} sees no device; "
                 "install a torch that fits the driver"

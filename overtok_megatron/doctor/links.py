@@ -60,7 +60,8 @@ def _broken(links: Sequence[Link], backend: str) -> Iterator[str]:
     bad = [link for link in links if link.failure]
     for name, of in _nodes(links):
         own = [link for link in links if name in of(link)]
-        if len(own) > 1 and set(own) <= set(bad) and len(own) < len(links):
+        works = any(not link.failure for link in links)
+        if len(own) > 1 and set(own) <= set(bad) and works:
             yield f"{_called(name, links)}: none of its {len(own)} links over {backend} works ({own[0].failure})"
             bad = [link for link in bad if link not in own]
     for link in bad:
@@ -116,7 +117,7 @@ def _called(name: str, links: Sequence[Link]) -> str:
 
 def rate_text(rate: float) -> str:
     """Bytes per second, as `2.1 GB/s`."""
-    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
+    return f"{rate / 1e9:.1f} GB/s" if rate >= 0.9995e9 else f"{rate / 1e6:.1f} MB/s"
 
 
 def time_text(seconds: float) -> str:
