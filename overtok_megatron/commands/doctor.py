@@ -15,10 +15,12 @@ def _doctor(options: argparse.Namespace) -> int:
             config=options.config,
             overrides=options.overrides,
             processes=options.ranks_per_host,
+            hostfile=options.hostfile,
             json=options.json,
             wait=options.wait,
             rounds=options.rounds,
             host_name=options.host_name,
+            started=options.started,
         )
     )
 
@@ -41,7 +43,13 @@ def add_verbs(verbs: Any) -> None:
         dest="ranks_per_host",
         help="ranks per host, as many as the run's, for which CONFIG is then checked (default: 1; 2 on this host alone)",
     )
-    verb.add_argument("--json", type=Path, default=None, help="file that gets everything that was found out")
+    verb.add_argument(
+        "--hostfile",
+        type=Path,
+        default=None,
+        help="examine the hosts of this file, lines HOST slots=N, over ssh; --processes is then per host (default: 1)",
+    )
+    verb.add_argument("--json", default=None, help="file that gets everything that was found out; - prints it instead")
     verb.add_argument("--wait", type=positive, default=60, help="seconds in which all ranks must come up (default: 60)")
     verb.add_argument(
         "--rounds",
@@ -50,4 +58,5 @@ def add_verbs(verbs: Any) -> None:
         help="how many others each host measures its link to, at most (default: 16)",
     )
     verb.add_argument("--host-name", default=None, help="what the report calls this host (default: its own name)")
+    verb.add_argument("--started", default="", help=argparse.SUPPRESS)  # which hosts a hostfile's ranks were started on
     verb.set_defaults(work=_doctor)

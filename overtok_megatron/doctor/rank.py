@@ -22,7 +22,7 @@ from overtok_megatron.doctor.prober import Prober
 from overtok_megatron.doctor.probing import Job
 from overtok_megatron.doctor.report import Report
 from overtok_megatron.doctor.rounds import Pair, pair_rounds
-from overtok_megatron.doctor.run_facts import RunFacts, folder_failure, load_run, read_run, token_file
+from overtok_megatron.doctor.run_facts import RunFacts, checked_run, folder_failure, read_run, token_file
 from overtok_megatron.environment import usable_devices
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.parallel.devices import num_accelerators
@@ -120,7 +120,7 @@ class Examination:
         """
         request, place = self._request, self._place
         if place.rank == 0 and request.config is not None:
-            load_run(request.config, request.overrides, place.world if request.run_ranks else None)
+            checked_run(request.config, request.overrides, place.world if request.run_ranks else None)
         prober = Prober(place.address, place.local_rank)
         try:
             store = place.address.open(first=place.rank == 0, seconds=request.wait)

@@ -8,7 +8,7 @@ from typing import Any
 from overtok_megatron.doctor.facts import HostFacts
 from overtok_megatron.doctor.findings import Host, describe_devices, limit, size_text
 from overtok_megatron.doctor.interfaces import Interface
-from overtok_megatron.doctor.links import Link, rate_text, time_text
+from overtok_megatron.doctor.links import End, Link, rate_text, time_text
 from overtok_megatron.doctor.meeting import ClockOffset
 from overtok_megatron.doctor.run_facts import RunFacts
 
@@ -19,7 +19,7 @@ MOST_LINKS = 28  # of a kind, of which a line each is shown; the JSON has all
 class Report:
     """What was found out. facts, clocks and runs are by host. all_reduces: by backend, what was measured or a failure.
 
-    shared: what was found about the output folder, "" = nothing. seconds: how long each part took.
+    folder: what was found about the output folder, "" = nothing. seconds: how long each part took.
     """
 
     ranks: int
@@ -36,6 +36,26 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Report":
+        """The report that `as_json` returned."""
+        parts = {
+            "hosts": [Host(**one) for one in values["hosts"]],
+            "facts": {host: HostFacts.from_json(one) for host, one in values["facts"].items()},
+            "clocks": {host: ClockOffset(**one) for host, one in values["clocks"].items()},
+            "runs": {host: RunFacts(**one) for host, one in values["runs"].items()},
+            "links": [
+                Link(
+                    **(
+                        one
+                        | {"first": End(**one["first"]), "second": End(**one["second"]), "rates": tuple(one["rates"])}
+                    )
+                )
+                for one in values["links"]
+            ],
+        }
+        return cls(**(values | parts))
 
     def text(self) -> str:
         total = sum(self.seconds.values())

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.config.loading import load_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate, validate_model
 from overtok_megatron.data.indexed import IndexedDataset
@@ -16,6 +15,7 @@ from overtok_megatron.data.manifest import dataset_paths
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.files import write_atomically
+from overtok_megatron.launching.preparation import load_run
 
 _FOLDER_SECONDS = 15.0  # in which a file must be seen by other hosts; NFS keeps what it knows for seconds
 _POLL = 0.1
@@ -36,9 +36,9 @@ class RunFacts:
         return asdict(self)
 
 
-def load_run(path: str, overrides: Sequence[str], world: int | None) -> RunConfig:
+def checked_run(path: str, overrides: Sequence[str], world: int | None) -> RunConfig:
     """The configuration, checked; world: ranks of the run, None = not known. Raises ConfigError as `overtok train` does."""
-    loaded = load_config(path, overrides)
+    loaded = load_run(path, overrides, lambda _: None)
     if world is None:
         validate_model(loaded.config, loaded.locate)
     else:
@@ -47,9 +47,9 @@ def load_run(path: str, overrides: Sequence[str], world: int | None) -> RunConfi
 
 
 def read_run(path: str, overrides: Sequence[str], world: int | None) -> tuple[RunConfig | None, RunFacts]:
-    """The configuration as `load_run` and what this host reads of it; None with a failure where it cannot be read."""
+    """The configuration as `checked_run` and what this host reads of it; None with a failure where it cannot be read."""
     try:
-        config = load_run(path, overrides, world)
+        config = checked_run(path, overrides, world)
     except OvertokError as error:
         return None, RunFacts(failures={"configuration": error.lines[0]})
     keys = dict(_flat(config.model_dump(mode="json"), ""))

@@ -10,7 +10,6 @@ from overtok_megatron.doctor.interfaces import Interface, gloo_interface, nccl_i
 from overtok_megatron.doctor.links import End, Link, link_findings
 from overtok_megatron.doctor.rounds import pair_rounds, tournament
 
-
 Factors = dict[str, float]  # of pairs such as "ab", or of hosts such as "b"
 
 
