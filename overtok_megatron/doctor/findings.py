@@ -4,7 +4,7 @@ Not here: the links between hosts (links.py).
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from overtok_megatron.doctor.facts import HostFacts
@@ -110,52 +110,74 @@ def limit(value: int | None) -> str:
 
 
 def host_limits(hosts: Mapping[str, HostFacts], *, ranks: int, several: bool, nccl: bool) -> Iterator[str]:
-    """A line for each host that a run will fail on, by what the host alone is.
+    """A line for each thing that a run will fail on, with the hosts where it is so, by what each host alone is.
 
     ranks: of the run. several: it runs on more than one machine. nccl: its devices talk over NCCL.
     """
+    return together(
+        (host, text)
+        for host, facts in hosts.items()
+        for text in [*_interface_limits(facts, several=several, nccl=nccl), *_other_limits(facts, ranks)]
+    )
+
+
+def together(found: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """A line for each text of (host, text), naming all hosts that have it."""
+    hosts: dict[str, list[str]] = {}
+    for host, text in found:
+        hosts.setdefault(text, []).append(host)
+    for text, names in hosts.items():
+        yield f"{named(names)}: {text}"
+
+
+def _interface_limits(facts: HostFacts, *, several: bool, nccl: bool) -> Iterator[str]:
+    taken = {"gloo": facts.gloo} | ({"nccl": facts.nccl} if nccl else {})
+    for library, interface in taken.items():
+        variable = f"{library.upper()}_SOCKET_IFNAME"
+        if interface.problem:
+            yield f"{interface.problem}; correct {variable}, or bring the interface up"
+        elif several and interface.loopback:
+            yield (
+                f"{library} takes {interface.name} ({interface.address}), which no other host reaches; set {variable} to the "
+                "interface between the hosts"
+            )
+
+
+def _other_limits(facts: HostFacts, ranks: int) -> Iterator[str]:
     files = FILES_PER_RANK * ranks + FILES_BESIDE
-    for host, facts in hosts.items():
-        taken = {"gloo": facts.gloo} | ({"nccl": facts.nccl} if nccl else {})
-        for library, interface in taken.items():
-            variable = f"{library.upper()}_SOCKET_IFNAME"
-            if interface.problem:
-                yield f"host {host}: {interface.problem}; correct {variable}, or bring the interface up"
-            elif several and interface.loopback:
-                yield (
-                    f"host {host}: {library} takes {interface.name} ({interface.address}), which no other host reaches; set "
-                    f"{variable} to the interface between the hosts"
-                )
-        if facts.open_files is not None and facts.open_files < files:
-            yield (
-                f"host {host}: a process may open {facts.open_files:,} files, a run of {ranks} ranks needs about {files:,}; "
-                f"raise the limit: ulimit -n {files}"
-            )
-        if facts.infiniband_ports and facts.locked_memory is not None:
-            yield (
-                f"host {host}: a process may lock {size_text(facts.locked_memory)} of memory, InfiniBand needs more; raise the "
-                "limit: ulimit -l unlimited"
-            )
-        if facts.shared_memory < SMALLEST_SHARED_MEMORY:
-            yield (
-                f"host {host}: /dev/shm has {facts.shared_memory / 2**20:.0f} MiB, NCCL needs more for the ranks of a host; "
-                "start the container with --shm-size=1g or more"
-            )
-        if facts.devices and not facts.cuda_devices and facts.environment.get(ACCELERATOR) != "cpu":
-            yield (
-                f"host {host}: nvidia-smi sees {describe_devices(facts)}, torch {facts.versions['torch']} sees no device; "
-                "install a torch that fits the driver"
-            )
+    if facts.open_files is not None and facts.open_files < files:
+        yield (
+            f"a process may open {facts.open_files:,} files, a run of {ranks} ranks needs about {files:,}; raise the limit: "
+            f"ulimit -n {files}"
+        )
+    if facts.infiniband_ports and facts.locked_memory is not None:
+        yield (
+            f"a process may lock {size_text(facts.locked_memory)} of memory, InfiniBand needs more; raise the limit: "
+            "ulimit -l unlimited"
+        )
+    if facts.shared_memory < SMALLEST_SHARED_MEMORY:
+        yield (
+            f"/dev/shm has {facts.shared_memory / 2**20:.0f} MiB, NCCL needs more for the ranks of a host; start the "
+            "container with --shm-size=1g or more"
+        )
+    if facts.devices and not facts.cuda_devices and facts.environment.get(ACCELERATOR) != "cpu":
+        yield (
+            f"nvidia-smi sees {describe_devices(facts)}, torch {facts.versions['torch']} sees no device; install a torch that "
+            "fits the driver"
+        )
 
 
 def disk_findings(hosts: Mapping[str, HostFacts], needed: int) -> Iterator[str]:
-    """A line for each host whose output folder cannot hold a checkpoint of `needed` bytes."""
-    for host, facts in hosts.items():
-        if facts.free_disk < needed:
-            yield (
-                f"host {host}: {facts.folder} has {size_text(facts.free_disk)} free, a checkpoint takes about "
-                f"{size_text(needed)}; free some, or set training.output_directory"
-            )
+    """A line for each output folder that cannot hold a checkpoint of `needed` bytes, with the hosts where it is so."""
+    return together(
+        (
+            host,
+            f"{facts.folder} has {size_text(facts.free_disk)} free, a checkpoint takes about {size_text(needed)}; free some, "
+            "or set training.output_directory",
+        )
+        for host, facts in hosts.items()
+        if facts.free_disk < needed
+    )
 
 
 def clock_findings(clocks: Mapping[str, ClockOffset]) -> Iterator[str]:
@@ -170,9 +192,7 @@ def clock_findings(clocks: Mapping[str, ClockOffset]) -> Iterator[str]:
 
 def run_differences(hosts: Mapping[str, RunFacts]) -> Iterator[str]:
     """A line for each part of the run that a host cannot read, or reads differently."""
-    for host, run in hosts.items():
-        for what, text in run.failures.items():
-            yield f"{what} of host {host}: {text}"
+    yield from together((host, f"{what}: {text}") for host, run in hosts.items() for what, text in run.failures.items())
     for what, parts in (
         ("configurations differ", {host: run.keys for host, run in hosts.items() if run.keys}),
         ("data differ", {host: run.data for host, run in hosts.items() if run.data}),

@@ -68,33 +68,72 @@ def _broken(links: Sequence[Link], backend: str) -> Iterator[str]:
         yield f"link {link} over {backend}: broken ({link.failure})"
 
 
+@dataclass(frozen=True)
+class _Outliers:
+    """Links that cost much more than others, which typically cost `usual`.
+
+    nodes: (name, its links, usual) of hosts and ranks all of whose links do; links: (link, usual) of single ones. rest: links
+    that are not of such a node.
+    """
+
+    nodes: list[tuple[str, list[Link], float]]
+    links: list[tuple[Link, float]]
+    rest: list[Link]
+
+
+def _outliers(links: Sequence[Link], cost: Callable[[Link], float], factor: float) -> _Outliers:
+    """Those that cost more than `factor` times the median of the others. A node needs two links, and links without it."""
+    rest, nodes = list(links), []
+    for name, of in _nodes(links):
+        own = [link for link in rest if name in of(link)]
+        others = [cost(link) for link in rest if name not in of(link)]
+        if len(own) > 1 and others and min(map(cost, own)) > factor * statistics.median(others):
+            nodes.append((name, own, statistics.median(others)))
+            rest = [link for link in rest if link not in own]
+    single = []
+    for link in rest:
+        others = [cost(other) for other in rest if other is not link]
+        if others and cost(link) > factor * statistics.median(others):
+            single.append((link, statistics.median(others)))
+    return _Outliers(nodes, single, rest)
+
+
 def _slow(links: Sequence[Link], backend: str) -> Iterator[str]:
-    """The same for links that are slower, or take longer, than the others."""
-    measures: tuple[tuple[Callable[[Link], float], float, Callable[[float], str], str], ...] = (
-        (lambda link: 1 / link.rate, 1 / SLOW_RATE, lambda value: rate_text(1 / value), "less than half of"),
-        (lambda link: link.latency, SLOW_LATENCY, time_text, "more than three times"),
-    )
-    for cost, factor, text, words in measures:
-        rest = list(links)
-        for name, of in _nodes(links):
-            own = [link for link in rest if name in of(link)]
-            others = [cost(link) for link in rest if name not in of(link)]
-            if len(own) < 2 or not others:
-                continue
-            usual = statistics.median(others)
-            if min(map(cost, own)) > factor * usual:
-                typical = text(statistics.median(map(cost, own)))
-                yield f"{_called(name, links)}: its links over {backend} have {typical}, {words} the others' {text(usual)}"
-                rest = [link for link in rest if link not in own]
-        for link in rest:
-            others = [cost(other) for other in rest if other is not link]
-            if others and cost(link) > factor * statistics.median(others):
-                usual = statistics.median(others)
-                yield f"link {link} over {backend}: {text(cost(link))}, {words} the others' {text(usual)}"
-    for link in links:
+    """Hosts, ranks and links that are slower, or take longer, than the others of their kind."""
+    found = _outliers(links, lambda link: 1 / link.rate, 1 / SLOW_RATE)
+    for name, own, usual in found.nodes:
+        rate = rate_text(statistics.median(link.rate for link in own))
+        yield (
+            f"{_called(name, links)}: its links over {backend} have {rate}{_way(name, own)}, less than half of the others' "
+            f"{rate_text(1 / usual)}"
+        )
+    for link, usual in found.links:
+        yield f"link {link} over {backend}: {rate_text(link.rate)}, less than half of the others' {rate_text(1 / usual)}"
+    for link in found.rest:
         if max(link.rates) > LOPSIDED * link.rate:
             there, back = map(rate_text, link.rates)
             yield f"link {link} over {backend}: {there} one way, {back} the other; is a cable or a port damaged?"
+    found = _outliers(links, lambda link: link.latency, SLOW_LATENCY)
+    for name, own, usual in found.nodes:
+        latency = time_text(statistics.median(link.latency for link in own))
+        yield (
+            f"{_called(name, links)}: its links over {backend} have a latency of {latency}, more than three times the others' "
+            f"{time_text(usual)}"
+        )
+    for link, usual in found.links:
+        yield (
+            f"link {link} over {backend}: a latency of {time_text(link.latency)}, more than three times the others' "
+            f"{time_text(usual)}"
+        )
+
+
+def _way(name: str, links: Sequence[Link]) -> str:
+    """In which direction the links of a host or rank are slow, where it is one alone."""
+    sent = [link.rates[0 if name in (link.first.host, link.first.rank) else 1] for link in links]
+    received = [link.rates[1 if name in (link.first.host, link.first.rank) else 0] for link in links]
+    if min(received) > LOPSIDED * max(sent):
+        return " when it sends"
+    return " when it receives" if min(sent) > LOPSIDED * max(received) else ""
 
 
 def _nodes(links: Sequence[Link]) -> Iterator[tuple[str, Callable[[Link], tuple[str, str]]]]:

@@ -244,7 +244,9 @@ class Examination:
         members = set(meeting.members)
         hosts = [own for host in self._hosts if (own := [rank for rank in host.ranks if rank in members])]
         rounds = pair_rounds(hosts, self._request.most_rounds)
-        self._say(f"links over {backend}: {len(rounds)} round{'s' * (len(rounds) != 1)} of pairs")
+        self._say(
+            f"links over {backend}: rounds of pairs: {len(rounds)}, a few seconds each, {LINK_SECONDS + _STARTING:.0f} at most"
+        )
         ends = rank_names(self._hosts)
         for turn, planned in enumerate(rounds):
             pairs = [pair for pair in planned if set(pair) <= set(meeting.members)]

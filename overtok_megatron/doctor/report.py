@@ -119,7 +119,7 @@ def _host_rows(hosts: Mapping[str, HostFacts], clocks: Mapping[str, ClockOffset]
             size_text(facts.free_disk),
             limit(facts.open_files),
             "unlimited" if facts.locked_memory is None else size_text(facts.locked_memory),
-            "?" if clock is None else f"{clock.seconds * 1e3:+.1f} ms +- {clock.error * 1e3:.1f}",
+            "?" if clock is None else f"{clock.seconds * 1e3:+.2f} ms +- {clock.error * 1e3:.2f}",
             devices,
         )
 

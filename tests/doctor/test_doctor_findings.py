@@ -136,6 +136,12 @@ def test_limits_of_a_host_are_named(changed: dict[str, object], settings: dict[s
     assert found == ([] if line is None else [line])
 
 
+def test_hosts_with_the_same_trouble_share_a_line() -> None:
+    hosts = {name: replace(HOST, shared_memory=2**26 if name != "c" else GIB) for name in "abcd"}
+    (line,) = host_limits(hosts, ranks=16, several=True, nccl=True)
+    assert line.startswith("hosts a, b, d: /dev/shm has 64 MiB")
+
+
 def test_devices_that_torch_does_not_see_are_named() -> None:
     """Because of such a host the links are measured over gloo alone."""
     hosts = {"a": HOST, "b": replace(HOST, cuda_devices=0)}
@@ -186,7 +192,7 @@ def test_what_hosts_read_of_a_run_is_compared() -> None:
     }
     assert list(run_differences({"a": same, "b": same})) == []
     assert list(run_differences(hosts)) == [
-        "data of host d: d.bin: no such file",
+        "host d: data: d.bin: no such file",
         "configurations differ: host b has training.seed 2, the others 1",
         "data differ: host c has d 8 tokens, the others 9 tokens",
     ]

@@ -56,10 +56,13 @@ def mesh(hosts: str, *, slow: Factors | None = None, late: Factors | None = None
                 "link d - e over gloo: 400.0 MB/s, less than half of the others' 2.0 GB/s",
             ],
         ),
-        (mesh("abcd", late={"bd": 4.0}), ["link b - d over gloo: 120 us, more than three times the others' 30 us"]),
+        (
+            mesh("abcd", late={"bd": 4.0}),
+            ["link b - d over gloo: a latency of 120 us, more than three times the others' 30 us"],
+        ),
         (
             mesh("abcd", late={"d": 40.0}),
-            ["host d: its links over gloo have 1200 us, more than three times the others' 30 us"],
+            ["host d: its links over gloo have a latency of 1200 us, more than three times the others' 30 us"],
         ),
         (mesh("ab", broken="ab"), ["link a - b over gloo: broken (no answer within 30 s)"]),
         (mesh("abcd", broken="ac"), ["link a - c over gloo: broken (no answer within 30 s)"]),
@@ -96,6 +99,27 @@ def test_a_link_that_is_slow_in_one_direction_is_named() -> None:
     link = Link(backend="gloo", first=End("a", "a"), second=End("b", "b"), latency=3e-5, rates=(2e9, 1e8))
     assert link_findings([link]) == [
         "link a - b over gloo: 2.0 GB/s one way, 100.0 MB/s the other; is a cable or a port damaged?"
+    ]
+
+
+@pytest.mark.parametrize(("sends", "word"), [(True, "sends"), (False, "receives")])
+def test_a_host_that_is_slow_in_one_direction_is_named(sends: bool, word: str) -> None:
+    """It is the first end of one of its links and the second one of the other."""
+    links = [
+        Link(
+            backend="gloo",
+            first=End(first, first),
+            second=End(second, second),
+            latency=3e-5,
+            rates=(
+                5e7 if (first if sends else second) == "b" else 2e9,
+                5e7 if (second if sends else first) == "b" else 2e9,
+            ),
+        )
+        for first, second in combinations("abc", 2)
+    ]
+    assert link_findings(links) == [
+        f"host b: its links over gloo have 50.0 MB/s when it {word}, less than half of the others' 2.0 GB/s"
     ]
 
 
