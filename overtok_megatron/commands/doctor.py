@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.commands.arguments import positive
+from overtok_megatron.commands.arguments import port, positive
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -17,6 +17,7 @@ def _doctor(options: argparse.Namespace) -> int:
             processes=options.ranks_per_host,
             hostfile=options.hostfile,
             json=options.json,
+            master_port=options.master_port,
             wait=options.wait,
             rounds=options.rounds,
             host_name=options.host_name,
@@ -50,6 +51,12 @@ def add_verbs(verbs: Any) -> None:
         help="examine the hosts of this file, lines HOST slots=N, over ssh; --processes is then per host (default: 1)",
     )
     verb.add_argument("--json", default=None, help="file that gets everything that was found out; - prints it instead")
+    verb.add_argument(
+        "--master-port",
+        type=port,
+        default=None,
+        help="port of the first rank, with ranks that this verb starts (default: a free one)",
+    )
     verb.add_argument("--wait", type=positive, default=60, help="seconds in which all ranks must come up (default: 60)")
     verb.add_argument(
         "--rounds",

@@ -12,6 +12,7 @@ from overtok_megatron.doctor.meeting import ClockOffset
 from overtok_megatron.doctor.run_facts import RunFacts
 from overtok_megatron.environment import ACCELERATOR
 
+HELLO = "the start"  # name of the first step
 MOST_NAMES = 6  # hosts that a line names
 MOST_KEYS = 8  # keys of a configuration that differ, of which a line each is written
 CLOCK_SECONDS = 1.0
@@ -226,6 +227,3 @@ def silent_findings(silent: Mapping[int, tuple[str, float]], hosts: Sequence[Hos
             mend = f"can you run `ssh {host.name} true`?" if step == HELLO else f"it stopped answering at: {step}"
             yield f"{who}: no answer within {seconds:.0f} s; {mend}"
         told.add(who)
-
-
-HELLO = "the start"  # name of the first step

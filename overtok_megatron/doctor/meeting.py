@@ -93,7 +93,7 @@ class Address:
             if first and not self.served:
                 reason = str(error).strip().splitlines()[0]
                 raise MeetingLostError(
-                    f"port {self.port} of this host cannot be opened ({reason}); set MASTER_PORT to a free one"
+                    f"port {self.port} of this host cannot be opened ({reason}); name a free one"
                 ) from None
             raise MeetingLostError(
                 f"no answer from {self.host}:{self.port}, where the first rank listens, within {seconds:.0f} s; is its host "

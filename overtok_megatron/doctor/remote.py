@@ -78,11 +78,14 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1][:_LONGEST]
 
 
-def examine_hosts(hosts: Sequence[Host], arguments: Sequence[str], environment: Mapping[str, str]) -> Report:
+def examine_hosts(
+    hosts: Sequence[Host], arguments: Sequence[str], environment: Mapping[str, str], master_port: int | None
+) -> Report:
     """Run the ranks of all hosts that can take part and return the first rank's report, with what is wrong with the others.
 
-    arguments: of `overtok` for a rank, without those that say where the report goes. environment: the caller's. Where no report
-    comes, the returned one has the findings that say why.
+    arguments: of `overtok` for a rank, without those that say where the report goes. environment: the caller's, whose
+    MASTER_ADDR wins over the first host's name. master_port: None = one at random. Where no report comes, the returned one has
+    the findings that say why.
     """
     with ThreadPoolExecutor(max_workers=64) as pool:
         answers = dict(zip(hosts, pool.map(ask, hosts), strict=True))
@@ -100,7 +103,7 @@ def examine_hosts(hosts: Sequence[Host], arguments: Sequence[str], environment: 
         count=0,
         world=sum(host.ranks for host in fit),
         master_address=environment.get("MASTER_ADDR") or known,
-        master_port=int(environment.get("MASTER_PORT") or 10_000 + secrets.randbelow(20_000)),
+        master_port=master_port or 10_000 + secrets.randbelow(20_000),
     )
     report, failures = _run(fit, everywhere)
     if report is None:

@@ -37,6 +37,7 @@ class Options:
     processes: int | None
     hostfile: Path | None
     json: str | None
+    master_port: int | None
     wait: float
     rounds: int
     host_name: str | None
@@ -77,7 +78,7 @@ def examine(options: Options) -> int:
 
     from overtok_megatron.doctor.remote import examine_hosts
 
-    return _publish(options, examine_hosts(hosts, options.arguments(), os.environ))
+    return _publish(options, examine_hosts(hosts, options.arguments(), os.environ, options.master_port))
 
 
 def _hosts_of(path: Path, processes: int | None) -> Sequence[Host]:
@@ -163,6 +164,6 @@ def _start_here(options: Options, processes: int) -> int:
         count=processes,
         world=processes,
         master_address="127.0.0.1",
-        master_port=free_port(),
+        master_port=options.master_port or free_port(),
     )
     return wait_for_ranks(start_ranks(ranks, os.environ))
