@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -58,9 +59,8 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None,
             return run_ranks(launcher_command(ENTRY, words, processes, master_port), environment, stop_ranks)
         lock.release()  # the first rank takes it: on its own host, or not as a descendant of this process
         with cluster_command(cluster, ENTRY, words, environment, master_port) as command:
-            return run_ranks(
-                command, environment, lambda launcher: signal_first_rank(directory, signal.SIGTERM), apart=True
-            )
+            stop = partial(signal_first_rank, cluster, directory, signal.SIGTERM)
+            return run_ranks(command, environment, lambda launcher: stop(), apart=True)
 
 
 def _check(loaded: LoadedConfig, world_size: int, processes: int) -> int:
