@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "reports": LOWEST | {"config"},
     "checkpoint": LOWEST | CHECKPOINT - {"checkpoint"},
     "launching": LOWEST | {"config", "kernels", "parallel", "data", "checkpoint"},
+    "doctor": LOWEST | {"config", "parallel", "data", "launching"},
     "training": LOWEST | CHECKPOINT | {"trackers", "launching"},
     "inference": LOWEST | CHECKPOINT,
     "interchange": LOWEST | CHECKPOINT | {"inference"},
@@ -165,7 +166,7 @@ def test_models_do_not_touch_torch_distributed_but_for_its_types() -> None:
 def test_library_reads_no_environment() -> None:
     readers = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
                if "os.environ" in path.read_text(encoding="utf-8")}  # fmt: skip
-    assert readers == {"launching/local.py", "cli.py", "training/entry.py"}
+    assert readers == {"launching/local.py", "cli.py", "training/entry.py", "doctor/starting.py", "doctor/one_host.py"}
 
 
 def test_no_test_imports_another() -> None:
