@@ -9,7 +9,8 @@
 | `evaluations.jsonl` | one record per scored checkpoint | evaluation/following.py |
 | `tensorboard/` | the same numbers as TensorBoard's events; those of evaluations in `tensorboard/evaluation/` | trackers.py |
 | `traces/` | the profiler's traces of chosen steps | training/tracing.py |
-| `train.log` | the log of the first rank | training/entry.py |
+| `train.log` | the log of the first rank, and what its host's watchdog says | training/entry.py, watching/watchdog.py |
+| `hang-TIME.txt`, `death-TIME.txt` | what every rank did when one hung or died | watching/hang_report.py |
 | `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |
 
 Checkpoints and configurations are read by the files that write them.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overtok_megatron.commands.arguments import port, positive
+from overtok_megatron.commands.arguments import not_negative, port, positive
 from overtok_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _train(options: argparse.Namespace) -> int:
     from overtok_megatron.launching.local import launch
 
     loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
-    return launch(loaded, options.processes, options.master_port)
+    return launch(loaded, options.processes, options.master_port, options.max_restarts)
 
 
 def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
@@ -71,4 +71,10 @@ def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("train", help="train, on one or more ranks of this host")
     _add_overrides(verb)
     verb.add_argument("--master-port", type=port, default=None, help="port of the first rank (default: a free one)")
+    verb.add_argument(
+        "--max-restarts",
+        type=not_negative,
+        default=0,
+        help="how often in all the job is started again, from its last complete checkpoint, where it fails (default: 0)",
+    )
     verb.set_defaults(work=_train)

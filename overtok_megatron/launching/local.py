@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate, validate_host
 from overtok_megatron.environment import rank_environment, usable_devices
-from overtok_megatron.errors import ConfigError
+from overtok_megatron.errors import CheckpointError, ConfigError
 from overtok_megatron.run_folder import RunFolder
-from overtok_megatron.run_lock import hold
+from overtok_megatron.run_lock import RunLock, hold
+from overtok_megatron.watching.supervisor import Supervisor
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 
@@ -30,10 +31,11 @@ def free_port() -> int:
     return port
 
 
-def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None) -> int:
+def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None, max_restarts: int = 0) -> int:
     """Validate, store the resolved configuration beside the run, and train on `processes` ranks of this host.
 
-    master_port: where the ranks meet; None = a free one. Returns the launcher's exit code.
+    master_port: where the ranks meet; None = a free one. max_restarts: how many times the job is started again after a
+    failure. Returns the launcher's exit code.
     """
     config = loaded.config
     devices = _check(loaded, processes)
@@ -42,7 +44,17 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     with hold(directory, "overtok train") as lock:
         resolved = _store_inputs(config, directory)
         lock.lend()  # the ranks hold the run as well: this process may be killed while they live
-        return run_ranks(launcher_command(ENTRY, [str(resolved)], processes, master_port), environment)
+        made_before = _latest_mark(directory)
+
+        def start() -> "subprocess.Popen[bytes]":
+            if config.training.resume == "never" and _latest_mark(directory) != made_before:
+                # the start before this one began the run anew, as asked for; this one goes on with it
+                training = config.training.model_copy(update={"resume": "auto"})
+                save_resolved(config.model_copy(update={"training": training}), resolved)
+            command = launcher_command(ENTRY, [str(resolved)], processes, master_port)
+            return subprocess.Popen(command, env=environment, process_group=0)
+
+        return Supervisor(start, signal_ranks, lambda: _wait_for_ranks(lock)).run(max_restarts)
 
 
 def _check(loaded: LoadedConfig, processes: int) -> int:
@@ -94,17 +106,23 @@ def _store_inputs(config: RunConfig, directory: Path) -> Path:
     return resolved
 
 
-def run_ranks(command: list[str], environment: dict[str, str]) -> int:
-    """Run a launcher to its end and pass SIGTERM on to its ranks; returns its exit code."""
-    process = subprocess.Popen(command, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda *_: stop_ranks(process.pid))
-    try:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the ranks got it too: they save and leave; a second Ctrl-C is raised
-            return process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _latest_mark(directory: Path) -> int | None:
+    """What changes with each complete checkpoint of a run; None before the first."""
+    from overtok_megatron.checkpoint.store import LATEST
+
+    latest = RunFolder(directory).checkpoints / LATEST
+    return latest.stat().st_mtime_ns if latest.exists() else None
+
+
+def _wait_for_ranks(lock: RunLock, seconds: float = 120.0) -> None:
+    """Return when no rank holds the run any more, on any host that the lock reaches; raises CheckpointError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not lock.ranks_gone():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{lock.run}: ranks of this run still live {seconds:.0f} s after their launcher; end them"
+            )
+        time.sleep(0.1)
 
 
 def launcher_command(module: str, arguments: list[str], processes: int, master_port: int | None = None) -> list[str]:
@@ -130,14 +148,14 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
     ]
 
 
-def stop_ranks(launcher: int) -> None:
-    """Ask the ranks below a launcher to save and leave.
+def signal_ranks(launcher: int, number: int) -> None:
+    """Send a signal to the ranks below a launcher.
 
-    The launcher itself gets no signal: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
+    The launcher itself gets none: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
     half a minute.
     """
     for process in psutil.Process(launcher).children(recursive=True):
         with suppress(psutil.Error):
             words = process.cmdline()
             if ENTRY in words and any(word.startswith("--local_rank") for word in words):
-                process.terminate()
+                process.send_signal(number)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from overtok_megatron.environment import (
 )
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.watching.rank import Watch
+from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
 
 
 def set_up_logging(directory: Path, rank: int, console: bool) -> None:
@@ -52,11 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     options = parser.parse_args(arguments)
 
-    rank = int(os.environ.get("RANK", "0"))
+    place, watch = Place.of(os.environ), Watch()
+    rank = place.rank
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     try:
         config = parse_resolved(options.config)
         prepare_environment(os.environ, deterministic=config.training.deterministic)
+        folder = Path(config.training.output_directory)
+        watch = start_watch(place, folder, config.training.hang_timeout)  # before what takes long, or fails
 
         # imported only now: torch's libraries read the environment when they are loaded
         from overtok_megatron.parallel.devices import CPU, local_device, num_accelerators
@@ -69,17 +75,29 @@ def main(arguments: list[str] | None = None) -> int:
 
         from overtok_megatron.training.trainer import Trainer, show_bar
 
-        set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
-        run = Trainer(config, device=device, num_threads=max(1, available_cores() // local_ranks))
+        set_up_logging(folder, rank, console=not show_bar(config))
+        meeting = join_watchdogs(place, watch)
+        run = Trainer(config, device=device, num_threads=max(1, available_cores() // local_ranks), watch=watch)
+        del meeting  # its store is now the process group's
         finished = run.run()
     except OvertokError as error:
         if rank > 0:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print("\n".join(f"{prefix}: {line}" for line in error.lines), file=sys.stderr, flush=True)
+        watch.goodbye(2)
         return 2
+    except Exception as error:
+        code = watch.failed(error)
+        if code is None:
+            traceback.print_exception(error)
+            code = 1
+        watch.goodbye(code, repr(error)[:200])
+        return code
     run.grid.wait_for_all()  # all ranks leave together
-    return 0 if finished else 128 + signal.SIGTERM
+    code = 0 if finished else 128 + signal.SIGTERM
+    watch.goodbye(code)
+    return code
 
 
 def run_and_leave() -> None:
