@@ -35,7 +35,7 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None,
     """Validate, store the resolved configuration beside the run, and train on `processes` ranks of this host.
 
     master_port: where the ranks meet; None = a free one. max_restarts: how many times the job is started again after a
-    failure. Returns the launcher's exit code.
+    failure. Returns the exit code of the ranks (watching/supervisor.py).
     """
     config = loaded.config
     devices = _check(loaded, processes)

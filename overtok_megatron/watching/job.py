@@ -44,7 +44,8 @@ class JobWatch:
         self._say = say
         self._started = clock.now()
         self.ranks: dict[int, Rank] = {}
-        self._heard: dict[str, float] = {}  # when each host reported last
+        self._heard: dict[str, float] = {}  # when each watchdog reported last
+        self._disconnected: set[str] = set()
         self._texts: dict[int, str] = {}
         self._asked: float | None = None  # when the ranks were asked for their stacks
         self._ended: str | None = None  # how the job ended, in a word that names a file
@@ -55,12 +56,13 @@ class JobWatch:
         reported = len(self.ranks) == self._expected or self._ended is not None
         return reported and not any(rank["process"] for rank in self.ranks.values())
 
-    def receive(self, host: str, ranks: list[Rank]) -> None:
-        """Take a host's report on its ranks."""
+    def receive(self, watchdog: str, host: str, ranks: list[Rank]) -> None:
+        """Take a report on the ranks of a host. watchdog: names it alone, for several hosts may have one name."""
         now = self._clock.now()
-        self._heard[host] = now
+        self._heard[watchdog] = now
+        self._disconnected.discard(watchdog)
         for rank in ranks:
-            self.ranks[rank["rank"]] = rank | {"host": host, "at": now}
+            self.ranks[rank["rank"]] = rank | {"host": host, "watchdog": watchdog, "at": now}
         if self._ended is None:
             self._judge_dead()
 
@@ -68,20 +70,24 @@ class JobWatch:
         """Take a rank's stacks or traceback."""
         self._texts[rank] = text
 
+    def disconnected(self, watchdog: str) -> None:
+        """Note that a watchdog's connection has ended. It may come back within `LOST_AFTER` seconds."""
+        self._disconnected.add(watchdog)
+
+    def rank_failed(self) -> None:
+        """Take a rank's word that it has an error: where a host is disconnected, that host's end is the cause."""
+        for watchdog in self._disconnected:
+            if self._ended is None and self._living(watchdog):
+                self._lose(watchdog)
+
     def tick(self) -> None:
         """Judge what time alone brings about: silence, and hangs."""
         if self._ended is not None:
             return None
         now = self._clock.now()
-        for host, heard in self._heard.items():
-            own = [rank for rank in self.ranks.values() if rank["host"] == host]
-            if now - heard > LOST_AFTER and any(rank["process"] for rank in own):
-                names = ", ".join(str(rank["rank"]) for rank in own)
-                return self._end(
-                    1,
-                    f"host {host} (ranks {names}) has not been heard for {now - heard:.0f} s, its first rank "
-                    f"{self._doing(own[0])}",
-                )
+        for watchdog, heard in self._heard.items():
+            if now - heard > LOST_AFTER and self._living(watchdog):
+                return self._lose(watchdog)
         if self._asked is not None:
             living = {number for number, rank in self.ranks.items() if rank["state"] == "alive"}
             if living <= self._texts.keys() or now - self._asked > _ANSWERING:
@@ -105,10 +111,25 @@ class JobWatch:
             left = [str(number) for number, rank in self.ranks.items() if rank["process"]]
             self._say(f"it is not known whether ranks {', '.join(left)} have gone{where}")
 
+    def _living(self, watchdog: str) -> list[Rank]:
+        """The ranks of a host that had a process when it was heard last."""
+        return [rank for rank in self.ranks.values() if rank["watchdog"] == watchdog and rank["process"]]
+
+    def _lose(self, watchdog: str) -> None:
+        own = self._living(watchdog)
+        names = ", ".join(str(rank["rank"]) for rank in own)
+        what = f"has not been heard for {self._clock.now() - self._heard[watchdog]:.0f} s"
+        if watchdog in self._disconnected:
+            what = "is lost: its watchdog's connection has ended"
+        self._end(
+            1,
+            f"host {own[0]['host']} (ranks {names}) {what}; rank {own[0]['rank']} was last heard {self._doing(own[0])}",
+        )
+
     def _judge_dead(self) -> None:
         for rank in sorted(self.ranks.values(), key=lambda rank: int(rank["rank"])):
             if rank["state"] == "died":
-                return self._end(1, f"{_name(rank)} {rank['how']}, {self._doing(rank)}")
+                return self._end(1, f"{_name(rank)} {rank['how']}, last heard {self._doing(rank)}")
             if rank["state"] == "left" and rank["code"] == MISTAKE:
                 return self._end(MISTAKE, None)
             if rank["state"] == "left" and rank["code"] not in ASKED_TO_LEAVE:
@@ -167,7 +188,8 @@ class JobWatch:
             rank = living[number]
             limit = self._limit(rank["beat"]["phase"])
             what = silent.get(number) or f"is in {innermost(self._texts[number])}"
-            self._say(f"{_name(rank)} hangs, {self._doing(rank)} ({limit:g} s are allowed): it {what}")
+            heard = "last heard " if number in silent else ""
+            self._say(f"{_name(rank)} hangs, {heard}{self._doing(rank)} ({limit:g} s are allowed): it {what}")
         further = len(absent) + len(named) - min(len(absent), _MOST_LINES) - min(len(named), _MOST_LINES)
         more = f" and of {further} more ranks that hang" if further else ""
         self._say(

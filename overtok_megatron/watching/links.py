@@ -11,13 +11,14 @@
 | watchdog | its ranks | `port` | port and token under which other watchdogs reach this one; to the first rank |
 | | | `stacks`, `leave` | a request for stacks; exit code with which to leave at once |
 | watchdog | the first host's | `hello` | token |
-| | | `report` | host, state of each of its ranks |
-| | | `text` | rank, text |
+| | | `report` | the watchdog's name, host, state of each of its ranks |
+| | | `text`, `failed` | rank, text; as from ranks |
 | the first host's | watchdogs | `alive`, `stacks`, `leave` | a sign of life; as to ranks |
 """
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -33,6 +34,13 @@ _CONNECTING = 5.0  # seconds
 
 def encoded(message: Message) -> bytes:
     return json.dumps(message).encode() + b"\n"
+
+
+def listening_socket() -> socket.socket:
+    """A socket on a free port of this host, over IPv6 and IPv4 where it has both: asyncio would take a port for each."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:

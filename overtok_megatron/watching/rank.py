@@ -17,6 +17,7 @@ from overtok_megatron.watching.clock import RunningClock
 from overtok_megatron.watching.links import INTERVAL, encoded
 
 T = TypeVar("T")
+_OFTEN = 0.1  # seconds between beats where phases or steps change that fast
 _LAST_WORDS = 1.0  # seconds that a rank which has to leave has to tell its own traceback
 _WAIT_FOR_CAUSE = 3.0  # seconds in which the watchdog has said which rank died, if one did
 
@@ -32,6 +33,8 @@ class Watch:
         self._clock = RunningClock()
         self._doing: tuple[str, int | None, float] = ("start", None, self._clock.now())
         self._socket: socket.socket | None = None
+        self._wake: int | None = None  # an event's file descriptor, which wakes the thread
+        self._last_beat = 0.0
         self._sending = threading.Lock()
         self._told = threading.Event()
         self._exit_code = 1  # with which this rank has to leave once it is told to
@@ -41,7 +44,10 @@ class Watch:
 
     def phase(self, name: str, step: int | None = None) -> None:
         """Enter a phase (those of job.PHASES), or the same one anew: its time limit begins again. step: the one at work on."""
-        self._doing = (name, step, self._clock.now())
+        now = self._clock.now()
+        self._doing = (name, step, now)
+        if self._wake is not None and now - self._last_beat > _OFTEN:
+            os.eventfd_write(self._wake, 1)
 
     def each(self, items: Iterable[T], name: str, step: int | None = None) -> Iterator[T]:
         """`items`, with a phase of this name for the work on each."""
@@ -76,6 +82,7 @@ class Watch:
 
         When a rank dies, the collectives of its peers raise. The traceback of such an error goes to the watchdog.
         """
+        self.tell("beat", **self._beat())
         self.tell("failed")
         if self._socket is None or not self._told.wait(_WAIT_FOR_CAUSE):
             return None
@@ -89,14 +96,16 @@ class Watch:
 
     def _run(self, address: str, rank: int) -> None:
         connection = _connected(address)
-        self._socket = connection
+        self._socket, self._wake = connection, os.eventfd(0)
         self.tell("hello", rank=rank)
         pending = b""
         while True:
             self.tell("beat", **self._beat())
-            readable, _, _ = select.select([connection], [], [], INTERVAL)
+            readable, _, _ = select.select([connection.fileno(), self._wake], [], [], INTERVAL)
             self._clock.tick()
-            if not readable:
+            if self._wake in readable:
+                os.eventfd_read(self._wake)
+            if connection.fileno() not in readable:
                 continue
             try:
                 received = connection.recv(1 << 16)
@@ -110,6 +119,7 @@ class Watch:
 
     def _beat(self) -> dict[str, Any]:
         name, step, since = self._doing
+        self._last_beat = self._clock.now()
         now = time.monotonic()
         collectives = [(what, now - begin) for what, begin in list(self.under_way.values())]
         return {"phase": name, "step": step, "seconds": self._clock.now() - since, "collectives": collectives}

@@ -9,6 +9,7 @@ from types import FrameType
 
 # Finished; a mistake that would come again; stopped early, and to be started again by whoever stopped it; Ctrl-C; SIGTERM.
 FINAL = (0, 2, 75, 130, 143)
+FAILED = 1  # whatever else a launcher makes of the codes and signals by which its ranks ended
 _LONGEST_PAUSE = 60.0  # seconds before a start
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -34,7 +35,7 @@ class Supervisor:
         self._interrupted = False  # by a second Ctrl-C
 
     def run(self, max_restarts: int) -> int:
-        """Start the job, and again after each failure, `max_restarts` times in all; returns the last launcher's exit code.
+        """Start the job, and again after each failure, `max_restarts` times in all; returns the exit code of the last start.
 
         The ranks go on from the run's last complete checkpoint by themselves. Progress does not earn further restarts.
         Raises KeyboardInterrupt after a second Ctrl-C, when the ranks have gone.
@@ -52,8 +53,10 @@ class Supervisor:
                     self._wait_until_gone()
                 if self._interrupted:
                     raise KeyboardInterrupt
-                if code in FINAL or self._stopped is not None or restarts == max_restarts:
+                if code in FINAL:
                     return code
+                if self._stopped is not None or restarts == max_restarts:
+                    return FAILED
                 pause = min(_LONGEST_PAUSE, 2.0**restarts)
                 _say(
                     f"start {restarts + 1} of at most {max_restarts + 1} ended with code {code}, and its ranks have gone; the "

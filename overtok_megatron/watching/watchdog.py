@@ -22,7 +22,16 @@ import psutil
 
 from overtok_megatron.watching.clock import RunningClock
 from overtok_megatron.watching.job import JobWatch
-from overtok_megatron.watching.links import INTERVAL, LONGEST, LOST_AFTER, JobLink, Message, encoded, messages
+from overtok_megatron.watching.links import (
+    INTERVAL,
+    LONGEST,
+    LOST_AFTER,
+    JobLink,
+    Message,
+    encoded,
+    listening_socket,
+    messages,
+)
 
 _LEAVING = 2.5  # seconds in which a rank leaves by itself when it is told to
 _DYING = 30.0  # seconds in which the kernel has ended a process
@@ -76,6 +85,7 @@ class HostWatch:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._host = socket.gethostname()
+        self._name = secrets.token_hex(8)  # of this watchdog: in containers several hosts may have one name
         self._clock = RunningClock()
         self._ranks: dict[int, WatchedRank] = {}
         self._last_change = self._clock.now()
@@ -97,10 +107,11 @@ class HostWatch:
     async def run(self) -> None:
         """Watch until the ranks have gone."""
         listener = socket.socket(fileno=self._settings.listener)
-        server = await asyncio.start_unix_server(self._serve_rank, sock=listener, limit=LONGEST)
         if self._settings.first and self._settings.host_ranks < self._settings.ranks:
-            others = await asyncio.start_server(self._serve_host, None, 0, limit=LONGEST)
-            self._port = others.sockets[0].getsockname()[1]
+            others = listening_socket()
+            await asyncio.start_server(self._serve_host, sock=others, limit=LONGEST)
+            self._port = others.getsockname()[1]  # known before a rank comes, which is told it
+        server = await asyncio.start_unix_server(self._serve_rank, sock=listener, limit=LONGEST)
         while not self._done():
             self._clock.tick()
             self._report()
@@ -163,12 +174,21 @@ class HostWatch:
         elif kind == "bye":
             rank.state, rank.code, rank.why = "left", message["code"], message["why"]
             self._report()
-        elif kind == "failed" and self._link is not None and self._link.broken:
-            self._lost()
+        elif kind == "failed":
+            self._rank_failed()
         elif kind == "meet":
             self._job = None
             address, port, token = message["address"], message["port"], message["token"]
             self._link = JobLink(address, port, token, clock=self._clock, obey=self._command)
+
+    def _rank_failed(self) -> None:
+        """A rank has an error that another rank's end may have caused, perhaps on a host that is not connected any more."""
+        if self._job is not None:
+            self._job.rank_failed()
+        elif self._link is not None and self._link.broken:
+            self._lost()
+        elif self._link is not None:
+            self._link.send({"type": "failed"})
 
     def _gone(self, rank: WatchedRank) -> None:
         """The kernel says that a rank's process has ended."""
@@ -197,9 +217,9 @@ class HostWatch:
             for rank in self._ranks.values()
         ]
         if self._job is not None:
-            self._job.receive(self._host, ranks)
+            self._job.receive(self._name, self._host, ranks)
         elif self._link is not None:
-            self._link.send({"type": "report", "host": self._host, "ranks": ranks})
+            self._link.send({"type": "report", "watchdog": self._name, "host": self._host, "ranks": ranks})
 
     def _pass_on_text(self, rank: int, text: str) -> None:
         if self._job is not None:
@@ -256,13 +276,19 @@ class HostWatch:
         hello: Message = await anext(arriving, {})
         if hello.get("type") == "hello" and secrets.compare_digest(str(hello.get("token")), self._token):
             self._others.add(writer)
+            name = ""
             async for message in arriving:
                 assert self._job is not None
                 if message["type"] == "report":
-                    self._job.receive(message["host"], message["ranks"])
+                    name = message["watchdog"]
+                    self._job.receive(name, message["host"], message["ranks"])
                 elif message["type"] == "text":
                     self._job.receive_text(message["rank"], message["text"])
+                elif message["type"] == "failed":
+                    self._job.rank_failed()
             self._others.discard(writer)
+            assert self._job is not None
+            self._job.disconnected(name)
         writer.close()
 
     def _send_to_others(self, message: Message) -> None:
