@@ -62,7 +62,7 @@ class Settings:
     hang_timeout: float | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WatchedRank:
     """A rank of this host. pidfd: becomes readable when the process has died."""
 
@@ -155,7 +155,7 @@ class HostWatch:
     def _register(self, number: int, process: int, writer: asyncio.StreamWriter) -> WatchedRank:
         self._last_change = self._clock.now()
         pidfd = os.pidfd_open(process)
-        rank = WatchedRank(number, process, pidfd, writer, heard=self._clock.now())
+        rank = WatchedRank(rank=number, process=process, pidfd=pidfd, writer=writer, heard=self._clock.now())
         self._ranks[number] = rank
         asyncio.get_running_loop().add_reader(pidfd, self._gone, rank)
         if number == 0 and self._port:
