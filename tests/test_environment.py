@@ -129,11 +129,11 @@ import os, sys, types
 import torch
 torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda device: None
 from overtok_megatron.training import entry
-training = types.SimpleNamespace(deterministic=False, output_directory=".")
+training = types.SimpleNamespace(deterministic=False, output_directory=".", hang_timeout=None)
 entry.parse_resolved = lambda path: types.SimpleNamespace(training=training)
 sys.modules["overtok_megatron.training.trainer"] = loop = types.ModuleType("loop")
 loop.show_bar = lambda config: False
-def run(config, *, device, num_threads):
+def run(config, *, device, num_threads, watch):
     print(device, os.environ["LOCAL_RANK"])
     sys.exit(0)
 loop.Trainer = run

@@ -24,7 +24,7 @@ from overtok_megatron.environment import (
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.watching.rank import Watch
-from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
+from overtok_megatron.watching.starting import MeetingError, Place, join_watchdogs, start_watch
 
 
 def set_up_logging(directory: Path, rank: int, console: bool) -> None:
@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = Trainer(config, device=device, num_threads=max(1, available_cores() // local_ranks), watch=watch)
         del meeting  # its store is now the process group's
         finished = run.run()
+        run.grid.wait_for_all()  # all ranks leave together
     except OvertokError as error:
         if rank > 0:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
@@ -90,11 +91,13 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         code = watch.failed(error)
         if code is None:
-            traceback.print_exception(error)
             code = 1
+            if isinstance(error, MeetingError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exception(error)
         watch.goodbye(code, repr(error)[:200])
         return code
-    run.grid.wait_for_all()  # all ranks leave together
     code = 0 if finished else 128 + signal.SIGTERM
     watch.goodbye(code)
     return code

@@ -63,8 +63,9 @@ class JobWatch:
         self._disconnected.discard(watchdog)
         for rank in ranks:
             self.ranks[rank["rank"]] = rank | {"host": host, "watchdog": watchdog, "at": now}
-        if self._ended is None:
-            self._judge_dead()
+        for rank in sorted(ranks, key=lambda rank: int(rank["rank"])):
+            if self._ended is None:
+                self._judge_dead(self.ranks[rank["rank"]])
 
     def receive_text(self, rank: int, text: str) -> None:
         """Take a rank's stacks or traceback."""
@@ -126,16 +127,15 @@ class JobWatch:
             f"host {own[0]['host']} (ranks {names}) {what}; rank {own[0]['rank']} was last heard {self._doing(own[0])}",
         )
 
-    def _judge_dead(self) -> None:
-        for rank in sorted(self.ranks.values(), key=lambda rank: int(rank["rank"])):
-            if rank["state"] == "died":
-                return self._end(1, f"{_name(rank)} {rank['how']}, last heard {self._doing(rank)}")
-            if rank["state"] == "left" and rank["code"] == MISTAKE:
-                return self._end(MISTAKE, None)
-            if rank["state"] == "left" and rank["code"] not in ASKED_TO_LEAVE:
-                why = f" ({rank['why']})" if rank["why"] else ""
-                return self._end(1, f"{_name(rank)} left with exit code {rank['code']}{why}, {self._doing(rank)}")
-        return None
+    def _judge_dead(self, rank: Rank) -> None:
+        """End the job where a rank has died, or has left with a code that says that it failed."""
+        if rank["state"] == "died":
+            self._end(1, f"{_name(rank)} {rank['how']}, last heard {self._doing(rank)}")
+        elif rank["state"] == "left" and rank["code"] == MISTAKE:
+            self._end(MISTAKE, None)
+        elif rank["state"] == "left" and rank["code"] not in ASKED_TO_LEAVE:
+            why = f" ({rank['why']})" if rank["why"] else ""
+            self._end(1, f"{_name(rank)} left with exit code {rank['code']}{why}, {self._doing(rank)}")
 
     def _end(self, code: int, line: str | None) -> None:
         """End all ranks. code: theirs; line: what happened; None where a rank has said it."""

@@ -24,6 +24,10 @@ _KEY = "overtok watchdog"
 _HOST_NUMBERS = ("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID")
 
 
+class MeetingError(Exception):
+    """The first rank cannot be reached: perhaps its host, or the link to it, will be there at the next start."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a rank stands in its job, as launchers say it in the environment."""
@@ -41,12 +45,11 @@ class Place:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Place":
         """The place that these variables describe: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE or LOCAL_SIZE, MASTER_..."""
-        ranks = int(environment.get("WORLD_SIZE", "1"))
         return cls(
             rank=int(environment.get("RANK", "0")),
             local_rank=int(environment.get("LOCAL_RANK", "0")),
-            ranks=ranks,
-            host_ranks=int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", str(ranks)))),
+            ranks=int(environment.get("WORLD_SIZE", "1")),
+            host_ranks=int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))),
             address=environment.get("MASTER_ADDR", ""),
             port=environment.get("MASTER_PORT", ""),
             host_number=next((environment[name] for name in _HOST_NUMBERS if name in environment), ""),
@@ -122,7 +125,7 @@ def join_watchdogs(place: Place, watch: Watch) -> Any:
     """Let the watchdogs of all hosts find each other; the first rank of each host must call this, others may.
 
     Returns what must be kept until the process group has formed: the store of torch.distributed, which it then shares.
-    Raises ConfigError where the first rank cannot be reached.
+    Raises MeetingError where the first rank cannot be reached.
     """
     if place.local_rank > 0 or place.host_ranks == place.ranks or sys.platform != "linux":
         return None
@@ -145,7 +148,7 @@ def join_watchdogs(place: Place, watch: Watch) -> Any:
             watch.tell("meet", address=place.address, port=int(port_text), token=token)
     except DistError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"MASTER_ADDR, MASTER_PORT: {place.address}, {place.port}: no first rank there ({reason})"
+        raise MeetingError(
+            f"MASTER_ADDR, MASTER_PORT: rank {place.rank} does not reach {place.address}, {place.port} ({reason})"
         ) from None
     return store

@@ -138,7 +138,7 @@ class HostWatch:
             return False
         if self._settings.first and self._job is not None and not self._job.all_gone:
             return self._ending is not None and quiet > _DYING
-        return self._ending is not None or len(self._ranks) == self._settings.host_ranks or quiet > _ARRIVING
+        return self._ending is not None or len(self._ranks) >= self._settings.host_ranks or quiet > _ARRIVING
 
     async def _serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         process, user = _peer(writer)
