@@ -99,8 +99,8 @@ class JobWatch:
         return None
 
     def finish(self) -> None:
-        """Say that the ended job has gone, when its ranks have."""
-        if self._ended is None:
+        """Say that the ended job has gone, when its ranks have, where it was said that they will."""
+        if self._ended is None or (self._ended == "mistake" and self.all_gone):
             return
         where = ""
         if self._ended != "hang" and self._texts:
@@ -139,7 +139,7 @@ class JobWatch:
 
     def _end(self, code: int, line: str | None) -> None:
         """End all ranks. code: theirs; line: what happened; None where a rank has said it."""
-        self._ended = "death"
+        self._ended = "death" if line is not None else "mistake"
         if line is not None:
             self._say(f"{line}; ending all ranks of the job")
         self._command({"type": "leave", "code": code})

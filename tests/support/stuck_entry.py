@@ -10,7 +10,8 @@ if __name__ == "__main__":
     step, calls = TrainingEngine.step, iter(range(10**9))
 
     def stuck(self: TrainingEngine, *arguments: Any) -> Any:
-        while os.environ["RANK"] == "1" and next(calls) >= 3:
+        stays = os.environ["RANK"] == "1" and next(calls) >= 3
+        while stays:
             pass
         return step(self, *arguments)
 

@@ -102,8 +102,12 @@ def test_codes_with_which_a_rank_leaves(tmp_path: Path, code: int, orders: list[
     job = Job(tmp_path)
     job.report("a", "b", state="left", code=code, why="RuntimeError: odd")
     assert job.orders == orders
-    assert len(job.said) == lines
-    assert all("left with exit code 1 (RuntimeError: odd)" in line for line in job.said)
+    job.report("a", state="left", code=0, process="")
+    for host, ranks in {"a": (0, 1), "b": (2,)}.items():
+        job.watch.receive(f"watchdog of {host}", host, [alive(rank, beat()) | {"process": ""} for rank in ranks])
+    job.watch.finish()
+    assert len(job.said) == 2 * lines  # and the last of them, that all have gone
+    assert all("left with exit code 1 (RuntimeError: odd)" in line for line in job.said[:1])
 
 
 @pytest.mark.parametrize("phase", PHASES)
