@@ -34,7 +34,7 @@ def default_processes() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, or what the verb returns.
 
-    `train` returns the launcher's code.
+    `train` returns the code of its ranks, 1 where they ended otherwise than by leaving with one.
     """
     set_library_defaults(os.environ)  # before torch is imported, which loads OpenMP
     parser = build_parser()

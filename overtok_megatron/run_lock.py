@@ -70,6 +70,15 @@ class RunLock:
         """Release the ranks' lock, for the ranks of a training that this process starts; keep the other one."""
         self._close(RANKS)
 
+    def ranks_gone(self) -> bool:
+        """Whether no rank of a training holds the folder any more, to which this process has lent its lock."""
+        try:
+            self._take(RANKS, fcntl.LOCK_EX, record=False)
+        except CheckpointError:
+            return False
+        self._close(RANKS)
+        return True
+
     def take_for_ranks(self) -> None:
         """Lock as a training's first rank: below the command that holds the folder, or alone. Raises as `take` does."""
         self._open_folder()

@@ -15,6 +15,11 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """A whole number from 0 to MOST."""
+    return 0 if text == "0" else positive(text)
+
+
 def port(text: str) -> int:
     """The number of a port; 0 asks for a free one."""
     value = int(text)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.commands.arguments import port, positive
+from overtok_megatron.commands.arguments import not_negative, port, positive
 from overtok_megatron.errors import OutputError
 from overtok_megatron.files import refuse_inputs
 
@@ -39,7 +39,7 @@ def _train(options: argparse.Namespace) -> int:
         cluster = Cluster(hosts=hosts, launcher=options.launcher, launcher_arguments=options.launcher_args)
         processes = cluster.world_size
     loaded = load_run(options.config, options.overrides, _note)
-    return launch(loaded, processes, options.master_port, cluster)
+    return launch(loaded, processes, options.master_port, cluster, max_restarts=options.max_restarts)
 
 
 def _note(line: str) -> None:
@@ -81,4 +81,10 @@ def add_verbs(verbs: Any) -> None:
         help="with --hostfile: by what DeepSpeed starts the ranks (default: pdsh)",
     )
     verb.add_argument("--launcher-args", default="", help="with --hostfile: words for pdsh, mpirun or srun")
+    verb.add_argument(
+        "--max-restarts",
+        type=not_negative,
+        default=0,
+        help="how often in all the job is started again, from its last complete checkpoint, where it fails (default: 0)",
+    )
     verb.set_defaults(work=_train)

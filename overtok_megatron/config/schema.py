@@ -317,6 +317,11 @@ class TrainingConfig(Section):
         "liger, apex: auto with that package's kernels (CUDA only); torch: torch's operators only",
     )
     num_threads: Parts | None = Field(None, description="CPU threads per rank; none = cores divided by ranks")
+    hang_timeout: NonNegativeFloat | None = Field(
+        300.0,
+        description="seconds that a step may take before its ranks count as hung and end: four times that for the first step "
+        "and per batch of a validation, twelve times for the start, a save and the end; 0 or none = any time",
+    )
 
 
 class CheckpointConfig(Section):

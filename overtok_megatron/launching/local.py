@@ -5,24 +5,25 @@ The ranks run on this host, or on those of a cluster (cluster.py).
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 import psutil
 
-from overtok_megatron.config.loading import LoadedConfig
+from overtok_megatron.config.loading import LoadedConfig, save_resolved
 from overtok_megatron.config.validation import validate
 from overtok_megatron.environment import rank_environment, usable_devices
-from overtok_megatron.errors import ConfigError
+from overtok_megatron.errors import CheckpointError, ConfigError
 from overtok_megatron.launching.cluster import Cluster, check_cluster, cluster_command, signal_first_rank
 from overtok_megatron.launching.preparation import check_inputs, make_folder, store_inputs
-from overtok_megatron.run_lock import hold
+from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.run_lock import RunLock, hold
+from overtok_megatron.watching.supervisor import Supervisor
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 STORED = "--stored"  # its option: the configuration was checked and stored by this process
@@ -36,11 +37,18 @@ def free_port() -> int:
     return port
 
 
-def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None, cluster: Cluster | None = None) -> int:
+def launch(
+    loaded: LoadedConfig,
+    processes: int,
+    master_port: int | None = None,
+    cluster: Cluster | None = None,
+    *,
+    max_restarts: int = 0,
+) -> int:
     """Validate, store the resolved configuration beside the run, and train on `processes` ranks.
 
-    master_port: where the ranks meet; None = a free one. cluster: the hosts of the ranks; None = this one. Returns the
-    launcher's exit code.
+    master_port: where the ranks meet; None = a free one. cluster: the hosts of the ranks; None = this one. max_restarts: how
+    many times the job is started again after a failure. Returns the exit code of the ranks (watching/supervisor.py).
     """
     config = loaded.config
     here, most = (processes, processes) if cluster is None else (cluster.ranks_here, cluster.most_ranks)
@@ -53,14 +61,35 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None,
     directory = make_folder(config)
     with hold(directory, "overtok train") as lock:
         resolved = store_inputs(config, directory)
+        made_before = _latest_mark(directory)
         words = [str(resolved), STORED]
+
+        def start() -> "subprocess.Popen[bytes]":
+            if config.training.resume == "never" and _latest_mark(directory) != made_before:
+                # the start before this one began the run anew, as asked for; this one goes on with it
+                training = config.training.model_copy(update={"resume": "auto"})
+                save_resolved(config.model_copy(update={"training": training}), resolved)
+            if cluster is None:
+                command = launcher_command(ENTRY, words, processes, master_port)
+                return subprocess.Popen(command, env=environment, process_group=0)
+            files.close()  # those of the start before
+            variables = dict(environment)
+            command = files.enter_context(cluster_command(cluster, ENTRY, words, variables, master_port))
+            return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, process_group=0)
+
         if cluster is None:
             lock.lend()  # the ranks hold the run as well: this process may be killed while they live
-            return run_ranks(launcher_command(ENTRY, words, processes, master_port), environment, stop_ranks)
-        lock.release()  # the first rank takes it: on its own host, or not as a descendant of this process
-        with cluster_command(cluster, ENTRY, words, environment, master_port) as command:
-            ask = partial(signal_first_rank, cluster, directory)
-            return run_ranks(command, environment, lambda launcher, number: ask(number), apart=True)
+            ask = signal_ranks
+        else:
+            lock.release()  # the first rank takes it: on its own host, or not as a descendant of this process
+            ask = partial(_signal_cluster, cluster, directory)
+        with ExitStack() as files:
+            return Supervisor(start, ask, lambda: _wait_for_ranks(lock)).run(max_restarts)
+
+
+def _signal_cluster(cluster: Cluster, directory: Path, _: int, number: int) -> None:
+    """Send a signal to the first rank, whose host passes it on to no other: all ranks stop together."""
+    signal_first_rank(cluster, directory, number)
 
 
 def _check(loaded: LoadedConfig, world_size: int, processes: int) -> int:
@@ -81,30 +110,23 @@ def _check(loaded: LoadedConfig, world_size: int, processes: int) -> int:
     return devices
 
 
-def run_ranks(
-    command: list[str], environment: dict[str, str], signal_ranks: Callable[[int, int], None], *, apart: bool = False
-) -> int:
-    """Run a launcher to its end and pass SIGTERM and SIGUSR1 on to its ranks; returns its exit code.
+def _latest_mark(directory: Path) -> int | None:
+    """What changes with each complete checkpoint of a run; None before the first."""
+    from overtok_megatron.checkpoint.store import LATEST
 
-    signal_ranks: sends the ranks a signal, given the launcher's process and its number. apart: whether the launcher must not
-    get Ctrl-C from the terminal: DeepSpeed's kills the ranks of other hosts when it does.
-    """
-    group = 0 if apart else None
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL if apart else None, process_group=group
-    )
-    passed_on = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, lambda received, _: signal_ranks(process.pid, received)) for number in passed_on]
-    try:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the ranks save and leave; a second Ctrl-C is raised
-            if apart:
-                signal_ranks(process.pid, signal.SIGTERM)
-            return process.wait()
-    finally:
-        for number, handler in zip(passed_on, before, strict=True):
-            signal.signal(number, handler)
+    latest = RunFolder(directory).checkpoints / LATEST
+    return latest.stat().st_mtime_ns if latest.exists() else None
+
+
+def _wait_for_ranks(lock: RunLock, seconds: float = 120.0) -> None:
+    """Return when no rank holds the run any more, on any host that the lock reaches; raises CheckpointError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not lock.ranks_gone():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{lock.run}: ranks of this run still live {seconds:.0f} s after their launcher; end them"
+            )
+        time.sleep(0.1)
 
 
 def launcher_command(module: str, arguments: list[str], processes: int, master_port: int | None = None) -> list[str]:
@@ -130,10 +152,10 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
     ]
 
 
-def stop_ranks(launcher: int, number: int) -> None:
-    """Ask the ranks below a launcher to save and leave, by the signal `number`.
+def signal_ranks(launcher: int, number: int) -> None:
+    """Send a signal to the ranks below a launcher.
 
-    The launcher itself gets no signal: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
+    The launcher itself gets none: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
     half a minute.
     """
     for process in psutil.Process(launcher).children(recursive=True):

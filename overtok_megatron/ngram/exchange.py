@@ -20,7 +20,7 @@ from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
 from overtok_megatron.ngram.row_space import RowFilter
-from overtok_megatron.parallel.collectives import profiler_span
+from overtok_megatron.parallel.collectives import profiler_span, wait_for
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
 Fetching = Callable[
@@ -361,12 +361,12 @@ class FlatExchange:
         assert self.group is not None
         with profiler_span(f"all-to-all of {what}", self.group):
             work = dist.all_to_all_single(result, sent, recv_counts, send_counts, group=self.group, async_op=True)
-        return partial(_arrived, work, sent, result)
+        return partial(_arrived, work, sent, result, f"{self.group.group_desc}: all-to-all of {what}")
 
 
-def _arrived(work: dist.Work, sent: Tensor, result: Tensor) -> Tensor:
+def _arrived(work: dist.Work, sent: Tensor, result: Tensor, name: str) -> Tensor:
     """The result of a collective. sent: is kept in memory until then."""
-    work.wait()  # on a GPU only the current stream waits
+    wait_for(work, name)
     return result
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from overtok_megatron.errors import OvertokError
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.training.before_training import place_process, prepare_rank
 from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
+from overtok_megatron.watching.rank import Watch
+from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
 
 log = logging.getLogger("overtok_megatron.training.entry")  # run as a script, this module has another name
 
@@ -61,33 +64,54 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     meeting: Meeting | None = None
+    watch = Watch()
     try:
         place = place_process(os.environ)
         meeting = Meeting(place)
         prepare_environment(os.environ, deterministic=False)
         start = prepare_rank(meeting, os.environ, options.config, options.overrides, stored=options.stored)
         config = start.config
+        folder = Path(config.training.output_directory)
+        on_host = Place.of(os.environ)
+        watch = start_watch(on_host, folder, config.training.hang_timeout)
+        join_watchdogs(on_host, watch, meeting.store)
 
         # imported only now: torch's libraries read the environment when they are loaded
         from overtok_megatron.training.trainer import Trainer, show_bar
 
-        set_up_logging(Path(config.training.output_directory), place.rank, console=not show_bar(config))
+        set_up_logging(folder, place.rank, console=not show_bar(config))
         for line in start.warnings:
             log.warning("%s", line)
-        run = Trainer(config, device=start.device, num_threads=place.num_threads(available_cores()))
+        run = Trainer(config, device=start.device, num_threads=place.num_threads(available_cores()), watch=watch)
         run.run()
-    except AlreadySaidError as error:
+        run.grid.wait_for_all()  # all ranks leave together
+    except Exception as error:
+        return _leave_after(error, meeting, watch)
+    watch.goodbye(run.exit_code)
+    return run.exit_code
+
+
+def _leave_after(error: Exception, meeting: Meeting | None, watch: Watch) -> int:
+    """Say what ended this rank, unless another process has said it; returns the exit code."""
+    if isinstance(error, AlreadySaidError):
         assert meeting is not None
         meeting.leave(error.code)
-        return error.code
-    except OvertokError as error:
-        _tell(error.lines, meeting, error.exit_code)
-        return error.exit_code
-    except NotMetError as error:
-        _tell([str(error)], meeting, 1)
-        return 1
-    run.grid.wait_for_all()  # all ranks leave together
-    return run.exit_code
+        code = error.code
+    elif isinstance(error, OvertokError):
+        code = error.exit_code
+        _tell(error.lines, meeting, code)
+    elif isinstance(error, NotMetError):
+        code = 1
+        _tell([str(error)], meeting, code)
+    else:
+        known = watch.failed(error)
+        code = 1 if known is None else known
+        if known is None:
+            traceback.print_exception(error)
+        watch.goodbye(code, repr(error)[:200])
+        return code
+    watch.goodbye(code)
+    return code
 
 
 def _tell(lines: list[str], meeting: Meeting | None, code: int) -> None:

@@ -93,6 +93,12 @@ class Meeting:
                 f"{socket.gethostname()}; set it to that host"
             )
 
+    @property
+    def store(self) -> Any:
+        """The store of torch.distributed, for others of this start that meet. Call `join` before."""
+        assert self._store is not None, "the ranks have not met"
+        return self._store
+
     def begin(self, told: dict[str, Any]) -> None:
         """On the first rank: tell the others what they answer to."""
         self._store.set(_START, json.dumps(told))

@@ -19,6 +19,7 @@ from overtok_megatron.config.validation import validate
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError, WeightsError
 from overtok_megatron.loss_metrics import validation_metrics
+from overtok_megatron.parallel.collectives import UNDER_WAY
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock
 from overtok_megatron.training.agreement import agree
@@ -36,6 +37,7 @@ from overtok_megatron.training.table_metrics import table_metrics
 from overtok_megatron.training.token_feed import TokenFeed
 from overtok_megatron.training.tracing import Tracer
 from overtok_megatron.training.weights_check import WeightsCheck
+from overtok_megatron.watching.rank import Watch
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,13 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One run from its first (or resumed) step to its last. All ranks must call its methods."""
 
-    def __init__(self, config: RunConfig, *, device: torch.device, num_threads: int) -> None:
-        """num_threads: of this rank on the host, where the configuration names none."""
+    def __init__(
+        self, config: RunConfig, *, device: torch.device, num_threads: int, watch: Watch | None = None
+    ) -> None:
+        """num_threads: of this rank on the host, where the configuration names none. watch: is told what this rank does."""
         self.config = config
+        self.watch = watch or Watch()
+        self.watch.under_way = UNDER_WAY
         # Beside a GPU, host tables and an offloaded optimizer use these threads.
         torch.set_num_threads(config.training.num_threads or num_threads)
         torch.use_deterministic_algorithms(config.training.deterministic)
@@ -106,6 +112,7 @@ class Trainer:
         """
         try:
             finished = self._train()
+            self.watch.phase("end", self.total_steps)
             self.feed.finish()
             self.leaving.tidy()
             if not self.first:
@@ -135,10 +142,12 @@ class Trainer:
                 open_until_end.callback(report.close)
             for step in range(steps_done, self.total_steps):
                 done = step + 1
+                self.watch.phase("first step" if step == steps_done else "step", done)
                 values, stop = self._one_step_or_leave(step, tokens_of_steps)
                 if report is not None:
                     report.step(done, values)
                 if stop or self._due(done, self.config.checkpoint.interval):
+                    self.watch.phase("save", done)
                     self._save(done)
                 if stop:
                     break
@@ -221,7 +230,8 @@ class Trainer:
         if self.weights_check.due(done, saved=result.stop or self._due(done, self.config.checkpoint.interval)):
             self.weights_check.run(done)  # now: under ZeRO 1 and 2 the next step makes the weights anew
         if self._due(done, self.config.training.validation_interval) and self.data.validation:
-            values |= self._validate()
+            values |= self._validate(done)
+            self.watch.phase("evaluate", done)
             values |= table_metrics(self.engine, tokens)
         self.consumed += self.config.training.global_batch_size
         values |= {f"data/epoch/{name}": epoch for name, epoch in self.feed.epochs(self.consumed).items()}
@@ -240,11 +250,12 @@ class Trainer:
     def _stop_after_step(self) -> None:
         self.engine.stop_asked = True
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, done: int) -> dict[str, float]:
         """The metrics of every validation set, one after the other in the configuration's order."""
         values: dict[str, float] = {}
         for name, dataset in self.data.validation.items():
-            loss, _ = self.engine.evaluate(self.feed.validation(dataset))
+            batches = self.watch.each(self.feed.validation(dataset), "evaluate", done)
+            loss, _ = self.engine.evaluate(batches)
             # Of a part of a set the bytes are not known: its tokens count as long as those of the whole set.
             values |= validation_metrics(name, loss, dataset.num_tokens - 1, dataset.manifest.source_bytes)
         return values

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +35,37 @@ def run_overtok(*arguments: object, **settings: Any) -> tuple[int, str]:
 
 
 def kill_session(process: subprocess.Popen[str]) -> None:
-    """SIGKILL the command and everything that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    """SIGKILL the command and everything that it started, but for the watchdog, which leaves by itself."""
+    while living := [pid for pid, _ in session_of(process)]:
+        for pid in living:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()
+        time.sleep(0.001)
     process.wait()
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the training ranks of a started command."""
+def session_of(process: subprocess.Popen[str]) -> list[tuple[int, list[bytes]]]:
+    """Process ids and command lines of what runs in a started command's session."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            group = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[3])  # the session
+            state, _, _, session, *_ = (folder / "stat").read_text().rsplit(")", 1)[1].split()
         except (OSError, IndexError):
             continue
-        if (
-            group == process.pid
-            and b"overtok_megatron.training.entry" in words
-            and any(w.startswith(b"--local_rank") for w in words)
-        ):
-            found.append(int(folder.name))
+        if int(session) == process.pid and state != "Z":
+            found.append((int(folder.name), words))
     return found
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the training ranks of a started command."""
+    return [
+        pid
+        for pid, words in session_of(process)
+        if b"overtok_megatron.training.entry" in words and any(word.startswith(b"--local_rank") for word in words)
+    ]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:

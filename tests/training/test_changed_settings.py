@@ -204,7 +204,7 @@ ALLOWED = {
     *(f"training.{name}" for name in (
         "output_directory", "micro_batch_size", "train_iters", "train_tokens", "deterministic", "z_loss",
         "validation_interval", "validation_batches", "non_finite", "non_finite_limit", "exit_after_minutes", "resume",
-        "recompute", "kernels", "num_threads", "weights_check_interval",
+        "recompute", "kernels", "num_threads", "weights_check_interval", "hang_timeout",
     )),
     "parallel", "optimizer", "checkpoint", "logging", "deepspeed",
 }  # fmt: skip

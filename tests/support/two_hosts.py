@@ -1,0 +1,104 @@
+"""A run on two hosts, both of them this machine: a torchrun with one rank each, and a watchdog each."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from overtok_megatron.config.loading import load_config, save_resolved
+from overtok_megatron.launching.local import free_port
+from support.workspace import records
+
+TESTS = Path(__file__).parent.parent
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class TwoHosts:
+    """Started by the constructor; in a `with` block, at whose end nothing of it lives."""
+
+    def __init__(
+        self, config: Path, run: Path, *overrides: str, module: str = "overtok_megatron.training.entry"
+    ) -> None:
+        self.run = run
+        run.mkdir()
+        save_resolved(load_config(str(config), list(overrides)).config, run / "config.yaml")
+        port = str(free_port())
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        self.launchers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank",
+                 str(host), "--master-addr", "127.0.0.1", "--master-port", port, "-m", module, str(run / "config.yaml")],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for host in range(2)
+        ]  # fmt: skip
+        self.lines: list[str] = []
+        for launcher in self.launchers:
+            threading.Thread(target=self._read, args=(launcher,), daemon=True).start()
+        self.ranks: list[int] = []
+        self.watchdogs: list[int] = []
+
+    def __enter__(self) -> "TwoHosts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._find()
+        for process in (*self.ranks, *self.watchdogs, *(launcher.pid for launcher in self.launchers)):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        for launcher in self.launchers:
+            launcher.wait()
+
+    def train_until(self, step: int, seconds: float = 120) -> None:
+        """Return when a step has been reported."""
+        deadline = time.monotonic() + seconds
+        while len(records(self.run)) < step:
+            assert all(launcher.poll() is None for launcher in self.launchers), "".join(self.lines)
+            assert time.monotonic() < deadline, "".join(self.lines)
+            time.sleep(0.02)
+        self._find()
+
+    def seconds_until_gone(self, most: float) -> float:
+        """How long it takes until no rank lives any more; fails where it takes longer than `most` seconds."""
+        begin = time.monotonic()
+        while any(map(alive, self.ranks)):
+            assert time.monotonic() - begin < most, "".join(self.lines)
+            time.sleep(0.01)
+        took = time.monotonic() - begin
+        for launcher in self.launchers:
+            launcher.wait(60)
+        return took
+
+    def watch_lines(self) -> list[str]:
+        """What the watchdogs and ranks said about the end, without the time."""
+        return [line.split("[watch] ", 1)[1] for line in self.lines if "[watch] " in line]
+
+    def _read(self, launcher: "subprocess.Popen[str]") -> None:
+        assert launcher.stdout is not None
+        self.lines += launcher.stdout
+
+    def _find(self) -> None:
+        """The ranks, and the watchdogs, by host."""
+        config = str(self.run / "config.yaml").encode()
+        parents = [launcher.pid for launcher in self.launchers]
+        ranks, watchdogs = {}, {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, IndexError):
+                command = (folder / "cmdline").read_bytes()
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if config in command and parent in parents:
+                    ranks[parents.index(parent)] = int(folder.name)
+                elif b"watching.watchdog" in command and str(self.run).encode() in command:
+                    watchdogs[b'"first": false' in command] = int(folder.name)
+        self.ranks = [ranks[host] for host in sorted(ranks)]
+        self.watchdogs = [watchdogs[host] for host in sorted(watchdogs)]
