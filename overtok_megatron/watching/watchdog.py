@@ -137,7 +137,8 @@ class HostWatch:
         if not all(rank.gone for rank in self._ranks.values()):
             return False
         if self._settings.first and self._job is not None and not self._job.all_gone:
-            return self._ending is not None and quiet > _DYING
+            # Ranks of other hosts are not known to have gone. Where no connection is left, nobody will tell that they have.
+            return quiet > _DYING if self._ending is not None else not self._others and quiet > LOST_AFTER
         return self._ending is not None or len(self._ranks) >= self._settings.host_ranks or quiet > _ARRIVING
 
     async def _serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

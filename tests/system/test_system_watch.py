@@ -93,7 +93,7 @@ def test_one_signal_to_the_command_alone_saves_and_ends_the_run(workspace: Works
         finally:
             kill_session(process)
         assert process.returncode == 143, output
-        assert "asked to stop: step" in output
+        assert "asked to stop by " in output
         assert "Traceback" not in output
         assert not said(output)
 
