@@ -10,6 +10,7 @@
 | `tensorboard/` | the same numbers as TensorBoard's events; those of evaluations in `tensorboard/evaluation/` | trackers.py |
 | `traces/` | the profiler's traces of chosen steps | training/tracing.py |
 | `train.log` | the log of the first rank | training/entry.py |
+| `STOP` | nothing; it asks the run to save and to leave, and the run then removes it (training/leaving.py) | the user |
 | `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |
 
 Checkpoints and configurations are read by the files that write them.
@@ -70,6 +71,10 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "train.log"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "STOP"
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of the reported steps, oldest first: `step` and numbers by name. Raises as `read_records` does."""

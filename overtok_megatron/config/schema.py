@@ -277,6 +277,11 @@ class TrainingConfig(Section):
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
+    exit_after_minutes: PositiveFloat | None = Field(
+        None,
+        description="minutes after the start of its processes in which a run saves and leaves with exit code 75, to be "
+        "started again; none = no limit",
+    )
     resume: Literal["auto", "never"] = Field("auto", description="continue from the latest checkpoint if there is one")
     initial_checkpoint: FilePath | None = Field(
         None, description="run folder or checkpoint whose weights and rows a run without one of its own starts from"

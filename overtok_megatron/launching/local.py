@@ -95,16 +95,18 @@ def _store_inputs(config: RunConfig, directory: Path) -> Path:
 
 
 def run_ranks(command: list[str], environment: dict[str, str]) -> int:
-    """Run a launcher to its end and pass SIGTERM on to its ranks; returns its exit code."""
+    """Run a launcher to its end and pass SIGTERM and SIGUSR1 on to its ranks; returns its exit code."""
     process = subprocess.Popen(command, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda *_: stop_ranks(process.pid))
+    passed_on = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, lambda received, _: stop_ranks(process.pid, received)) for number in passed_on]
     try:
         try:
             return process.wait()
         except KeyboardInterrupt:  # the ranks got it too: they save and leave; a second Ctrl-C is raised
             return process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(passed_on, before, strict=True):
+            signal.signal(number, handler)
 
 
 def launcher_command(module: str, arguments: list[str], processes: int, master_port: int | None = None) -> list[str]:
@@ -130,8 +132,8 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
     ]
 
 
-def stop_ranks(launcher: int) -> None:
-    """Ask the ranks below a launcher to save and leave.
+def stop_ranks(launcher: int, number: int) -> None:
+    """Ask the ranks below a launcher to save and leave, by the signal `number`.
 
     The launcher itself gets no signal: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
     half a minute.
@@ -140,4 +142,4 @@ def stop_ranks(launcher: int) -> None:
         with suppress(psutil.Error):
             words = process.cmdline()
             if ENTRY in words and any(word.startswith("--local_rank") for word in words):
-                process.terminate()
+                process.send_signal(number)

@@ -6,7 +6,6 @@ It prepares logging, runs the loop, and turns a user's mistake into one line and
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import MutableMapping
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
         run = Trainer(config, device=device, num_threads=max(1, available_cores() // local_ranks))
-        finished = run.run()
+        run.run()
     except OvertokError as error:
         if rank > 0:
             time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"{prefix}: {line}" for line in error.lines), file=sys.stderr, flush=True)
         return 2
     run.grid.wait_for_all()  # all ranks leave together
-    return 0 if finished else 128 + signal.SIGTERM
+    return run.exit_code
 
 
 def run_and_leave() -> None:

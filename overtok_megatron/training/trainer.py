@@ -1,7 +1,6 @@
 """The loop of a run: resume, then steps, validation, checkpoints and reports. Every rank runs it."""
 
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock
 from overtok_megatron.training.agreement import agree
 from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.leaving import Departure, Leaving
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.reporting import RunReport
 from overtok_megatron.training.resuming import load_checkpoint, load_weights
@@ -49,9 +49,12 @@ class Trainer:
         self.grid = start_processes(config, device)
         self.first = self.grid.rank == 0
         self.lock = self._lock_folder()
+        self.leaving = Leaving(self.grid, RunFolder(self.folder), config.training.exit_after_minutes)
+        self.departure: Departure | None = None  # why the run left before its end
         validate(config, self.grid.shape.world_size, lambda key: "resolved")
         self.data = open_run_data(config)
         self.engine = TrainingEngine(config, self.grid, device, self.data.eod_id)
+        self.leaving.signalled = self._stop_after_step
         self.store = CheckpointStore(self.folder)
         self.saver = Saver(
             self.engine,
@@ -60,8 +63,6 @@ class Trainer:
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
             published=self._saved,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop_after_step)
         self.consumed = 0  # samples so far, which give the position in the data
         self.feed = TokenFeed(
             config,
@@ -86,13 +87,14 @@ class Trainer:
         return lock
 
     def run(self) -> bool:
-        """Train to the end, or to where SIGTERM asked to stop: False then, with a checkpoint of that step.
+        """Train to the end, or to where a rank was asked to leave: False then, with a checkpoint of that step.
 
         Raises OvertokError for what the user can mend; the latest checkpoint then stands.
         """
         try:
             finished = self._train()
             self.feed.finish()
+            self.leaving.tidy()
             if not self.first:
                 self.lock.release()
             self.grid.wait_for_all()  # the first rank lets go last, and leaves a tidy folder
@@ -127,9 +129,23 @@ class Trainer:
                 if stop:
                     break
         self.saver.finish()
-        if stop and self.first:
-            log.warning("asked to stop: step %d of %d is saved", done, self.total_steps)
-        return not stop or done == self.total_steps
+        if not stop or done == self.total_steps:
+            return True
+        self.departure = self.leaving.agree()
+        if self.first and self.departure is not None:
+            log.warning(
+                "asked to stop by %s: step %d of %d is saved; the same command goes on from there (exit code %d)",
+                self.departure.reason,
+                done,
+                self.total_steps,
+                self.departure.exit_code,
+            )
+        return False
+
+    @property
+    def exit_code(self) -> int:
+        """Of this process when `run` has returned: 0 where the run has come to its end."""
+        return 0 if self.departure is None else self.departure.exit_code
 
     def _due(self, done: int, interval: int | None) -> bool:
         return done == self.total_steps or (interval is not None and done % interval == 0)
@@ -180,6 +196,8 @@ class Trainer:
         with self.tracer.step(done, self.grid.rank):
             started = time.perf_counter()
             tokens = next(tokens_of_steps)  # [A, b, s + k]
+            if self.leaving.asked():
+                self._stop_after_step()
             result = self.engine.step(tokens, learning_rate)
             seconds = time.perf_counter() - started
         values = self.step_metrics.of_step(result, learning_rate, seconds)
@@ -189,6 +207,9 @@ class Trainer:
         self.consumed += self.config.training.global_batch_size
         values |= {f"data/epoch/{name}": epoch for name, epoch in self.feed.epochs(self.consumed).items()}
         return values, result.stop
+
+    def _stop_after_step(self) -> None:
+        self.engine.stop_asked = True
 
     def _validate(self) -> dict[str, float]:
         """The metrics of every validation set, one after the other in the configuration's order."""
@@ -210,12 +231,6 @@ class Trainer:
         settings = self.config.checkpoint
         if settings.keep_last is not None:
             self.store.prune(settings.keep_last, settings.keep_every)
-
-    def _stop_after_step(self, number: int, _: object) -> None:
-        """SIGTERM, or Ctrl-C once: finish the step, save, and leave."""
-        self.engine.stop_asked = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def show_bar(config: RunConfig) -> bool:

@@ -203,7 +203,7 @@ ALLOWED = {
     "data.train", "data.validation", "data.shuffle_seed", "data.document_attention",
     *(f"training.{name}" for name in (
         "output_directory", "micro_batch_size", "train_iters", "train_tokens", "deterministic", "z_loss",
-        "validation_interval", "resume", "recompute", "kernels", "num_threads",
+        "validation_interval", "exit_after_minutes", "resume", "recompute", "kernels", "num_threads",
     )),
     "parallel", "optimizer", "checkpoint", "logging", "deepspeed",
 }  # fmt: skip
