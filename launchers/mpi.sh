@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A training run by mpirun of OpenMPI; options of mpirun stand before `--`:
 #     launchers/mpi.sh --host alpha:8,beta:8 -- CONFIG [section.key=value ...]
+# SIGUSR1 and SIGTERM to this script make the ranks save and leave; it then leaves with 75 or 143.
 # Give this on the first host, in a folder that all hosts share. PYTHON names another Python than that of .venv.
-set -euo pipefail
+set -uo pipefail
 launchers=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launchers/rank_environment.sh"
 
@@ -25,7 +26,16 @@ for name in $(compgen -e); do
     esac
 done
 
-# The run takes as many cores as it is given: without --bind-to none mpirun binds each rank to one. A rank that is asked to
-# stop has to save first: mpirun would kill it after one second.
-exec mpirun --bind-to none --mca odls_base_sigkill_timeout 120 "${options[@]}" \
-    "${PYTHON:-$launchers/../.venv/bin/python}" -m overtok_megatron.training.entry "$@"
+# Without --bind-to none mpirun binds each rank to one core.
+mpirun --bind-to none "${options[@]}" "${PYTHON:-$launchers/../.venv/bin/python}" -m overtok_megatron.training.entry "$@" &
+mpirun=$! code=0 asked=''
+# mpirun passes SIGUSR1 on to all ranks. After a SIGTERM it gives them one second, in which they cannot save.
+trap 'kill -USR1 "$mpirun"' USR1
+trap 'asked=143; kill -USR1 "$mpirun"' TERM
+while true; do
+    wait "$mpirun" # a signal that is trapped interrupts it
+    code=$?
+    kill -0 "$mpirun" 2>/dev/null || break
+done
+if [[ $code == 75 && -n $asked ]]; then code=$asked; fi
+exit "$code"

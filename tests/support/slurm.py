@@ -16,6 +16,7 @@ from support.two_hosts import Host, TwoHosts, environment, two_hosts
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 CORES = 2
+GPUS = 2
 
 _SLURM = """
 ClusterName=test
@@ -34,6 +35,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
+GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
@@ -83,10 +85,13 @@ class Slurm:
 def slurm_cluster(folder: Path) -> Iterator[Slurm]:
     """Two hosts on which jobs can be started, with logs and state in `folder`."""
     with two_hosts(folder) as hosts:
-        nodes = "\n".join(f"NodeName={host.name} NodeAddr={host.address} CPUs={CORES} State=UNKNOWN" for host in hosts)
+        nodes = "\n".join(
+            f"NodeName={host.name} NodeAddr={host.address} CPUs={CORES} Gres=gpu:{GPUS} State=UNKNOWN" for host in hosts
+        )
         text = _SLURM.format(folder=folder, nodes=nodes, requeue=_REQUEUE)
         (folder / "slurm.conf").write_text(text, encoding="utf-8")
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n", encoding="utf-8")
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/zero,/dev/null\n", encoding="utf-8")
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
         (folder / "state").mkdir()

@@ -1,33 +1,24 @@
-"""Whole runs over two hosts: network namespaces, each with an sshd. The losses are those of one host, to the last bit."""
+"""Whole runs over two hosts, started in every way but SLURM's: the losses are those of one host."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from overtok_megatron.config.loading import load_config, save_resolved
-from support.overtok_process import run_overtok
-from support.two_hosts import INTERFACE, TwoHosts, reason_to_skip, two_hosts
-from support.workspace import Workspace, losses
+from overtok_megatron.launching.local import ENTRY
+from support.host_runs import PIPELINE_ACROSS, SETTINGS, TENSOR_INSIDE, VARIABLES, Layout, OneHostRuns
+from support.two_hosts import TwoHosts, reason_to_skip, two_hosts
+from support.workspace import Workspace
 
-ENTRY = "overtok_megatron.training.entry"
-FP32 = (
-    "training.precision=fp32",
-    "over_encoding.row_dtype=float32",
-    "over_encoding.state_dtype=float32",
-    "training.num_threads=1",  # two threads may sum in another order, and one host has fewer cores for each rank
-    "checkpoint.interval=6",
-)
-TENSOR_INSIDE = ("parallel.tensor_parallel_size=2",)  # and the data axis across
-Reported = tuple[float, float, float | None]
-PIPELINE_ACROSS = ("parallel.pipeline_parallel_size=2",)
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
 
 pytestmark = [
     pytest.mark.ci,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(reason := reason_to_skip("pdsh")), reason=reason or ""),
+    pytest.mark.skipif(bool(reason := reason_to_skip("pdsh", "mpirun")), reason=reason or ""),
 ]
 
 
@@ -37,63 +28,82 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         yield both
 
 
-def resolved(workspace: Workspace, name: str, *overrides: str) -> Path:
-    config = load_config(str(workspace.config(name)), [*FP32, *overrides]).config
-    folder = Path(config.training.output_directory)
-    folder.mkdir()
-    save_resolved(config, folder / "config.yaml")
-    return folder / "config.yaml"
-
-
-def by_pdsh(hosts: TwoHosts, config: Path, ranks: int) -> str:
-    environment = config.parent.parent / ".deepspeed_env"
-    environment.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nDS_ACCELERATOR=cpu\n")
-    hostfile = hosts.hostfile(config.parent.parent / "hostfile", ranks // 2)
+def by_pdsh(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    """DeepSpeed's launcher, which takes variables for other hosts from a file of the home folder or of the current one."""
+    (scratch / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in VARIABLES.items()))
+    hostfile = hosts.hostfile(scratch / "hostfile", ranks // 2)
     launcher = Path(sys.executable).parent / "deepspeed"
-    return hosts.alpha.check(
-        launcher, "--hostfile", hostfile, "--module", ENTRY, config, env=os.environ | {"DS_ENV_FILE": str(environment)}
+    command = [str(launcher), f"--hostfile={hostfile}", "--module", ENTRY, *run]
+    hosts.alpha.check("bash", "-c", 'cd "$1"; shift; exec "$@"', "bash", scratch, *command)
+
+
+def by_torchrun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    options = [
+        "--nnodes=2",
+        f"--nproc-per-node={ranks // 2}",
+        f"--master-addr={hosts.alpha.address}",
+        "--master-port=29500",
+    ]
+    on_both(
+        hosts,
+        lambda number: [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *options,
+            f"--node-rank={number}",
+            "-m",
+            ENTRY,
+            *run,
+        ],
     )
 
 
-def by_torchrun(hosts: TwoHosts, config: Path, ranks: int) -> str:
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={ranks // 2}"]
-    words += [f"--master-addr={hosts.alpha.address}", "--master-port=29500", "-m", ENTRY, str(config)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE}
-    started = [
-        host.start(*words[:5], f"--node-rank={number}", *words[5:], env=environment)
-        for number, host in enumerate(hosts)
-    ]
+def by_host_script(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    variables = {
+        "PYTHON": sys.executable,
+        "HOSTS": "2",
+        "RANKS_PER_HOST": str(ranks // 2),
+        "MASTER_ADDR": hosts.alpha.name,
+    }
+    on_both(hosts, lambda number: [str(LAUNCHERS / "host.sh"), *run], **variables)
+
+
+def by_mpirun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    where = ",".join(f"{host.name}:{ranks // 2}" for host in hosts)
+    options = ["--allow-run-as-root", "--host", where]
+    environment = os.environ | VARIABLES | {"PYTHON": sys.executable}
+    hosts.alpha.check(LAUNCHERS / "mpi.sh", *options, "--", *run, env=environment)
+
+
+def on_both(hosts: TwoHosts, command: Callable[[int], list[str]], **variables: str) -> None:
+    """Run a command per host, given its number, to the end."""
+    started: list[subprocess.Popen[str]] = []
+    for number, host in enumerate(hosts):
+        environment = os.environ | VARIABLES | variables | {"HOST_NUMBER": str(number)}
+        started.append(host.start(*command(number), env=environment))
     outputs = [process.communicate(timeout=150)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-    return "\n".join(outputs)
 
 
-@pytest.fixture(scope="module")
-def one_host(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Reported]]:
-    """What one host reports, by the number of its ranks: one, and those of the two layouts."""
-    workspace = Workspace(data_folder, tmp_path_factory.mktemp("one"))
-    reported = {}
-    for ranks, layout in ((1, ()), (2, PIPELINE_ACROSS), (4, TENSOR_INSIDE)):
-        config = workspace.config(f"ranks_{ranks}")
-        code, output = run_overtok("train", config, "--processes", ranks, *FP32, *layout)
-        assert code == 0, output
-        reported[ranks] = losses(workspace.scratch / f"ranks_{ranks}")
-    return reported
-
-
-@pytest.mark.parametrize("start", [by_pdsh, by_torchrun])
-@pytest.mark.parametrize(("layout", "ranks"), [(TENSOR_INSIDE, 4), (PIPELINE_ACROSS, 2)])
+@pytest.mark.parametrize(
+    ("start", "layout"),
+    [
+        (by_pdsh, TENSOR_INSIDE),
+        (by_pdsh, PIPELINE_ACROSS),
+        (by_torchrun, TENSOR_INSIDE),
+        (by_torchrun, PIPELINE_ACROSS),
+        (by_host_script, PIPELINE_ACROSS),
+        (by_mpirun, PIPELINE_ACROSS),
+    ],
+)
 def test_two_hosts_report_the_losses_of_one(
     hosts: TwoHosts,
     workspace: Workspace,
-    one_host: dict[int, list[Reported]],
-    start: Callable[[TwoHosts, Path, int], str],
-    layout: tuple[str, ...],
-    ranks: int,
+    one_host: OneHostRuns,
+    start: Callable[[TwoHosts, list[str], int, Path], None],
+    layout: Layout,
 ) -> None:
-    start(hosts, resolved(workspace, "two", *layout), ranks)
-    found = losses(workspace.scratch / "two")
-    assert found == one_host[ranks]  # of the same layout
-    for (_, loss, validation), (_, wanted, wanted_validation) in zip(found, one_host[1], strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-5)
-        assert validation == (None if wanted_validation is None else pytest.approx(wanted_validation, rel=1e-5))
+    ranks, overrides = layout
+    start(hosts, [str(workspace.config("run")), *SETTINGS, *overrides], ranks, workspace.scratch)
+    one_host.check(workspace.scratch / "run", layout)
