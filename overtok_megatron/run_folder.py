@@ -10,7 +10,11 @@
 | `tensorboard/` | the same numbers as TensorBoard's events; those of evaluations in `tensorboard/evaluation/` | trackers.py |
 | `traces/` | the profiler's traces of chosen steps | training/tracing.py |
 | `train.log` | the log of the first rank | training/entry.py |
+<<<<<<< HEAD
 | `STOP` | nothing; it asks the run to save and to leave, and the run then removes it (training/leaving.py) | the user |
+=======
+| `.start-WORD` | while ranks start: that they all see this folder | training/same_everywhere.py |
+>>>>>>> launch
 | `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |
 
 Checkpoints and configurations are read by the files that write them.
@@ -67,6 +71,10 @@ class RunFolder:
     @property
     def traces(self) -> Path:
         return self.path / "traces"
+
+    def start_token(self, token: str) -> Path:
+        """token: a word of one start of the run."""
+        return self.path / f".start-{token}"
 
     @property
     def log(self) -> Path:

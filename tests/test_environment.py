@@ -18,6 +18,8 @@ from overtok_megatron.environment import (
 )
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.launching.local import launcher_command
+from overtok_megatron.parallel import devices
+from overtok_megatron.training.before_training import choose_device
 from overtok_megatron.training.entry import prepare_environment
 from support.marker_expressions import asks_for_gpu
 
@@ -121,29 +123,16 @@ def test_the_accelerator_that_the_caller_names_is_one_that_a_run_can_use() -> No
         usable_devices({"DS_ACCELERATOR": "cuda"}, 0)
 
 
-def test_a_rank_tells_deepspeed_the_device_that_it_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("visible", "expected"), [(1, 0), (4, 3)])
+def test_a_rank_tells_deepspeed_the_device_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, visible: int, expected: int
+) -> None:
     """Where a batch system shows each rank its own device only, DeepSpeed would open the one of the rank's number."""
-    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
-    code = """
-import os, sys, types
-import torch
-torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda device: None
-from overtok_megatron.training import entry
-training = types.SimpleNamespace(deterministic=False, output_directory=".")
-entry.parse_resolved = lambda path: types.SimpleNamespace(training=training)
-sys.modules["overtok_megatron.training.trainer"] = loop = types.ModuleType("loop")
-loop.show_bar = lambda config: False
-def run(config, *, device, num_threads):
-    print(device, os.environ["LOCAL_RANK"])
-    sys.exit(0)
-loop.Trainer = run
-entry.main(["config.yaml"])
-"""
-    plain = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=plain | {"LOCAL_RANK": "3", "RANK": "3"}, cwd=tmp_path, capture_output=True, text=True
-    )  # fmt: skip
-    assert done.stdout.splitlines() == ["cuda:0 0"], done.stderr
+    monkeypatch.setattr(devices, "num_accelerators", lambda: visible)
+    monkeypatch.setattr(devices, "make_current", lambda device: None)
+    environment = {"LOCAL_RANK": "3"}
+    assert str(choose_device(environment, 3)) == f"cuda:{expected}"
+    assert environment == {"LOCAL_RANK": str(expected), "DS_ACCELERATOR": "cuda"}
 
 
 def test_nothing_is_restored_that_nobody_set() -> None:

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "reports": LOWEST | {"config"},
     "checkpoint": LOWEST | CHECKPOINT - {"checkpoint"},
     "launching": LOWEST | {"config", "kernels", "parallel", "data", "checkpoint"},
-    "training": LOWEST | CHECKPOINT | {"trackers"},
+    "training": LOWEST | CHECKPOINT | {"trackers", "launching"},
     "inference": LOWEST | CHECKPOINT,
     "interchange": LOWEST | CHECKPOINT | {"inference"},
     "evaluation": LOWEST | CHECKPOINT | {"inference", "trackers"},

@@ -2,59 +2,32 @@
 
 import argparse
 import sys
-from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from overtok_megatron.commands.arguments import port, positive
-from overtok_megatron.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from overtok_megatron.config.loading import LoadedConfig
 
 
 def _config(options: argparse.Namespace) -> int:
-    from overtok_megatron.config.loading import load_config
     from overtok_megatron.config.validation import validate
+    from overtok_megatron.launching.preparation import load_run
     from overtok_megatron.planning.config_report import describe
 
-    loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
+    loaded = load_run(options.config, options.overrides, _note)
     validate(loaded.config, options.processes, loaded.locate)
     print(describe(loaded, options.processes))
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
-    from overtok_megatron.config.loading import load_config
     from overtok_megatron.launching.local import launch
+    from overtok_megatron.launching.preparation import load_run
 
-    loaded = _where_it_lies(load_config(options.config, options.overrides), Path(options.config))
+    loaded = load_run(options.config, options.overrides, _note)
     return launch(loaded, options.processes, options.master_port)
 
 
-def _where_it_lies(loaded: "LoadedConfig", path: Path) -> "LoadedConfig":
-    """The configuration; where it is the file of a run that was moved, with the paths of the run as they are now."""
-    from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
-    from overtok_megatron.config.loading import COMMAND_LINE
-    from overtok_megatron.config.moved_runs import find_moved_run, relocate
-    from overtok_megatron.data.tokenizers.kept import find_tokenizer
-
-    run = find_moved_run(loaded, path)
-    if run is None:
-        return loaded
-    print(
-        f"{path}: training.output_directory is {loaded.config.training.output_directory}, but the file lies in {run}: the run "
-        f"goes on in {run}",
-        file=sys.stderr,
-    )
-    moved = relocate(loaded, run)
-    latest = CheckpointStore(run).latest()
-    if latest is not None and loaded.locate("tokenizer.path") != COMMAND_LINE:
-        with suppress(CheckpointError):  # a missing tokenizer is reported where the file is opened
-            section = find_tokenizer(loaded.config, run, read_manifest(latest).tokenizer_fingerprint)
-            return replace(moved, config=moved.config.model_copy(update={"tokenizer": section}))
-    return moved
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

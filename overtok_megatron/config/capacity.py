@@ -31,8 +31,8 @@ def capacity_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
             yield problem(key, value, reason)
 
 
-def host_problems(config: RunConfig, processes: int, memory: int) -> Iterator[Problem]:
-    """All ranks of a run whose `processes` ranks share the `memory` bytes of one host must fit into it.
+def host_problems(config: RunConfig, processes: int, memory: int, world_size: int) -> Iterator[Problem]:
+    """The `processes` of a run's `world_size` ranks that share the `memory` bytes of one host must fit into it.
 
     Only what is needed in any case is counted; activations and libraries come on top.
     """
@@ -40,12 +40,13 @@ def host_problems(config: RunConfig, processes: int, memory: int) -> Iterator[Pr
     if processes > most:
         yield problem(PROCESSES, processes, f"is more than this host can run; {most} is the most")
         return
-    parts = _parts(config, processes)
+    parts = _parts(config, world_size)
     total = processes * sum(held for _, _, held, _ in parts)
     if total > memory:
         key, value, held, name = max(parts, key=lambda part: part[2])
+        run = "the run needs" if processes == world_size else f"{processes} of the run's {world_size} ranks need"
         reason = (
-            f"the run needs at least {total / _GIB:,.1f} GiB, of which {processes * held / _GIB:,.1f} are {name}, and "
+            f"{run} at least {total / _GIB:,.1f} GiB, of which {processes * held / _GIB:,.1f} are {name}, and "
             f"this host has {memory / _GIB:,.1f}; use a smaller one"
         )
         yield problem(key, value, reason)

@@ -28,9 +28,14 @@ def validate(config: RunConfig, world_size: int, locate: Locate) -> None:
     _warn_of_collisions(config, locate)
 
 
-def validate_host(config: RunConfig, processes: int, memory: int, locate: Locate) -> None:
-    """Raise ConfigError where `processes` ranks, all on the CPU of a host with `memory` bytes, cannot fit there."""
-    refuse(host_problems(config, processes, memory), locate)
+def validate_host(
+    config: RunConfig, processes: int, memory: int, locate: Locate, *, world_size: int | None = None
+) -> None:
+    """Raise ConfigError where `processes` ranks, all on the CPU of a host with `memory` bytes, cannot fit there.
+
+    world_size: of the run; None = all its ranks are on this host.
+    """
+    refuse(host_problems(config, processes, memory, world_size or processes), locate)
 
 
 def validate_model(config: RunConfig, locate: Locate) -> None:

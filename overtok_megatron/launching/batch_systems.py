@@ -38,7 +38,8 @@ class Placement:
 
     ranks_of_host: how many ranks run on this host; 1 where nobody has said it. master_port: 0 = any free one, for a single
     process. master_given: whether the caller or a launcher of torch has set the address; else it follows from names of
-    hosts, and the first rank checks that it is one of its own.
+    hosts, and the first rank checks that it is one of its own. cores: how many CPU cores a batch system has given to this
+    rank alone; None where the ranks of a host share them.
     """
 
     started_by: str
@@ -49,6 +50,11 @@ class Placement:
     master_address: str
     master_port: int
     master_given: bool
+    cores: int | None = None
+
+    def num_threads(self, available: int) -> int:
+        """How many threads this rank should use. available: CPU cores that this process may use."""
+        return max(1, available // self.ranks_of_host if self.cores is None else min(available, self.cores))
 
     def variables(self) -> dict[str, str]:
         """The environment variables that torch and DeepSpeed read."""
@@ -73,6 +79,7 @@ class _Task:
     ranks_of_host: int | None = None
     address: str | None = None
     port: int | None = None
+    cores: int | None = None
     mend: str = "set it to the host of rank 0"
 
 
@@ -115,6 +122,7 @@ def find_placement(environment: Environment) -> Placement:
         master_address=named,
         master_port=port,
         master_given=named in (address, THIS_HOST),
+        cores=task.cores,
     )
 
 
@@ -130,8 +138,8 @@ def _callers_task(environment: Environment, rank: int | None, world_size: int | 
     missing, other = ("RANK", "WORLD_SIZE") if rank is None else ("WORLD_SIZE", "RANK")
     if rank is None or world_size is None:
         raise ConfigError(f"{missing}: not set, but {other} is {environment[other]}; set both, or neither")
-    alone = {"local_rank": 0, "ranks_of_host": 1} if world_size == 1 else {}
-    return _Task(started_by="the caller's RANK and WORLD_SIZE", rank=rank, world_size=world_size, **alone)
+    alone = 1 if world_size == 1 else None
+    return _Task(started_by="the caller's RANK and WORLD_SIZE", rank=rank, world_size=world_size, ranks_of_host=alone)
 
 
 def _ranks_of_host(environment: Environment, task: _Task) -> int | None:
@@ -241,6 +249,7 @@ def _slurm_step(environment: Environment) -> _Task | None:
         ranks_of_host=_tasks_of_node(environment, world_size),
         address=host,
         port=port,
+        cores=_number(environment, "SLURM_CPUS_PER_TASK"),
     )
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import psutil
 
-from overtok_megatron.config.loading import LoadedConfig, save_resolved
-from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.config.validation import validate, validate_host
+from overtok_megatron.config.loading import LoadedConfig
+from overtok_megatron.config.validation import validate
 from overtok_megatron.environment import rank_environment, usable_devices
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.launching.preparation import check_inputs, make_folder, store_inputs
 from overtok_megatron.run_lock import hold
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
+STORED = "--stored"  # its option: the configuration was checked and stored by this process
 
 
 def free_port() -> int:
@@ -37,61 +37,27 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None)
     """
     config = loaded.config
     devices = _check(loaded, processes)
-    directory = _make_folder(config)
+    directory = make_folder(config)
     environment = rank_environment(os.environ, processes, deterministic=config.training.deterministic, cuda=devices > 0)
     with hold(directory, "overtok train") as lock:
-        resolved = _store_inputs(config, directory)
+        resolved = store_inputs(config, directory)
         lock.lend()  # the ranks hold the run as well: this process may be killed while they live
-        return run_ranks(launcher_command(ENTRY, [str(resolved)], processes, master_port), environment)
+        return run_ranks(launcher_command(ENTRY, [str(resolved), STORED], processes, master_port), environment)
 
 
 def _check(loaded: LoadedConfig, processes: int) -> int:
-    """Check all that can be checked before the ranks start; returns how many CUDA devices the run may use.
+    """Check all that can be checked before the ranks start; returns how many CUDA devices the run may use."""
+    # late: it imports torch, and `overtok --help` and configuration errors need not wait for it
+    from overtok_megatron.parallel.devices import num_accelerators
 
-    Compiles the kernels, too, so that the ranks find them compiled. Raises the named errors of a user's mistake.
-    """
-    # late: they import torch, and `overtok --help` and configuration errors need not wait for it
-    from overtok_megatron.checkpoint.starting_point import starting_point
-    from overtok_megatron.data.run_data import open_run_data
-    from overtok_megatron.kernels.choice import choose_kernels
-    from overtok_megatron.parallel.devices import CPU, first_device, num_accelerators
-
-    config = loaded.config
-    validate(config, processes, loaded.locate)
+    validate(loaded.config, processes, loaded.locate)
     devices = usable_devices(os.environ, num_accelerators())
     if devices and processes > devices:
         raise ConfigError(
             f"--processes: {processes}, but this host has {devices} CUDA devices; ask for at most that many"
         )
-    if not devices:
-        memory = psutil.virtual_memory().total + psutil.swap_memory().total
-        validate_host(config, processes, memory, loaded.locate)
-    open_run_data(config)
-    starting_point(config)
-    choose_kernels(config.training.kernels, first_device() if devices else CPU)
+    check_inputs(loaded, world_size=processes, ranks_of_host=processes, devices=devices)
     return devices
-
-
-def _make_folder(config: RunConfig) -> Path:
-    directory = Path(config.training.output_directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"training.output_directory: {directory}: cannot be written ({error.strerror})") from None
-    return directory
-
-
-def _store_inputs(config: RunConfig, directory: Path) -> Path:
-    """Put the tokenizer and the resolved configuration into the run's folder; returns the configuration's file."""
-    from overtok_megatron.data.tokenizers.kept import keep_tokenizer
-
-    keep_tokenizer(config.tokenizer, directory)
-    resolved = RunFolder(directory).config
-    try:
-        save_resolved(config, resolved)
-    except OSError as error:
-        raise ConfigError(f"training.output_directory: {resolved}: cannot be written ({error.strerror})") from None
-    return resolved
 
 
 def run_ranks(command: list[str], environment: dict[str, str]) -> int:

@@ -72,6 +72,11 @@ def local_device(local_rank: int) -> torch.device:
     return device
 
 
+def identity(device: torch.device) -> str | None:
+    """What tells a CUDA device from every other one; None for the CPU, which processes share."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def make_current(device: torch.device) -> None:
     """Make `device` the current one of the calling thread; every thread starts on device 0."""
     if device.type == "cuda":

@@ -1,6 +1,7 @@
-"""What every process of a run executes: `python -m overtok_megatron.training.entry RESOLVED_CONFIG`, by the launcher.
+"""What every process of a run executes: `python -m overtok_megatron.training.entry CONFIG section.key=value ...`.
 
-It prepares logging, runs the loop, and turns a user's mistake into one line and exit code 2.
+Started by `overtok train`, torchrun, srun, mpirun, or DeepSpeed's launcher. It finds out which rank it is, agrees with the
+others, prepares logging, runs the loop, and turns a user's mistake into one line and exit code 2 of every rank.
 """
 
 import argparse
@@ -11,16 +12,18 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from overtok_megatron.config.loading import parse_resolved
 from overtok_megatron.environment import (
     available_cores,
     make_deterministic,
     restore_visible_devices,
     set_library_defaults,
-    usable_devices,
 )
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.training.before_training import place_process, prepare_rank
+from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
+
+log = logging.getLogger("overtok_megatron.training.entry")  # run as a script, this module has another name
 
 
 def set_up_logging(directory: Path, rank: int, console: bool) -> None:
@@ -45,40 +48,58 @@ def prepare_environment(environment: MutableMapping[str, str], *, deterministic:
         make_deterministic(environment)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="One process of a training run; started by the deepspeed launcher.")
-    parser.add_argument("config", help="a resolved configuration, as `overtok train` stores it")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
-    options = parser.parse_args(arguments)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="One process of a training run, started by a launcher.")
+    parser.add_argument("config", help="a YAML file of a run, or the resolved one in a run's folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by DeepSpeed's launcher")
+    parser.add_argument("--stored", action="store_true", help="the file was checked and stored by `overtok train`")
+    return parser
 
-    rank = int(os.environ.get("RANK", "0"))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_intermixed_args(arguments)
+    meeting: Meeting | None = None
     try:
-        config = parse_resolved(options.config)
-        prepare_environment(os.environ, deterministic=config.training.deterministic)
+        place = place_process(os.environ)
+        meeting = Meeting(place)
+        prepare_environment(os.environ, deterministic=False)
+        start = prepare_rank(meeting, os.environ, options.config, options.overrides, stored=options.stored)
+        config = start.config
 
         # imported only now: torch's libraries read the environment when they are loaded
-        from overtok_megatron.parallel.devices import CPU, local_device, num_accelerators
-
-        device = CPU
-        if usable_devices(os.environ, num_accelerators()):
-            device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
-            # DeepSpeed takes the device of that number, also where a batch system shows each rank just one device
-            os.environ["LOCAL_RANK"] = str(device.index)
-
         from overtok_megatron.training.trainer import Trainer, show_bar
 
-        set_up_logging(Path(config.training.output_directory), rank, console=not show_bar(config))
-        run = Trainer(config, device=device, num_threads=max(1, available_cores() // local_ranks))
+        set_up_logging(Path(config.training.output_directory), place.rank, console=not show_bar(config))
+        for line in start.warnings:
+            log.warning("%s", line)
+        run = Trainer(config, device=start.device, num_threads=place.num_threads(available_cores()))
         run.run()
+    except AlreadySaidError as error:
+        assert meeting is not None
+        meeting.leave(error.code)
+        return error.code
     except OvertokError as error:
-        if rank > 0:
-            time.sleep(3)  # where the first rank says the same, the launcher ends this process before it repeats it
-        prefix = "error" if rank == 0 else f"error on rank {rank}"
-        print("\n".join(f"{prefix}: {line}" for line in error.lines), file=sys.stderr, flush=True)
+        _tell(error.lines, meeting)
         return 2
+    except NotMetError as error:
+        _tell([str(error)], meeting)
+        return 1
     run.grid.wait_for_all()  # all ranks leave together
     return run.exit_code
+
+
+def _tell(lines: list[str], meeting: Meeting | None) -> None:
+    """Print what no other rank of this start has said, and leave the meeting."""
+    rank = 0 if meeting is None else meeting.place.rank
+    if rank > 0:
+        time.sleep(3)  # the first rank says it where it finds the same
+    prefix = "error" if rank == 0 else f"error on rank {rank}"
+    news = [line for line in lines if meeting is None or meeting.is_news(line)]
+    if news:
+        print("\n".join(f"{prefix}: {line}" for line in news), file=sys.stderr, flush=True)
+    if meeting is not None:
+        meeting.leave(2)
 
 
 def run_and_leave() -> None:

@@ -9,7 +9,6 @@ import yaml
 
 from overtok_megatron.checkpoint.store import find_checkpoint, read_manifest
 from overtok_megatron.cli import main
-from overtok_megatron.commands.runs import _where_it_lies
 from overtok_megatron.config.loading import load_config, save_resolved
 from overtok_megatron.config.moved_runs import run_of
 from overtok_megatron.data.preparing.prepare import prepare
@@ -19,6 +18,7 @@ from overtok_megatron.data.tokenizers.loading import load_tokenizer
 from overtok_megatron.evaluation.adapter import OvertokLM
 from overtok_megatron.inference.loading import load_trained
 from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
+from overtok_megatron.launching.preparation import load_run
 from support.expect_error import command_error
 from support.hugging_face_models import over_encoded_run
 from support.overtok_process import run_overtok
@@ -86,8 +86,9 @@ def test_everything_is_found(folder: Path, capsys: pytest.CaptureFixture[str], h
     assert main(["evaluate", str(run)]) == 0
     assert "held" in capsys.readouterr().out
     assert main(["prepare", str(folder / "text.txt"), "--tokenizer", str(run), "--output", "again"]) == 0
-    config = _where_it_lies(load_config(run / "config.yaml"), run / "config.yaml").config
-    assert f"lies in {run}" in capsys.readouterr().err
+    told: list[str] = []
+    config = load_run(str(run / "config.yaml"), [], told.append).config
+    assert [f"lies in {run}" in line for line in told] == [True]
     assert config.training.output_directory == str(run)
     assert open_run_data(config).eod_id == 0  # the sets and the tokenizer of a training that goes on
 
@@ -163,13 +164,14 @@ def test_a_users_configuration_stays_as_it_is(folder: Path) -> None:
     own = folder / "runs" / "a" / "config.yaml"
     mine = Path("mine.yaml")
     mine.write_text(own.read_text())
-    loaded = load_config(mine)
-    assert _where_it_lies(loaded, mine) is loaded
-    named = load_config(own, ["training.output_directory=other"])
-    assert _where_it_lies(named, own) is named
+    told: list[str] = []
+    assert load_run(str(mine), [], told.append) == load_config(mine)
+    other = ["training.output_directory=other"]
+    assert load_run(str(own), other, told.append) == load_config(own, other)
     heir = folder / "runs" / "a" / "heir.yaml"
     heir.write_text("base: config.yaml\n")
-    assert _where_it_lies(load_config(heir), heir).config.training.output_directory == "runs/a"
+    assert load_run(str(heir), [], told.append).config.training.output_directory == "runs/a"
+    assert not told
 
 
 @pytest.mark.slow
