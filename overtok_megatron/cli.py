@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # argparse takes positionals from one place only: overrides after an option are returned in `rest`
         options.overrides += rest
     try:
-        if getattr(options, "processes", 1) is None:
+        if getattr(options, "processes", 1) is None and getattr(options, "hostfile", None) is None:
             options.processes = default_processes()
         code: int = options.work(options)
     except OvertokError as error:

@@ -24,6 +24,13 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may choose ano
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ACCELERATOR = "DS_ACCELERATOR"  # DeepSpeed's own
 _CALLERS_VISIBLE = "OVERTOK_CUDA_VISIBLE_DEVICES"
+# What libraries of a rank read, and where they lie: a shell that ssh opens on another host has none of it. No names under which
+# people keep secrets: command lines can be read by every user of a host.
+_TRAVEL = (
+    "CUBLAS_", "CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "GOMP_", "KMP_", "LD_LIBRARY_PATH", "LD_PRELOAD", "MALLOC_",
+    "MKL_", "NCCL_", "OMP_", "OPENBLAS_", "OVERTOK_", "PATH", "PYTHON", "PYTORCH_", "THP_MEM_", "TORCH_", "TORCHINDUCTOR_",
+    "TRITON_", "UCX_", "XDG_CACHE_HOME",
+)  # fmt: skip
 
 
 def available_cores() -> int:
@@ -73,17 +80,18 @@ def make_deterministic(environment: MutableMapping[str, str]) -> None:
 
 
 def rank_environment(
-    caller: Mapping[str, str], ranks_per_host: int, *, deterministic: bool, cuda: bool
+    caller: Mapping[str, str], ranks_per_host: int, *, deterministic: bool, cuda: bool | None
 ) -> dict[str, str]:
     """The whole environment of a rank that a launcher starts; caller: the environment of the process that calls the launcher.
 
+    cuda: whether ranks compute on CUDA devices; None = each host sees for itself.
     Threads and the allocator are set on GPU machines too: tables in host memory and offloaded optimizers compute on the CPU.
     DeepSpeed's launcher replaces CUDA_VISIBLE_DEVICES by its own numbers and cannot read names of devices (UUIDs), so the
     caller's value is passed under another name, and `restore_visible_devices` restores it in the rank.
     """
     environment = dict(caller)
-    wanted = {
-        ACCELERATOR: "cuda" if cuda else "cpu",
+    wanted = {} if cuda is None else {ACCELERATOR: "cuda" if cuda else "cpu"}
+    wanted |= {
         "OMP_NUM_THREADS": str(max(1, available_cores() // ranks_per_host)),
         "PYTHONSAFEPATH": "1",  # a file of the caller's folder must not stand in for a module of the same name
         **ALLOCATOR,
@@ -100,6 +108,20 @@ def rank_environment(
     if VISIBLE in environment:
         environment[_CALLERS_VISIBLE] = environment.pop(VISIBLE)
     return environment
+
+
+def callers_devices(environment: Mapping[str, str]) -> str | None:
+    """The devices that the launcher's caller sees, in an environment of `rank_environment`; None where all are visible."""
+    return environment.get(_CALLERS_VISIBLE)
+
+
+def travelling(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of a rank's environment must be set on other hosts as well; PYTHONPATH also where it is empty.
+
+    DeepSpeed's launcher would put the current folder into it, whose files must not stand in for modules.
+    """
+    found = {name: value for name, value in environment.items() if name.startswith(_TRAVEL) and name != "DS_ENV_FILE"}
+    return {"PYTHONPATH": ""} | found
 
 
 def restore_visible_devices(environment: MutableMapping[str, str]) -> None:

@@ -145,6 +145,19 @@ class RunLock:
             return False
 
 
+def holder_of(run: Path) -> tuple[str, int] | None:
+    """(host, process) of the writer that a run's lock names; None where there is none, or it has not written its name yet.
+
+    Not in a place that must be sure of it: the record of a writer that was killed stays.
+    """
+    try:
+        with (run / COMMAND).open("rb") as file:
+            holder = _Holder.read(file)
+    except OSError:
+        return None
+    return None if holder is None else (holder.host, holder.process)
+
+
 @dataclass(frozen=True)
 class _Holder:
     """What a lock's file says about its holder."""

@@ -2,28 +2,44 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from overtok_megatron.commands.arguments import port, positive
+from overtok_megatron.errors import OutputError
+from overtok_megatron.files import refuse_inputs
 
 
 def _config(options: argparse.Namespace) -> int:
+    from overtok_megatron.config.loading import save_resolved
     from overtok_megatron.config.validation import validate
     from overtok_megatron.launching.preparation import load_run
     from overtok_megatron.planning.config_report import describe
 
     loaded = load_run(options.config, options.overrides, _note)
     validate(loaded.config, options.processes, loaded.locate)
+    if options.write is not None:
+        refuse_inputs([options.write], [Path(options.config)], "--write")
+        try:
+            save_resolved(loaded.config, options.write, "--write")
+        except OSError as error:
+            raise OutputError(f"--write {options.write}: cannot be written ({error.strerror})") from None
     print(describe(loaded, options.processes))
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
+    from overtok_megatron.launching.cluster import Cluster, read_hostfile
     from overtok_megatron.launching.local import launch
     from overtok_megatron.launching.preparation import load_run
 
+    cluster, processes = None, options.processes
+    if options.hostfile is not None:
+        hosts = read_hostfile(options.hostfile, options.processes)
+        cluster = Cluster(hosts=hosts, launcher=options.launcher, launcher_arguments=options.launcher_args)
+        processes = cluster.world_size
     loaded = load_run(options.config, options.overrides, _note)
-    return launch(loaded, options.processes, options.master_port)
+    return launch(loaded, processes, options.master_port, cluster)
 
 
 def _note(line: str) -> None:
@@ -39,9 +55,30 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("config", help="print a configuration resolved, with what follows from it")
     _add_overrides(verb)
+    verb.add_argument(
+        "--world-size",
+        type=positive,
+        dest="processes",
+        metavar="N",
+        help="ranks of the run, on machines that need not be here; the same as --processes",
+    )
+    verb.add_argument("--write", type=Path, metavar="FILE", help="also store the resolved configuration in a file")
     verb.set_defaults(work=_config)
 
-    verb = verbs.add_parser("train", help="train, on one or more ranks of this host")
+    verb = verbs.add_parser("train", help="train, on one or more ranks of this host, or of several")
     _add_overrides(verb)
     verb.add_argument("--master-port", type=port, default=None, help="port of the first rank (default: a free one)")
+    verb.add_argument(
+        "--hostfile",
+        type=Path,
+        default=None,
+        help="train on the hosts of this file, lines HOST slots=N; --processes is then per host (default: the slots)",
+    )
+    verb.add_argument(
+        "--launcher",
+        choices=["pdsh", "openmpi", "mpich", "impi", "slurm"],
+        default="pdsh",
+        help="with --hostfile: by what DeepSpeed starts the ranks (default: pdsh)",
+    )
+    verb.add_argument("--launcher-args", default="", help="with --hostfile: words for pdsh, mpirun or srun")
     verb.set_defaults(work=_train)

@@ -88,13 +88,14 @@ def parse_resolved(path: str | Path) -> RunConfig:
     return load_config(path).config
 
 
-def save_resolved(config: RunConfig, path: str | Path) -> None:
+def save_resolved(config: RunConfig, path: str | Path, flag: str = "training.output_directory") -> None:
     """Write every value, defaults included; the old file or the new one is there, never a part.
 
-    Raises OutputError where a file that somebody wrote by hand would be replaced, and OSError.
+    flag: what chose the path, for the message. Raises OutputError where a file that somebody wrote by hand would be replaced,
+    and OSError.
     """
     path = Path(path)
-    refuse_foreign(path, _is_resolved, "a resolved configuration", "training.output_directory")
+    refuse_foreign(path, _is_resolved, "a resolved configuration", flag)
     text = yaml.dump(config.model_dump(mode="json"), Dumper=dialect.Dumper, sort_keys=False, allow_unicode=True)
     write_atomically(path, text)
 

@@ -47,7 +47,8 @@ def load_run(path: str, overrides: Sequence[str], tell: Callable[[str], object])
 def check_inputs(loaded: LoadedConfig, *, world_size: int, ranks_of_host: int, devices: int) -> None:
     """Check memory, data, starting point and kernels of a configuration that `validate` has passed.
 
-    devices: how many CUDA devices the run may use on this host; 0 = it computes on the CPU. Compiles the kernels, too, so
+    ranks_of_host: how many ranks run on this host; where none does, its memory and kernels say nothing. devices: how many CUDA
+    devices the run may use on this host; 0 = it computes on the CPU. Compiles the kernels, too, so
     that the ranks of this host find them compiled. Raises the named errors of a user's mistake.
     """
     # late: they import torch
@@ -57,12 +58,13 @@ def check_inputs(loaded: LoadedConfig, *, world_size: int, ranks_of_host: int, d
     from overtok_megatron.parallel.devices import CPU, first_device
 
     config = loaded.config
-    if not devices:
+    if ranks_of_host and not devices:
         memory = psutil.virtual_memory().total + psutil.swap_memory().total
         validate_host(config, ranks_of_host, memory, loaded.locate, world_size=world_size)
     open_run_data(config)
     starting_point(config)
-    choose_kernels(config.training.kernels, first_device() if devices else CPU)
+    if ranks_of_host:
+        choose_kernels(config.training.kernels, first_device() if devices else CPU)
 
 
 def make_folder(config: RunConfig) -> Path:

@@ -80,17 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
         meeting.leave(error.code)
         return error.code
     except OvertokError as error:
-        _tell(error.lines, meeting)
+        _tell(error.lines, meeting, 2)
         return 2
     except NotMetError as error:
-        _tell([str(error)], meeting)
+        _tell([str(error)], meeting, 1)
         return 1
     run.grid.wait_for_all()  # all ranks leave together
     return run.exit_code
 
 
-def _tell(lines: list[str], meeting: Meeting | None) -> None:
-    """Print what no other rank of this start has said, and leave the meeting."""
+def _tell(lines: list[str], meeting: Meeting | None, code: int) -> None:
+    """Print what no other rank of this start has said, and leave the meeting with an exit code."""
     rank = 0 if meeting is None else meeting.place.rank
     if rank > 0:
         time.sleep(3)  # the first rank says it where it finds the same
@@ -99,7 +99,7 @@ def _tell(lines: list[str], meeting: Meeting | None) -> None:
     if news:
         print("\n".join(f"{prefix}: {line}" for line in news), file=sys.stderr, flush=True)
     if meeting is not None:
-        meeting.leave(2)
+        meeting.leave(code)
 
 
 def run_and_leave() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from overtok_megatron.errors import ConfigError, OvertokError
 from overtok_megatron.launching.batch_systems import Placement
+from overtok_megatron.launching.hosts import addresses_of, is_own_address
 
 # Seconds. Ranks come as their hosts get them started and import torch; the first rank compiles kernels and opens the data.
 JOIN_LIMIT, CHECK_LIMIT, ANSWER_LIMIT = 600.0, 3600.0, 600.0
@@ -78,17 +79,15 @@ class Meeting:
         """Raise ConfigError where the address has no meaning here, or is not that of the first rank's host."""
         place, deadline = self.place, time.monotonic() + _NAME_LIMIT
         while True:
-            try:
-                found = {str(entry[4][0]) for entry in socket.getaddrinfo(place.master_address, None)}
+            if found := addresses_of(place.master_address):
                 break
-            except (OSError, UnicodeError):
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"MASTER_ADDR: {place.master_address!r} is not known on {socket.gethostname()}; set it to a name or "
-                        "an address of the host of rank 0"
-                    ) from None
-                time.sleep(1.0)
-        if self.is_first and not place.master_given and not any(map(_is_own, found)):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"MASTER_ADDR: {place.master_address!r} is not known on {socket.gethostname()}; set it to a name or an "
+                    "address of the host of rank 0"
+                )
+            time.sleep(1.0)
+        if self.is_first and not place.master_given and not any(map(is_own_address, found)):
             raise ConfigError(
                 f"MASTER_ADDR: not set, and {place.started_by} names {place.master_address}, but rank 0 runs on "
                 f"{socket.gethostname()}; set it to that host"
@@ -158,14 +157,3 @@ class Meeting:
         if _FAILED in told:
             raise AlreadySaidError(told[_FAILED])
         return told
-
-
-def _is_own(address: str) -> bool:
-    """Whether an address is one of this host's: no other process can be given one that is not."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
