@@ -5,6 +5,7 @@
 # Give this on the first host, in a folder that all hosts share. PYTHON names another Python than that of .venv.
 set -uo pipefail
 launchers=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-$launchers/../.venv/bin/python}
 source "$launchers/rank_environment.sh"
 
 options=()
@@ -19,15 +20,13 @@ fi
 shift
 
 # mpirun gives ranks on other hosts only the variables that it is told to
-for name in $(compgen -e); do
-    case $name in
-        NCCL_* | GLOO_* | TORCH_* | PYTORCH_* | TRITON_* | CUDA_* | OMP_* | GOMP_* | MALLOC_* | THP_* | PYTHON* | DS_* | OVERTOK_* | MASTER_*)
-            options+=(-x "$name") ;;
-    esac
+travelling='import os; from overtok_megatron.environment import travelling; print(*travelling(os.environ))'
+for name in $("$python" -c "$travelling"); do
+    if [[ -v $name ]]; then options+=(-x "$name"); fi
 done
 
 # Without --bind-to none mpirun binds each rank to one core.
-mpirun --bind-to none "${options[@]}" "${PYTHON:-$launchers/../.venv/bin/python}" -m overtok_megatron.training.entry "$@" &
+mpirun --bind-to none "${options[@]}" "$python" -m overtok_megatron.training.entry "$@" &
 mpirun=$! code=0 asked=''
 # mpirun passes SIGUSR1 on to all ranks. After a SIGTERM it gives them one second, in which they cannot save.
 trap 'kill -USR1 "$mpirun"' USR1

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from support.namespaces import INTERFACE
 from support.overtok_process import run_overtok
-from support.two_hosts import INTERFACE
 from support.workspace import Workspace, losses
 
 TENSOR_INSIDE = (4, ("parallel.tensor_parallel_size=2",))  # on two hosts, with the data axis across
@@ -16,9 +16,9 @@ SETTINGS = (
     "over_encoding.row_dtype=float32",
     "over_encoding.state_dtype=float32",
     "training.num_threads=1",  # several threads sum in another order, and fewer ranks of a host have more threads
-    "training.train_iters=60",  # enough to be stopped on the way
-    "training.validation_interval=20",
-    "checkpoint.interval=20",
+    "training.train_iters=30",  # enough to be stopped on the way
+    "training.validation_interval=10",
+    "checkpoint.interval=10",
 )
 # The ranks' variables. Without the interface gloo takes the address of the host's name, which may be that of the loopback.
 VARIABLES = {"GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

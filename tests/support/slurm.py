@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.two_hosts import Host, TwoHosts, environment, two_hosts
+from support.namespaces import Host, TwoHosts, environment, two_hosts
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 CORES = 2

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from overtok_megatron.launching.console import overtok_command
 from overtok_megatron.launching.local import ENTRY
 from support.host_runs import PIPELINE_ACROSS, SETTINGS, TENSOR_INSIDE, VARIABLES, Layout, OneHostRuns
-from support.two_hosts import TwoHosts, reason_to_skip, two_hosts
+from support.namespaces import TwoHosts, reason_to_skip, two_hosts
 from support.workspace import Workspace
 
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
@@ -28,7 +29,19 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         yield both
 
 
-def by_pdsh(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+def by_hostfile(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path, launcher: str = "pdsh") -> None:
+    hostfile = hosts.hostfile(scratch / "hostfile", ranks // 2)
+    command = overtok_command("train", *run, "--hostfile", hostfile, "--launcher", launcher)
+    # OpenMPI refuses to start anything as root unless both are set
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    hosts.alpha.check(*command, env=os.environ | VARIABLES | as_root)
+
+
+def by_hostfile_and_mpirun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    by_hostfile(hosts, run, ranks, scratch, "openmpi")
+
+
+def by_deepspeed(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
     """DeepSpeed's launcher, which takes variables for other hosts from a file of the home folder or of the current one."""
     (scratch / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in VARIABLES.items()))
     hostfile = hosts.hostfile(scratch / "hostfile", ranks // 2)
@@ -89,8 +102,10 @@ def on_both(hosts: TwoHosts, command: Callable[[int], list[str]], **variables: s
 @pytest.mark.parametrize(
     ("start", "layout"),
     [
-        (by_pdsh, TENSOR_INSIDE),
-        (by_pdsh, PIPELINE_ACROSS),
+        (by_hostfile, TENSOR_INSIDE),
+        (by_hostfile, PIPELINE_ACROSS),
+        (by_hostfile_and_mpirun, PIPELINE_ACROSS),
+        (by_deepspeed, PIPELINE_ACROSS),
         (by_torchrun, TENSOR_INSIDE),
         (by_torchrun, PIPELINE_ACROSS),
         (by_host_script, PIPELINE_ACROSS),

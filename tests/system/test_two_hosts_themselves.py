@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.two_hosts import reason_to_skip, signal_to, two_hosts
+from support.namespaces import reason_to_skip, signal_to, two_hosts
 
 pytestmark = [
     pytest.mark.ci,
@@ -58,7 +58,7 @@ def test_hosts_end_when_the_test_is_killed(tmp_path: Path) -> None:
     script = """
         import sys, time
         from pathlib import Path
-        from support.two_hosts import two_hosts
+        from support.namespaces import two_hosts
         with two_hosts(Path(sys.argv[1])) as hosts:
             hosts.alpha.start("sleep", "1234")
             print(*(host.first for host in hosts), flush=True)
