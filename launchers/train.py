@@ -1,6 +1,7 @@
-"""The DeepSpeed entry for those who call the launcher themselves: `deepspeed launchers/train.py RESOLVED_CONFIG`.
+"""The entry as a script, for those who call a launcher themselves: `deepspeed launchers/train.py CONFIG section.key=value ...`.
 
-`overtok train` does the same after checking the configuration and setting the environment; prefer it on one host.
+The same as `python -m overtok_megatron.training.entry`. `overtok train` also sets the variables of the allocator, which must be
+there before a process starts; prefer it, or set them.
 """
 
 from overtok_megatron.training.entry import run_and_leave

@@ -117,7 +117,7 @@ def check_cluster(cluster: Cluster, environment: Mapping[str, str]) -> None:
     environment: of the ranks.
     """
     program = LAUNCHERS[cluster.launcher]
-    if shutil.which(program) is None:
+    if shutil.which(program, path=environment.get("PATH", "")) is None:
         raise ConfigError(
             f"--launcher {cluster.launcher}: {program} is not installed here; install it, or start ranks with torchrun or srun"
         )
@@ -201,18 +201,17 @@ def cluster_command(
         ]
 
 
-def signal_first_rank(run: Path, number: int) -> None:
+def signal_first_rank(cluster: Cluster, run: Path, number: int) -> None:
     """Send a signal to the first rank of the training in the folder `run`, on its host; all ranks then stop together."""
     holder = holder_of(run)
     if holder is None:  # no rank has come so far
         return
     host, process = holder
     command = ["kill", f"-{number}", str(process)]
+    if host != socket.gethostname():
+        command = ["ssh", *_SSH.split(), cluster.hosts[0].name, *command]
     with suppress(OSError):
-        subprocess.run(
-            command if host == socket.gethostname() else ["ssh", *_SSH.split(), host, *command],
-            stdin=subprocess.DEVNULL,
-        )
+        subprocess.run(command, stdin=subprocess.DEVNULL)
 
 
 def _environment_file(environment: Mapping[str, str], launcher: str) -> str:

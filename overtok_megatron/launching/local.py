@@ -58,7 +58,9 @@ def launch(loaded: LoadedConfig, processes: int, master_port: int | None = None,
             return run_ranks(launcher_command(ENTRY, words, processes, master_port), environment, stop_ranks)
         lock.release()  # the first rank takes it: on its own host, or not as a descendant of this process
         with cluster_command(cluster, ENTRY, words, environment, master_port) as command:
-            return run_ranks(command, environment, lambda _, number: signal_first_rank(directory, number), apart=True)
+            return run_ranks(
+                command, environment, lambda _, number: signal_first_rank(cluster, directory, number), apart=True
+            )
 
 
 def _check(loaded: LoadedConfig, world_size: int, processes: int) -> int:

@@ -1,8 +1,10 @@
 """Whole runs over two hosts, started in every way but SLURM's: the losses are those of one host."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 from overtok_megatron.launching.console import overtok_command
 from overtok_megatron.launching.local import ENTRY
 from support.host_runs import PIPELINE_ACROSS, SETTINGS, TENSOR_INSIDE, VARIABLES, Layout, OneHostRuns
-from support.namespaces import TwoHosts, reason_to_skip, two_hosts
-from support.workspace import Workspace
+from support.namespaces import TwoHosts, reason_to_skip, signal_to, two_hosts
+from support.overtok_process import wait_for
+from support.workspace import Workspace, records
 
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
 
@@ -57,29 +60,36 @@ def by_torchrun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> N
         f"--master-addr={hosts.alpha.address}",
         "--master-port=29500",
     ]
-    on_both(
-        hosts,
-        lambda number: [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *options,
-            f"--node-rank={number}",
-            "-m",
-            ENTRY,
-            *run,
-        ],
+    finish(
+        start_on_both(
+            hosts,
+            lambda number: [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *options,
+                f"--node-rank={number}",
+                "-m",
+                ENTRY,
+                *run,
+            ],
+        ),
+        0,
     )
 
 
 def by_host_script(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    finish(start_host_scripts(hosts, run, ranks), 0)
+
+
+def start_host_scripts(hosts: TwoHosts, run: list[str], ranks: int) -> list[subprocess.Popen[str]]:
     variables = {
         "PYTHON": sys.executable,
         "HOSTS": "2",
         "RANKS_PER_HOST": str(ranks // 2),
         "MASTER_ADDR": hosts.alpha.name,
     }
-    on_both(hosts, lambda number: [str(LAUNCHERS / "host.sh"), *run], **variables)
+    return start_on_both(hosts, lambda number: [str(LAUNCHERS / "host.sh"), *run], **variables)
 
 
 def by_mpirun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
@@ -89,14 +99,21 @@ def by_mpirun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> Non
     hosts.alpha.check(LAUNCHERS / "mpi.sh", *options, "--", *run, env=environment)
 
 
-def on_both(hosts: TwoHosts, command: Callable[[int], list[str]], **variables: str) -> None:
-    """Run a command per host, given its number, to the end."""
-    started: list[subprocess.Popen[str]] = []
-    for number, host in enumerate(hosts):
-        environment = os.environ | VARIABLES | variables | {"HOST_NUMBER": str(number)}
-        started.append(host.start(*command(number), env=environment))
+def start_on_both(
+    hosts: TwoHosts, command: Callable[[int], list[str]], **variables: str
+) -> list[subprocess.Popen[str]]:
+    """Start a command per host, given its number."""
+    common = os.environ | VARIABLES | variables
+    return [
+        host.start(*command(number), env=common | {"HOST_NUMBER": str(number)}) for number, host in enumerate(hosts)
+    ]
+
+
+def finish(started: list[subprocess.Popen[str]], code: int) -> str:
+    """What the commands print, which must all leave with this code."""
     outputs = [process.communicate(timeout=150)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    assert [process.returncode for process in started] == [code] * len(started), "\n".join(outputs)
+    return "".join(outputs)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +139,18 @@ def test_two_hosts_report_the_losses_of_one(
     ranks, overrides = layout
     start(hosts, [str(workspace.config("run")), *SETTINGS, *overrides], ranks, workspace.scratch)
     one_host.check(workspace.scratch / "run", layout)
+
+
+def test_sigterm_to_one_host_saves_on_both(hosts: TwoHosts, workspace: Workspace, one_host: OneHostRuns) -> None:
+    """As when Kubernetes drains one host; the same command then goes on."""
+    ranks, overrides = PIPELINE_ACROSS
+    run, words = workspace.scratch / "run", [str(workspace.config("run")), *SETTINGS, *overrides]
+    started = start_host_scripts(hosts, words, ranks)
+    wait_for(lambda: bool(records(run)), started[0])
+    asked = time.monotonic()
+    signal_to(started[1], signal.SIGTERM)
+    assert "SIGTERM on rank 1" in finish(started, 143)
+    assert time.monotonic() - asked < 30
+    assert len(records(run)) < 30
+    assert "resumed from" in finish(start_host_scripts(hosts, words, ranks), 0)
+    one_host.check(run, PIPELINE_ACROSS)
