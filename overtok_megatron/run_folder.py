@@ -10,11 +10,8 @@
 | `tensorboard/` | the same numbers as TensorBoard's events; those of evaluations in `tensorboard/evaluation/` | trackers.py |
 | `traces/` | the profiler's traces of chosen steps | training/tracing.py |
 | `train.log` | the log of the first rank | training/entry.py |
-<<<<<<< HEAD
 | `STOP` | nothing; it asks the run to save and to leave, and the run then removes it (training/leaving.py) | the user |
-=======
 | `.start-WORD` | while ranks start: that they all see this folder | training/same_everywhere.py |
->>>>>>> launch
 | `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |
 
 Checkpoints and configurations are read by the files that write them.
