@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 NAMES = ("alpha", "beta")
 INTERFACE = "eth0"
@@ -228,12 +227,3 @@ def _program(name: str) -> str | None:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"}
-
-
-@pytest.fixture
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    """Two hosts, or the test is skipped with the reason."""
-    if reason := reason_to_skip():
-        pytest.skip(reason)
-    with two_hosts(tmp_path_factory.mktemp("hosts")) as both:
-        yield both
