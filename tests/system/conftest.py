@@ -8,7 +8,10 @@ from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import sotu_files
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
+from support.host_runs import one_host
 from support.workspace import Workspace
+
+__all__ = ["one_host"]
 
 VOCAB = 512
 

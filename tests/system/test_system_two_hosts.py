@@ -1,0 +1,156 @@
+"""Whole runs over two hosts, started in every way but SLURM's: the losses are those of one host."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from overtok_megatron.launching.console import overtok_command
+from overtok_megatron.launching.local import ENTRY
+from support.host_runs import PIPELINE_ACROSS, SETTINGS, TENSOR_INSIDE, VARIABLES, Layout, OneHostRuns
+from support.namespaces import TwoHosts, reason_to_skip, signal_to, two_hosts
+from support.overtok_process import wait_for
+from support.workspace import Workspace, records
+
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
+
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(reason := reason_to_skip("pdsh", "mpirun")), reason=reason or ""),
+]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as both:
+        yield both
+
+
+def by_hostfile(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path, launcher: str = "pdsh") -> None:
+    hostfile = hosts.hostfile(scratch / "hostfile", ranks // 2)
+    command = overtok_command("train", *run, "--hostfile", hostfile, "--launcher", launcher)
+    # OpenMPI refuses to start anything as root unless both are set
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    hosts.alpha.check(*command, env=os.environ | VARIABLES | as_root)
+
+
+def by_hostfile_and_mpirun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    by_hostfile(hosts, run, ranks, scratch, "openmpi")
+
+
+def by_deepspeed(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    """DeepSpeed's launcher, which takes variables for other hosts from a file of the home folder or of the current one."""
+    (scratch / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in VARIABLES.items()))
+    hostfile = hosts.hostfile(scratch / "hostfile", ranks // 2)
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [str(launcher), f"--hostfile={hostfile}", "--module", ENTRY, *run]
+    hosts.alpha.check("bash", "-c", 'cd "$1"; shift; exec "$@"', "bash", scratch, *command)
+
+
+def by_torchrun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    options = [
+        "--nnodes=2",
+        f"--nproc-per-node={ranks // 2}",
+        f"--master-addr={hosts.alpha.address}",
+        "--master-port=29500",
+    ]
+    finish(
+        start_on_both(
+            hosts,
+            lambda number: [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *options,
+                f"--node-rank={number}",
+                "-m",
+                ENTRY,
+                *run,
+            ],
+        ),
+        0,
+    )
+
+
+def by_host_script(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    finish(start_host_scripts(hosts, run, ranks), 0)
+
+
+def start_host_scripts(hosts: TwoHosts, run: list[str], ranks: int) -> list[subprocess.Popen[str]]:
+    variables = {
+        "PYTHON": sys.executable,
+        "HOSTS": "2",
+        "RANKS_PER_HOST": str(ranks // 2),
+        "MASTER_ADDR": hosts.alpha.name,
+    }
+    return start_on_both(hosts, lambda number: [str(LAUNCHERS / "host.sh"), *run], **variables)
+
+
+def by_mpirun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
+    where = ",".join(f"{host.name}:{ranks // 2}" for host in hosts)
+    options = ["--allow-run-as-root", "--host", where]
+    environment = os.environ | VARIABLES | {"PYTHON": sys.executable}
+    hosts.alpha.check(LAUNCHERS / "mpi.sh", *options, "--", *run, env=environment)
+
+
+def start_on_both(
+    hosts: TwoHosts, command: Callable[[int], list[str]], **variables: str
+) -> list[subprocess.Popen[str]]:
+    """Start a command per host, given its number."""
+    common = os.environ | VARIABLES | variables
+    return [
+        host.start(*command(number), env=common | {"HOST_NUMBER": str(number)}) for number, host in enumerate(hosts)
+    ]
+
+
+def finish(started: list[subprocess.Popen[str]], code: int) -> str:
+    """What the commands print, which must all leave with this code."""
+    outputs = [process.communicate(timeout=150)[0] for process in started]
+    assert [process.returncode for process in started] == [code] * len(started), "\n".join(outputs)
+    return "".join(outputs)
+
+
+@pytest.mark.parametrize(
+    ("start", "layout"),
+    [
+        (by_hostfile, TENSOR_INSIDE),
+        (by_hostfile, PIPELINE_ACROSS),
+        (by_hostfile_and_mpirun, PIPELINE_ACROSS),
+        (by_deepspeed, PIPELINE_ACROSS),
+        (by_torchrun, TENSOR_INSIDE),
+        (by_torchrun, PIPELINE_ACROSS),
+        (by_host_script, PIPELINE_ACROSS),
+        (by_mpirun, PIPELINE_ACROSS),
+    ],
+)
+def test_two_hosts_report_the_losses_of_one(
+    hosts: TwoHosts,
+    workspace: Workspace,
+    one_host: OneHostRuns,
+    start: Callable[[TwoHosts, list[str], int, Path], None],
+    layout: Layout,
+) -> None:
+    ranks, overrides = layout
+    start(hosts, [str(workspace.config("run")), *SETTINGS, *overrides], ranks, workspace.scratch)
+    one_host.check(workspace.scratch / "run", layout)
+
+
+def test_sigterm_to_one_host_saves_on_both(hosts: TwoHosts, workspace: Workspace, one_host: OneHostRuns) -> None:
+    """As when Kubernetes drains one host; the same command then goes on."""
+    ranks, overrides = PIPELINE_ACROSS
+    run, words = workspace.scratch / "run", [str(workspace.config("run")), *SETTINGS, *overrides]
+    started = start_host_scripts(hosts, words, ranks)
+    wait_for(lambda: bool(records(run)), started[0])
+    asked = time.monotonic()
+    signal_to(started[1], signal.SIGTERM)
+    assert "SIGTERM on rank 1" in finish(started, 143)
+    assert time.monotonic() - asked < 30
+    assert len(records(run)) < 30
+    assert "resumed from" in finish(start_host_scripts(hosts, words, ranks), 0)
+    one_host.check(run, PIPELINE_ACROSS)
