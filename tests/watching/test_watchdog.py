@@ -10,10 +10,13 @@ import pytest
 
 _RANK = """
 import sys
+import time
 from pathlib import Path
 from overtok_megatron.watching.starting import Place, start_watch
 place = Place(rank=0, local_rank=0, ranks=2, host_ranks=1, address="127.0.0.1", port=sys.argv[1], host_number="", attempt="0")
-start_watch(place, Path(sys.argv[2]), 300.0).goodbye(0)
+watch = start_watch(place, Path(sys.argv[2]), 300.0)
+time.sleep(2)
+watch.goodbye(0)
 """
 
 
