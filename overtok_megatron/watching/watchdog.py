@@ -354,7 +354,15 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     if os.fork():
         os._exit(0)  # a launcher ends all that its ranks have started; this process is not among it any more
-    asyncio.run(HostWatch(Settings(**json.loads(sys.argv[1]))).run())
+    asyncio.run(_watch_and_leave(Settings(**json.loads(sys.argv[1]))))
+
+
+async def _watch_and_leave(settings: Settings) -> None:
+    """Leave from inside: asyncio would cancel what still reads from other hosts, and print a traceback for it."""
+    await HostWatch(settings).run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
