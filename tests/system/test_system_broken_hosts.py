@@ -48,7 +48,9 @@ def gone_after(hosts: TwoHosts, limit: float) -> float:
     while ranks(hosts.alpha) or ranks(hosts.beta):
         assert time.monotonic() - began < limit, "ranks still live"
         time.sleep(0.1)
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    print(f"all ranks have gone after {seconds:.1f} s")  # the figures of launchers/README.md: pytest -s
+    return seconds
 
 
 def said(output: str) -> list[str]:
@@ -66,6 +68,7 @@ def test_a_rank_that_dies_or_stops_ends_both_hosts(
     gone_after(hosts, limit)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
+    print("\n".join(said(output)))
     assert "rank 1 on beta" in said(output)[0], output
     assert "Traceback" not in output, output[-3000:]
 
@@ -83,6 +86,7 @@ def test_a_cut_link_ends_both_hosts_and_the_job_comes_back_with_it(
     hosts.heal()
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
+    print("\n".join(said(output)))
     assert "beta" in said(output)[0], output
     assert "resumed from" in output
     one_host.check(run, PIPELINE_ACROSS)
