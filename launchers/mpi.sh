@@ -21,7 +21,7 @@ shift
 
 # mpirun gives ranks on other hosts only the variables that it is told to
 travelling='import os; from overtok_megatron.environment import travelling; print(*travelling(os.environ))'
-for name in $("$python" -c "$travelling"); do
+for name in $("$python" -c "$travelling") MASTER_ADDR MASTER_PORT; do
     if [[ -v $name ]]; then options+=(-x "$name"); fi
 done
 

@@ -76,7 +76,7 @@ class RunLock:
             self._take(RANKS, fcntl.LOCK_EX, record=False)
         except CheckpointError:
             return False
-        self._close(RANKS)
+        self._remove(RANKS)
         return True
 
     def take_for_ranks(self) -> None:
@@ -99,11 +99,15 @@ class RunLock:
     def release(self) -> None:
         """Release all locks. The file of a lock that nobody else shares is removed from the folder."""
         for name in list(self._files):
-            with suppress(OSError):
-                fcntl.flock(self._files[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_current(name):
-                    (self.run / name).unlink()
-            self._close(name)
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Release a lock, and take its file out of the folder where nobody else shares it."""
+        with suppress(OSError):
+            fcntl.flock(self._files[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_current(name):
+                (self.run / name).unlink()
+        self._close(name)
 
     def _open_folder(self) -> None:
         try:

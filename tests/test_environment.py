@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from overtok_megatron.launching.local import launcher_command
 from overtok_megatron.parallel import devices
 from overtok_megatron.training.before_training import choose_device
 from overtok_megatron.training.entry import prepare_environment
+from overtok_megatron.watching.starting import Place
 from support.marker_expressions import asks_for_gpu
 
 PROBE = """
@@ -151,3 +153,33 @@ def test_the_suite_itself_sees_no_gpu() -> None:
 )
 def test_only_who_asks_for_gpu_tests_sees_the_gpus(expression: str, asked: bool) -> None:
     assert asks_for_gpu(expression) is asked
+
+
+def test_the_hosts_first_rank_is_known_before_ranks_share_device_0(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where each task sees one GPU, LOCAL_RANK becomes 0 on all of them, and each would start a watchdog."""
+    from overtok_megatron.training import entry
+
+    seen = []
+
+    def prepare_rank(*_: object, **__: object) -> object:
+        os.environ["LOCAL_RANK"] = "0"
+        training = types.SimpleNamespace(output_directory=str(tmp_path), hang_timeout=None)
+        return types.SimpleNamespace(config=types.SimpleNamespace(training=training))
+
+    def start_watch(place: Place, *_: object) -> None:
+        seen.append(place.local_rank)
+        raise ConfigError("far enough")
+
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "3")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    monkeypatch.setattr(entry, "prepare_rank", prepare_rank)
+    monkeypatch.setattr(entry, "start_watch", start_watch)
+    monkeypatch.setattr(entry.time, "sleep", lambda _: None)
+    assert entry.main(["unread.yaml"]) == 2
+    assert seen == [3]

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from overtok_megatron.config.counts import parameter_counts
-from overtok_megatron.config.loading import load_config, parse_resolved
+from overtok_megatron.config.loading import load_config
 from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.sotu import hold_out_last, sotu_files
@@ -69,7 +69,7 @@ def adapt(source: Path, output: Path, seed: int, options: argparse.Namespace) ->
         f"optimizer.learning_rate={options.learning_rate}",
     ]
     train(str(RunFolder(source).config), own, options)
-    curve = read_curve(output.name, output, parameter_counts(parse_resolved(RunFolder(output).config)))
+    curve = read_curve(output.name, output, parameter_counts(load_config(RunFolder(output).config).config))
     return curve.ends[""]
 
 

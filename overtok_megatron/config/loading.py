@@ -83,11 +83,6 @@ def _resolve(values: dict[str, Any], origins: dict[str, str], overrides: Sequenc
     return LoadedConfig(config, dict.fromkeys(known_keys(), DEFAULT) | origins)
 
 
-def parse_resolved(path: str | Path) -> RunConfig:
-    """A configuration that `save_resolved` wrote."""
-    return load_config(path).config
-
-
 def save_resolved(config: RunConfig, path: str | Path, flag: str = "training.output_directory") -> None:
     """Write every value, defaults included; the old file or the new one is there, never a part.
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -201,17 +201,23 @@ def cluster_command(
         ]
 
 
-def signal_first_rank(cluster: Cluster, run: Path, number: int) -> None:
-    """Send a signal to the first rank of the training in the folder `run`, on its host; all ranks then stop together."""
+def signal_first_rank(cluster: Cluster, run: Path, environment: Mapping[str, str], number: int) -> bool:
+    """Send a signal to the first rank of the training in the folder `run`, on its host; all ranks then stop together.
+
+    environment: as for `check_cluster`. Returns whether the rank was there to get it.
+    """
     holder = holder_of(run)
     if holder is None:  # no rank has come so far
-        return
+        return False
     host, process = holder
     command = ["kill", f"-{number}", str(process)]
     if host != socket.gethostname():
-        command = ["ssh", *_SSH.split(), cluster.hosts[0].name, *command]
-    with suppress(OSError):
-        subprocess.run(command, stdin=subprocess.DEVNULL)
+        own = shlex.split(environment.get("PDSH_SSH_ARGS_APPEND", ""))
+        command = ["ssh", *own, *_SSH.split(), cluster.hosts[0].name, *command]
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
 
 
 def _environment_file(environment: Mapping[str, str], launcher: str) -> str:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import psutil
 
+from overtok_megatron.config.derived import train_iters
 from overtok_megatron.config.loading import LoadedConfig, save_resolved
+from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.environment import rank_environment, usable_devices
 from overtok_megatron.errors import CheckpointError, ConfigError
@@ -82,14 +84,23 @@ def launch(
             ask = signal_ranks
         else:
             lock.release()  # the first rank takes it: on its own host, or not as a descendant of this process
-            ask = partial(_signal_cluster, cluster, directory)
+            ask = partial(_signal_cluster, cluster, directory, environment)
         with ExitStack() as files:
-            return Supervisor(start, ask, lambda: _wait_for_ranks(lock)).run(max_restarts)
+            supervisor = Supervisor(start, ask, lambda: _wait_for_ranks(lock), lambda: _finished(directory, config))
+            return supervisor.run(max_restarts)
 
 
-def _signal_cluster(cluster: Cluster, directory: Path, _: int, number: int) -> None:
-    """Send a signal to the first rank, whose host passes it on to no other: all ranks stop together."""
-    signal_first_rank(cluster, directory, number)
+def _signal_cluster(cluster: Cluster, directory: Path, environment: dict[str, str], _: int, number: int) -> bool:
+    """Send a signal to the first rank, and say whether it was there: all ranks stop together."""
+    return signal_first_rank(cluster, directory, environment, number)
+
+
+def _finished(directory: Path, config: RunConfig) -> bool:
+    """Whether the run's latest checkpoint is that of its last step."""
+    from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
+
+    latest = CheckpointStore(directory).latest()
+    return latest is not None and read_manifest(latest).step >= train_iters(config)
 
 
 def _check(loaded: LoadedConfig, world_size: int, processes: int) -> int:
@@ -152,14 +163,18 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
     ]
 
 
-def signal_ranks(launcher: int, number: int) -> None:
-    """Send a signal to the ranks below a launcher.
+def signal_ranks(launcher: int, number: int) -> bool:
+    """Send a signal to the ranks below a launcher, and say whether there was any.
 
     The launcher itself gets none: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
     half a minute.
     """
-    for process in psutil.Process(launcher).children(recursive=True):
-        with suppress(psutil.Error):
-            words = process.cmdline()
-            if ENTRY in words and any(word.startswith("--local_rank") for word in words):
-                process.send_signal(number)
+    sent = False
+    with suppress(psutil.Error):  # the launcher has gone
+        for process in psutil.Process(launcher).children(recursive=True):
+            with suppress(psutil.Error):
+                words = process.cmdline()
+                if ENTRY in words and any(word.startswith("--local_rank") for word in words):
+                    process.send_signal(number)
+                    sent = True
+    return sent

@@ -1,7 +1,7 @@
 """From a started process to a checked configuration and a device: what all ranks do before the trainer is made."""
 
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,11 +62,13 @@ def prepare_rank(
     overrides: Sequence[str],
     *,
     stored: bool,
+    joined: Callable[[], None],
 ) -> Start:
     """Read the configuration, check and store it on the first rank, and return once all ranks see the same.
 
-    stored: whether `path` was checked and stored before the ranks were started. Raises OvertokError on the rank that tells
-    the user of a mistake, AlreadySaidError on the others, and NotMetError where ranks are missing.
+    stored: whether `path` was checked and stored before the ranks were started. joined: called when all ranks have come: until
+    then a signal should end the process at once, because torch waits without returning to Python. Raises OvertokError on the
+    rank that tells the user of a mistake, AlreadySaidError on the others, and NotMetError where ranks are missing.
     """
     place, mistake = meeting.place, None
     try:
@@ -77,6 +79,7 @@ def prepare_rank(
     except OvertokError as error:
         mistake = error
     meeting.join()
+    joined()
     if meeting.is_first:
         if mistake is not None:
             raise mistake

@@ -8,6 +8,7 @@ a user's mistake.
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from overtok_megatron.environment import (
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.training.before_training import place_process, prepare_rank
+from overtok_megatron.training.exit_codes import START_AGAIN, TERMINATED
 from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
 from overtok_megatron.watching.rank import Watch
 from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
@@ -67,12 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     watch = Watch()
     try:
         place = place_process(os.environ)
+        on_host = Place.of(os.environ)  # now: LOCAL_RANK becomes the number of a device, which may be 0 for every rank
         meeting = Meeting(place)
         prepare_environment(os.environ, deterministic=False)
-        start = prepare_rank(meeting, os.environ, options.config, options.overrides, stored=options.stored)
+        start = prepare_rank(
+            meeting, os.environ, options.config, options.overrides, stored=options.stored, joined=_leave_when_asked
+        )
         config = start.config
         folder = Path(config.training.output_directory)
-        on_host = Place.of(os.environ)
         watch = start_watch(on_host, folder, config.training.hang_timeout)
         join_watchdogs(on_host, watch, meeting.store)
 
@@ -85,15 +89,37 @@ def main(arguments: list[str] | None = None) -> int:
         run = Trainer(config, device=start.device, num_threads=place.num_threads(available_cores()), watch=watch)
         run.run()
         run.grid.wait_for_all()  # all ranks leave together
-    except Exception as error:
+    except (Exception, _AskedToLeave) as error:
         return _leave_after(error, meeting, watch)
     watch.goodbye(run.exit_code)
     return run.exit_code
 
 
-def _leave_after(error: Exception, meeting: Meeting | None, watch: Watch) -> int:
+class _AskedToLeave(BaseException):
+    """A signal asked this rank to leave before it began to train. No error, so that nothing on the way takes it for one."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def _leave_when_asked() -> None:
+    """From now on SIGTERM and SIGUSR1 end this rank with the codes that they have in training (leaving.py takes them over)."""
+
+    def leave(number: int, _: object) -> None:
+        raise _AskedToLeave(START_AGAIN if number == signal.SIGUSR1 else TERMINATED)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)
+
+
+def _leave_after(error: BaseException, meeting: Meeting | None, watch: Watch) -> int:
     """Say what ended this rank, unless another process has said it; returns the exit code."""
-    if isinstance(error, AlreadySaidError):
+    if isinstance(error, _AskedToLeave):
+        code = error.code
+        if meeting is not None:
+            meeting.leave(code)
+    elif isinstance(error, AlreadySaidError):
         assert meeting is not None
         meeting.leave(error.code)
         code = error.code
@@ -108,9 +134,11 @@ def _leave_after(error: Exception, meeting: Meeting | None, watch: Watch) -> int
         code = 1 if known is None else known
         if known is None:
             traceback.print_exception(error)
+        if meeting is not None and not watch.watches:
+            meeting.leave(code)  # no watchdog ends the others before the training
         watch.goodbye(code, repr(error)[:200])
         return code
-    watch.goodbye(code)
+    watch.goodbye(code, said=True)
     return code
 
 

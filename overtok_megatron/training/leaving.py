@@ -16,11 +16,10 @@ import psutil
 
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.training.exit_codes import START_AGAIN, TERMINATED
 
 log = logging.getLogger(__name__)
 
-TERMINATED = 128 + signal.SIGTERM  # asked to stop: whoever asked does not want the run to be started again by itself
-START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: stopped early and saved, to be started again
 _LOOK_SECONDS = 1.0  # between two looks for the file STOP, which cost a round trip on a network file system
 
 
@@ -35,8 +34,8 @@ class Departure:
 class Leaving:
     """What asks this rank to leave. The first rank alone looks at the file and at the clock.
 
-    Made before anything that takes long, so that a signal during the start is not lost: the run then leaves after its first
-    step. minutes: of the life of the first rank's process, after which the run leaves; None = no limit.
+    A signal during what follows in the start is not lost: the run then leaves after its first step. minutes: of the life of the
+    first rank's process, after which the run leaves; None = no limit.
     """
 
     def __init__(self, grid: ProcessGrid, folder: RunFolder, minutes: float | None) -> None:

@@ -118,10 +118,8 @@ class Meeting:
         found = []
         for rank in range(1, self.place.world_size):
             key = f"{_ANSWER}/{rank}"
-            try:
-                self._store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
-            except RuntimeError as error:
-                raise NotMetError(f"rank {rank} came, but did not answer within {ANSWER_LIMIT:.0f} s") from error
+            if not self._arrives(key, deadline):
+                raise NotMetError(f"rank {rank} came, but left or did not answer within {ANSWER_LIMIT:.0f} s")
             found.append(json.loads(self._store.get(key)))
         return found
 
@@ -153,13 +151,26 @@ class Meeting:
             return True
 
     def _wait(self, key: str, limit: float) -> dict[str, Any]:
+        silent = f"the first rank, at {self.place.master_address}, left before training began, or was silent for {limit:.0f} s"
         try:
-            self._store.wait([key], timedelta(seconds=limit))
+            if not self._arrives(key, time.monotonic() + limit):
+                raise NotMetError(silent)
             told: dict[str, Any] = json.loads(self._store.get(key))
         except RuntimeError as error:
-            raise NotMetError(
-                f"the first rank, at {self.place.master_address}, left before training began, or gave no word for {limit:.0f} s"
-            ) from error
+            raise NotMetError(silent) from error
         if _FAILED in told:
             raise AlreadySaidError(told[_FAILED])
         return told
+
+    def _arrives(self, key: str, deadline: float) -> bool:
+        """Whether a key is there before the deadline; on the first rank also only as long as no other rank has left.
+
+        Asks again and again, so that signals are handled meanwhile: the store's own wait does not return to Python.
+        """
+        pause = 0.01
+        while not self._store.check([key]):
+            if time.monotonic() > deadline or (self.is_first and self._store.add(_GONE, 0)):
+                return False
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+        return True

@@ -119,6 +119,7 @@ class Trainer:
                 self.lock.release()
             self.grid.wait_for_all()  # the first rank lets go last, and leaves a tidy folder
         except (OvertokError, OSError):  # perhaps of this rank alone: when it leaves, the launcher ends the others
+            self.watch.phase("save", self.total_steps)
             self.saver.settle()
             raise
         finally:
@@ -209,6 +210,7 @@ class Trainer:
         try:
             return self._one_step(step, tokens_of_steps)
         except (DivergedError, WeightsError):
+            self.watch.phase("save", step + 1)
             try:
                 self.saver.finish()
             except CheckpointError as error:

@@ -12,7 +12,6 @@ from overtok_megatron.watching.links import LOST_AFTER, Message
 # writes and hashes one. The first step compiles kernels, and so does the first batch of an evaluation; each batch counts anew.
 PHASES = {"start": 12, "first step": 4, "step": 1, "evaluate": 4, "save": 12, "end": 12}
 ASKED_TO_LEAVE = (0, 75, 143)  # exit codes of ranks that all leave together
-MISTAKE = 2  # the exit code of a rank that has said itself, in one line, what the user can mend
 _ANSWERING = 5.0  # seconds in which a rank answers with its stacks
 _MOST_LINES = 4
 
@@ -131,9 +130,11 @@ class JobWatch:
         """End the job where a rank has died, or has left with a code that says that it failed."""
         if rank["state"] == "died":
             self._end(1, f"{_name(rank)} {rank['how']}, last heard {self._doing(rank)}")
-        elif rank["state"] == "left" and rank["code"] == MISTAKE:
-            self._end(MISTAKE, None)
-        elif rank["state"] == "left" and rank["code"] not in ASKED_TO_LEAVE:
+        elif rank["state"] == "left" and rank["code"] in ASKED_TO_LEAVE:
+            return
+        elif rank["state"] == "left" and rank["said"]:
+            self._end(rank["code"], None)
+        elif rank["state"] == "left":
             why = f" ({rank['why']})" if rank["why"] else ""
             self._end(1, f"{_name(rank)} left with exit code {rank['code']}{why}, {self._doing(rank)}")
 

@@ -89,10 +89,15 @@ class Watch:
         self.tell("text", text="".join(traceback.format_exception(error)))
         return self._exit_code
 
-    def goodbye(self, code: int, why: str = "") -> None:
-        """Say that this rank leaves with an exit code; it must do so at once."""
+    @property
+    def watches(self) -> bool:
+        """Whether a watchdog knows of this rank."""
+        return self._socket is not None
+
+    def goodbye(self, code: int, why: str = "", *, said: bool = False) -> None:
+        """Say that this rank leaves with an exit code; it must do so at once. said: a line for the user says why already."""
         self._parting = True
-        self.tell("bye", code=code, why=why)
+        self.tell("bye", code=code, why=why, said=said)
 
     def _run(self, address: str, rank: int) -> None:
         connection = _connected(address)

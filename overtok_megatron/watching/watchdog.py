@@ -76,6 +76,7 @@ class WatchedRank:
     how: str = ""
     code: int | None = None
     why: str = ""
+    said: bool = False  # whether the user has been told why it left
     gone: bool = False
 
 
@@ -173,7 +174,7 @@ class HostWatch:
         elif kind == "text":
             self._pass_on_text(rank.rank, message["text"])
         elif kind == "bye":
-            rank.state, rank.code, rank.why = "left", message["code"], message["why"]
+            rank.state, rank.code, rank.why, rank.said = "left", message["code"], message["why"], message["said"]
             self._report()
         elif kind == "failed":
             self._rank_failed()
@@ -212,6 +213,7 @@ class HostWatch:
                 "how": rank.how,
                 "code": rank.code,
                 "why": rank.why,
+                "said": rank.said,
                 "beat": rank.beat,
                 "age": now - rank.heard,
             }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from overtok_megatron.config.derived import validation_sets
-from overtok_megatron.config.loading import load_config, parse_resolved, save_resolved
+from overtok_megatron.config.loading import load_config, save_resolved
 from support.config_text import RUN, refusal
 
 
@@ -22,7 +22,7 @@ def test_sets_in_the_order_given(run: Path, tmp_path: Path, given: str, sets: di
     config = load_config(run, [f"data.validation={given}"]).config
     assert list(validation_sets(config).items()) == list(sets.items())
     save_resolved(config, tmp_path / "resolved.yaml")
-    again = parse_resolved(tmp_path / "resolved.yaml")
+    again = load_config(tmp_path / "resolved.yaml").config
     assert again == config
     assert list(validation_sets(again)) == list(sets)
 

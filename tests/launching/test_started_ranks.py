@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overtok_megatron.config.loading import parse_resolved
+from overtok_megatron.config.loading import load_config
 from overtok_megatron.launching.local import ENTRY, free_port
 from support.overtok_process import run_overtok
 from support.started_ranks import Ended, plain_environment, run_started, slurm_tasks
@@ -35,7 +35,7 @@ def test_tasks_of_srun_train_from_a_users_file(workspace: Workspace) -> None:
     ended = run_started(slurm_tasks(hosts=2, per_host=1), workspace.config("run"), *SHORT, "training.seed=7")
     assert [one.code for one in ended] == [0, 0], [one.output for one in ended]
     run = workspace.scratch / "run"
-    assert parse_resolved(run / "config.yaml").training.seed == 7
+    assert load_config(run / "config.yaml").config.training.seed == 7
     assert (run / "tokenizer.model").exists()
     assert len(losses(run)) == 2
     assert not list(run.glob(".*")), "locks and tokens are gone"

@@ -143,8 +143,11 @@ def _communicates(node: ast.AST) -> bool:
 
 
 def test_every_collective_runs_in_a_span() -> None:
+    """But those of `overtok doctor`, which measures collectives outside of any run."""
     found, without = 0, []
     for path in Path(overtok_megatron.__file__).parent.rglob("*.py"):
+        if path.parent.name == "doctor":
+            continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         spans = [
             node for node in ast.walk(tree)

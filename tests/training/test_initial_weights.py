@@ -215,12 +215,12 @@ def whole_runs(folder: Path) -> list[tuple[int, float, float]]:
 
         def watched(resume=resume, run=run, before=before) -> int:  # type: ignore[no-untyped-def]
             first_step: int = resume()
-            before += [first_step, run._validate()["validation/loss"]]
+            before += [first_step, run._validate(0)["validation/loss"]]
             return first_step
 
         run._resume = watched  # type: ignore[method-assign]
         run.run()
-        results.append((*before, run._validate()["validation/loss"]))
+        results.append((*before, run._validate(0)["validation/loss"]))
     trained = load_trained(folder / "second", CPU)
     assert trained.step == 2
     return results

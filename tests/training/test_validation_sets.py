@@ -76,7 +76,7 @@ def validated_tokens(configs: list[RunConfig]) -> list[tuple[float, int]]:
             return split(inputs, *others)
 
         run.engine._micro_batches = counted  # type: ignore[method-assign]
-        found.append((run._validate()["validation/loss"], sum(seen)))
+        found.append((run._validate(0)["validation/loss"], sum(seen)))
     return found
 
 

@@ -70,7 +70,7 @@ def beat(phase: str = "step", step: int = 4, **others: Any) -> dict[str, Any]:
 
 def alive(rank: int, its_beat: dict[str, Any]) -> dict[str, Any]:
     return {"rank": rank, "pid": 1000 + rank, "process": "its process waits", "state": "alive", "how": "", "code": None,
-            "why": "", "beat": dict(its_beat), "age": 0.0}  # fmt: skip
+            "why": "", "said": False, "beat": dict(its_beat), "age": 0.0}  # fmt: skip
 
 
 def test_a_death_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_death_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
 def test_codes_with_which_a_rank_leaves(tmp_path: Path, code: int, orders: list[dict[str, Any]], lines: int) -> None:
     """With 2 it has said itself what the user can mend."""
     job = Job(tmp_path)
-    job.report("a", "b", state="left", code=code, why="RuntimeError: odd")
+    job.report("a", "b", state="left", code=code, why="RuntimeError: odd", said=code == 2)
     assert job.orders == orders
     job.report("a", state="left", code=0, process="")
     for host, ranks in {"a": (0, 1), "b": (2,)}.items():
