@@ -17,7 +17,12 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     """A whole number from 0 to MOST."""
-    return 0 if text == "0" else positive(text)
+    if text == "0":
+        return 0
+    try:
+        return positive(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text}; write a whole number from 0 to {MOST}") from None
 
 
 def port(text: str) -> int:
