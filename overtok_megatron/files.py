@@ -208,3 +208,9 @@ def _refuse_wide(content: bytes) -> None:
     for zeros, others, name in ((high, low, "UTF-16LE"), (low, high, "UTF-16BE")):
         if len(head) >= 4 and zeros.count(0) * 2 > len(zeros) and others.count(0) * 10 < len(others):
             raise EncodingError(f"{name} by its zero bytes, not UTF-8; convert it: iconv -f {name} -t UTF-8")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the first one above it that exists."""
+    path = path.absolute()
+    return next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))

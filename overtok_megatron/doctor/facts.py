@@ -29,6 +29,7 @@ from overtok_megatron.doctor.interfaces import (
     nccl_interface,
 )
 from overtok_megatron.environment import ACCELERATOR, available_cores
+from overtok_megatron.files import nearest_folder
 from overtok_megatron.parallel.devices import num_accelerators
 
 NONE = "none"
@@ -111,12 +112,6 @@ def host_facts(environment: Mapping[str, str], folder: Path) -> HostFacts:
         infiniband_ports=_infiniband_ports(),
         environment={name: value for name, value in sorted(environment.items()) if name.startswith(_READ)},
     )
-
-
-def nearest_folder(path: Path) -> Path:
-    """The folder itself, or the first one above it that exists."""
-    path = path.absolute()
-    return next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
 
 
 def _versions(driver: str) -> dict[str, str]:

@@ -19,9 +19,8 @@ CLOCK_SECONDS = 1.0
 MEMORY_SHARE = 0.02  # by which the memory of equal hosts differs: each firmware keeps another part
 # A rank holds a gloo connection to every other rank in each of a few groups, beside its libraries, datasets and checkpoints.
 FILES_PER_RANK, FILES_BESIDE = 4, 512
-SMALLEST_SHARED_MEMORY = (
-    2**28
-)  # bytes; containers get 64 MiB where nobody asks for more, and NCCL's ranks of a host meet there
+# Bytes. Containers get 64 MiB where nobody asks for more, and NCCL's ranks of a host meet there.
+SMALLEST_SHARED_MEMORY = 2**28
 
 
 @dataclass(frozen=True)

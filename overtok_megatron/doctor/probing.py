@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -151,6 +152,10 @@ def _pattern(device: torch.device) -> torch.Tensor:
     return torch.arange(_PATTERN, dtype=torch.uint8, device=device).repeat(LARGEST // _PATTERN + 1)[:LARGEST]
 
 
+def _sum_ones(values: torch.Tensor) -> None:
+    dist.all_reduce(values.fill_(1))
+
+
 def measure_all_reduce(ranks: int, device: torch.device) -> dict[str, Any]:
     """Over all ranks: the time of a small all-reduce (median), and the size, time and bus rate of the largest that is quick.
 
@@ -163,7 +168,7 @@ def measure_all_reduce(ranks: int, device: torch.device) -> dict[str, Any]:
     size = _SMALLEST
     while True:
         values = torch.ones(size // 4, device=device)
-        best = min(_seconds(lambda: dist.all_reduce(values.fill_(1)), device) for _ in range(_REPEATS))  # noqa: B023
+        best = min(_seconds(partial(_sum_ones, values), device) for _ in range(_REPEATS))
         if not torch.equal(values, torch.full_like(values, float(ranks))):
             raise RuntimeError("the all-reduce brought a wrong sum")
         slowest = torch.tensor([best], dtype=torch.float64, device=device)

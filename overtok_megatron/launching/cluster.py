@@ -160,6 +160,14 @@ def _check_reachable(hosts: Sequence[Host], environment: Mapping[str, str]) -> N
         )
 
 
+def deepspeed_launcher(environment: Mapping[str, str]) -> list[str]:
+    """The command line, without arguments, of the launcher of DeepSpeed that belongs to this Python."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    launcher = shutil.which("deepspeed", path=path)
+    assert launcher is not None, "deepspeed is installed without its launcher"
+    return [sys.executable, launcher]
+
+
 @contextmanager
 def cluster_command(
     cluster: Cluster,
@@ -179,10 +187,6 @@ def cluster_command(
     words = cluster.launcher_arguments
     if cluster.launcher == "openmpi":  # DeepSpeed gives it neither, and would ask MPI for the address
         words = f"{words} -x MASTER_ADDR={address} -x MASTER_PORT={port}".strip()
-    launcher = shutil.which(
-        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    )
-    assert launcher is not None, "deepspeed is installed without its launcher"
     with TemporaryDirectory(prefix="overtok-") as folder:
         hostfile, variables = Path(folder) / "hosts", Path(folder) / "environment"
         hostfile.write_text("".join(f"{host.name} slots={host.ranks}\n" for host in cluster.hosts), encoding="utf-8")
@@ -194,7 +198,14 @@ def cluster_command(
         # a name that ssh alone knows, by its configuration, is left to DeepSpeed, which asks the host for its address
         named = ["--master_addr", address] if addresses_of(address) else []
         yield [
-            *[sys.executable, launcher, "--hostfile", str(hostfile), "--launcher", cluster.launcher, "--force_multi"],
+            *[
+                *deepspeed_launcher(environment),
+                "--hostfile",
+                str(hostfile),
+                "--launcher",
+                cluster.launcher,
+                "--force_multi",
+            ],
             *["--no_ssh_check", "--master_port", port, *named],
             *(["--launcher_args", words] if words else []),
             *["--log_level", "critical", *code, *arguments],

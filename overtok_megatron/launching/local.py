@@ -4,10 +4,8 @@ The ranks run on this host, or on those of a cluster (cluster.py).
 """
 
 import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -21,7 +19,13 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.environment import rank_environment, usable_devices
 from overtok_megatron.errors import CheckpointError, ConfigError
-from overtok_megatron.launching.cluster import Cluster, check_cluster, cluster_command, signal_first_rank
+from overtok_megatron.launching.cluster import (
+    Cluster,
+    check_cluster,
+    cluster_command,
+    deepspeed_launcher,
+    signal_first_rank,
+)
 from overtok_megatron.launching.preparation import check_inputs, make_folder, store_inputs
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock, hold
@@ -142,13 +146,8 @@ def _wait_for_ranks(lock: RunLock, seconds: float = 120.0) -> None:
 
 def launcher_command(module: str, arguments: list[str], processes: int, master_port: int | None = None) -> list[str]:
     """The command line of DeepSpeed's launcher that runs `python -m module arguments` in so many processes of this host."""
-    launcher = shutil.which(
-        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    )
-    assert launcher is not None, "deepspeed is installed without its launcher"
     return [
-        sys.executable,
-        launcher,
+        *deepspeed_launcher(os.environ),
         "--hostfile",
         os.devnull,  # the default, /job/hostfile, exists in pods of some Kubernetes operators, and names other hosts
         "--num_gpus",

@@ -44,9 +44,8 @@ class Leaving:
         self._minutes = minutes
         self._looked = -_LOOK_SECONDS
         self._departure: Departure | None = None
-        self.signalled: Callable[[], None] | None = (
-            None  # called in a signal's handler: the step in progress may say it
-        )
+        # Called in a signal's handler: the step in progress may say it.
+        self.signalled: Callable[[], None] | None = None
         # The start by the system's clock, which may be set meanwhile, is read once.
         self._born = time.monotonic() - max(0.0, time.time() - psutil.Process(os.getpid()).create_time())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

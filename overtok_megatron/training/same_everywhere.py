@@ -24,9 +24,8 @@ from overtok_megatron.data.manifest import dataset_paths
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.run_folder import RunFolder
 
-_FOLDER_LIMIT = (
-    20.0  # seconds until a host must see a new file: network file systems remember a folder's names for a while
-)
+# Seconds until a host must see a new file: network file systems remember a folder's names for a while.
+_FOLDER_LIMIT = 20.0
 _CONFIGURATION, _FOLDER = "the configuration", "training.output_directory"
 _AS_FIRST = "as on the first rank"
 _MENDS = {

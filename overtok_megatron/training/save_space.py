@@ -10,6 +10,7 @@ from pathlib import Path
 
 from overtok_megatron.checkpoint.tables import TableWriter
 from overtok_megatron.errors import CheckpointError
+from overtok_megatron.files import nearest_folder
 from overtok_megatron.training.deepspeed.checkpoint_files import deepspeed_bytes, dense_bytes
 from overtok_megatron.training.engine import TrainingEngine
 
@@ -25,10 +26,8 @@ def bytes_to_write(engine: TrainingEngine, writer: TableWriter | None) -> int:
 
 def free_bytes(folder: Path) -> int | None:
     """What the file system of a folder, or of its nearest parent, has for this user; None where it does not tell."""
-    while not folder.exists():
-        folder = folder.parent
     try:
-        found = os.statvfs(folder)
+        found = os.statvfs(nearest_folder(folder))
     except OSError:
         return None
     return found.f_bavail * found.f_frsize if found.f_blocks else None

@@ -21,8 +21,8 @@ Rank = dict[str, Any]
 class JobWatch:
     """Judges the reports of all hosts; `tick` must be called once per second.
 
-    expected: how many ranks the job has. hang_timeout: seconds a step may take; None = any time. command: called with what
-    every host has to do. say: prints a line.
+    expected: how many ranks the job has. hang_timeout: seconds that a step may take; None = any time. command: called with
+    what every host has to do. say: prints a line.
     """
 
     def __init__(
