@@ -12,6 +12,7 @@ from overtok_megatron.watching.links import LOST_AFTER, Message
 # writes and hashes one. The first step compiles kernels, and so does the first batch of an evaluation; each batch counts anew.
 PHASES = {"start": 12, "first step": 4, "step": 1, "evaluate": 4, "save": 12, "end": 12}
 ASKED_TO_LEAVE = (0, 75, 143)  # exit codes of ranks that all leave together
+_COMING = 120.0  # seconds in which a rank has come to its host's watchdog once all ranks have agreed to begin
 _ANSWERING = 5.0  # seconds in which a rank answers with its stacks
 _MOST_LINES = 4
 
@@ -42,6 +43,7 @@ class JobWatch:
         self._command = command
         self._say = say
         self._started = clock.now()
+        self._come_by = self._started + self._limit("start")  # when each rank has been reported, if it ever will
         self.ranks: dict[int, Rank] = {}
         self._heard: dict[str, float] = {}  # when each watchdog reported last
         self._disconnected: set[str] = set()
@@ -69,6 +71,10 @@ class JobWatch:
     def receive_text(self, rank: int, text: str) -> None:
         """Take a rank's stacks or traceback."""
         self._texts[rank] = text
+
+    def all_come(self) -> None:
+        """Take the first rank's word that every rank has agreed to begin: a rank that is not reported soon has died."""
+        self._come_by = min(self._come_by, self._clock.now() + _COMING)
 
     def disconnected(self, watchdog: str) -> None:
         """Note that a watchdog's connection has ended. It may come back within `LOST_AFTER` seconds."""
@@ -156,7 +162,7 @@ class JobWatch:
         return rank["state"] == "alive" and self._seconds(rank) > self._limit(rank["beat"]["phase"])
 
     def _never_came(self) -> list[int]:
-        if self._clock.now() - self._started < self._limit("start"):
+        if self._clock.now() < self._come_by:
             return []
         return sorted(set(range(self._expected)) - self.ranks.keys())
 
@@ -184,7 +190,7 @@ class JobWatch:
         path = write_report(self._folder, "hang", self._described(), self._texts | silent)
         named = [] if absent else culprits({number: rank["beat"] for number, rank in living.items()}, self._texts)
         for number in absent[:_MOST_LINES]:
-            self._say(f"rank {number} has not come within {self._limit('start'):.0f} s of the start")
+            self._say(f"rank {number} has not come within {self._come_by - self._started:.0f} s of the start")
         for number in named[:_MOST_LINES]:
             rank = living[number]
             limit = self._limit(rank["beat"]["phase"])

@@ -8,12 +8,14 @@
 | | | `failed` | nothing: the rank has an error, and asks whether another rank caused it |
 | | | `bye` | exit code, and why |
 | | | `meet` | address, port and token of the first host's watchdog |
+| | | `all come` | nothing: the first rank says that every rank has agreed to begin |
 | watchdog | its ranks | `port` | port and token under which other watchdogs reach this one; to the first rank |
+| | | `met` | nothing: the first host's watchdog has this host's first report |
 | | | `stacks`, `leave` | a request for stacks; exit code with which to leave at once |
-| watchdog | the first host's | `hello` | token |
+| watchdog | the first host's | `hello` | token; a report follows at once |
 | | | `report` | the watchdog's name, host, state of each of its ranks |
 | | | `text`, `failed` | rank, text; as from ranks |
-| the first host's | watchdogs | `alive`, `stacks`, `leave` | a sign of life; as to ranks |
+| the first host's | watchdogs | `alive`, `met`, `stacks`, `leave` | a sign of life; as to ranks |
 """
 
 import asyncio
@@ -59,10 +61,20 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
 class JobLink:
     """A host's connection to the watchdog of the first host. It is made again where it breaks."""
 
-    def __init__(self, address: str, port: int, token: str, *, clock: RunningClock, obey: Callable[[Message], None]):
-        """obey: called with each order from the first host."""
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        token: str,
+        *,
+        clock: RunningClock,
+        obey: Callable[[Message], None],
+        report: Callable[[], Message],
+    ) -> None:
+        """obey: called with each order from the first host. report: what this host tells it as soon as it is connected."""
         self._clock = clock
         self._obey = obey
+        self._report = report
         self._heard = clock.now()
         self._writer: asyncio.StreamWriter | None = None
         self._task = asyncio.create_task(self._run(address, port, token))
@@ -94,7 +106,7 @@ class JobLink:
                 connecting = asyncio.open_connection(address, port, limit=LONGEST)
                 reader, writer = await asyncio.wait_for(connecting, _CONNECTING)
                 self._writer = writer
-                writer.write(encoded({"type": "hello", "token": token}))
+                writer.write(encoded({"type": "hello", "token": token}) + encoded(self._report()))
                 async for message in messages(reader):
                     self._heard = self._clock.now()
                     self._obey(message)

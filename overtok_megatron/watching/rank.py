@@ -4,6 +4,7 @@ import json
 import os
 import select
 import socket
+import struct
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from overtok_megatron.watching.links import INTERVAL, encoded
 T = TypeVar("T")
 _OFTEN = 0.1  # seconds between beats where phases or steps change that fast
 _LAST_WORDS = 1.0  # seconds that a rank which has to leave has to tell its own traceback
+_READING = 10  # seconds in which a watchdog takes a message, on a busy machine
 _WAIT_FOR_CAUSE = 3.0  # seconds in which the watchdog has said which rank died, if one did
 
 
@@ -36,6 +38,8 @@ class Watch:
         self._wake: int | None = None  # an event's file descriptor, which wakes the thread
         self._last_beat = 0.0
         self._sending = threading.Lock()
+        self._greeted = threading.Event()
+        self._met = threading.Event()  # the watchdogs of this host and of the first
         self._told = threading.Event()
         self._exit_code = 1  # with which this rank has to leave once it is told to
         self._parting = False
@@ -70,12 +74,27 @@ class Watch:
         except Empty:
             raise TimeoutError("the watchdog of this host did not start") from None
 
+    def meet(self, address: str, port: int, token: str, seconds: float) -> None:
+        """On another host than the first: return when the watchdogs of both know each other, and each notices the other's end.
+
+        Raises TimeoutError where they do not in time.
+        """
+        if self._greeted.wait(seconds):
+            self.tell("meet", address=address, port=port, token=token)
+        if not self._met.wait(seconds):
+            raise TimeoutError("the watchdog of this host did not meet that of the first host")
+
     def tell(self, kind: str, **content: Any) -> None:
-        """Send a message, where there is a connection."""
+        """Send a message, where there is a connection. A beat is dropped where the watchdog does not read: others follow it.
+
+        The kernel calls a socket writable while a quarter of its buffer is in use at most. So beats leave room for what
+        a rank says at its end, and a watchdog that is stopped does not keep the rank from leaving.
+        """
         connection = self._socket
         if connection is not None:
             with self._sending, suppress(OSError):  # of a watchdog that has gone, the thread learns by itself
-                connection.sendall(encoded({"type": kind, **content}))
+                if kind != "beat" or _reads(connection):
+                    connection.sendall(encoded({"type": kind, **content}))
 
     def failed(self, error: BaseException) -> int | None:
         """The exit code for an error that another rank's end has caused, which is not to be printed; None for this rank's own.
@@ -101,8 +120,12 @@ class Watch:
 
     def _run(self, address: str, rank: int) -> None:
         connection = _connected(address)
+        # Not settimeout: Python would then wait, before it sends, until most of the buffer is free.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _READING, 0))
+        with suppress(OSError):
+            connection.sendall(encoded({"type": "hello", "rank": rank}))  # before other threads can send anything
         self._socket, self._wake = connection, os.eventfd(0)
-        self.tell("hello", rank=rank)
+        self._greeted.set()
         pending = b""
         while True:
             self.tell("beat", **self._beat())
@@ -132,6 +155,8 @@ class Watch:
     def _obey(self, message: dict[str, Any]) -> None:
         if message["type"] == "port":
             self._job_address.put((message["port"], message["token"]))
+        elif message["type"] == "met":
+            self._met.set()
         elif message["type"] == "stacks":
             self.tell("text", text=stacks())
         elif message["type"] == "leave":
@@ -160,6 +185,13 @@ def stacks() -> str:
         for ident, frame in frames
         if ident != threading.get_ident()
     )
+
+
+def _reads(connection: socket.socket) -> bool:
+    """Whether the other end reads what is sent, so that there is room for more."""
+    poll = select.poll()  # select knows file descriptors below 1024 alone
+    poll.register(connection, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def _connected(address: str) -> socket.socket:

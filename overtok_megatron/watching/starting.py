@@ -17,6 +17,7 @@ from overtok_megatron.watching.watchdog import Settings
 
 _OLD_WATCHDOG = 60.0  # seconds in which the watchdog of an earlier start of the same job has gone
 _WATCHDOG_STARTS = 60.0
+_WATCHDOGS_MEET = 60.0  # a watchdog that does not reach the first host's within LOST_AFTER has ended its ranks before
 _KEY = "overtok watchdog"
 # What numbers the hosts of a job, by launcher: torchrun, DeepSpeed's, SLURM. Several "hosts" may be one machine.
 _HOST_NUMBERS = ("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID")
@@ -123,6 +124,7 @@ def join_watchdogs(place: Place, watch: Watch, store: Any) -> None:
     if place.rank == 0:
         port, token = watch.job_address(_WATCHDOG_STARTS)
         store.set(_KEY, f"{port} {token}")
+        watch.tell("all come")
     else:
         port_text, token = store.get(_KEY).decode().split()
-        watch.tell("meet", address=place.address, port=int(port_text), token=token)
+        watch.meet(place.address, int(port_text), token, _WATCHDOGS_MEET)

@@ -181,7 +181,11 @@ class HostWatch:
         elif kind == "meet":
             self._job = None
             address, port, token = message["address"], message["port"], message["token"]
-            self._link = JobLink(address, port, token, clock=self._clock, obey=self._command)
+            self._link = JobLink(
+                address, port, token, clock=self._clock, obey=self._command, report=self._report_of_host
+            )
+        elif kind == "all come" and self._job is not None:
+            self._job.all_come()
 
     def _rank_failed(self) -> None:
         """A rank has an error that another rank's end may have caused, perhaps on a host that is not connected any more."""
@@ -203,6 +207,13 @@ class HostWatch:
 
     def _report(self) -> None:
         """Tell the job's watch the state of this host's ranks."""
+        report = self._report_of_host()
+        if self._job is not None:
+            self._job.receive(report["watchdog"], report["host"], report["ranks"])
+        elif self._link is not None:
+            self._link.send(report)
+
+    def _report_of_host(self) -> Message:
         now = self._clock.now()
         ranks = [
             {
@@ -219,10 +230,7 @@ class HostWatch:
             }
             for rank in self._ranks.values()
         ]
-        if self._job is not None:
-            self._job.receive(self._name, self._host, ranks)
-        elif self._link is not None:
-            self._link.send({"type": "report", "watchdog": self._name, "host": self._host, "ranks": ranks})
+        return {"type": "report", "watchdog": self._name, "host": self._host, "ranks": ranks}
 
     def _pass_on_text(self, rank: int, text: str) -> None:
         if self._job is not None:
@@ -233,7 +241,7 @@ class HostWatch:
     def _command(self, message: Message) -> None:
         """Do what the job's watch wants, on this host and on the others where they are connected here."""
         self._send_to_others(message)
-        if message["type"] == "stacks":
+        if message["type"] in ("met", "stacks"):
             self._tell_ranks(message)
         elif message["type"] == "leave" and self._ending is None:
             self._ending = asyncio.create_task(self._end_ranks(message))
@@ -283,8 +291,10 @@ class HostWatch:
             async for message in arriving:
                 assert self._job is not None
                 if message["type"] == "report":
+                    self._job.receive(message["watchdog"], message["host"], message["ranks"])
+                    if not name:
+                        writer.write(encoded({"type": "met"}))  # from now on the host's silence is noticed
                     name = message["watchdog"]
-                    self._job.receive(name, message["host"], message["ranks"])
                 elif message["type"] == "text":
                     self._job.receive_text(message["rank"], message["text"])
                 elif message["type"] == "failed":

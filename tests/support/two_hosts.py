@@ -63,8 +63,8 @@ class TwoHosts:
         """Return when a step has been reported."""
         deadline = time.monotonic() + seconds
         while len(records(self.run)) < step:
-            assert all(launcher.poll() is None for launcher in self.launchers), "".join(self.lines)
-            assert time.monotonic() < deadline, "".join(self.lines)
+            assert all(launcher.poll() is None for launcher in self.launchers), self._end()
+            assert time.monotonic() < deadline, self._end()
             time.sleep(0.02)
         self._find()
 
@@ -72,7 +72,7 @@ class TwoHosts:
         """How long it takes until no rank lives any more; fails where it takes longer than `most` seconds."""
         begin = time.monotonic()
         while any(map(alive, self.ranks)):
-            assert time.monotonic() - begin < most, "".join(self.lines)
+            assert time.monotonic() - begin < most, self._end()
             time.sleep(0.01)
         took = time.monotonic() - begin
         for launcher in self.launchers:
@@ -82,6 +82,10 @@ class TwoHosts:
     def watch_lines(self) -> list[str]:
         """What the watchdogs and ranks said about the end, without the time."""
         return [line.split("[watch] ", 1)[1] for line in self.lines if "[watch] " in line]
+
+    def _end(self) -> str:
+        """The end of the output, for a failure's message."""
+        return f"{len(records(self.run))} steps done\n" + "".join(self.lines[-40:])
 
     def _read(self, launcher: "subprocess.Popen[str]") -> None:
         assert launcher.stdout is not None

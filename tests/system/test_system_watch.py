@@ -12,7 +12,12 @@ from support.overtok_process import kill_session, ranks_of, run_overtok, start_o
 from support.two_hosts import TwoHosts, alive
 from support.workspace import Workspace, losses, records
 
-LONG = ("training.train_iters=1000000", "training.validation_interval=null", "checkpoint.interval=1000000")
+LONG = (
+    "training.train_iters=1000000",
+    "training.validation_interval=null",
+    "checkpoint.interval=1000000",
+    "training.global_batch_size=128",  # a step takes a tenth of a second
+)
 SHORT_LIMIT = "training.hang_timeout=8"  # the start may take twelve times that
 
 

@@ -163,6 +163,17 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     assert "rank 2 has never been heard" in next(tmp_path.glob("hang-*.txt")).read_text()
 
 
+def test_a_rank_that_had_agreed_to_begin_and_never_comes(tmp_path: Path) -> None:
+    """A start may take an hour; a rank that was there and has died since is not waited for that long."""
+    job = Job(tmp_path, hang_timeout=None)
+    job.pass_time(10, "a")
+    job.watch.all_come()
+    job.pass_time(119, "a")
+    assert not job.orders
+    job.pass_time(10, "a")
+    assert job.said[0] == "rank 2 has not come within 130 s of the start"
+
+
 def test_a_silent_host_is_lost(tmp_path: Path) -> None:
     job = Job(tmp_path, hang_timeout=None)
     job.report("a", "b")

@@ -1,12 +1,17 @@
-"""The watchdog's process by itself."""
+"""The watchdogs' processes by themselves, and what ranks tell them."""
 
+import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from overtok_megatron.watching.rank import Watch
 
 _RANK = """
 import sys
@@ -17,6 +22,38 @@ place = Place(rank=0, local_rank=0, ranks=2, host_ranks=1, address="127.0.0.1", 
 watch = start_watch(place, Path(sys.argv[2]), 300.0)
 time.sleep(2)
 watch.goodbye(0)
+"""
+
+# A rank whose thread comes to connect late, as on a busy machine; the store is a file that is there at once for rank 1.
+_LATE_RANK = """
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from overtok_megatron.watching import rank as rank_module
+from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
+
+connected = rank_module._connected
+
+def late(address):
+    time.sleep(0.5 * rank)
+    return connected(address)
+
+def get(key):
+    while not store.exists() or not store.read_bytes():
+        time.sleep(0.01)
+    return store.read_bytes()
+
+rank_module._connected = late
+rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+store = folder / "store"
+place = Place(
+    rank=rank, local_rank=0, ranks=2, host_ranks=1, address="127.0.0.1", port=port, host_number=str(rank), attempt="0"
+)
+watch = start_watch(place, folder, 300.0)
+join_watchdogs(place, watch, SimpleNamespace(set=lambda key, value: store.write_text(value), get=get))
+print("joined", flush=True)
+time.sleep(60)
 """
 
 
@@ -38,3 +75,57 @@ def test_the_first_watchdog_leaves_though_another_host_never_came(tmp_path: Path
     while watchdogs(tmp_path):
         assert time.monotonic() - begin < 45, "it waits for ever"
         time.sleep(0.5)
+
+
+def test_a_host_is_watched_from_the_moment_it_has_joined(tmp_path: Path) -> None:
+    """Its rank dies at once, before its watchdog's first regular report: the first host learns of it, and ends its own."""
+    port = str(tmp_path.stat().st_ino)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", _LATE_RANK, str(rank), port, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "joined\n"
+        ranks[1].kill()
+        assert ranks[0].wait(20) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    death = (tmp_path / "train.log").read_text().splitlines()[0]
+    assert "rank 1 on " in death
+    assert "was ended by SIGKILL" in death
+
+
+def test_a_watchdog_that_does_not_read_keeps_no_rank_from_leaving(tmp_path: Path) -> None:
+    """Beats go on while it is stopped, ten per second: they are dropped, and what comes at the end has room."""
+    watch = Watch()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(1)
+        watch.connect(str(tmp_path / "socket"), 3, complains=False)
+        connection, _ = listener.accept()
+        deadline = time.monotonic() + 20
+        while not watch.watches:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+        def live_and_leave() -> None:
+            for step in range(3000):
+                watch.tell("beat", step=step)
+            watch.tell("failed")
+            watch.goodbye(1, "RuntimeError: odd")
+
+        leaving = threading.Thread(target=live_and_leave, daemon=True)
+        leaving.start()
+        leaving.join(20)
+        assert not leaving.is_alive(), "the rank waits for its watchdog"
+        with connection, connection.makefile() as lines:
+            told = [json.loads(next(lines))]
+            while told[-1]["type"] != "bye":
+                told.append(json.loads(next(lines)))
+            assert [one["type"] for one in told if one["type"] != "beat"] == ["hello", "failed", "bye"]
