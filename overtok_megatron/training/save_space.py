@@ -6,6 +6,7 @@ that the file system does not tell, and then ends as any failed save does.
 """
 
 import os
+import socket
 from pathlib import Path
 
 from overtok_megatron.checkpoint.tables import TableWriter
@@ -39,11 +40,13 @@ def check_space(engine: TrainingEngine, folder: Path, step: int, needed: int) ->
     needed: bytes that this rank writes. All ranks write into one file system, of which each host may know another free space:
     the smallest counts.
     """
-    found = engine.grid.gather_objects((needed, free_bytes(folder)))
-    total = sum(own for own, _ in found)
-    free = min((free for _, free in found if free is not None), default=total)
-    if total > free:
+    found = engine.grid.gather_objects((needed, free_bytes(folder), socket.gethostname()))
+    total = sum(own for own, _, _ in found)
+    told = [(free, rank, host) for rank, (_, free, host) in enumerate(found) if free is not None]
+    if told and total > min(told)[0]:
+        free, rank, host = min(told)
         raise CheckpointError(
-            f"could not save step {step}: {folder}: {total / 1e9:.3f} GB are to be written and {free / 1e9:.3f} GB are free; "
-            "the previous checkpoint is intact, make room or change training.output_directory and start again to resume from it"
+            f"could not save step {step}: {folder}: {total / 1e9:.3f} GB are to be written and {free / 1e9:.3f} GB are free on "
+            f"{host} (rank {rank}); the previous checkpoint is intact, make room or change training.output_directory and start "
+            "again to resume from it"
         )

@@ -1,10 +1,15 @@
-"""The same small run on one host and on several: what differs between them, and how their losses are compared."""
+"""The same small run on one host and on several: how it is started, what differs, and how the losses are compared."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from support.namespaces import INTERFACE
+from overtok_megatron.launching.local import ENTRY
+from support.namespaces import INTERFACE, TwoHosts
 from support.overtok_process import run_overtok
 from support.workspace import Workspace, losses
 
@@ -22,6 +27,52 @@ SETTINGS = (
 )
 # The ranks' variables. Without the interface gloo takes the address of the host's name, which may be that of the loopback.
 VARIABLES = {"GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+_HOST_SCRIPT = Path(__file__).parents[2] / "launchers" / "host.sh"
+
+
+def torchrun(host: int, address: str, port: int, ranks: int, module: str, *words: object) -> list[str]:
+    """The command of torchrun for one of two hosts, with so many ranks of a module on it, whose arguments are `words`."""
+    options = ["--nnodes=2", f"--nproc-per-node={ranks}", f"--master-addr={address}", f"--master-port={port}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, f"--node-rank={host}"]
+    return [*launcher, "-m", module, *map(str, words)]
+
+
+def start_on_both(
+    hosts: TwoHosts, command: Callable[[int], list[str]], **variables: str
+) -> list[subprocess.Popen[str]]:
+    """Start a command per host, given its number."""
+    common = os.environ | VARIABLES | variables
+    return [
+        host.start(*command(number), env=common | {"HOST_NUMBER": str(number)}) for number, host in enumerate(hosts)
+    ]
+
+
+def start_host_scripts(hosts: TwoHosts, run: list[str], ranks: int) -> list[subprocess.Popen[str]]:
+    """Start `launchers/host.sh` on both hosts, for so many ranks in all."""
+    variables = {"PYTHON": sys.executable, "HOSTS": "2", "RANKS_PER_HOST": str(ranks // 2)}
+    return start_on_both(hosts, lambda _: [str(_HOST_SCRIPT), *run], MASTER_ADDR=hosts.alpha.name, **variables)
+
+
+def start_ranks(hosts: TwoHosts, run: list[str], module: str = ENTRY, **variables: str) -> list[subprocess.Popen[str]]:
+    """Start a rank per host without any launcher, whose exit codes are those of the ranks."""
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29500"}
+    return start_on_both(
+        hosts,
+        lambda number: ["env", f"RANK={number}", sys.executable, "-m", module, *run],
+        MASTER_ADDR=hosts.alpha.name,
+        **common,
+        **variables,
+    )
+
+
+def finish(started: list[subprocess.Popen[str]], code: int) -> str:
+    """What the commands print, which must all leave with this code."""
+    outputs = [process.communicate(timeout=150)[0] for process in started]
+    assert [process.returncode for process in started] == [code] * len(started), "\n".join(
+        output[-3000:] for output in outputs
+    )
+    return "".join(outputs)
 
 
 class OneHostRuns:

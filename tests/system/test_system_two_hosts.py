@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,18 @@ import pytest
 
 from overtok_megatron.launching.console import overtok_command
 from overtok_megatron.launching.local import ENTRY
-from support.host_runs import PIPELINE_ACROSS, SETTINGS, TENSOR_INSIDE, VARIABLES, Layout, OneHostRuns
+from support.host_runs import (
+    PIPELINE_ACROSS,
+    SETTINGS,
+    TENSOR_INSIDE,
+    VARIABLES,
+    Layout,
+    OneHostRuns,
+    finish,
+    start_host_scripts,
+    start_on_both,
+    torchrun,
+)
 from support.namespaces import TwoHosts, reason_to_skip, signal_to, two_hosts
 from support.overtok_process import wait_for
 from support.workspace import Workspace, records
@@ -54,26 +64,8 @@ def by_deepspeed(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> 
 
 
 def by_torchrun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
-    options = [
-        "--nnodes=2",
-        f"--nproc-per-node={ranks // 2}",
-        f"--master-addr={hosts.alpha.address}",
-        "--master-port=29500",
-    ]
     finish(
-        start_on_both(
-            hosts,
-            lambda number: [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                *options,
-                f"--node-rank={number}",
-                "-m",
-                ENTRY,
-                *run,
-            ],
-        ),
+        start_on_both(hosts, lambda number: torchrun(number, hosts.alpha.address, 29500, ranks // 2, ENTRY, *run)),
         0,
     )
 
@@ -82,38 +74,11 @@ def by_host_script(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -
     finish(start_host_scripts(hosts, run, ranks), 0)
 
 
-def start_host_scripts(hosts: TwoHosts, run: list[str], ranks: int) -> list[subprocess.Popen[str]]:
-    variables = {
-        "PYTHON": sys.executable,
-        "HOSTS": "2",
-        "RANKS_PER_HOST": str(ranks // 2),
-        "MASTER_ADDR": hosts.alpha.name,
-    }
-    return start_on_both(hosts, lambda number: [str(LAUNCHERS / "host.sh"), *run], **variables)
-
-
 def by_mpirun(hosts: TwoHosts, run: list[str], ranks: int, scratch: Path) -> None:
     where = ",".join(f"{host.name}:{ranks // 2}" for host in hosts)
     options = ["--allow-run-as-root", "--host", where]
     environment = os.environ | VARIABLES | {"PYTHON": sys.executable}
     hosts.alpha.check(LAUNCHERS / "mpi.sh", *options, "--", *run, env=environment)
-
-
-def start_on_both(
-    hosts: TwoHosts, command: Callable[[int], list[str]], **variables: str
-) -> list[subprocess.Popen[str]]:
-    """Start a command per host, given its number."""
-    common = os.environ | VARIABLES | variables
-    return [
-        host.start(*command(number), env=common | {"HOST_NUMBER": str(number)}) for number, host in enumerate(hosts)
-    ]
-
-
-def finish(started: list[subprocess.Popen[str]], code: int) -> str:
-    """What the commands print, which must all leave with this code."""
-    outputs = [process.communicate(timeout=150)[0] for process in started]
-    assert [process.returncode for process in started] == [code] * len(started), "\n".join(outputs)
-    return "".join(outputs)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Two hosts that differ in what a run needs: the run ends at its start, and the host is named once."""
 
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +7,9 @@ from pathlib import Path
 import pytest
 
 import overtok_megatron
-from support.host_runs import PIPELINE_ACROSS, SETTINGS, VARIABLES
+from support.host_runs import PIPELINE_ACROSS, SETTINGS, finish, start_host_scripts
 from support.namespaces import TwoHosts, reason_to_skip, two_hosts
 from support.workspace import Workspace
-
-HOST_SCRIPT = Path(__file__).parents[2] / "launchers" / "host.sh"
 
 pytestmark = [
     pytest.mark.ci,
@@ -32,22 +28,10 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 def refusal(hosts: TwoHosts, workspace: Workspace) -> list[str]:
     """The lines with which both hosts refuse to train, with exit code 2 and within a minute."""
     ranks, overrides = PIPELINE_ACROSS
-    variables = {"PYTHON": sys.executable, "HOSTS": "2", "RANKS_PER_HOST": str(ranks // 2), "MASTER_ADDR": "alpha"}
-    started = time.monotonic()
-    processes = [
-        host.start(
-            HOST_SCRIPT,
-            workspace.config("run"),
-            *SETTINGS,
-            *overrides,
-            env=os.environ | VARIABLES | variables | {"HOST_NUMBER": str(number)},
-        )
-        for number, host in enumerate(hosts)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], "\n".join(outputs)
-    assert time.monotonic() - started < 60
-    return [line for line in "".join(outputs).splitlines() if line.startswith("error")]
+    began = time.monotonic()
+    output = finish(start_host_scripts(hosts, [str(workspace.config("run")), *SETTINGS, *overrides], ranks), 2)
+    assert time.monotonic() - began < 60
+    return [line for line in output.splitlines() if line.startswith("error")]
 
 
 def test_a_host_without_the_data(hosts: TwoHosts, workspace: Workspace) -> None:

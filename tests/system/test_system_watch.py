@@ -9,7 +9,7 @@ import pytest
 
 from overtok_megatron.run_lock import RunLock
 from support.overtok_process import kill_session, ranks_of, run_overtok, start_overtok, wait_for
-from support.two_hosts import TwoHosts, alive
+from support.torchrun_pair import TorchrunPair, alive
 from support.workspace import Workspace, losses, records
 
 LONG = (
@@ -151,8 +151,8 @@ def test_a_run_that_diverges_is_not_tried_again(workspace: Workspace) -> None:
     assert not said(output, "supervisor") + said(output)
 
 
-def watched(workspace: Workspace, *overrides: str, **options: str) -> TwoHosts:
-    return TwoHosts(workspace.config("run"), workspace.scratch / "run", *LONG, *overrides, **options)
+def watched(workspace: Workspace, *overrides: str, **options: str) -> TorchrunPair:
+    return TorchrunPair(workspace.config("run"), workspace.scratch / "run", *LONG, *overrides, **options)
 
 
 @pytest.mark.ci
@@ -166,18 +166,6 @@ def test_two_hosts_end_when_a_rank_is_killed(workspace: Workspace, host: int) ->
         assert f"(process {job.ranks[host]}) was ended by SIGKILL" in death
         assert len(job.watch_lines()) <= 2
         assert "gloo" not in "".join(job.lines)
-
-
-@pytest.mark.ci
-def test_two_hosts_end_when_a_rank_is_stopped(workspace: Workspace) -> None:
-    with watched(workspace, SHORT_LIMIT) as job:
-        job.train_until(5)
-        os.kill(job.ranks[1], signal.SIGSTOP)
-        job.seconds_until_gone(8 + 30)
-        hang, where, *_ = job.watch_lines()
-        assert hang.startswith("rank 1 on ")
-        assert "(its process is stopped)" in hang
-        assert "stacks of 1 of 2 ranks" in where
 
 
 @pytest.mark.ci

@@ -1,5 +1,6 @@
 """Before a save its bytes are counted, on every layout, and compared with what is free: none is begun that cannot fit."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from overtok_megatron.training.saving import Saver
 from support.distributed_harness import run_ranks
 from support.layouts import CPU, EOD, Layout, layout, layout_config, own_tokens, stream
 
+HOST = socket.gethostname()
 HALF = {"precision": "bf16"}
 # Tables of 0.8 MB and 0.5 MB of dense weights, beside which names and metadata are small.
 WIDE = {"model": {"hidden_size": 96, "intermediate_size": 192}, "over": {"table_rows": 997, "optimizer": "adam"}}
@@ -78,7 +80,9 @@ def save_on_a_full_disk(folder: Path) -> tuple[str, list[str], str]:
 def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
     for error, left, latest in run_ranks(2, save_on_a_full_disk, tmp_path):
         assert error.startswith(f"could not save step 2: {tmp_path}/checkpoints: 0.00")
-        assert "GB are to be written and 0.000 GB are free; the previous checkpoint is intact" in error
+        assert (
+            f"GB are to be written and 0.000 GB are free on {HOST} (rank 1); the previous checkpoint is intact" in error
+        )
         assert left == ["latest", "step_00000001"]
         assert latest == "step_00000003"
 

@@ -1,16 +1,18 @@
-"""A run on two hosts, both of them this machine: a torchrun with one rank each, and a watchdog each."""
+"""A run of one torchrun per host, with one rank each. Both hosts are this machine: it needs neither root nor namespaces."""
 
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from overtok_megatron.config.loading import load_config, save_resolved
-from overtok_megatron.launching.local import free_port
+from overtok_megatron.launching.local import ENTRY, free_port
+from support.host_runs import torchrun
 from support.workspace import records
 
 TESTS = Path(__file__).parent.parent
@@ -23,32 +25,32 @@ def alive(process: int) -> bool:
         return False
 
 
-class TwoHosts:
-    """Started by the constructor; in a `with` block, at whose end nothing of it lives."""
+class TorchrunPair:
+    """Started by the constructor; in a `with` block, at whose end nothing of it lives. ranks, watchdogs: processes, by host."""
 
-    def __init__(
-        self, config: Path, run: Path, *overrides: str, module: str = "overtok_megatron.training.entry"
-    ) -> None:
+    def __init__(self, config: Path, run: Path, *overrides: str, module: str = ENTRY) -> None:
         self.run = run
         run.mkdir()
         save_resolved(load_config(str(config), list(overrides)).config, run / "config.yaml")
-        port = str(free_port())
+        port = free_port()
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
         self.launchers = [
             subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank",
-                 str(host), "--master-addr", "127.0.0.1", "--master-port", port, "-m", module, str(run / "config.yaml")],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                torchrun(host, "127.0.0.1", port, 1, module, run / "config.yaml"),
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             for host in range(2)
-        ]  # fmt: skip
+        ]
         self.lines: list[str] = []
         for launcher in self.launchers:
             threading.Thread(target=self._read, args=(launcher,), daemon=True).start()
         self.ranks: list[int] = []
         self.watchdogs: list[int] = []
 
-    def __enter__(self) -> "TwoHosts":
+    def __enter__(self) -> "TorchrunPair":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,25 +86,23 @@ class TwoHosts:
         return [line.split("[watch] ", 1)[1] for line in self.lines if "[watch] " in line]
 
     def _end(self) -> str:
-        """The end of the output, for a failure's message."""
-        return f"{len(records(self.run))} steps done\n" + "".join(self.lines[-40:])
+        """How far the run has come and the end of its output, for a failure's message."""
+        return f"{len(records(self.run))} steps are done\n" + "".join(self.lines[-40:])
 
     def _read(self, launcher: "subprocess.Popen[str]") -> None:
         assert launcher.stdout is not None
         self.lines += launcher.stdout
 
     def _find(self) -> None:
-        """The ranks, and the watchdogs, by host."""
-        config = str(self.run / "config.yaml").encode()
+        config = str(self.run / "config.yaml")
         parents = [launcher.pid for launcher in self.launchers]
         ranks, watchdogs = {}, {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, IndexError):
-                command = (folder / "cmdline").read_bytes()
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if config in command and parent in parents:
-                    ranks[parents.index(parent)] = int(folder.name)
-                elif b"watching.watchdog" in command and str(self.run).encode() in command:
-                    watchdogs[b'"first": false' in command] = int(folder.name)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                command = process.cmdline()
+                if config in command and process.ppid() in parents:
+                    ranks[parents.index(process.ppid())] = process.pid
+                elif "overtok_megatron.watching.watchdog" in command and str(self.run) in command[-1]:
+                    watchdogs['"first": false' in command[-1]] = process.pid
         self.ranks = [ranks[host] for host in sorted(ranks)]
         self.watchdogs = [watchdogs[host] for host in sorted(watchdogs)]
