@@ -28,7 +28,10 @@ SETTINGS = (
 # The ranks' variables. Without the interface gloo takes the address of the host's name, which may be that of the loopback.
 VARIABLES = {"GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
-_HOST_SCRIPT = Path(__file__).parents[2] / "launchers" / "host.sh"
+_TESTS = Path(__file__).parents[1]
+_HOST_SCRIPT = _TESTS.parent / "launchers" / "host.sh"
+# for ranks that run a module of tests/support
+FINDS_SUPPORT = {"PYTHONPATH": os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))}
 
 
 def torchrun(host: int, address: str, port: int, ranks: int, module: str, *words: object) -> list[str]:

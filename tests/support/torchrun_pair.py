@@ -12,10 +12,8 @@ import psutil
 
 from overtok_megatron.config.loading import load_config, save_resolved
 from overtok_megatron.launching.local import ENTRY, free_port
-from support.host_runs import torchrun
+from support.host_runs import FINDS_SUPPORT, torchrun
 from support.workspace import records
-
-TESTS = Path(__file__).parent.parent
 
 
 def alive(process: int) -> bool:
@@ -33,7 +31,7 @@ class TorchrunPair:
         run.mkdir()
         save_resolved(load_config(str(config), list(overrides)).config, run / "config.yaml")
         port = free_port()
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **FINDS_SUPPORT}
         self.launchers = [
             subprocess.Popen(
                 torchrun(host, "127.0.0.1", port, 1, module, run / "config.yaml"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.host_runs import (
+    FINDS_SUPPORT,
     PIPELINE_ACROSS,
     SETTINGS,
     Layout,
@@ -21,7 +22,6 @@ from support.host_runs import (
 from support.namespaces import TwoHosts, reason_to_skip, two_hosts
 from support.overtok_process import wait_for
 from support.planted_entry import MARK, STEP
-from support.torchrun_pair import TESTS
 from support.workspace import Workspace, records
 
 pytestmark = [
@@ -46,7 +46,7 @@ def words(workspace: Workspace, layout: Layout, *more: str) -> list[str]:
 def run_with(fault: str, code: int, hosts: TwoHosts, workspace: Workspace, *more: str) -> str:
     """The output of a run with a fault on beta; prints how long after it the ranks of both hosts had gone."""
     run = words(workspace, DATA_ACROSS, *more)
-    started = start_ranks(hosts, run, "support.planted_entry", FAULT=fault, PYTHONPATH=str(TESTS))
+    started = start_ranks(hosts, run, "support.planted_entry", FAULT=fault, **FINDS_SUPPORT)
     wait_for_end(started)
     gone = time.time()
     output = finish(started, code)
@@ -78,8 +78,8 @@ def go_on(hosts: TwoHosts, workspace: Workspace, one_host: OneHostRuns, layout: 
 
 def test_a_nan_in_one_sample_of_one_host(hosts: TwoHosts, workspace: Workspace, one_host: OneHostRuns) -> None:
     (line,) = errors(run_with("nan", 2, hosts, workspace))
-    assert f"at optimizer step {STEP}" in line
-    assert "beta (rank 1)" in line or "nan" in line
+    # some of DeepSpeed's classes say inf
+    assert re.match(rf"error: gradient norm is (nan|inf) at optimizer step {STEP}: ", line)
     go_on(hosts, workspace, one_host, DATA_ACROSS, 10)
 
 
