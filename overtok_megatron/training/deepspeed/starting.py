@@ -14,6 +14,7 @@ from overtok_megatron.config import deepspeed_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.parallel.devices import backend_of
 from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.training.deepspeed.named_collectives import name_collectives
 from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
 
 
@@ -27,6 +28,7 @@ def join_process_group(device: torch.device) -> None:
     accelerator = deepspeed.accelerator.get_accelerator().device_name().split(":")[0]
     assert accelerator == device.type, f"DeepSpeed was imported for {accelerator}, the run is on {device}"
     deepspeed.init_distributed(dist_backend=backend_of(device), verbose=False)
+    name_collectives()
 
 
 def start_deepspeed(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, grid: ProcessGrid) -> Any:
