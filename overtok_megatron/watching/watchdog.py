@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.watching.clock import RunningClock
 from overtok_megatron.watching.job import JobWatch
 from overtok_megatron.watching.links import (
@@ -64,11 +65,11 @@ class Settings:
 
 @dataclass(kw_only=True)
 class WatchedRank:
-    """A rank of this host. pidfd: becomes readable when the process has died."""
+    """A rank of this host. pidfd: becomes readable when the process has died; None where it had when it was registered."""
 
     rank: int
     process: int
-    pidfd: int
+    pidfd: int | None
     writer: asyncio.StreamWriter
     heard: float
     beat: Message = field(default_factory=lambda: {"phase": "start", "step": None, "seconds": 0.0, "collectives": []})
@@ -152,18 +153,21 @@ class HostWatch:
                 rank = self._register(message["rank"], process, writer)
             else:
                 break
+        if rank is not None and rank.pidfd is None:
+            self._gone(rank)  # now that all has been read which it had said before it died
         writer.close()
 
     def _register(self, number: int, process: int, writer: asyncio.StreamWriter) -> WatchedRank:
         self._last_change = self._clock.now()
-        pidfd = os.pidfd_open(process)
+        pidfd = _pidfd_of(process)
         rank = WatchedRank(rank=number, process=process, pidfd=pidfd, writer=writer, heard=self._clock.now())
         self._ranks[number] = rank
-        asyncio.get_running_loop().add_reader(pidfd, self._gone, rank)
+        if pidfd is not None:
+            asyncio.get_running_loop().add_reader(pidfd, self._gone, rank)
         if number == 0 and self._port:
             writer.write(encoded({"type": "port", "port": self._port, "token": self._token}))
         if self._ending is not None:  # it came while the others were ended
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _kill(rank)
         return rank
 
     def _hear(self, rank: WatchedRank, message: Message) -> None:
@@ -194,7 +198,8 @@ class HostWatch:
 
     def _gone(self, rank: WatchedRank) -> None:
         """The kernel says that a rank's process has ended."""
-        asyncio.get_running_loop().remove_reader(rank.pidfd)
+        if rank.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(rank.pidfd)
         self._last_change = self._clock.now()
         rank.gone = True
         if rank.state == "alive":
@@ -304,7 +309,7 @@ class HostWatch:
         with suppress(OSError):
             sys.stderr.write(text)
             sys.stderr.flush()
-        with suppress(OSError), (Path(self._settings.folder) / "train.log").open("a", encoding="utf-8") as log:
+        with suppress(OSError), RunFolder(Path(self._settings.folder)).log.open("a", encoding="utf-8") as log:
             log.write(text)
 
 
@@ -339,13 +344,26 @@ def _how_it_ended(process: int) -> str:
     return f"ended with exit code {os.WEXITSTATUS(status)}"
 
 
+def _pidfd_of(process: int) -> int | None:
+    """A file descriptor of a process; None where it has died, and who started it has asked for its end."""
+    try:
+        return os.pidfd_open(process)
+    except ProcessLookupError:
+        return None
+
+
+def _kill(rank: WatchedRank) -> None:
+    if rank.pidfd is not None:
+        with suppress(OSError):
+            signal.pidfd_send_signal(rank.pidfd, signal.SIGKILL)
+
+
 def _kill_tree(rank: WatchedRank) -> None:
     """SIGKILL a rank and what it has started."""
     started: list[Any] = []
     with suppress(psutil.Error):
         started = psutil.Process(rank.process).children(recursive=True)
-    with suppress(OSError):
-        signal.pidfd_send_signal(rank.pidfd, signal.SIGKILL)
+    _kill(rank)
     for process in started:
         with suppress(psutil.Error):
             process.kill()

@@ -16,6 +16,7 @@ from overtok_megatron.parallel.devices import backend_of
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.deepspeed.named_collectives import name_collectives
 from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
+from overtok_megatron.training.rendezvous import INIT_METHOD
 
 
 def join_process_group(device: torch.device) -> None:
@@ -27,7 +28,7 @@ def join_process_group(device: torch.device) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = deepspeed.accelerator.get_accelerator().device_name().split(":")[0]
     assert accelerator == device.type, f"DeepSpeed was imported for {accelerator}, the run is on {device}"
-    deepspeed.init_distributed(dist_backend=backend_of(device), verbose=False)
+    deepspeed.init_distributed(dist_backend=backend_of(device), init_method=INIT_METHOD, verbose=False)
     name_collectives()
 
 
