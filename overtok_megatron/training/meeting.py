@@ -36,9 +36,10 @@ class NotMetError(Exception):
 class Meeting:
     """The store of one start of a run; every rank makes one and joins it."""
 
-    def __init__(self, place: Placement, *, join_limit: float = JOIN_LIMIT) -> None:
-        """join_limit: seconds until all ranks must have come."""
+    def __init__(self, place: Placement, *, attempt: str = "0", join_limit: float = JOIN_LIMIT) -> None:
+        """attempt: as in rendezvous.py. join_limit: seconds until all ranks must have come."""
         self.place = place
+        self._attempt = attempt
         self._join_limit = join_limit
         self._store: Any = None
 
@@ -58,7 +59,8 @@ class Meeting:
         place, meet = self.place, f"{self.place.master_address}:{self.place.master_port}"
         self._check_address()
         try:
-            store = store_of_start(place.rank, place.world_size, timedelta(seconds=self._join_limit))
+            limit = timedelta(seconds=self._join_limit)
+            store, _, _ = store_of_start(self._attempt, limit, rank=place.rank, world_size=place.world_size)
         except RuntimeError as error:  # torch's errors of networks and stores are of this kind
             if "EADDRINUSE" in str(error):
                 raise ConfigError(

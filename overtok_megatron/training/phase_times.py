@@ -98,7 +98,7 @@ class HostTimes:
         self._phase, self._since, self._waited = phase, now, waited
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Segment:
     """A stretch of one phase on the device. spans: events at both ends of collectives within. for_threads: of the host."""
 
@@ -156,7 +156,7 @@ class DeviceTimes:
     def _open(self, phase: Phase, event: Any) -> None:
         assert self._now is not None
         self._for_threads = seconds_waited_for_threads()
-        self._now.append(_Segment(phase, event))
+        self._now.append(_Segment(phase=phase, begin=event))
 
     def _close(self, event: Any) -> None:
         assert self._now is not None

@@ -48,9 +48,18 @@ class Trainer:
     """One run from its first (or resumed) step to its last. All ranks must call its methods."""
 
     def __init__(
-        self, config: RunConfig, *, device: torch.device, num_threads: int, watch: Watch | None = None
+        self,
+        config: RunConfig,
+        *,
+        device: torch.device,
+        num_threads: int,
+        watch: Watch | None = None,
+        attempt: str = "0",
     ) -> None:
-        """num_threads: of this rank on the host, where the configuration names none. watch: is told what this rank does."""
+        """num_threads: of this rank on the host, where the configuration names none. watch: is told what this rank does.
+
+        attempt: as in processes.py.
+        """
         self.config = config
         self.watch = watch or Watch()
         self.watch.under_way = under_way
@@ -58,7 +67,7 @@ class Trainer:
         torch.set_num_threads(config.training.num_threads or num_threads)
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.folder = Path(config.training.output_directory)
-        self.grid = start_processes(config, device)
+        self.grid = start_processes(config, device, attempt)
         self.first = self.grid.rank == 0
         self.lock = self._lock_folder()
         self.leaving = Leaving(self.grid, RunFolder(self.folder), config.training.exit_after_minutes)
