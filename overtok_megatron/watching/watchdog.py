@@ -23,6 +23,7 @@ import psutil
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.watching.clock import RunningClock
 from overtok_megatron.watching.job import JobWatch
+from overtok_megatron.watching.link_times import LinkTimes
 from overtok_megatron.watching.links import (
     INTERVAL,
     LONGEST,
@@ -95,6 +96,7 @@ class HostWatch:
         self._others: set[asyncio.StreamWriter] = set()  # connections from the watchdogs of the other hosts
         self._port = 0  # where they connect; 0: the job has one host
         self._token = secrets.token_hex(16)
+        self._link_times = LinkTimes(self._say)
         self._ending: asyncio.Task[None] | None = None
         # Until this host's watchdog has met the first host's, it judges its own ranks alone.
         self._job: JobWatch | None = JobWatch(
@@ -119,7 +121,7 @@ class HostWatch:
             self._report()
             if self._job is not None:
                 self._job.tick()
-            self._send_to_others({"type": "alive"})
+            self._send_to_others({"type": "alive", "sent": time.monotonic()})
             if self._link is not None and self._link.silence() > LOST_AFTER:
                 self._lost()
             await asyncio.sleep(INTERVAL)
@@ -284,12 +286,14 @@ class HostWatch:
         hello: Message = await anext(arriving, {})
         if hello.get("type") == "hello" and secrets.compare_digest(str(hello.get("token")), self._token):
             self._others.add(writer)
-            name = ""
+            name = host = ""
             async for message in arriving:
                 assert self._job is not None
                 if message["type"] == "report":
-                    name = message["watchdog"]
-                    self._job.receive(name, message["host"], message["ranks"])
+                    name, host = message["watchdog"], message["host"]
+                    self._job.receive(name, host, message["ranks"])
+                elif message["type"] == "back" and host:
+                    self._link_times.heard(host, time.monotonic() - message["sent"])
                 elif message["type"] == "text":
                     self._job.receive_text(message["rank"], message["text"])
                 elif message["type"] == "failed":

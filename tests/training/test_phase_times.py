@@ -1,7 +1,9 @@
 """Times of phases: every moment counts once, on the host and on a device; and which rank they make late."""
 
+import logging
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from overtok_megatron.training.phase_times import (
     PhaseTimes,
     RankTimes,
 )
-from overtok_megatron.training.straggler_report import compared_groups, late_ranks
+from overtok_megatron.training.straggler_report import StragglerReport, compared_groups, late_ranks
 
 CPU = torch.device("cpu")
 
@@ -213,6 +215,17 @@ def test_spans_of_threads_beside_the_training_are_not_timed_on_the_device() -> N
     assert events == ["begins", "ends"] * 2
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What a report asks of a grid of ranks on three hosts."""
+
+    shape: GridShape
+    rank: int = 0
+
+    def gather_objects(self, _: str) -> list[str]:
+        return [f"host{rank % 3}" for rank in range(self.shape.world_size)]
+
+
 def ranks(*busy: dict[str, float], step: float = 1.0) -> dict[int, RankTimes]:
     """Times of ranks in steps of so many seconds, the rest of which they wait."""
     return {
@@ -266,3 +279,44 @@ def test_ranks_are_compared_with_those_of_their_stage() -> None:
     assert (late.rank, late.stage) == (1, None)
     (late,) = late_ranks(ranks(first, first, last), GridShape(pipe=3), 0.05)
     assert (late.rank, late.stage) == (2, 2)
+
+
+def test_what_was_said_is_not_said_again_until_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    report = StragglerReport(Grid(GridShape(data=12)), 100, 0.05)  # type: ignore[arg-type]
+    caplog.set_level(logging.WARNING)
+
+    def said(*late: dict[str, float]) -> list[str]:
+        caplog.clear()
+        times = ranks(*late, *([{COMPUTE: 0.3}] * (12 - len(late))))
+        values = report.judge([times[rank].numbers() for rank in sorted(times)])
+        assert values["stragglers/late_rank"] == (
+            max(range(len(late)), key=lambda rank: late[rank][DATA]) if late else -1
+        )
+        assert values["stragglers/busy_seconds_median"] == pytest.approx(0.3)
+        return [record.getMessage() for record in caplog.records]
+
+    slow = {COMPUTE: 0.3, DATA: 0.1}
+    assert not said()
+    assert said(slow) == [
+        "rank 0 (host0) is late by 0.100 s per step (10%): in 5 steps it was busy longer and waited less than the median of "
+        "11 ranks with the same work, above all in phase 'data' (0.100 s)"
+    ]
+    assert not said(slow)
+    assert not said(slow | {DATA: 0.15})
+    assert "is late by 0.210 s" in said(slow | {DATA: 0.21})[0]
+    assert said(slow, slow | {DATA: 0.2})[0].endswith("above all in phase 'data' (0.200 s); also late: rank 0 (host0)")
+    assert said() == ["ranks 1 (host1), 0 (host0) are late no more"]
+    assert not said()
+    assert not StragglerReport(Grid(GridShape(data=2)), 100, 0.05).judge([])  # type: ignore[arg-type]
+
+
+def test_the_first_rank_alone_speaks_in_lines_of_some_length(caplog: pytest.LogCaptureFixture) -> None:
+    fast, slow = {COMPUTE: 0.2}, {COMPUTE: 0.9}
+    for pipe, times in ((1, ranks(*([fast] * 30), *([slow] * 20))), (8, ranks(*([fast] * 7), slow))):
+        for rank in (1, 0):
+            caplog.clear()
+            grid = Grid(GridShape(pipe=pipe, data=len(times) // pipe), rank)
+            StragglerReport(grid, 1, 0.05).judge([times[rank].numbers() for rank in sorted(times)])  # type: ignore[arg-type]
+            lines = [record.getMessage() for record in caplog.records]
+            assert [len(line) < 480 for line in lines] == [True] * (rank == 0)
+            assert not lines or ("and 11 more" in lines[0]) == (pipe == 1)
