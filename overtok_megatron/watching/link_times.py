@@ -31,8 +31,8 @@ class LinkTimes:
         if host not in self._slow and best >= SLOW:
             self._slow.add(host)
             self._say(
-                f"the link between {here} and {host} is slow: of {_MESSAGES} messages from {here}, where rank 0 runs, to {host} and "
-                f"back the fastest took {1000 * best:.0f} ms; overtok doctor measures the links between all hosts"
+                f"the link between {here} and {host} is slow: of {_MESSAGES} messages from {here} (rank 0) to {host} "
+                f"and back the fastest took {1000 * best:.0f} ms; overtok doctor measures the links between all hosts"
             )
         elif host in self._slow and best < SLOW / 2:
             self._slow.discard(host)
