@@ -171,6 +171,9 @@ class TrainingEngine:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
             with self.times.phase(ROW_UPDATE):
                 self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
+        if self.tables is not None:
+            with self.times.phase(EXCHANGE):
+                self.tables.start_next_fetch()
         return result
 
     @torch.no_grad()
