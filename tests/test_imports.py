@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "loss_metrics": {"errors"},
     "run_folder": {"errors", "files"},
     "run_lock": {"errors", "files"},
-    "watching": {"errors"},
+    "watching": {"errors", "run_folder"},
     "config": LOWEST,
     "kernels": LOWEST | {"config"},
     "parallel": LOWEST | {"config", "kernels"},

@@ -322,6 +322,14 @@ class TrainingConfig(Section):
         description="seconds that a step may take before its ranks count as hung and end: four times that for the first step "
         "and per batch of a validation, twelve times for the start, a save and the end; 0 or none = any time",
     )
+    straggler_report_interval: Positive | None = Field(
+        100,
+        description="steps between reports on stragglers: which rank the others wait for, by how much, in which phase; "
+        "none = off",
+    )
+    straggler_threshold: PositiveFloat = Field(
+        0.05, description="share of a step by which a rank is late when it is named, but never less than 5 ms"
+    )
 
 
 class CheckpointConfig(Section):

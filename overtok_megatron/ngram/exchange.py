@@ -20,7 +20,7 @@ from torch import Tensor
 
 from overtok_megatron.kernels.rows import RowGradientSums, RowKernels
 from overtok_megatron.ngram.row_space import RowFilter
-from overtok_megatron.parallel.collectives import profiler_span, wait_for
+from overtok_megatron.parallel.spans import profiler_span, wait_for
 
 ReadRows = Callable[[Tensor], Tensor]  # local rows int64 [r] -> their values [r, w]
 Fetching = Callable[

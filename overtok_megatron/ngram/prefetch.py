@@ -87,12 +87,13 @@ class Prefetch(Generic[PlanT]):
         step = self._steps.popleft()
         completion, self._completion = self._completion, None
         if completion is not None:
-            completion.result()
-        return self._used(step.result())
+            self._worker.result(completion)
+        return self._used(self._worker.result(step))
 
     def once(self, tokens: Tensor | None) -> PlannedStep[PlanT]:
         """The plan, without a way back, for tokens that are evaluated now; on the host the rows as they are now."""
-        return self._used(self._worker.submit(partial(self._prepare, tokens, training=False)).result())
+        job = self._worker.submit(partial(self._prepare, tokens, training=False))
+        return self._used(self._worker.result(job))
 
     def update(self, work: Callable[[], None]) -> None:
         """Update rows on the thread, after the step that was taken last. Whoever reads rows must `wait` before."""

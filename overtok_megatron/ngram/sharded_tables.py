@@ -129,8 +129,9 @@ class ShardedTables(TableReader[PlanT]):
     """Tables that are trained: this rank's rows with their optimizer.
 
     A training step calls, on every rank and in this order: `fetch_rows(tokens, training=True)`, the forward and backward
-    passes, `reduce_gradients`, `update_rows`. prefetch: where given, it plans every step, and fetches and updates rows on the
-    host; `announce(tokens)` may name the batches of coming steps, so that it does so ahead; losses are the same without.
+    passes, `reduce_gradients`, `update_rows`, `start_next_fetch`. prefetch: where given, it plans every step, and fetches and
+    updates rows on the host; `announce(tokens)` may name the batches of coming steps, so that it does so ahead; losses are the
+    same without.
     """
 
     store: RowStore
@@ -207,22 +208,22 @@ class ShardedTables(TableReader[PlanT]):
             self.prefetch.update(partial(self._update_rows, gradients, learning_rate, clip_factor))
         else:
             self._update_rows(gradients, learning_rate, clip_factor)
-            self._start_next_fetch()
 
     def leave_out_update(self) -> None:
         """End a training step without an update: no row, no state and no count of steps changes. In place of `update_rows`."""
         if self.prefetch is not None and self.prefetch.updates_rows:
             self.prefetch.update(lambda: None)
-        else:
-            self._start_next_fetch()
 
-    def _start_next_fetch(self) -> None:
-        """Begin to send the rows of the next step, if it was announced: no update comes before it.
+    def start_next_fetch(self) -> None:
+        """Begin to send the rows of the next step, if it was announced; to be called once the step's rows are updated.
 
-        They travel while the main thread reports the step that has ended, and takes the tokens of the next one.
+        They travel while the main thread reports the step that has ended, and takes the tokens of the next one. Rows on the
+        host are fetched by the thread. Where this is not called, the next step begins with the fetch.
         """
-        assert self._under_way is None, "rows were updated after those of the next step had been read"
-        if self.prefetch is not None and self.prefetch.pending and self.group is not None:
+        if self.prefetch is None or self.prefetch.updates_rows:
+            return
+        assert self._under_way is None, "the rows of the next step had been read before"
+        if self.prefetch.pending and self.group is not None:
             step = self.prefetch.take()
             self._under_way = step, self.exchange.start_fetch(step.plan, self._read)
 

@@ -1,24 +1,19 @@
 """Differentiable collectives in conjugate pairs. Each is out of place, and for group None the identity.
 
-Beside them are two helpers for other collectives: `profiler_span`, and `all_reduce_in_place`, which autograd does not record.
+Beside them is `all_reduce_in_place`, which autograd does not record. Names and times of collectives: spans.py.
 
 Sums run in the tensor's own dtype. Notation in the tables: x_r is rank r's tensor, g_r the gradient that arrives there.
 """
 
-import threading
-import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
+
+from overtok_megatron.parallel.spans import profiler_span
 
 Group = dist.ProcessGroup | None
-
-# The collective that each thread of this process is in: its name, and time.monotonic() of its start. For reports on ranks that
-# hang; like a profiler's trace it concerns the process, and nothing that computes reads it.
-UNDER_WAY: dict[int, tuple[str, float]] = {}
 
 
 def group_size(group: Group) -> int:
@@ -27,34 +22,6 @@ def group_size(group: Group) -> int:
 
 def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
-
-
-class _Span(record_function):
-    """A span in a profiler's trace, during which `UNDER_WAY` names it."""
-
-    def __enter__(self) -> "_Span":
-        UNDER_WAY[threading.get_ident()] = (self.name, time.monotonic())
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        UNDER_WAY.pop(threading.get_ident(), None)
-
-
-def profiler_span(operation: str, group: dist.ProcessGroup) -> record_function:
-    """A span in a profiler's trace, named by group and operation. Every collective of this package runs within one.
-
-    A collective that is only launched within it is waited for in a span of `wait_for`.
-    """
-    return _Span(f"{group.group_desc}: {operation}")
-
-
-def wait_for(work: dist.Work, name: str) -> None:
-    """Wait for a collective that was launched before; on a GPU only the current stream waits. name: for reports on hangs."""
-    UNDER_WAY[threading.get_ident()] = (name, time.monotonic())
-    work.wait()
-    UNDER_WAY.pop(threading.get_ident(), None)
 
 
 def all_reduce_in_place(values: Tensor, group: Group, *, of: str, op: Any = dist.ReduceOp.SUM) -> None:

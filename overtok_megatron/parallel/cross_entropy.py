@@ -13,7 +13,8 @@ from torch import Tensor
 from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.kernels import reference
 from overtok_megatron.kernels.choice import Kernels
-from overtok_megatron.parallel.collectives import group_rank, group_size, profiler_span
+from overtok_megatron.parallel.collectives import group_rank, group_size
+from overtok_megatron.parallel.spans import profiler_span
 from overtok_megatron.parallel.splits import largest_part
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from overtok_megatron.parallel.collectives import profiler_span
+from overtok_megatron.parallel.spans import profiler_span
 
 Axis = Literal["pipe", "data", "context", "tensor"]
 # How long a rank waits for a message outside a training step: meanwhile another rank may hash or write its files.

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from overtok_megatron.parallel.collectives import (
     group_rank,
     group_size,
-    profiler_span,
     reduce_from_group,
     reduce_scatter_sequence,
 )
+from overtok_megatron.parallel.spans import profiler_span
 from overtok_megatron.parallel.splits import initialise, mark_split, split_range
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from overtok_megatron.parallel.devices import make_current
+from overtok_megatron.parallel.spans import run_beside_training, waiting_for_thread
 
 T = TypeVar("T")
 _Jobs = SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
@@ -27,28 +28,33 @@ class Worker:
         self._name = name
         self._device = device
         self._jobs: _Jobs = SimpleQueue()
-        self._started = False
+        self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Queue a job. The future has its result, or its exception."""
-        if not self._started:
-            self._started = True
-            thread = threading.Thread(target=_run, args=(self._jobs, self._device), name=self._name, daemon=True)
-            thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=_run, args=(self._jobs, self._device), name=self._name, daemon=True)
+            self._thread.start()
             weakref.finalize(self, self._jobs.put, None)
         future: Future[T] = Future()
         self._jobs.put((job, future))
         return future
 
+    def result(self, future: "Future[T]") -> T:
+        """The result of a job of this thread, when it has ended. Raises what the job has raised."""
+        with waiting_for_thread(None if self._thread is None else self._thread.ident):
+            return future.result()
+
     def wait(self) -> None:
         """Return when every job has ended. Raises what a job has raised."""
-        if self._started:
-            self.submit(lambda: None).result()
+        if self._thread is not None:
+            self.result(self.submit(lambda: None))
 
 
 def _run(jobs: _Jobs, device: torch.device) -> None:
     """What the thread does until the queue brings None."""
     make_current(device)
+    run_beside_training()
     torch.get_num_threads()  # torch then gives this thread's parallel loops as many OpenMP threads as those of the main thread
     failure: BaseException | None = None
     while (given := jobs.get()) is not None:

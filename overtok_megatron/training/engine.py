@@ -37,6 +37,7 @@ from overtok_megatron.training.deepspeed.optimizers import adapter_of
 from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.deepspeed.starting import start_deepspeed
 from overtok_megatron.training.micro_batch import MicroBatch, StageResults, with_own_kind_of_gradient
+from overtok_megatron.training.phase_times import COMPUTE, EXCHANGE, ROW_UPDATE, UPDATE, PhaseTimes
 from overtok_megatron.training.step_result import RowCounts, StepReduction, StepResult
 
 
@@ -44,8 +45,8 @@ class TrainingEngine:
     """A model in training: dense parameters under DeepSpeed, tables beside it.
 
     All ranks must call `step`, `evaluate` and `dense_weights` together. stop_asked: set it on any rank, and the result of the
-    next step says `stop` on all. non_finite_micro_batches: after a step without an update, those of this rank whose loss was
-    not finite.
+    next step says `stop` on all. times: of the phases of this rank's steps. non_finite_micro_batches: after a step without an
+    update, those of this rank whose loss was not finite.
     """
 
     def __init__(self, config: RunConfig, grid: ProcessGrid, device: torch.device, eod_id: int) -> None:
@@ -69,6 +70,9 @@ class TrainingEngine:
         # Behind the hook in which the adapter of the torch optimizer computes the norm, so that the norm is known at the mark.
         early_reads = self.early_reads = EarlyReads(device)
         self.optimizer.register_step_pre_hook(lambda *_: early_reads.mark())
+        times = self.times = PhaseTimes(device, _report_interval(config, grid))
+        self.optimizer.register_step_pre_hook(lambda *_: times.enter(UPDATE))
+        self.optimizer.register_step_post_hook(lambda *_: times.leave())
         self.skips_non_finite = config.training.non_finite == "skip"
         if self.skips_non_finite:
             leave_out_non_finite_updates(self.adapter)
@@ -106,9 +110,10 @@ class TrainingEngine:
             inputs, _ = self.inputs_and_targets(tokens)
             self.tables.announce(inputs if self.looks_up_rows else None)
 
-    def step(self, tokens: Tensor, learning_rate: float) -> StepResult:
+    def step(self, tokens: Tensor, learning_rate: float, *, report_times: bool = False) -> StepResult:
         """One optimizer step on the tokens [A, b, s + k] int64 of this rank's copy of the model.
 
+        report_times: whether the result has the times of all ranks since they were reported last; the same on all ranks.
         Where the joint gradient norm is not finite, and so also where the loss is not, raises DivergedError on every rank, and
         nothing of this state is to be saved; or with training.non_finite: skip no rank changes a weight, a row or a state.
         """
@@ -117,7 +122,8 @@ class TrainingEngine:
 
         # Phase 1: take the rows, which are under way since the end of the last step where this one was announced. One exchange
         # serves all micro-batches; their forward passes gather without communication.
-        fetched = self._fetch_rows(inputs, training=True)
+        with self.times.phase(EXCHANGE):
+            fetched = self._fetch_rows(inputs, training=True)
         micro_batches = self._micro_batches(inputs, targets, fetched)
 
         self._set_learning_rate(learning_rate)
@@ -133,7 +139,8 @@ class TrainingEngine:
         # one norm of dense parameters and rows.
         # Phase 4: DeepSpeed clips and updates the dense parameters. What is read of the step is known before the update, and is
         # read while a GPU still makes it (early_reads.py).
-        results = self._train_pipeline(micro_batches) if self.is_pipeline else self._train(micro_batches)
+        with self.times.phase(COMPUTE):  # and within it UPDATE, and in `_reduce_rows` EXCHANGE
+            results = self._train_pipeline(micro_batches) if self.is_pipeline else self._train(micro_batches)
 
         # Phase 3, read back: the norms, and the reduced gradients of the rows that this rank owns.
         with self.early_reads.stream():
@@ -148,7 +155,13 @@ class TrainingEngine:
         # Phase 5: report. One small reduction over all ranks. It comes before the update of rows, because the exchange that the
         # update starts waits for the device in the same communicator, and would keep the reduction waiting too.
         with self.early_reads.stream():
-            result = self.reduction.reduce(results, self._row_counts(fetched), norms, stop_asked=self.stop_asked)
+            result = self.reduction.reduce(
+                results,
+                self._row_counts(fetched),
+                norms,
+                stop_asked=self.stop_asked,
+                own_times=self.times.take().numbers() if report_times else (),
+            )
 
         # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update. The rows of the next step,
         # if it was announced, are then sent at once: they travel while the next step's tokens are taken.
@@ -156,7 +169,11 @@ class TrainingEngine:
             self._leave_out(results)
         elif self.tables is not None and norms.row_gradients is not None:
             row_rate = learning_rate * derived.table_rate_factor(self.config)
-            self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
+            with self.times.phase(ROW_UPDATE):
+                self.tables.update_rows(norms.row_gradients, row_rate, norms.clip_factor)
+        if self.tables is not None:
+            with self.times.phase(EXCHANGE):
+                self.tables.start_next_fetch()
         return result
 
     @torch.no_grad()
@@ -259,7 +276,8 @@ class TrainingEngine:
         """
         if self.tables is None or fetched is None:
             return None
-        return self.tables.reduce_gradients(fetched, 1.0 / (self.grid.shape.data * self.grid.shape.context))
+        with self.times.phase(EXCHANGE):
+            return self.tables.reduce_gradients(fetched, 1.0 / (self.grid.shape.data * self.grid.shape.context))
 
     def _leave_out(self, results: StageResults) -> None:
         """End a step without an update, and note which micro-batches were to blame. A WAIT FOR THE DEVICE, in such steps."""
@@ -274,6 +292,11 @@ class TrainingEngine:
         if self.tables is None or fetched is None:
             return RowCounts()
         return RowCounts(fetched.rows.count, fetched.slots.numel(), self.tables.payload_bytes(fetched))
+
+
+def _report_interval(config: RunConfig, grid: ProcessGrid) -> int | None:
+    """Steps between reports on stragglers; None = there are none, as with one rank, which has nobody to wait for it."""
+    return config.training.straggler_report_interval if grid.shape.world_size > 1 else None
 
 
 def _tensors(micro_batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         place = place_process(os.environ)
         on_host = Place.of(os.environ)  # now: LOCAL_RANK becomes the number of a device, which may be 0 for every rank
-        meeting = Meeting(place)
+        meeting = Meeting(place, attempt=on_host.attempt)
         prepare_environment(os.environ, deterministic=False)
         start = prepare_rank(
             meeting, os.environ, options.config, options.overrides, stored=options.stored, joined=_leave_when_asked
@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         set_up_logging(folder, place.rank, console=not show_bar(config))
         for line in start.warnings:
             log.warning("%s", line)
-        run = Trainer(config, device=start.device, num_threads=place.num_threads(available_cores()), watch=watch)
+        num_threads = place.num_threads(available_cores())
+        run = Trainer(config, device=start.device, num_threads=num_threads, watch=watch, attempt=on_host.attempt)
         run.run()
         run.grid.wait_for_all()  # all ranks leave together
     except (Exception, _AskedToLeave) as error:

@@ -1,7 +1,7 @@
 """Where the ranks of a run meet before there is a process group: a store that the first rank, or torchrun, keeps.
 
 A user's mistake found by the first rank ends all ranks by one line, and not by one per rank. The store is that of the process
-group, which finds it again under the same address and port.
+group, which finds it again under the same address and port (rendezvous.py).
 """
 
 import json
@@ -36,9 +36,10 @@ class NotMetError(Exception):
 class Meeting:
     """The store of one start of a run; every rank makes one and joins it."""
 
-    def __init__(self, place: Placement, *, join_limit: float = JOIN_LIMIT) -> None:
-        """join_limit: seconds until all ranks must have come."""
+    def __init__(self, place: Placement, *, attempt: str = "0", join_limit: float = JOIN_LIMIT) -> None:
+        """attempt: as in rendezvous.py. join_limit: seconds until all ranks must have come."""
         self.place = place
+        self._attempt = attempt
         self._join_limit = join_limit
         self._store: Any = None
 
@@ -51,14 +52,15 @@ class Meeting:
 
         Raises ConfigError where the address or the port cannot serve, NotMetError where ranks are missing in the end.
         """
-        from torch.distributed import PrefixStore, rendezvous
+        from torch.distributed import PrefixStore
+
+        from overtok_megatron.training.rendezvous import store_of_start
 
         place, meet = self.place, f"{self.place.master_address}:{self.place.master_port}"
         self._check_address()
         try:
-            store, _, _ = next(
-                rendezvous("env://", place.rank, place.world_size, timeout=timedelta(seconds=self._join_limit))
-            )
+            limit = timedelta(seconds=self._join_limit)
+            store, _, _ = store_of_start(self._attempt, limit, rank=place.rank, world_size=place.world_size)
         except RuntimeError as error:  # torch's errors of networks and stores are of this kind
             if "EADDRINUSE" in str(error):
                 raise ConfigError(
@@ -73,7 +75,7 @@ class Meeting:
                 f"the first rank was not reached at {meet} from {socket.gethostname()} within {self._join_limit:.0f} s; "
                 "MASTER_ADDR must be the host of rank 0, and the port must be open between the hosts"
             ) from error
-        self._store = PrefixStore("overtok/start", store)
+        self._store = PrefixStore("meeting", store)
 
     def _check_address(self) -> None:
         """Raise ConfigError where the address has no meaning here, or is not that of the first rank's host."""

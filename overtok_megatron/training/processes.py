@@ -9,9 +9,12 @@ from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.training.deepspeed.starting import join_process_group
 
 
-def start_processes(config: RunConfig, device: torch.device) -> ProcessGrid:
-    """Join the process group that the launcher described, over the backend of the run's device, and build the grid."""
-    join_process_group(device)
+def start_processes(config: RunConfig, device: torch.device, attempt: str = "0") -> ProcessGrid:
+    """Join the process group that the launcher described, over the backend of the run's device, and build the grid.
+
+    attempt: how many starts of this job there were before, where the same launcher made them.
+    """
+    join_process_group(device, attempt)
     parallel = config.parallel
     shape = GridShape(
         pipe=parallel.pipeline_parallel_size,

@@ -59,9 +59,13 @@ class RunReport:
         )
 
     def step(self, done: int, values: dict[str, float]) -> None:
-        """Report the metrics of the step that was the `done`th; all steps with a validation, else one per logging interval."""
+        """Report the metrics of the step that was the `done`th.
+
+        Reported are the last step, those with a validation or with the times of all ranks, and else one per logging interval.
+        """
         losses = validation_losses(values)
-        if done % self._interval == 0 or done == self._total_steps or losses:
+        rare = bool(losses) or "stragglers/late_rank" in values
+        if done % self._interval == 0 or done == self._total_steps or rare:
             self._records.write(done, values)
             log.info(step_line(done, self._total_steps, values))
         for name, loss in losses.items():

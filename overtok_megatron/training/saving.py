@@ -34,6 +34,7 @@ from overtok_megatron.errors import CheckpointError
 from overtok_megatron.files import sync, write_atomically
 from overtok_megatron.parallel.copy_stream import CopyStream, stream_of_thread
 from overtok_megatron.parallel.devices import make_current
+from overtok_megatron.parallel.spans import run_beside_training
 from overtok_megatron.parallel.splits import is_tied_copy, splits_of
 from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 from overtok_megatron.training.deepspeed.universal import universal_info
@@ -54,6 +55,7 @@ def in_background(work: Callable[[], Any], device: torch.device) -> threading.Th
         with suppress(OSError, AttributeError):  # only Linux has priorities of single threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         make_current(device)
+        run_beside_training()
         with stream_of_thread(device):
             work()
 

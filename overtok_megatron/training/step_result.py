@@ -1,5 +1,6 @@
 """The result of one optimizer step, and the one small reduction over all ranks that makes it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ class StepResult:
     their weights, per token; the head's z-loss is not among them. stop: a rank was asked to stop after this step.
     unique_rows: the sum over ranks of the distinct rows of each. looked_up_rows: look-ups of all ranks. exchange_bytes: the sum
     over ranks of what each sent to others for rows and their gradients, without rows that a prefetch sent again.
-    router_metrics: by name (router_metrics.py); empty without experts.
+    router_metrics: by name (router_metrics.py); empty without experts. times: of each rank, the numbers of its times
+    (phase_times.py), in steps that report them.
     """
 
     loss: float
@@ -35,6 +37,7 @@ class StepResult:
     looked_up_rows: int
     exchange_bytes: int
     router_metrics: dict[str, float]
+    times: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,33 @@ class StepReduction:
         self._router_metrics = RouterMetrics(config, grid, device)
         self._auxiliary_names: list[str] | None = None
 
-    def reduce(self, results: StageResults, rows: RowCounts, norms: StepNorms, *, stop_asked: bool) -> StepResult:
-        """The step's metrics over all ranks, and whether any rank was asked to stop; all ranks must call this."""
+    def reduce(
+        self,
+        results: StageResults,
+        rows: RowCounts,
+        norms: StepNorms,
+        *,
+        stop_asked: bool,
+        own_times: Sequence[float] = (),
+    ) -> StepResult:
+        """The step's metrics over all ranks, and whether any rank was asked to stop; all ranks must call this.
+
+        own_times: of this rank, as many on every rank. They travel in the same collective, each rank's in a place of its own.
+        """
         own = [float(stop_asked), rows.unique, rows.looked_up, rows.sent_bytes]
         router = self._router_metrics.own_sums(results.router_stats)
         names = self._names(results)
         auxiliary = [
             self._own_sum([losses[name] for losses in results.auxiliary_losses if name in losses]) for name in names
         ]
-        own_values = moved(torch.tensor(own, dtype=torch.float64), self._device)
+        times = torch.zeros(self._grid.shape.world_size, len(own_times), dtype=torch.float64)
+        times[self._grid.rank] = torch.tensor(own_times, dtype=torch.float64)
+        own_values = moved(torch.cat([torch.tensor(own, dtype=torch.float64), times.flatten()]), self._device)
         sums = self.sum_over_ranks(torch.cat([self._own_sum(results.main_losses), own_values, *auxiliary, router]))
         # A WAIT FOR THE DEVICE, the last of the step, but not for its update of the dense parameters (early_reads.py):
         # everything that the step reports is read at once.
         loss, stops, unique, looked_up, sent_bytes, *others = sums.tolist()
+        all_times, others = others[: times.numel()], others[times.numel() :]
         auxiliary_sums, router_sums = others[: len(names)], others[len(names) :]
         return StepResult(
             loss=loss / self._num_tokens,
@@ -82,6 +99,7 @@ class StepReduction:
             looked_up_rows=int(looked_up),
             exchange_bytes=int(sent_bytes),
             router_metrics=self._router_metrics.of_step(router_sums),
+            times=[all_times[place : place + len(own_times)] for place in range(0, times.numel(), len(own_times) or 1)],
         )
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.batches import Tokens, TrainBatches, validation_batches
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.run_data import RunData
-from overtok_megatron.parallel.collectives import profiler_span
 from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.parallel.spans import profiler_span
 from overtok_megatron.parallel.uploading import moved
 from overtok_megatron.parallel.worker import Worker
 
@@ -134,9 +134,9 @@ class TokenFeed:
         for read in reads:
             current, following = following, self._worker.submit(partial(self._hand_out, read))
             if current is not None:
-                yield current.result()
+                yield self._worker.result(current)
         if following is not None:
-            yield following.result()
+            yield self._worker.result(following)
 
     def _hand_out(self, read: Read) -> Tensor | None:
         """On the thread: what one rank reads, in the host memory of all ranks of its copy of the model; None at the end."""

@@ -19,12 +19,13 @@ from overtok_megatron.config.validation import validate
 from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import CheckpointError, DivergedError, OvertokError, WeightsError
 from overtok_megatron.loss_metrics import validation_metrics
-from overtok_megatron.parallel.collectives import UNDER_WAY
+from overtok_megatron.parallel.spans import under_way
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock
 from overtok_megatron.training.agreement import agree
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.leaving import Departure, Leaving
+from overtok_megatron.training.phase_times import DATA, SAVE
 from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.reporting import RunReport
 from overtok_megatron.training.resuming import load_checkpoint, load_weights
@@ -33,6 +34,7 @@ from overtok_megatron.training.schedules import Schedule
 from overtok_megatron.training.skipped_steps import SkippedSteps
 from overtok_megatron.training.step_metrics import StepMetrics
 from overtok_megatron.training.step_result import StepResult
+from overtok_megatron.training.straggler_report import StragglerReport
 from overtok_megatron.training.table_metrics import table_metrics
 from overtok_megatron.training.token_feed import TokenFeed
 from overtok_megatron.training.tracing import Tracer
@@ -46,17 +48,26 @@ class Trainer:
     """One run from its first (or resumed) step to its last. All ranks must call its methods."""
 
     def __init__(
-        self, config: RunConfig, *, device: torch.device, num_threads: int, watch: Watch | None = None
+        self,
+        config: RunConfig,
+        *,
+        device: torch.device,
+        num_threads: int,
+        watch: Watch | None = None,
+        attempt: str = "0",
     ) -> None:
-        """num_threads: of this rank on the host, where the configuration names none. watch: is told what this rank does."""
+        """num_threads: of this rank on the host, where the configuration names none. watch: is told what this rank does.
+
+        attempt: as in processes.py.
+        """
         self.config = config
         self.watch = watch or Watch()
-        self.watch.under_way = UNDER_WAY
+        self.watch.under_way = under_way
         # Beside a GPU, host tables and an offloaded optimizer use these threads.
         torch.set_num_threads(config.training.num_threads or num_threads)
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.folder = Path(config.training.output_directory)
-        self.grid = start_processes(config, device)
+        self.grid = start_processes(config, device, attempt)
         self.first = self.grid.rank == 0
         self.lock = self._lock_folder()
         self.leaving = Leaving(self.grid, RunFolder(self.folder), config.training.exit_after_minutes)
@@ -91,6 +102,8 @@ class Trainer:
             sample_ids=self.feed.sample_ids,
         )
         self.weights_check = WeightsCheck(self.engine, config.training.weights_check_interval)
+        self.times = self.engine.times
+        self.stragglers = StragglerReport(self.grid, self.times.interval, config.training.straggler_threshold)
         self.total_steps = derived.train_iters(config)
         self.schedule = Schedule.of(config)
         self.step_metrics = StepMetrics(config, device)
@@ -123,6 +136,7 @@ class Trainer:
             self.saver.settle()
             raise
         finally:
+            self.times.stop()
             self.lock.release()
         return finished
 
@@ -144,12 +158,15 @@ class Trainer:
             for step in range(steps_done, self.total_steps):
                 done = step + 1
                 self.watch.phase("first step" if step == steps_done else "step", done)
+                if step > steps_done:  # the first one compiles kernels
+                    self.times.begin_step(done)
                 values, stop = self._one_step_or_leave(step, tokens_of_steps)
                 if report is not None:
                     report.step(done, values)
                 if stop or self._due(done, self.config.checkpoint.interval):
                     self.watch.phase("save", done)
-                    self._save(done)
+                    with self.times.phase(SAVE):
+                        self._save(done)
                 if stop:
                     break
         self.saver.finish()
@@ -223,18 +240,21 @@ class Trainer:
         done, learning_rate = step + 1, self.schedule.at(step)
         with self.tracer.step(done, self.grid.rank):
             started = time.perf_counter()
-            tokens = next(tokens_of_steps)  # [A, b, s + k]
+            with self.times.phase(DATA):
+                tokens = next(tokens_of_steps)  # [A, b, s + k]
             if self.leaving.asked():
                 self._stop_after_step()
-            result = self.engine.step(tokens, learning_rate)
+            result = self.engine.step(tokens, learning_rate, report_times=self.times.due(done))
             seconds = time.perf_counter() - started
         values = self.step_metrics.of_step(result, learning_rate, seconds) | self._account_for_skips(done, result)
-        if self.weights_check.due(done, saved=result.stop or self._due(done, self.config.checkpoint.interval)):
-            self.weights_check.run(done)  # now: under ZeRO 1 and 2 the next step makes the weights anew
-        if self._due(done, self.config.training.validation_interval) and self.data.validation:
-            values |= self._validate(done)
-            self.watch.phase("evaluate", done)
-            values |= table_metrics(self.engine, tokens)
+        values |= self.stragglers.judge(result.times)
+        with self.times.phase(None):  # what some steps do besides is not compared
+            if self.weights_check.due(done, saved=result.stop or self._due(done, self.config.checkpoint.interval)):
+                self.weights_check.run(done)  # now: under ZeRO 1 and 2 the next step makes the weights anew
+            if self._due(done, self.config.training.validation_interval) and self.data.validation:
+                values |= self._validate(done)
+                self.watch.phase("evaluate", done)
+                values |= table_metrics(self.engine, tokens)
         self.consumed += self.config.training.global_batch_size
         values |= {f"data/epoch/{name}": epoch for name, epoch in self.feed.epochs(self.consumed).items()}
         return values, result.stop

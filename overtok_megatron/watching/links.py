@@ -15,7 +15,8 @@
 | watchdog | the first host's | `hello` | token; a report follows at once |
 | | | `report` | the watchdog's name, host, state of each of its ranks |
 | | | `text`, `failed` | rank, text; as from ranks |
-| the first host's | watchdogs | `alive`, `met`, `stacks`, `leave` | a sign of life; as to ranks |
+| | | `back` | when an `alive` was sent, at once when it comes |
+| the first host's | watchdogs | `alive`, `met`, `stacks`, `leave` | a sign of life, and when it was sent; as to ranks |
 """
 
 import asyncio
@@ -109,6 +110,8 @@ class JobLink:
                 writer.write(encoded({"type": "hello", "token": token}) + encoded(self._report()))
                 async for message in messages(reader):
                     self._heard = self._clock.now()
+                    if "sent" in message:
+                        writer.write(encoded({"type": "back", "sent": message["sent"]}))
                     self._obey(message)
                 writer.close()
             self._writer = None

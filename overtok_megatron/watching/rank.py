@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -27,11 +27,11 @@ _WAIT_FOR_CAUSE = 3.0  # seconds in which the watchdog has said which rank died,
 class Watch:
     """What this rank does. Without `connect` nobody is told, and nothing else is different.
 
-    under_way: the collectives that threads of this process are in, by thread: name and time.monotonic() of its start.
+    under_way: returns the collectives that threads of this process are in: their names, and time.monotonic() of their begin.
     """
 
     def __init__(self) -> None:
-        self.under_way: Mapping[int, tuple[str, float]] = {}
+        self.under_way: Callable[[], Sequence[tuple[str, float]]] = tuple
         self._clock = RunningClock()
         self._doing: tuple[str, int | None, float] = ("start", None, self._clock.now())
         self._socket: socket.socket | None = None
@@ -149,7 +149,7 @@ class Watch:
         name, step, since = self._doing
         self._last_beat = self._clock.now()
         now = time.monotonic()
-        collectives = [(what, now - begin) for what, begin in list(self.under_way.values())]
+        collectives = [(what, now - begin) for what, begin in self.under_way()]
         return {"phase": name, "step": step, "seconds": self._clock.now() - since, "collectives": collectives}
 
     def _obey(self, message: dict[str, Any]) -> None:

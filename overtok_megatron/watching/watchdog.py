@@ -20,8 +20,10 @@ from typing import Any
 
 import psutil
 
+from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.watching.clock import RunningClock
 from overtok_megatron.watching.job import JobWatch
+from overtok_megatron.watching.link_times import LinkTimes
 from overtok_megatron.watching.links import (
     INTERVAL,
     LONGEST,
@@ -64,11 +66,11 @@ class Settings:
 
 @dataclass(kw_only=True)
 class WatchedRank:
-    """A rank of this host. pidfd: becomes readable when the process has died."""
+    """A rank of this host. pidfd: becomes readable when the process has died; None where it had when it was registered."""
 
     rank: int
     process: int
-    pidfd: int
+    pidfd: int | None
     writer: asyncio.StreamWriter
     heard: float
     beat: Message = field(default_factory=lambda: {"phase": "start", "step": None, "seconds": 0.0, "collectives": []})
@@ -94,6 +96,7 @@ class HostWatch:
         self._others: set[asyncio.StreamWriter] = set()  # connections from the watchdogs of the other hosts
         self._port = 0  # where they connect; 0: the job has one host
         self._token = secrets.token_hex(16)
+        self._link_times = LinkTimes(self._say)
         self._ending: asyncio.Task[None] | None = None
         # Until this host's watchdog has met the first host's, it judges its own ranks alone.
         self._job: JobWatch | None = JobWatch(
@@ -118,7 +121,7 @@ class HostWatch:
             self._report()
             if self._job is not None:
                 self._job.tick()
-            self._send_to_others({"type": "alive"})
+            self._send_to_others({"type": "alive", "sent": time.monotonic()})
             if self._link is not None and self._link.silence() > LOST_AFTER:
                 self._lost()
             await asyncio.sleep(INTERVAL)
@@ -152,18 +155,21 @@ class HostWatch:
                 rank = self._register(message["rank"], process, writer)
             else:
                 break
+        if rank is not None and rank.pidfd is None:
+            self._gone(rank)  # now that all has been read which it had said before it died
         writer.close()
 
     def _register(self, number: int, process: int, writer: asyncio.StreamWriter) -> WatchedRank:
         self._last_change = self._clock.now()
-        pidfd = os.pidfd_open(process)
+        pidfd = _pidfd_of(process)
         rank = WatchedRank(rank=number, process=process, pidfd=pidfd, writer=writer, heard=self._clock.now())
         self._ranks[number] = rank
-        asyncio.get_running_loop().add_reader(pidfd, self._gone, rank)
+        if pidfd is not None:
+            asyncio.get_running_loop().add_reader(pidfd, self._gone, rank)
         if number == 0 and self._port:
             writer.write(encoded({"type": "port", "port": self._port, "token": self._token}))
         if self._ending is not None:  # it came while the others were ended
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _kill(rank)
         return rank
 
     def _hear(self, rank: WatchedRank, message: Message) -> None:
@@ -198,7 +204,8 @@ class HostWatch:
 
     def _gone(self, rank: WatchedRank) -> None:
         """The kernel says that a rank's process has ended."""
-        asyncio.get_running_loop().remove_reader(rank.pidfd)
+        if rank.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(rank.pidfd)
         self._last_change = self._clock.now()
         rank.gone = True
         if rank.state == "alive":
@@ -287,14 +294,16 @@ class HostWatch:
         hello: Message = await anext(arriving, {})
         if hello.get("type") == "hello" and secrets.compare_digest(str(hello.get("token")), self._token):
             self._others.add(writer)
-            name = ""
+            name = host = ""
             async for message in arriving:
                 assert self._job is not None
                 if message["type"] == "report":
                     self._job.receive(message["watchdog"], message["host"], message["ranks"])
                     if not name:
                         writer.write(encoded({"type": "met"}))  # from now on the host's silence is noticed
-                    name = message["watchdog"]
+                    name, host = message["watchdog"], message["host"]
+                elif message["type"] == "back" and host:
+                    self._link_times.heard(host, time.monotonic() - message["sent"])
                 elif message["type"] == "text":
                     self._job.receive_text(message["rank"], message["text"])
                 elif message["type"] == "failed":
@@ -314,7 +323,7 @@ class HostWatch:
         with suppress(OSError):
             sys.stderr.write(text)
             sys.stderr.flush()
-        with suppress(OSError), (Path(self._settings.folder) / "train.log").open("a", encoding="utf-8") as log:
+        with suppress(OSError), RunFolder(Path(self._settings.folder)).log.open("a", encoding="utf-8") as log:
             log.write(text)
 
 
@@ -349,13 +358,26 @@ def _how_it_ended(process: int) -> str:
     return f"ended with exit code {os.WEXITSTATUS(status)}"
 
 
+def _pidfd_of(process: int) -> int | None:
+    """A file descriptor of a process; None where it has died, and who started it has asked for its end."""
+    try:
+        return os.pidfd_open(process)
+    except ProcessLookupError:
+        return None
+
+
+def _kill(rank: WatchedRank) -> None:
+    if rank.pidfd is not None:
+        with suppress(OSError):
+            signal.pidfd_send_signal(rank.pidfd, signal.SIGKILL)
+
+
 def _kill_tree(rank: WatchedRank) -> None:
     """SIGKILL a rank and what it has started."""
     started: list[Any] = []
     with suppress(psutil.Error):
         started = psutil.Process(rank.process).children(recursive=True)
-    with suppress(OSError):
-        signal.pidfd_send_signal(rank.pidfd, signal.SIGKILL)
+    _kill(rank)
     for process in started:
         with suppress(psutil.Error):
             process.kill()

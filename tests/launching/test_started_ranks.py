@@ -132,3 +132,21 @@ def test_another_configuration_on_one_rank_is_told(workspace: Workspace) -> None
     missing = {1: [workspace.scratch / "gone.yaml"]}
     line = the_line(run_started(slurm_tasks(hosts=1, per_host=2), config, others=missing))
     assert line.endswith("(rank 1): " + f"{workspace.scratch}/gone.yaml: no such configuration file")
+
+
+@pytest.mark.ci
+def test_torchrun_starts_a_job_again_in_which_a_rank_died(workspace: Workspace) -> None:
+    """Its static rendezvous keeps one store, in which the first start has left its verdicts and addresses."""
+    config, run = workspace.config("run"), workspace.scratch / "run"
+    meet = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--max-restarts", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *meet]
+    started = subprocess.run(
+        [*torchrun, "-m", "support.dying_entry", config, "training.train_iters=6", "checkpoint.interval=2"],
+        env=plain_environment() | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout
+    assert "was ended by SIGKILL, last heard at step 4" in started.stdout
+    assert "resumed from" in started.stdout
+    assert "Gloo" not in started.stdout
+    assert [step for step, _, _ in losses(run)] == [1, 2, 3, 4, 5, 6]

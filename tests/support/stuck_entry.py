@@ -9,11 +9,11 @@ from overtok_megatron.training.entry import run_and_leave
 if __name__ == "__main__":
     step, calls = TrainingEngine.step, iter(range(10**9))
 
-    def stuck(self: TrainingEngine, *arguments: Any) -> Any:
+    def stuck(self: TrainingEngine, *arguments: Any, **others: Any) -> Any:
         stays = os.environ["RANK"] == "1" and next(calls) >= 3
         while stays:
             pass
-        return step(self, *arguments)
+        return step(self, *arguments, **others)
 
     TrainingEngine.step = stuck  # type: ignore[method-assign]
     run_and_leave()

@@ -119,3 +119,22 @@ def test_sigterm_to_one_host_saves_on_both(hosts: TwoHosts, workspace: Workspace
     assert len(records(run)) < 30
     assert "resumed from" in finish(start_host_scripts(hosts, words, ranks), 0)
     one_host.check(run, PIPELINE_ACROSS)
+
+
+def test_a_rank_that_is_late_is_named_with_its_host(hosts: TwoHosts, workspace: Workspace) -> None:
+    """The host of the first rank says it, and neither of its watchdogs takes the link for slow."""
+    run = [str(workspace.config("run")), *SETTINGS, "training.straggler_report_interval=10"]
+    meet = ["--nnodes=2", "--nproc-per-node=1", f"--master-addr={hosts.alpha.address}", "--master-port=29500"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meet]
+    started = start_on_both(
+        hosts,
+        lambda number: [*torchrun, f"--node-rank={number}", "-m", "support.late_entry", *run],
+        PYTHONPATH=str(Path(__file__).parents[1]),
+    )
+    output = finish(started, 0)
+    (line, *_) = [line for line in output.splitlines() if "is late by" in line]
+    assert "[rank 0] rank 1 (beta) is late by 0." in line
+    assert "above all in phase 'update of rows'" in line
+    assert "is slow" not in output
+    named = [record for record in records(workspace.scratch / "run") if record.get("stragglers/late_rank") == 1]
+    assert [record["step"] for record in named] == [10, 20, 30]

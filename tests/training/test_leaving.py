@@ -34,11 +34,11 @@ def train(config: RunConfig, asks: Callable[[int, int], None] | None = None) -> 
     run = Trainer(config, device=CPU, num_threads=1)
     step, count = run.engine.step, [0]
 
-    def asked(*arguments: Any) -> Any:
+    def asked(*arguments: Any, **others: Any) -> Any:
         count[0] += 1
         if asks is not None:
             asks(run.grid.rank, count[0])
-        return step(*arguments)
+        return step(*arguments, **others)
 
     run.engine.step = asked  # type: ignore[method-assign]
     finished = run.run()

@@ -109,8 +109,8 @@ def a_run(folder: Path, scratch: Path) -> str:
     run, count = Trainer(RunConfig.model_validate(values), device=CPU, num_threads=1), [0]
     step = run.engine.step
 
-    def flipping(*arguments: Any) -> Any:
-        result = step(*arguments)
+    def flipping(*arguments: Any, **others: Any) -> Any:
+        result = step(*arguments, **others)
         count[0] += 1
         if count[0] == 4 and run.grid.rank == 1:
             flip(next(iter(run.engine.model.parameters())), 5, 14)

@@ -1,5 +1,6 @@
 """The watchdogs' processes by themselves, and what ranks tell them."""
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from overtok_megatron.watching.links import encoded
 from overtok_megatron.watching.rank import Watch
+from overtok_megatron.watching.watchdog import HostWatch, Settings, WatchedRank
 
 _RANK = """
 import sys
@@ -129,3 +132,30 @@ def test_a_watchdog_that_does_not_read_keeps_no_rank_from_leaving(tmp_path: Path
             while told[-1]["type"] != "bye":
                 told.append(json.loads(next(lines)))
             assert [one["type"] for one in told if one["type"] != "beat"] == ["hello", "failed", "bye"]
+
+
+def test_a_rank_that_died_before_it_was_registered_is_told_as_dead(tmp_path: Path) -> None:
+    """Its greeting and what else it said wait in the socket, and the kernel knows its process no more."""
+
+    async def watch(*words: dict[str, object]) -> WatchedRank:
+        settings = Settings(listener=-1, ranks=1, host_ranks=1, first=True, folder=str(tmp_path), hang_timeout=None)
+        host = HostWatch(settings)
+        server = await asyncio.start_unix_server(host._serve_rank, path=tmp_path / "socket")
+        text = b"".join(encoded(word) for word in ({"type": "hello", "rank": 0}, *words))
+        command = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(eval(sys.argv[2]))"
+        # This thread serves nothing meanwhile, so that the process is there no more when the watchdog looks for it.
+        subprocess.run([sys.executable, "-c", command, str(tmp_path / "socket"), repr(text)], check=True)
+        deadline = time.monotonic() + 20
+        while not (0 in host._ranks and host._ranks[0].gone):
+            assert time.monotonic() < deadline, "it is never known to have gone"
+            await asyncio.sleep(0.01)
+        if host._ending is not None:
+            await host._ending
+        server.close()
+        return host._ranks[0]
+
+    died = asyncio.run(watch())
+    assert (died.state, died.how, died.pidfd) == ("died", "died", None)
+    assert "rank 0 on " in (tmp_path / "train.log").read_text()
+    left = asyncio.run(watch({"type": "bye", "code": 0, "why": "", "said": False}))
+    assert (left.state, left.code) == ("left", 0)

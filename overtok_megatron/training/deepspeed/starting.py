@@ -14,11 +14,16 @@ from overtok_megatron.config import deepspeed_config
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.parallel.devices import backend_of
 from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.training.deepspeed.named_collectives import name_collectives
 from overtok_megatron.training.deepspeed.topology import DeepSpeedTopology
+from overtok_megatron.training.rendezvous import init_method
 
 
-def join_process_group(device: torch.device) -> None:
-    """Join the process group that the launcher described, over the backend of the run's device; all ranks must call this."""
+def join_process_group(device: torch.device, attempt: str) -> None:
+    """Join the process group that the launcher described, over the backend of the run's device; all ranks must call this.
+
+    attempt: as in rendezvous.py.
+    """
     # DeepSpeed logs much, and calls collectives by deprecated names; neither concerns a user.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
@@ -26,7 +31,8 @@ def join_process_group(device: torch.device) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = deepspeed.accelerator.get_accelerator().device_name().split(":")[0]
     assert accelerator == device.type, f"DeepSpeed was imported for {accelerator}, the run is on {device}"
-    deepspeed.init_distributed(dist_backend=backend_of(device), verbose=False)
+    deepspeed.init_distributed(dist_backend=backend_of(device), init_method=init_method(attempt), verbose=False)
+    name_collectives()
 
 
 def start_deepspeed(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, grid: ProcessGrid) -> Any:
