@@ -8,12 +8,13 @@ from overtok_megatron.commands.model_arguments import add_model, load_model
 from overtok_megatron.errors import InputError
 
 if TYPE_CHECKING:
-    from overtok_megatron.inference.generation import Sampling
     from overtok_megatron.inference.loading import TrainedModel
+    from overtok_megatron.inference.sampling import Sampling
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from overtok_megatron.inference.generation import Sampling, generate
+    from overtok_megatron.inference.generation import generate
+    from overtok_megatron.inference.sampling import Sampling
 
     if options.interactive == bool(options.prompt):
         raise InputError("generate: give --prompt, or --interactive without one")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from overtok_megatron.inference.generation import IncrementalDecoder
+from overtok_megatron.inference.decoder import IncrementalDecoder
 from overtok_megatron.inference.loading import TrainedModel
 
 _SLACK = (

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import IncrementalDecoder, Sampling, choose
+from overtok_megatron.inference.decoder import IncrementalDecoder
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.sampling import Sampling, choose
 from overtok_megatron.inference.stream import TextStream
 from overtok_megatron.parallel.devices import make_current
 

@@ -11,8 +11,9 @@ import torch
 from overtok_megatron.cli import main
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference import generation
-from overtok_megatron.inference.generation import Sampling, generate, generate_texts, generate_tokens, stream_texts
+from overtok_megatron.inference.generation import generate, generate_texts, generate_tokens, stream_texts
 from overtok_megatron.inference.loading import TrainedModel, load_trained
+from overtok_megatron.inference.sampling import Sampling
 from support.hugging_face_models import over_encoded_run
 from support.live_server import LiveServer, live_server
 from support.prefixed_tokenizers import FILES, KINDS, save_prefixed

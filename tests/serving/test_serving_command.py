@@ -12,7 +12,8 @@ import pytest
 
 from overtok_megatron.cli import main
 from overtok_megatron.inference import generation
-from overtok_megatron.inference.generation import Sampling, generate
+from overtok_megatron.inference.generation import generate
+from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.serving.server import is_loopback, open_socket
 from support.overtok_process import start_overtok
 from support.trained_runs import TrainedRuns
