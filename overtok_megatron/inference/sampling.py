@@ -3,6 +3,7 @@
 Shapes: b batch, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +39,39 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """The next token of each row of logits [b, V] float32, [b] int64."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
+    return torch.multinomial(distribution(logits, sampling), 1, generator=generator).squeeze(-1)
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """From which the next token is drawn at a temperature above 0: logits [.., V] float32 -> probabilities [.., V] float64."""
     best = logits.amax(dim=-1, keepdim=True)
     logits = (logits - best).double() / sampling.temperature  # double, so that a tiny temperature does not overflow
     if sampling.top_k:
-        kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))
     if sampling.top_p < 1.0:
         ordered, tokens = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        beyond = (
-            probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
-        )  # the first token that reaches top_p stays
+        # the first token that reaches top_p stays
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
         logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    return logits.softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the tokens of one sequence are drawn, and its random stream, which is on the model's device."""
+
+    sampling: Sampling
+    generator: torch.Generator
+
+    @classmethod
+    def begin(cls, sampling: Sampling, device: torch.device) -> "Draw":
+        """With the random stream that the seed gives, from its begin."""
+        return cls(sampling, torch.Generator(device=device).manual_seed(sampling.seed))
+
+
+def choose_each(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The next token of every sequence, int64 [b], from its row of logits [b, V] float32."""
+    chosen = [choose(row[None], draw.sampling, draw.generator) for row, draw in zip(logits, draws, strict=True)]
+    return torch.cat(chosen)

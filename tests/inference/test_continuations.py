@@ -67,8 +67,8 @@ def test_a_space_is_the_first_that_is_said(trained: TrainedModel, monkeypatch: p
     """Whatever a random model draws, here it is " and of"."""
     said = trained.tokenizer.encode("and of")
 
-    def stream_tokens(*_: Any) -> Iterator[list[int | None]]:
-        yield from ([token] for token in said)
+    def stream_tokens(*_: Any) -> Iterator[list[list[int]]]:
+        yield from ([[token]] for token in said)
 
     monkeypatch.setattr(generation, "stream_tokens", stream_tokens)
     assert generate(trained, ["the state"], SAMPLING) == [" and of"]
