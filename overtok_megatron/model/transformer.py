@@ -18,7 +18,7 @@ from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
 from overtok_megatron.model.feed_forward import Routing
-from overtok_megatron.model.heads import ForwardResult, OutputHead
+from overtok_megatron.model.heads import ForwardResult, LaterTokens, OutputHead
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 
 
@@ -92,11 +92,18 @@ class Transformer(nn.Module):
         return run_blocks(self.blocks, self.embedding(tokens, fetched), decode, documents)
 
     def forward(
-        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, *, full_tokens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        fetched: FetchedRows | None,
+        targets: Tensor,
+        *,
+        full_tokens: Tensor | None = None,
+        later: LaterTokens | None = None,
     ) -> ForwardResult:
         """The losses of a micro-batch.
 
         tokens and targets int64 [b, s] (IGNORE_INDEX is not scored), fetched [b, s_lookup, T], full_tokens as in `hidden`.
+        later: for heads of later tokens, which do not run without it.
         """
         hidden, routing = self.hidden(tokens, fetched, full_tokens=full_tokens)
         z_loss_weight = self.z_loss_weight if self.training else 0.0

@@ -36,6 +36,7 @@ from overtok_megatron.training.deepspeed.leaving_out import forget_gradients, le
 from overtok_megatron.training.deepspeed.optimizers import adapter_of
 from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.deepspeed.starting import start_deepspeed
+from overtok_megatron.training.later_tokens import LaterTokensOfStep, LaterTokensReader
 from overtok_megatron.training.micro_batch import MicroBatch, StageResults, with_own_kind_of_gradient
 from overtok_megatron.training.step_result import RowCounts, StepReduction, StepResult
 
@@ -73,6 +74,7 @@ class TrainingEngine:
         if self.skips_non_finite:
             leave_out_non_finite_updates(self.adapter)
         self.non_finite_micro_batches: list[int] = []
+        self.later_tokens = LaterTokensReader(config, grid, device, eod_id)
         self.reduction = StepReduction(config, grid, device)
 
     @property
@@ -89,8 +91,8 @@ class TrainingEngine:
 
     @property
     def extra_tokens(self) -> int:
-        """k, how many tokens of the stream beyond the inputs the heads need: the target of the last position."""
-        return 1
+        """k, how many tokens of the stream beyond the inputs the heads need: the targets of the last position."""
+        return 1 + derived.further_tokens(self.config)
 
     def inputs_and_targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs of tokens [.., s + k], and of each the token that follows it, both [.., s] of whole sequences."""
@@ -118,7 +120,8 @@ class TrainingEngine:
         # Phase 1: take the rows, which are under way since the end of the last step where this one was announced. One exchange
         # serves all micro-batches; their forward passes gather without communication.
         fetched = self._fetch_rows(inputs, training=True)
-        micro_batches = self._micro_batches(inputs, targets, fetched)
+        later = self.later_tokens.read(tokens)
+        micro_batches = self._micro_batches(inputs, targets, fetched, later)
 
         self._set_learning_rate(learning_rate)
         self.early_reads.begin_step()
@@ -148,7 +151,13 @@ class TrainingEngine:
         # Phase 5: report. One small reduction over all ranks. It comes before the update of rows, because the exchange that the
         # update starts waits for the device in the same communicator, and would keep the reduction waiting too.
         with self.early_reads.stream():
-            result = self.reduction.reduce(results, self._row_counts(fetched), norms, stop_asked=self.stop_asked)
+            result = self.reduction.reduce(
+                results,
+                self._row_counts(fetched),
+                norms,
+                stop_asked=self.stop_asked,
+                later_counts=None if later is None else later.own_counts,
+            )
 
         # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update. The rows of the next step,
         # if it was announced, are then sent at once: they travel while the next step's tokens are taken.
@@ -190,15 +199,27 @@ class TrainingEngine:
             return None
         return self.tables.fetch_rows(inputs if self.looks_up_rows else None, training=training)
 
-    def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
+    def _micro_batches(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        fetched: FetchedRows | None,
+        later: LaterTokensOfStep | None = None,
+    ) -> list[MicroBatch]:
         """This rank's part of each micro-batch of inputs and targets [A, b, s], which hold whole sequences."""
         num_slices, index = self.grid.shape.context, self.grid.coordinate("context")
         here = fetched if self.looks_up_rows else None
-        # `targets` were shifted before this cut: the target of a slice's last position is the next slice's first token. The
-        # targets of a head for later tokens must be shifted on whole sequences as well, not on a slice.
+        # `targets` were shifted before this cut: the target of a slice's last position is the next slice's first token.
         own_targets = targets.chunk(num_slices, dim=-1)[index]
+        later_of = dict(enumerate(later.micro_batches)) if later else {}
         return [
-            MicroBatch(whole, whole.chunk(num_slices, dim=-1)[index], None if here is None else here[i], target)
+            MicroBatch(
+                whole,
+                whole.chunk(num_slices, dim=-1)[index],
+                None if here is None else here[i],
+                target,
+                later_of.get(i),
+            )
             for i, (whole, target) in enumerate(zip(inputs, own_targets, strict=True))
         ]
 
@@ -237,7 +258,7 @@ class TrainingEngine:
     def _forward(self, batch: MicroBatch) -> ForwardResult:
         """The model's losses of a micro-batch, without a pipeline."""
         result: ForwardResult = self.deepspeed_engine(
-            batch.inputs, batch.fetched, batch.targets, full_tokens=batch.full_inputs
+            batch.inputs, batch.fetched, batch.targets, full_tokens=batch.full_inputs, later=batch.later
         )
         return result
 
