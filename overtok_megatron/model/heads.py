@@ -133,5 +133,8 @@ class OutputHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [b, s_shard, d] -> [b, s, V] in the model's dtype, all of the vocabulary on every rank."""
-        shard = F.linear(self.gathered(self.norm(hidden)), self.output.weight)
-        return self.output.gather(shard)
+        return self.project(self.norm(hidden))
+
+    def project(self, normed: Tensor) -> Tensor:
+        """Hidden states after the final norm [b, s_shard, d] -> logits [b, s, V], as `logits`."""
+        return self.output.gather(F.linear(self.gathered(normed), self.output.weight))

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -81,8 +82,8 @@ def test_a_conversation(
 
     stream_tokens = generation.stream_tokens
 
-    def interrupted(model: object, prompts: list[list[int]], sampling: Sampling) -> Iterator[list[int | None]]:
-        for count, tokens in enumerate(stream_tokens(model, prompts, sampling)):
+    def interrupted(model: object, prompts: list[list[int]], *settings: Any) -> Iterator[list[list[int]]]:
+        for count, tokens in enumerate(stream_tokens(model, prompts, *settings)):
             if count == 3 and prompts == [trained.tokenizer.encode("interrupt")]:
                 raise KeyboardInterrupt
             yield tokens
