@@ -4,6 +4,7 @@ Shapes: b batch, s new tokens of a call, c columns of the cache in use, d hidden
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from overtok_megatron.model.cache import KVCache
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.ngram.ids import MISSING
+
+
+class Run(NamedTuple):
+    """What a pass over a batch adds to one sequence: tokens, and logits [r, V] float32, the first of which chose them."""
+
+    tokens: list[int]
+    logits: Tensor
 
 
 class IncrementalDecoder:

@@ -13,13 +13,13 @@ Shapes: b sequences, s tokens of a call, k drafts, d hidden, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from overtok_megatron.inference.acceptance import AcceptanceCounts, DraftedPass
-from overtok_megatron.inference.decoder import IncrementalDecoder
+from overtok_megatron.inference.decoder import IncrementalDecoder, Run
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.sampling import Draw
 
@@ -64,13 +64,6 @@ class Speculation:
     counts: AcceptanceCounts = field(default_factory=AcceptanceCounts)
 
 
-class Run(NamedTuple):
-    """What a pass adds to a sequence: 1 to k + 1 tokens, and the model's logits [k + 1, V] float32 that chose them."""
-
-    tokens: list[int]
-    logits: Tensor
-
-
 class SpeculativeDecoder(IncrementalDecoder):
     """Sequences that are decoded by drafts; they join and leave as in a `ContinuousBatch`, and end at columns of their own.
 
@@ -96,8 +89,9 @@ class SpeculativeDecoder(IncrementalDecoder):
         self._used = len(tokens)
         return head.project(hidden[:, -1:] if last else hidden)
 
-    def join(self, own: "SpeculativeDecoder") -> None:
-        """Add the one sequence that `own` was fed as the last row."""
+    def join(self, own: IncrementalDecoder) -> None:
+        """Add the one sequence that `own`, a `SpeculativeDecoder` too, was fed as the last row."""
+        assert isinstance(own, SpeculativeDecoder)
         self.cache.copy_row(0, self._used, own.cache, end=own.cache.lengths[0])
         self.proposer.copy_row(0, self._used, own.proposer)
         self._used += 1
