@@ -23,12 +23,14 @@ from overtok_megatron.model.feed_forward import FeedForward
 from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.mlp import SwiGLU
 from overtok_megatron.model.moe import MixtureOfExperts, RoutingRule
+from overtok_megatron.model.multi_token import MultiTokenLayer, MultiTokenPrediction
 from overtok_megatron.model.norm import RMSNorm, RMSNormAdded, RMSNormOfSum
 from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.projection import NgramProjection
 from overtok_megatron.parallel.collectives import group_size
+from overtok_megatron.parallel.linear import SlicedInputLinear
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 AnyNorm = TypeVar("AnyNorm", RMSNorm, RMSNormAdded, RMSNormOfSum)
@@ -81,8 +83,13 @@ def routing_rule(model: ModelConfig) -> RoutingRule:
     )
 
 
-def shared_parts(model: ModelConfig) -> tuple[EmbeddingPart, ...]:
-    """The dense parts of the embedding that the last stage uses as well: the word embedding, if the head is tied to it."""
+def shared_parts(model: ModelConfig, multi_token_depth: int) -> tuple[EmbeddingPart, ...]:
+    """The dense parts of the embedding that the last stage uses as well.
+
+    A tied head uses the word embedding; multi-token prediction embeds further tokens, and so uses all parts.
+    """
+    if multi_token_depth:
+        return ("word", "over_encoding")
     return ("word",) if model.tie_word_embeddings else ()
 
 
@@ -101,7 +108,8 @@ def attention_boundary(config: RunConfig, eod_id: int | None) -> int | None:
 class Assembly:
     """Builds the parts of one model. kernels, groups, sequence_parallel and recompute say how it runs on this rank.
 
-    weights_on_call: a weight is whole while the module that holds it is called, and not otherwise (ZeRO 3).
+    weights_on_call: a weight is whole while the module that holds it is called, and not otherwise (ZeRO 3). multi_token_depth:
+    how many layers of multi-token prediction there are.
     """
 
     model: ModelConfig
@@ -112,6 +120,7 @@ class Assembly:
     sequence_parallel: bool
     recompute: Recompute
     weights_on_call: bool
+    multi_token_depth: int
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, Rotary]:
@@ -120,11 +129,14 @@ class Assembly:
         scaling = rope_scaling(self.model)
         return plain, plain if scaling is None else Rotary(head_size(self.model), self.model.rope_theta, scaling)
 
-    def norm(self, kind: type[AnyNorm]) -> AnyNorm:
-        """Over the hidden size, which every rank holds in full."""
-        sequence_group = self.tensor_group if self.sequence_parallel else None
-        model = self.model
-        return kind(model.hidden_size, eps=model.norm_epsilon, kernels=self.kernels, sum_group=sequence_group)
+    def norm(self, kind: type[AnyNorm], *, of_slices: bool | None = None) -> AnyNorm:
+        """Over the hidden size, which every rank holds in full.
+
+        of_slices: whether each tensor-parallel rank brings positions of its own; None = under sequence parallelism.
+        """
+        model, sliced = self.model, self.sequence_parallel if of_slices is None else of_slices
+        sum_group = self.tensor_group if sliced else None
+        return kind(model.hidden_size, eps=model.norm_epsilon, kernels=self.kernels, sum_group=sum_group)
 
     def embedding(self, parts: Sequence[EmbeddingPart]) -> InputEmbedding | None:
         """Those dense parts that are named, of the parts that the model has; None without any."""
@@ -147,8 +159,7 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
-    def attention(self, index: int) -> Attention:
-        window = attention_windows(self.model)[index]
+    def attention(self, index: int, window: int | None) -> Attention:
         sliding, full = self.rotaries
         return Attention(
             attention_shape(self.model),
@@ -181,10 +192,11 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int, window: int | None) -> Block:
+        """index: its entry in a decoding cache. window: as in `Attention`."""
         post = self.model.norm_placement == "post"
         return Block(
-            attention=self.attention(index),
+            attention=self.attention(index, window),
             feed_forward=self.feed_forward(),
             attention_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNorm),
             feed_forward_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNormOfSum),
@@ -211,13 +223,35 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
+    def multi_token_prediction(self) -> MultiTokenPrediction | None:
+        """The layers that predict further tokens. Each uses full attention, and has a decoding cache of their own in common."""
+        if not self.multi_token_depth:
+            return None
+        return MultiTokenPrediction([self._multi_token_layer(index) for index in range(self.multi_token_depth)])
+
+    def _multi_token_layer(self, index: int) -> MultiTokenLayer:
+        size = self.model.hidden_size
+        return MultiTokenLayer(
+            embedding_norm=self.norm(RMSNorm, of_slices=True),
+            hidden_norm=self.norm(RMSNorm, of_slices=True),
+            projection=SlicedInputLinear(
+                2 * size, size, group=self.tensor_group, sequence_parallel=self.sequence_parallel
+            ),
+            block=self.block(index, None),
+            norm=self.norm(RMSNorm),
+            tensor_group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
     def layers(self, stage: Stage, shared: Sequence[EmbeddingPart]) -> Layers:
         """shared: the parts of the embedding of which the last stage holds a copy; it gets no others."""
         parts: Sequence[EmbeddingPart] = ("word", "over_encoding") if stage.first else shared if stage.last else ()
         embedding = self.embedding(parts)
-        blocks = {index: self.block(index) for index in range(stage.start, stage.stop)}
-        head = self.head(embedding) if stage.last else None
-        return Layers(embedding, blocks, head, tuple(shared))
+        windows = attention_windows(self.model)
+        blocks = {index: self.block(index, windows[index]) for index in range(stage.start, stage.stop)}
+        if not stage.last:
+            return Layers(embedding, blocks, None, tuple(shared))
+        return Layers(embedding, blocks, self.head(embedding), tuple(shared), self.multi_token_prediction())
 
 
 def build_layers(
@@ -232,6 +266,7 @@ def build_layers(
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
     weights_on_call: bool = False,
+    multi_token_depth: int = 0,
 ) -> Layers:
     """The layers of a stage (None = all), weights not yet initialised. weights_on_call: as in `Assembly`.
 
@@ -246,8 +281,11 @@ def build_layers(
         sequence_parallel=sequence_parallel,
         recompute=recompute,
         weights_on_call=weights_on_call,
+        multi_token_depth=multi_token_depth,
     )
-    return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared_parts(model) if shared is None else shared)
+    if shared is None:
+        shared = shared_parts(model, multi_token_depth)
+    return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared)
 
 
 def build_run_layers(

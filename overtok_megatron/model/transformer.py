@@ -19,6 +19,7 @@ from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
 from overtok_megatron.model.feed_forward import Routing
 from overtok_megatron.model.heads import ForwardResult, OutputHead
+from overtok_megatron.model.multi_token import MultiTokenPrediction
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 
 
@@ -48,6 +49,7 @@ class Layers(NamedTuple):
     blocks: dict[int, Block]
     head: OutputHead | None
     shared: tuple[EmbeddingPart, ...] = ()
+    multi_token: MultiTokenPrediction | None = None
 
     def reset(self, seed: int, std: float) -> None:
         """Draw initial weights: each is a slice of the full weight, which depends on (seed, its name) and not on the layout."""
@@ -57,6 +59,8 @@ class Layers(NamedTuple):
             block.reset(seed, f"blocks.{index}", std)
         if self.head is not None:
             self.head.reset(seed, std)
+        if self.multi_token is not None:
+            self.multi_token.reset(seed, std)
 
 
 class Transformer(nn.Module):
@@ -74,6 +78,7 @@ class Transformer(nn.Module):
         self.embedding = layers.embedding
         self.blocks = nn.ModuleList(layers.blocks.values())
         self.head = layers.head
+        self.multi_token = layers.multi_token
 
     def hidden(
         self,

@@ -1,0 +1,104 @@
+"""Multi-token prediction in the form of DeepSeek-V3 (arXiv 2412.19437, section 2.2): one more layer per further token.
+
+Depth d = 1 .. D predicts, at position t, the token t + d + 1. It reads what depth d - 1 gave for position t (depth 1: the main
+model's hidden state after the final norm) and the embedding of token t + d, over-encoded like every input. Both are normed,
+joined and projected back to the hidden size; a block and a norm follow, and the output weight is the main head's. The form and
+the order of the joined halves are those of transformers' `MtpLayer`.
+
+Shapes: b batch, s this context rank's slice of the sequence, s_shard the part of s that a tensor-parallel rank holds under
+sequence parallelism (else s), d hidden.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from overtok_megatron.kernels.documents import Documents
+from overtok_megatron.model.attention import DecodeStep
+from overtok_megatron.model.block import Block
+from overtok_megatron.model.feed_forward import Routing
+from overtok_megatron.model.norm import RMSNorm
+from overtok_megatron.parallel.collectives import split_over_group
+from overtok_megatron.parallel.linear import SlicedInputLinear
+
+
+class MultiTokenLayer(nn.Module):
+    """One depth: hidden states [b, s_shard, d] and embeddings of the tokens after them [b, s_shard, d] -> [b, s_shard, d].
+
+    The two norms and the projection run on this tensor-parallel rank's slice of the sequence, with sequence parallelism or
+    without, so the gradients of their weights must be summed over the group (`sum_group` of these norms). The weight of the
+    projection is on all ranks, because a split one would gather its two inputs.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_norm: RMSNorm,
+        hidden_norm: RMSNorm,
+        projection: SlicedInputLinear,
+        block: Block,
+        norm: RMSNorm,
+        tensor_group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.split_group = None if sequence_parallel else tensor_group  # over which inputs are still to be split
+        # The names and the order of these are those of parameters in checkpoints.
+        self.embedding_norm = embedding_norm
+        self.hidden_norm = hidden_norm
+        self.projection = projection
+        self.block = block
+        self.norm = norm
+
+    def reset(self, seed: int, name: str, std: float) -> None:
+        """Draw initial weights, which depend on (seed, name) and not on the layout."""
+        self.projection.reset(seed, f"{name}.projection", std)
+        self.block.reset(seed, f"{name}.block", std)
+
+    def forward(
+        self, hidden: Tensor, embedding: Tensor, decode: DecodeStep | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """The normed hidden states, which the head and the next depth read, and what the block's router reports.
+
+        documents: as in `Attention`; those of the positions, not of the tokens after them.
+        """
+        embedding, hidden = (split_over_group(x, self.split_group, dim=1) for x in (embedding, hidden))
+        joined = torch.cat([self.embedding_norm(embedding), self.hidden_norm(hidden)], dim=-1)
+        out, routing = self.block(self.projection(joined), decode, documents)
+        return self.norm(out), routing
+
+
+class MultiTokenPrediction(nn.Module):
+    """The layers of all D depths."""
+
+    def __init__(self, layers: Sequence[MultiTokenLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return len(self.layers)
+
+    def reset(self, seed: int, std: float) -> None:
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, MultiTokenLayer)
+            layer.reset(seed, f"multi_token.layers.{index}", std)
+
+    def states(
+        self,
+        hidden: Tensor,
+        embed: Callable[[int], Tensor],
+        decode: DecodeStep | None = None,
+        documents: Documents | None = None,
+    ) -> Iterator[tuple[Tensor, Routing | None]]:
+        """What each depth gives, in turn: its normed hidden states [b, s_shard, d], and what its router reports.
+
+        hidden [b, s_shard, d]: after the final norm. embed: depth d = 1 .. D -> embeddings [b, s_shard, d] of the tokens d
+        after each position. It is called once per depth, outside of every module of this one, so that ZeRO 3 gathers its weights.
+        """
+        for index, layer in enumerate(self.layers):
+            hidden, routing = layer(hidden, embed(index + 1), decode, documents)
+            yield hidden, routing
