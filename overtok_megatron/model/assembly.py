@@ -225,9 +225,11 @@ class Assembly:
 
     def multi_token_prediction(self) -> MultiTokenPrediction | None:
         """The layers that predict further tokens. Each uses full attention, and has a decoding cache of their own in common."""
-        if not self.multi_token_depth:
+        section = self.multi_token
+        if not section.depth:
             return None
-        return MultiTokenPrediction([self._multi_token_layer(index) for index in range(self.multi_token_depth)])
+        layers = [self._multi_token_layer(index) for index in range(section.depth)]
+        return MultiTokenPrediction(layers, loss_weight=section.loss_weight)
 
     def _multi_token_layer(self, index: int) -> MultiTokenLayer:
         size = self.model.hidden_size

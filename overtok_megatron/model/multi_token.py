@@ -19,9 +19,12 @@ from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block
 from overtok_megatron.model.feed_forward import Routing
+from overtok_megatron.model.heads import LaterLosses, LaterTokens, OutputHead
 from overtok_megatron.model.norm import RMSNorm
 from overtok_megatron.parallel.collectives import split_over_group
 from overtok_megatron.parallel.linear import SlicedInputLinear
+
+Embed = Callable[[int], Tensor]  # depth d = 1 .. D -> the embeddings [b, s_shard, d] of the tokens d after each position
 
 
 class MultiTokenLayer(nn.Module):
@@ -71,11 +74,12 @@ class MultiTokenLayer(nn.Module):
 
 
 class MultiTokenPrediction(nn.Module):
-    """The layers of all D depths."""
+    """The layers of all D depths. In the objective the loss of each has the weight `loss_weight` / D (eq. 25)."""
 
-    def __init__(self, layers: Sequence[MultiTokenLayer]) -> None:
+    def __init__(self, layers: Sequence[MultiTokenLayer], *, loss_weight: float) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.loss_weight = loss_weight
 
     @property
     def depth(self) -> int:
@@ -90,15 +94,36 @@ class MultiTokenPrediction(nn.Module):
     def states(
         self,
         hidden: Tensor,
-        embed: Callable[[int], Tensor],
+        embed: Embed,
         decode: DecodeStep | None = None,
         documents: Documents | None = None,
     ) -> Iterator[tuple[Tensor, Routing | None]]:
         """What each depth gives, in turn: its normed hidden states [b, s_shard, d], and what its router reports.
 
-        hidden [b, s_shard, d]: after the final norm. embed: depth d = 1 .. D -> embeddings [b, s_shard, d] of the tokens d
-        after each position. It is called once per depth, outside of every module of this one, so that ZeRO 3 gathers its weights.
+        hidden [b, s_shard, d]: after the final norm. embed is called once per depth.
         """
         for index, layer in enumerate(self.layers):
             hidden, routing = layer(hidden, embed(index + 1), decode, documents)
             yield hidden, routing
+
+    def losses(
+        self,
+        hidden: Tensor,
+        later: LaterTokens,
+        embed: Embed,
+        head: OutputHead,
+        documents: Documents | None = None,
+    ) -> LaterLosses:
+        """The losses of all depths of a micro-batch. hidden, embed: as in `states`. head: whose output weight they share.
+
+        With experts the routers' losses of these layers join the objective as those of other layers do, but not where
+        `loss_weight` is 0: their gradients would reach the main model.
+        """
+        objective = hidden.new_zeros((), dtype=torch.float32)
+        cross_entropies: dict[str, Tensor] = {}
+        for index, (state, routing) in enumerate(self.states(hidden, embed, documents=documents)):
+            total, cross_entropies[f"multi_token_{index + 1}"] = head.cross_entropy(state, later.targets[index])
+            objective = objective + self.loss_weight / self.depth * later.scales[index] * total
+            if routing is not None and self.loss_weight > 0.0:
+                objective = objective + head.summed_router_loss(routing)
+        return LaterLosses(objective, cross_entropies)
