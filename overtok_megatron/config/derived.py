@@ -116,6 +116,18 @@ def table_rate_factor(config: RunConfig) -> float:
     return default[over.optimizer]
 
 
+def later_losses(config: RunConfig) -> dict[str, int]:
+    """The losses of heads that predict later tokens, by name: how many tokens behind the next one each predicts, 1 or more."""
+    tables = {f"over_decoding_{ahead}": ahead - 1 for ahead in range(2, config.over_decoding.num_tokens + 1)}
+    depths = {f"multi_token_{depth}": depth for depth in range(1, config.multi_token_prediction.depth + 1)}
+    return tables | depths
+
+
+def further_tokens(config: RunConfig) -> int:
+    """D', how many tokens behind the next one the heads look ahead; 0 without such heads."""
+    return max(config.multi_token_prediction.depth, config.over_decoding.num_tokens - 1)
+
+
 def tokens_per_step(config: RunConfig) -> int:
     return config.training.global_batch_size * config.data.seq_length
 

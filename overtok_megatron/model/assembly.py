@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
+from overtok_megatron.config.output_schema import MultiTokenPredictionConfig
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute, RunConfig
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.dtypes import DTYPES
@@ -108,8 +109,7 @@ def attention_boundary(config: RunConfig, eod_id: int | None) -> int | None:
 class Assembly:
     """Builds the parts of one model. kernels, groups, sequence_parallel and recompute say how it runs on this rank.
 
-    weights_on_call: a weight is whole while the module that holds it is called, and not otherwise (ZeRO 3). multi_token_depth:
-    how many layers of multi-token prediction there are.
+    weights_on_call: a weight is whole while the module that holds it is called, and not otherwise (ZeRO 3).
     """
 
     model: ModelConfig
@@ -120,7 +120,7 @@ class Assembly:
     sequence_parallel: bool
     recompute: Recompute
     weights_on_call: bool
-    multi_token_depth: int
+    multi_token: MultiTokenPredictionConfig
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, Rotary]:
@@ -268,7 +268,7 @@ def build_layers(
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
     weights_on_call: bool = False,
-    multi_token_depth: int = 0,
+    multi_token: MultiTokenPredictionConfig = MultiTokenPredictionConfig(),  # off
 ) -> Layers:
     """The layers of a stage (None = all), weights not yet initialised. weights_on_call: as in `Assembly`.
 
@@ -283,10 +283,10 @@ def build_layers(
         sequence_parallel=sequence_parallel,
         recompute=recompute,
         weights_on_call=weights_on_call,
-        multi_token_depth=multi_token_depth,
+        multi_token=multi_token,
     )
     if shared is None:
-        shared = shared_parts(model, multi_token_depth)
+        shared = shared_parts(model, multi_token.depth)
     return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared)
 
 
@@ -311,10 +311,11 @@ def build_run_layers(
         sequence_parallel=config.parallel.sequence_parallel and tensor_group is not None,
         recompute=config.training.recompute,
         weights_on_call=config.parallel.zero_stage == 3,
+        multi_token=config.multi_token_prediction,
         kernels=kernels,
     )
     layers.reset(config.training.seed, config.model.init_std)
-    for layer in (layers.embedding, *layers.blocks.values(), layers.head):
+    for layer in (layers.embedding, *layers.blocks.values(), layers.head, layers.multi_token):
         if layer is not None:
             layer.to(device=device, dtype=DTYPES[config.training.precision])
     return layers

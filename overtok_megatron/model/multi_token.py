@@ -6,7 +6,7 @@ joined and projected back to the hidden size; a block and a norm follow, and the
 the order of the joined halves are those of transformers' `MtpLayer`.
 
 Shapes: b batch, s this context rank's slice of the sequence, s_shard the part of s that a tensor-parallel rank holds under
-sequence parallelism (else s), d hidden.
+sequence parallelism (else s), s_lookup the part of s that a tensor-parallel rank looks up, d hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.attention import DecodeStep
 from overtok_megatron.model.block import Block
+from overtok_megatron.model.embedding import InputEmbedding
 from overtok_megatron.model.feed_forward import Routing
-from overtok_megatron.model.heads import LaterLosses, LaterTokens, OutputHead
+from overtok_megatron.model.heads import LaterHead, LaterLosses, LaterTokens, OutputHead
 from overtok_megatron.model.norm import RMSNorm
+from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.collectives import split_over_group
 from overtok_megatron.parallel.linear import SlicedInputLinear
 
-Embed = Callable[[int], Tensor]  # depth d = 1 .. D -> the embeddings [b, s_shard, d] of the tokens d after each position
+Embed = Callable[
+    [int], Tensor
+]  # depth d = 1 .. D -> the embeddings [b, s_shard, d] of the tokens d after each position
 
 
 class MultiTokenLayer(nn.Module):
@@ -127,3 +131,21 @@ class MultiTokenPrediction(nn.Module):
             if routing is not None and self.loss_weight > 0.0:
                 objective = objective + head.summed_router_loss(routing)
         return LaterLosses(objective, cross_entropies)
+
+    def later_head(
+        self,
+        later: LaterTokens,
+        embedding: InputEmbedding,
+        fetched: FetchedRows | None,
+        head: OutputHead,
+        documents: Documents | None = None,
+    ) -> LaterHead:
+        """The losses of a micro-batch as the head takes them. fetched: the rows of s_lookup positions and of D more."""
+
+        def embed(depth: int) -> Tensor:
+            # outside of the layers, so that ZeRO 3 gathers the weights of the embedding when the embedding is called
+            rows = None if fetched is None else fetched.positions(depth, fetched.slots.shape[-2] - self.depth)
+            embedded: Tensor = embedding(later.inputs[depth - 1], rows)
+            return embedded
+
+        return lambda normed, _: self.losses(normed, later, embed, head, documents)

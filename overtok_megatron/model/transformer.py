@@ -18,7 +18,7 @@ from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
 from overtok_megatron.model.feed_forward import Routing
-from overtok_megatron.model.heads import ForwardResult, OutputHead
+from overtok_megatron.model.heads import ForwardResult, LaterHead, LaterTokens, OutputHead
 from overtok_megatron.model.multi_token import MultiTokenPrediction
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 
@@ -91,21 +91,39 @@ class Transformer(nn.Module):
 
         tokens int64 [b, s], fetched [b, s_lookup, T]. full_tokens: those of all context ranks; None = `tokens` are all.
         """
-        documents = None
-        if self.eod_id is not None and decode is None:
-            documents = Documents(document_ids(tokens if full_tokens is None else full_tokens, self.eod_id))
+        documents = None if decode is not None else self._documents(tokens if full_tokens is None else full_tokens)
         return run_blocks(self.blocks, self.embedding(tokens, fetched), decode, documents)
 
+    def _documents(self, full_tokens: Tensor) -> Documents | None:
+        return None if self.eod_id is None else Documents(document_ids(full_tokens, self.eod_id))
+
     def forward(
-        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, *, full_tokens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        fetched: FetchedRows | None,
+        targets: Tensor,
+        *,
+        full_tokens: Tensor | None = None,
+        later: LaterTokens | None = None,
     ) -> ForwardResult:
         """The losses of a micro-batch.
 
         tokens and targets int64 [b, s] (IGNORE_INDEX is not scored), fetched [b, s_lookup, T], full_tokens as in `hidden`.
+        later: for heads of later tokens, which do not run without it; with D inputs in it fetched is [b, s_lookup + D, T].
         """
-        hidden, routing = self.hidden(tokens, fetched, full_tokens=full_tokens)
+        documents = self._documents(tokens if full_tokens is None else full_tokens)
+        later_heads: list[LaterHead] = []
+        own = fetched
+        if later is not None:
+            if fetched is not None:
+                own = fetched.positions(0, fetched.slots.shape[-2] - len(later.inputs))
+            if self.multi_token is not None:
+                later_heads.append(self.multi_token.later_head(later, self.embedding, fetched, self.head, documents))
+        hidden, routing = run_blocks(self.blocks, self.embedding(tokens, own), documents=documents)
         z_loss_weight = self.z_loss_weight if self.training else 0.0
-        return self.head.forward_losses(hidden, targets, z_loss_weight=z_loss_weight, routing=routing)
+        return self.head.forward_losses(
+            hidden, targets, z_loss_weight=z_loss_weight, routing=routing, later_heads=later_heads
+        )
 
     def logits(self, tokens: Tensor, fetched: FetchedRows | None = None, decode: DecodeStep | None = None) -> Tensor:
         """tokens [b, s] -> [b, s, V]."""

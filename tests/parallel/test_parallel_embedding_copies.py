@@ -87,8 +87,8 @@ class AddedLossTransformer(Transformer):
 class AddedLossStage(PipelineStage):
     used: tuple[EmbeddingPart, ...] = ()
 
-    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Any) -> ForwardResult:
-        result = super().forward_losses(hidden, batch, routing)
+    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Any, documents: Any) -> ForwardResult:
+        result = super().forward_losses(hidden, batch, routing, documents)
         return with_added_loss(result, hidden, self.embedding, batch.inputs, batch.fetched, self.used)
 
 

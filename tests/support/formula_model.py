@@ -42,7 +42,10 @@ class FormulaModel:
         for number, ((order, size, _), rows) in enumerate(zip(table_kinds(self.config), self.tables, strict=True)):
             base, reset = over.hash_base or self.model.vocab_size, over.boundary == "reset"
             ids = [
-                [python_ngram_row(line, t, order, base, size, over.pad_id, self.eod_id, reset) for t in range(len(line))]
+                [
+                    python_ngram_row(line, t, order, base, size, over.pad_id, self.eod_id, reset)
+                    for t in range(len(line))
+                ]
                 for line in tokens.tolist()
             ]
             ngrams = ngrams + rows[torch.tensor(ids)] @ matrix[:, number * width : (number + 1) * width].t()
@@ -103,10 +106,7 @@ class FormulaModel:
         """
         within = self.config.data.document_attention == "within"
         lines = [
-            [
-                IGNORE_INDEX if within and self.eod_id in line[t : t + ahead] else line[t + ahead]
-                for t in range(length)
-            ]
+            [IGNORE_INDEX if within and self.eod_id in line[t : t + ahead] else line[t + ahead] for t in range(length)]
             for line in tokens.tolist()
         ]
         return torch.tensor(lines)

@@ -19,7 +19,7 @@ from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.block import run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.feed_forward import Routing
-from overtok_megatron.model.heads import ForwardResult
+from overtok_megatron.model.heads import ForwardResult, LaterHead
 from overtok_megatron.model.transformer import Layers
 from overtok_megatron.parallel.collectives import reduce_from_group
 from overtok_megatron.parallel.grid import ProcessGrid
@@ -88,7 +88,8 @@ class PipelineStage(PipelineModule):
         self._layers = layers
         self._counts = [*blocks_per_stage]
         self._counts[0] += 1  # the embedding
-        self._counts[-1] += 1  # the head
+        # The head, and heads for later tokens, of which other stages do not know: they use the numbers before the last only.
+        self._counts[-1] += 1 + (layers.multi_token is not None)
         self._process_grid = grid  # DeepSpeed keeps a grid of its own in _grid
         self._z_loss_weight = z_loss_weight
         self._num_micro_batches = num_micro_batches
@@ -111,8 +112,10 @@ class PipelineStage(PipelineModule):
         self.embedding = self._layers.embedding
         self.blocks = nn.ModuleDict({str(index): block for index, block in self._layers.blocks.items()})
         self.head = self._layers.head
+        self.multi_token = self._layers.multi_token
         first, last = self._process_grid.is_first_stage, self._process_grid.is_last_stage
         layers = [*([self.embedding] if first else []), *self.blocks.values(), *([self.head] if last else [])]
+        layers += [] if self.multi_token is None else [self.multi_token]
         self.forward_funcs = layers  # what DeepSpeed's checkpoints hold, one file per layer
 
     def _index_tied_modules(self) -> dict[str, Any]:
@@ -173,16 +176,26 @@ class PipelineStage(PipelineModule):
         hidden, routing = run_blocks(self.blocks.values(), x, documents=documents)
         if self.head is None:
             return self._with_router_loss(hidden, routing)
-        result = self.forward_losses(hidden, batch, routing)
+        result = self.forward_losses(hidden, batch, routing, documents)
         self._results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
         objective = with_own_kind_of_gradient(result.objective) if self.training else result.objective
         return self._with_all_copies(objective / batch.targets.numel())
 
-    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Routing | None) -> ForwardResult:
+    def forward_losses(
+        self, hidden: Tensor, batch: MicroBatch, routing: Routing | None, documents: Documents | None
+    ) -> ForwardResult:
         """The losses of a micro-batch, on the last stage. routing: of this stage's blocks."""
         assert self.head is not None
+        later_heads: list[LaterHead] = []
+        if batch.later is not None and self.multi_token is not None:
+            assert self.embedding is not None
+            later_heads.append(
+                self.multi_token.later_head(batch.later, self.embedding, batch.fetched, self.head, documents)
+            )
         z_loss_weight = self._z_loss_weight if self.training else 0.0
-        return self.head.forward_losses(hidden, batch.targets, z_loss_weight=z_loss_weight, routing=routing)
+        return self.head.forward_losses(
+            hidden, batch.targets, z_loss_weight=z_loss_weight, routing=routing, later_heads=later_heads
+        )
 
     def _with_router_loss(self, hidden: Tensor, routing: Routing | None) -> Tensor:
         """What a stage without the head hands on; backward through it adds the gradient of the routers' losses."""
