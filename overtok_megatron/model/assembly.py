@@ -35,6 +35,7 @@ from overtok_megatron.parallel.linear import SlicedInputLinear
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 AnyNorm = TypeVar("AnyNorm", RMSNorm, RMSNormAdded, RMSNormOfSum)
+_NO_HEADS = MultiTokenPredictionConfig()
 
 
 def build_encoder(
@@ -268,7 +269,7 @@ def build_layers(
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
     weights_on_call: bool = False,
-    multi_token: MultiTokenPredictionConfig = MultiTokenPredictionConfig(),  # off
+    multi_token: MultiTokenPredictionConfig = _NO_HEADS,
 ) -> Layers:
     """The layers of a stage (None = all), weights not yet initialised. weights_on_call: as in `Assembly`.
 
