@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
+from overtok_megatron.config.output_schema import OverDecodingConfig
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute, RunConfig
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.dtypes import DTYPES
@@ -24,6 +25,7 @@ from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.mlp import SwiGLU
 from overtok_megatron.model.moe import MixtureOfExperts, RoutingRule
 from overtok_megatron.model.norm import RMSNorm, RMSNormAdded, RMSNormOfSum
+from overtok_megatron.model.over_decoding import OverDecoding
 from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
@@ -106,6 +108,7 @@ class Assembly:
 
     model: ModelConfig
     over: OverEncodingConfig
+    over_decoding: OverDecodingConfig
     kernels: Kernels
     tensor_group: dist.ProcessGroup | None
     context_group: dist.ProcessGroup | None
@@ -211,19 +214,36 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
+    def over_decoding_tables(self) -> OverDecoding | None:
+        """Tables 2 and further; None without any."""
+        section = self.over_decoding
+        if section.num_tokens == 1:
+            return None
+        return OverDecoding(
+            self.model.vocab_size,
+            self.model.hidden_size,
+            loss_weights=section.loss_weights,
+            low_rank=section.low_rank,
+            kernels=self.kernels,
+            tensor_group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
     def layers(self, stage: Stage, shared: Sequence[EmbeddingPart]) -> Layers:
         """shared: the parts of the embedding of which the last stage holds a copy; it gets no others."""
         parts: Sequence[EmbeddingPart] = ("word", "over_encoding") if stage.first else shared if stage.last else ()
         embedding = self.embedding(parts)
         blocks = {index: self.block(index) for index in range(stage.start, stage.stop)}
         head = self.head(embedding) if stage.last else None
-        return Layers(embedding, blocks, head, tuple(shared))
+        over_decoding = self.over_decoding_tables() if stage.last else None
+        return Layers(embedding, blocks, head, tuple(shared), over_decoding)
 
 
 def build_layers(
     model: ModelConfig,
     over: OverEncodingConfig,
     *,
+    over_decoding: OverDecodingConfig | None = None,
     kernels: Kernels,
     stage: Stage | None = None,
     shared: Sequence[EmbeddingPart] | None = None,
@@ -235,11 +255,13 @@ def build_layers(
 ) -> Layers:
     """The layers of a stage (None = all), weights not yet initialised. weights_on_call: as in `Assembly`.
 
+    over_decoding: None = without such tables.
     shared: the parts of the embedding of which the last of several stages holds a copy; None = those that the model needs.
     """
     assembly = Assembly(
         model=model,
         over=over,
+        over_decoding=over_decoding or OverDecodingConfig(),
         kernels=kernels,
         tensor_group=tensor_group,
         context_group=context_group,
@@ -264,6 +286,7 @@ def build_run_layers(
     layers = build_layers(
         config.model,
         config.over_encoding,
+        over_decoding=config.over_decoding,
         stage=stage,
         shared=shared,
         tensor_group=tensor_group,
@@ -274,9 +297,8 @@ def build_run_layers(
         kernels=kernels,
     )
     layers.reset(config.training.seed, config.model.init_std)
-    for layer in (layers.embedding, *layers.blocks.values(), layers.head):
-        if layer is not None:
-            layer.to(device=device, dtype=DTYPES[config.training.precision])
+    for layer in layers.all:
+        layer.to(device=device, dtype=DTYPES[config.training.precision])
     return layers
 
 

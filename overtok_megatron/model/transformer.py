@@ -7,6 +7,7 @@ T tables, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from overtok_megatron.model.block import Block, run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
 from overtok_megatron.model.feed_forward import Routing
-from overtok_megatron.model.heads import ForwardResult, LaterTokens, OutputHead
+from overtok_megatron.model.heads import ForwardResult, LaterHead, LaterTokens, OutputHead
+from overtok_megatron.model.over_decoding import OverDecoding
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 
 
@@ -40,14 +42,22 @@ class Stage:
 class Layers(NamedTuple):
     """What one pipeline stage holds, or without a pipeline the whole model; blocks by their number in the model.
 
-    shared: the dense parts of the embedding that the first and the last stage both hold. On the last of several stages
-    `embedding` holds these copies only, for its head; the stage does not run it on its input.
+    over_decoding: output tables beside the head; None without them. shared: the dense parts of the embedding that the first and
+    the last stage both hold. On the last of several stages `embedding` holds these copies only, for its head; the stage does
+    not run it on its input.
     """
 
     embedding: InputEmbedding | None
     blocks: dict[int, Block]
     head: OutputHead | None
     shared: tuple[EmbeddingPart, ...] = ()
+    over_decoding: OverDecoding | None = None
+
+    @property
+    def all(self) -> list[nn.Module]:
+        """Every layer that this stage holds, in order."""
+        layers = (self.embedding, *self.blocks.values(), self.head, self.over_decoding)
+        return [layer for layer in layers if layer is not None]
 
     def reset(self, seed: int, std: float) -> None:
         """Draw initial weights: each is a slice of the full weight, which depends on (seed, its name) and not on the layout."""
@@ -57,10 +67,19 @@ class Layers(NamedTuple):
             block.reset(seed, f"blocks.{index}", std)
         if self.head is not None:
             self.head.reset(seed, std)
+        if self.over_decoding is not None:
+            self.over_decoding.reset(seed, std)
+
+
+def later_heads(over_decoding: OverDecoding | None, later: LaterTokens | None) -> list[LaterHead]:
+    """The heads for later tokens of a micro-batch; none where `later` is None, as in evaluation."""
+    if later is None or over_decoding is None:
+        return []
+    return [partial(over_decoding, later=later)]
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and head, called one after the other.
+    """Embedding, blocks and head, with the heads for later tokens that the model has, called one after the other.
 
     eod_id: the token that ends a document, where positions attend within their document only; None = across documents.
     z_loss_weight: of the squared log-partition in the objective of training; 0.0 in evaluation.
@@ -74,6 +93,7 @@ class Transformer(nn.Module):
         self.embedding = layers.embedding
         self.blocks = nn.ModuleList(layers.blocks.values())
         self.head = layers.head
+        self.over_decoding = layers.over_decoding
 
     def hidden(
         self,
@@ -107,7 +127,10 @@ class Transformer(nn.Module):
         """
         hidden, routing = self.hidden(tokens, fetched, full_tokens=full_tokens)
         z_loss_weight = self.z_loss_weight if self.training else 0.0
-        return self.head.forward_losses(hidden, targets, z_loss_weight=z_loss_weight, routing=routing)
+        heads = later_heads(self.over_decoding, later)
+        return self.head.forward_losses(
+            hidden, targets, z_loss_weight=z_loss_weight, routing=routing, later_heads=heads
+        )
 
     def logits(self, tokens: Tensor, fetched: FetchedRows | None = None, decode: DecodeStep | None = None) -> Tensor:
         """tokens [b, s] -> [b, s, V]."""

@@ -30,6 +30,7 @@ from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_store import initial_rows
 from support.assembling import cpu_model
+from support.later_losses import over_decoding_losses, weighted
 
 
 def hugging_face_names(
@@ -159,7 +160,7 @@ def table_kinds(config: RunConfig) -> list[tuple[int, int, bool]]:
 
 
 class Reference:
-    """A model that trains step by step on global batches [G, s + 1]; `step` returns the mean cross entropy."""
+    """A model that trains step by step on global batches [G, s + 1 + D']; `step` returns the mean cross entropy."""
 
     def __init__(self, config: RunConfig, eod_id: int) -> None:
         self.config = config
@@ -179,6 +180,9 @@ class Reference:
         ]  # [d, B w], then one a group
         parts = torch.cat(weights, dim=1).split(self.space.width, dim=1)
         self.projections = nn.ParameterList([part.clone() for part in parts])
+        own = {name: weight for name, weight in ours.named_parameters() if name.startswith("over_decoding.")}
+        self.heads = {name: nn.Parameter(weight.detach().clone()) for name, weight in own.items()}
+        self.later: list[dict[str, float]] = []  # losses of heads for later tokens, a step each
         self._build_optimizers()
         self.norms: list[float] = []  # before clipping, a step each
         self.square_sums = [torch.zeros(size, dtype=torch.float64) for size in self.space.sizes]
@@ -194,9 +198,10 @@ class Reference:
         settings, over = self.config.optimizer, self.config.over_encoding
         spared = [] if self.config.model.tie_word_embeddings else [self.model.model.embed_tokens.weight]
         spared += [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
-        decayed = [p for p in self.model.parameters() if all(p is not other for other in spared)] + list(
-            self.projections
-        )
+        decayed = [p for p in self.model.parameters() if all(p is not other for other in spared)] + [
+            *self.projections,
+            *self.heads.values(),
+        ]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         self.dense = [*decayed, *spared]
         self.adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
@@ -262,22 +267,32 @@ class Reference:
     @torch.no_grad()
     def loss(self, batch: Tensor) -> float:
         """Mean cross entropy of [G, s + 1] without a step."""
-        tokens = batch[:, :-1]
+        tokens, targets = self.inputs_and_targets(batch)
         logits = self.model(inputs_embeds=self.embed(tokens)[0], attention_mask=self.mask(tokens)).logits
-        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+
+    def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Of [G, s + 1], or more tokens for heads of later tokens."""
+        length = self.config.data.seq_length
+        return batch[:, :length], batch[:, 1 : 1 + length]
 
     def step(self, batch: Tensor) -> float:
-        embedded, asked = self.embed(batch[:, :-1])
+        tokens, targets = self.inputs_and_targets(batch)
+        embedded, asked = self.embed(tokens)
         result = self.model(
             inputs_embeds=embedded,
-            attention_mask=self.mask(batch[:, :-1]),
+            attention_mask=self.mask(tokens),
+            output_hidden_states=True,
             **({"output_router_logits": True} if self.config.model.num_experts else {}),
         )
         logits = result.logits
-        cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         objective = cross_entropy + self.config.training.z_loss * logits.logsumexp(-1).square().mean()
         if self.config.model.num_experts:
             objective = objective + self.router_loss(result.router_logits, batch.shape[0])
+        later = over_decoding_losses(result.hidden_states[-1], self.heads, batch, self.config, self.eod_id)
+        objective = objective + weighted(later, self.config)
+        self.later.append({name: loss.item() for name, loss in later.items()})
         for parameter in [*self.dense, *self.tables]:
             parameter.grad = None
         objective.backward()

@@ -20,7 +20,7 @@ from overtok_megatron.model.block import run_blocks
 from overtok_megatron.model.documents import document_ids
 from overtok_megatron.model.feed_forward import Routing
 from overtok_megatron.model.heads import ForwardResult
-from overtok_megatron.model.transformer import Layers
+from overtok_megatron.model.transformer import Layers, later_heads
 from overtok_megatron.parallel.collectives import reduce_from_group
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.parallel.splits import mark_tied_copy
@@ -69,8 +69,9 @@ class PipelineStage(PipelineModule):
     `layers.shared` names the parts of the embedding that both ends hold: equal from the start, their gradients are summed
     over both before each step, they are counted once in the norm and saved once.
 
-    eod_id, z_loss_weight: as in `Transformer`. `expect` tells each stage in advance what it needs of a micro-batch besides
-    hidden states, so that nothing else travels between stages.
+    eod_id, z_loss_weight: as in `Transformer`. num_later_heads: how many modules for later tokens the last stage holds.
+    `expect` tells each stage in advance what it needs of a micro-batch besides hidden states, so that nothing else travels
+    between stages.
     """
 
     def __init__(
@@ -83,12 +84,13 @@ class PipelineStage(PipelineModule):
         num_micro_batches: int,
         sequence_parallel: bool,
         eod_id: int | None = None,
+        num_later_heads: int = 0,
     ) -> None:
         # Plain values and a tuple only: a module cannot become an attribute before DeepSpeed's constructor has run.
         self._layers = layers
         self._counts = [*blocks_per_stage]
         self._counts[0] += 1  # the embedding
-        self._counts[-1] += 1  # the head
+        self._counts[-1] += 1 + num_later_heads  # the head, and what is beside it
         self._process_grid = grid  # DeepSpeed keeps a grid of its own in _grid
         self._z_loss_weight = z_loss_weight
         self._num_micro_batches = num_micro_batches
@@ -111,8 +113,10 @@ class PipelineStage(PipelineModule):
         self.embedding = self._layers.embedding
         self.blocks = nn.ModuleDict({str(index): block for index, block in self._layers.blocks.items()})
         self.head = self._layers.head
+        self.over_decoding = self._layers.over_decoding
         first, last = self._process_grid.is_first_stage, self._process_grid.is_last_stage
-        layers = [*([self.embedding] if first else []), *self.blocks.values(), *([self.head] if last else [])]
+        heads = [head for head in (self.head, self.over_decoding) if head is not None]
+        layers = [*([self.embedding] if first else []), *self.blocks.values(), *(heads if last else [])]
         self.forward_funcs = layers  # what DeepSpeed's checkpoints hold, one file per layer
 
     def _index_tied_modules(self) -> dict[str, Any]:
@@ -182,7 +186,10 @@ class PipelineStage(PipelineModule):
         """The losses of a micro-batch, on the last stage. routing: of this stage's blocks."""
         assert self.head is not None
         z_loss_weight = self._z_loss_weight if self.training else 0.0
-        return self.head.forward_losses(hidden, batch.targets, z_loss_weight=z_loss_weight, routing=routing)
+        heads = later_heads(self.over_decoding, batch.later)
+        return self.head.forward_losses(
+            hidden, batch.targets, z_loss_weight=z_loss_weight, routing=routing, later_heads=heads
+        )
 
     def _with_router_loss(self, hidden: Tensor, routing: Routing | None) -> Tensor:
         """What a stage without the head hands on; backward through it adds the gradient of the routers' losses."""
