@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
-from overtok_megatron.config.output_schema import MultiTokenPredictionConfig
+from overtok_megatron.config.output_schema import MultiTokenPredictionConfig, OverDecodingConfig
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute, RunConfig
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.dtypes import DTYPES
@@ -26,6 +26,7 @@ from overtok_megatron.model.mlp import SwiGLU
 from overtok_megatron.model.moe import MixtureOfExperts, RoutingRule
 from overtok_megatron.model.multi_token import MultiTokenLayer, MultiTokenPrediction
 from overtok_megatron.model.norm import RMSNorm, RMSNormAdded, RMSNormOfSum
+from overtok_megatron.model.over_decoding import OverDecoding
 from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
@@ -35,7 +36,6 @@ from overtok_megatron.parallel.linear import SlicedInputLinear
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 AnyNorm = TypeVar("AnyNorm", RMSNorm, RMSNormAdded, RMSNormOfSum)
-_NO_HEADS = MultiTokenPredictionConfig()
 
 
 def build_encoder(
@@ -115,13 +115,14 @@ class Assembly:
 
     model: ModelConfig
     over: OverEncodingConfig
+    over_decoding: OverDecodingConfig
+    multi_token: MultiTokenPredictionConfig
     kernels: Kernels
     tensor_group: dist.ProcessGroup | None
     context_group: dist.ProcessGroup | None
     sequence_parallel: bool
     recompute: Recompute
     weights_on_call: bool
-    multi_token: MultiTokenPredictionConfig
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, Rotary]:
@@ -224,6 +225,21 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
+    def over_decoding_tables(self) -> OverDecoding | None:
+        """Tables 2 and further; None without any."""
+        section = self.over_decoding
+        if section.num_tokens == 1:
+            return None
+        return OverDecoding(
+            self.model.vocab_size,
+            self.model.hidden_size,
+            loss_weights=section.loss_weights,
+            low_rank=section.low_rank,
+            kernels=self.kernels,
+            tensor_group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
     def multi_token_prediction(self) -> MultiTokenPrediction | None:
         """The layers that predict further tokens. Each uses full attention, and has a decoding cache of their own in common."""
         section = self.multi_token
@@ -254,13 +270,16 @@ class Assembly:
         blocks = {index: self.block(index, windows[index]) for index in range(stage.start, stage.stop)}
         if not stage.last:
             return Layers(embedding, blocks, None, tuple(shared))
-        return Layers(embedding, blocks, self.head(embedding), tuple(shared), self.multi_token_prediction())
+        heads = self.head(embedding), tuple(shared), self.over_decoding_tables(), self.multi_token_prediction()
+        return Layers(embedding, blocks, *heads)
 
 
 def build_layers(
     model: ModelConfig,
     over: OverEncodingConfig,
     *,
+    over_decoding: OverDecodingConfig | None = None,
+    multi_token: MultiTokenPredictionConfig | None = None,
     kernels: Kernels,
     stage: Stage | None = None,
     shared: Sequence[EmbeddingPart] | None = None,
@@ -269,25 +288,26 @@ def build_layers(
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
     weights_on_call: bool = False,
-    multi_token: MultiTokenPredictionConfig = _NO_HEADS,
 ) -> Layers:
     """The layers of a stage (None = all), weights not yet initialised. weights_on_call: as in `Assembly`.
 
+    over_decoding, multi_token: None = without such heads.
     shared: the parts of the embedding of which the last of several stages holds a copy; None = those that the model needs.
     """
     assembly = Assembly(
         model=model,
         over=over,
+        over_decoding=over_decoding or OverDecodingConfig(),
+        multi_token=multi_token or MultiTokenPredictionConfig(),
         kernels=kernels,
         tensor_group=tensor_group,
         context_group=context_group,
         sequence_parallel=sequence_parallel,
         recompute=recompute,
         weights_on_call=weights_on_call,
-        multi_token=multi_token,
     )
     if shared is None:
-        shared = shared_parts(model, multi_token.depth)
+        shared = shared_parts(model, assembly.multi_token.depth)
     return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared)
 
 
@@ -305,6 +325,7 @@ def build_run_layers(
     layers = build_layers(
         config.model,
         config.over_encoding,
+        over_decoding=config.over_decoding,
         stage=stage,
         shared=shared,
         tensor_group=tensor_group,
@@ -316,9 +337,8 @@ def build_run_layers(
         kernels=kernels,
     )
     layers.reset(config.training.seed, config.model.init_std)
-    for layer in (layers.embedding, *layers.blocks.values(), layers.head, layers.multi_token):
-        if layer is not None:
-            layer.to(device=device, dtype=DTYPES[config.training.precision])
+    for layer in layers.all:
+        layer.to(device=device, dtype=DTYPES[config.training.precision])
     return layers
 
 
