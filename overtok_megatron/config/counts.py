@@ -8,6 +8,7 @@ from overtok_megatron.config.derived import (
     blocks_per_stage,
     data_parallel_size,
     head_size,
+    over_decoding_parameters,
     row_width,
 )
 from overtok_megatron.config.schema import RowRule, RunConfig
@@ -25,13 +26,15 @@ _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
     """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
-    projections; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
+    projections; over_decoding: output tables 2 and further, with their projections; tables: rows x width over all n-gram
+    tables; idle: those of the experts (part of blocks) that a token skips."""
 
     blocks: int
     embedding: int
     head: int
     encoder: int
     tables: int
+    over_decoding: int = 0
     idle: int = 0
 
     @property
@@ -41,7 +44,7 @@ class ParameterCounts:
 
     @property
     def dense(self) -> int:
-        return self.blocks + self.embedding + self.head + self.encoder
+        return self.blocks + self.embedding + self.head + self.encoder + self.over_decoding
 
     @property
     def total(self) -> int:
@@ -70,6 +73,7 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
         encoder=d * tables * width,
         tables=rows * width,
+        over_decoding=over_decoding_parameters(config, model.vocab_size),
         idle=model.num_layers * skipped * 3 * d * model.intermediate_size,
     )
 
@@ -80,10 +84,11 @@ def _dense_shard(config: RunConfig) -> int:
     model, tensor, count = config.model, config.parallel.tensor_parallel_size, parameter_counts(config)
     stages = blocks_per_stage(config)
     split, whole = block_parameters(model)
-    vocabulary = -(-model.vocab_size // tensor) * model.hidden_size
+    rows = -(-model.vocab_size // tensor)
+    vocabulary = rows * model.hidden_size
     loads = [blocks * (split // tensor + whole) for blocks in stages]
     loads[0] += vocabulary + count.encoder
-    loads[-1] += model.hidden_size  # the final norm
+    loads[-1] += model.hidden_size + over_decoding_parameters(config, rows)  # the final norm
     if not model.tie_word_embeddings or len(stages) > 1:  # a tied head on another stage is a copy
         loads[-1] += vocabulary
     return max(loads)
@@ -138,7 +143,7 @@ def flops_per_token(config: RunConfig) -> float:
     """Forward and backward of one token: 6 FLOPs per weight of every product that it takes part in (the look-ups are none),
     and attention's two products over the positions that a layer sees, on average half the sequence or less: 12 h e each."""
     model, count, length = config.model, parameter_counts(config), config.data.seq_length
-    products = count.blocks - count.idle + model.vocab_size * model.hidden_size + count.encoder
+    products = count.blocks - count.idle + model.vocab_size * model.hidden_size + count.encoder + count.over_decoding
     windows = [min(window or length, length) for window in attention_windows(model)]
     seen = sum(window - window * (window - 1) / (2 * length) - 0.5 for window in windows)  # half of its own position
     return 6.0 * products + 12.0 * model.num_attention_heads * head_size(model) * seen

@@ -36,6 +36,13 @@ def block_parameters(model: ModelConfig) -> tuple[int, int]:
     return attention + 3 * d * model.intermediate_size * (experts or 1), 2 * d + router
 
 
+def over_decoding_parameters(config: RunConfig, rows: int) -> int:
+    """Of output tables 2 and further, with `rows` rows of each; their projections are on every tensor-parallel rank."""
+    section, d = config.over_decoding, config.model.hidden_size
+    rank = section.low_rank
+    return (section.num_tokens - 1) * (rows * d if rank is None else rank * (rows + d))
+
+
 def validation_sets(config: RunConfig) -> dict[str, str]:
     """Prefixes of the validation sets by name, in the order given; a single one without a name has the name ""."""
     given = config.data.validation
@@ -70,7 +77,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     """How many blocks each pipeline stage holds, by parallel.pipeline_partition.
 
     "uniform": as even as can be, earlier stages one more. "parameters": the largest stage is as small as can be, the
-    embedding counted on the first and the head on the last.
+    embedding counted on the first and the heads on the last.
     """
     model, parallel = config.model, config.parallel
     stages, partition = parallel.pipeline_parallel_size, parallel.pipeline_partition
@@ -81,7 +88,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
-    loads[-1] += model.vocab_size * model.hidden_size
+    loads[-1] += model.vocab_size * model.hidden_size + over_decoding_parameters(config, model.vocab_size)
     lightest = [(load, stage) for stage, load in enumerate(loads)]
     heapify(lightest)
     for _ in range(model.num_layers):  # equal blocks: giving each to the lightest stage is optimal

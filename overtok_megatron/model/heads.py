@@ -95,6 +95,21 @@ class OutputHead(nn.Module):
             return all_gather_sequence(normed, self.tensor_group, dim=1)
         return copy_to_group(normed, self.tensor_group)
 
+    def cross_entropy(self, normed: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`linear_cross_entropy` of other normalised hidden states [b, s_shard, d] with targets int64 [b, s]."""
+        return linear_cross_entropy(
+            self.gathered(normed).flatten(0, 1),  # [b s, d]
+            self.output.weight,
+            targets.flatten(),
+            vocab_start=self.output.vocab_start,
+            group=self.tensor_group,
+            kernels=self.kernels,
+        )
+
+    def summed_router_loss(self, routing: Routing) -> Tensor:
+        """A loss of routers over all s positions: under sequence parallelism each rank has that of its own positions."""
+        return reduce_from_group(routing.loss, self.tensor_group if self.sequence_parallel else None)
+
     def forward_losses(
         self,
         hidden: Tensor,
@@ -126,8 +141,7 @@ class OutputHead(nn.Module):
             auxiliary |= later.cross_entropies
         if routing is None:
             return ForwardResult(objective, cross_entropy, auxiliary, None)
-        # Under sequence parallelism each rank has the router loss of its own positions.
-        router_loss = reduce_from_group(routing.loss, self.tensor_group if self.sequence_parallel else None)
+        router_loss = self.summed_router_loss(routing)
         auxiliary["router"] = router_loss.detach()
         return ForwardResult(objective + router_loss, cross_entropy, auxiliary, routing.stats)
 

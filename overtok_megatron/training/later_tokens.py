@@ -40,12 +40,17 @@ def later_targets(tokens: Tensor, further: int, end: int | None = None) -> list[
     return found
 
 
+def as_inputs(tokens: Tensor) -> Tensor:
+    """Tokens int64 of any shape, with token 0 in place of those that the stream does not have."""
+    return torch.where(tokens == IGNORE_INDEX, 0, tokens)
+
+
 def later_inputs(tokens: Tensor, length: int, depth: int) -> list[Tensor]:
     """tokens int64 [b, s + k] -> for i = 1 .. D = `depth` the token t + i of each position t, int64 [b, s], s = `length`.
 
     Past the end of the stream token 0 stands in.
     """
-    known = torch.where(tokens == IGNORE_INDEX, 0, tokens)
+    known = as_inputs(tokens)
     return [known[:, ahead : ahead + length] for ahead in range(1, 1 + depth)]
 
 
