@@ -49,6 +49,16 @@ class AcceptanceCounts:
         """The share of passes that accepted the first draft, the second, and so on."""
         return [count / self.passes if self.passes else 0.0 for count in self.accepted]
 
+    def __str__(self) -> str:
+        """One line."""
+        if not self.passes:
+            return "speculative: no pass had drafts to verify"
+        shares = ", ".join(f"{share:.1%}" for share in self.shares)
+        return (
+            f"speculative: {self.accepted_per_pass:.2f} accepted tokens per pass of {len(self.accepted)} drafted "
+            f"(by draft: {shares}), {self.passes} passes"
+        )
+
 
 def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw tokens [..] int64 by inversion of probabilities [.., V] float64, which need not sum to 1.
