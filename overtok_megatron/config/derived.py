@@ -43,6 +43,13 @@ def over_decoding_parameters(config: RunConfig, rows: int) -> int:
     return (section.num_tokens - 1) * (rows * d if rank is None else rank * (rows + d))
 
 
+def multi_token_parameters(config: RunConfig) -> tuple[int, int]:
+    """Of all depths of multi-token prediction: parameters that tensor parallelism splits, and those on every rank."""
+    depth, d = config.multi_token_prediction.depth, config.model.hidden_size
+    split, whole = block_parameters(config.model)
+    return depth * split, depth * (whole + 2 * d * d + 3 * d)  # a block, a projection of two halves, three norms
+
+
 def validation_sets(config: RunConfig) -> dict[str, str]:
     """Prefixes of the validation sets by name, in the order given; a single one without a name has the name ""."""
     given = config.data.validation
@@ -77,7 +84,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     """How many blocks each pipeline stage holds, by parallel.pipeline_partition.
 
     "uniform": as even as can be, earlier stages one more. "parameters": the largest stage is as small as can be, the
-    embedding counted on the first and the heads on the last.
+    embedding counted on the first, and on the last the heads and the layers of multi-token prediction.
     """
     model, parallel = config.model, config.parallel
     stages, partition = parallel.pipeline_parallel_size, parallel.pipeline_partition
@@ -89,6 +96,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
     loads[-1] += model.vocab_size * model.hidden_size + over_decoding_parameters(config, model.vocab_size)
+    loads[-1] += sum(multi_token_parameters(config))
     lightest = [(load, stage) for stage, load in enumerate(loads)]
     heapify(lightest)
     for _ in range(model.num_layers):  # equal blocks: giving each to the lightest stage is optimal
