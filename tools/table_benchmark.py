@@ -23,8 +23,9 @@ from overtok_megatron.checkpoint.tables import write_rows
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.data.tokenizers.loading import configured_tokenizer
-from overtok_megatron.inference.generation import Sampling, generate_tokens
+from overtok_megatron.inference.generation import generate_tokens
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.kernels.choice import choose_kernels
 from overtok_megatron.kernels.rows import HashTables, RowKernels
 from overtok_megatron.model.assembly import build_transformer

@@ -11,8 +11,9 @@ from pydantic_core import to_jsonable_python
 
 from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import Manifest
-from overtok_megatron.config.model_keys import MODEL_KEYS
-from overtok_megatron.config.schema import RunConfig, Section
+from overtok_megatron.config.model_keys import MODEL_KEYS, OFF
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.config.section import Section
 from overtok_megatron.errors import CheckpointError
 
 _NEW_RUN = "set another training.output_directory"
@@ -40,7 +41,7 @@ def check_same_model(config: dict[str, Any], manifest: Manifest, path: Path, oth
             theirs = _model_part(key, _stored(manifest, section, key))
             if key == "init_std" or mine == theirs:
                 continue
-            if section == "over_encoding" and key != "enabled" and not config[section]["enabled"]:
+            if section in OFF and key != OFF[section][0] and _is_off(config, section):
                 continue
             raise CheckpointError(
                 f"{path}: of another model: {section}.{key} is {_shown(theirs)} there and {_shown(mine)} in this run; "
@@ -65,12 +66,18 @@ def check_same_state(config: dict[str, Any], manifest: Manifest, path: Path) -> 
     check_same_model(config, manifest, path)
     for key, reason in RUN_KEYS.items():
         section, name = key.split(".")
-        if section == "over_encoding" and not config[section]["enabled"]:
+        if section in OFF and _is_off(config, section):
             continue
         _same(config, manifest, path, key, reason, _FROM_WEIGHTS if name != "seed" else _NEW_RUN)
     if config["training"]["train_tokens"] is not None:
         reason = "with train_tokens the progress of a run is counted in tokens"
         _same(config, manifest, path, "training.global_batch_size", reason, "write training.train_iters")
+
+
+def _is_off(config: dict[str, Any], section: str) -> bool:
+    """Whether the model of a config has nothing of a section, so that its other keys do not matter."""
+    key, value = OFF[section]
+    return bool(config[section][key] == value)
 
 
 def _same(config: dict[str, Any], manifest: Manifest, path: Path, key: str, reason: str, other_way: str) -> None:
@@ -89,7 +96,7 @@ def _stored(manifest: Manifest, section: str, key: str) -> Any:
 
     A checkpoint that is older than the key is of a model with the key's default.
     """
-    values = manifest.config[section]
+    values = manifest.config.get(section, {})  # a section may be younger than the checkpoint, too
     if key in values:
         return values[key]
     section_class: type[Section] = RunConfig.model_fields[section].annotation  # type: ignore[assignment]

@@ -31,7 +31,14 @@ from overtok_megatron.ngram.building import row_space
 def weight_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Names and whole shapes of a model's dense weights, without allocating any."""
     with torch.device("meta"):
-        model = Transformer(build_layers(config.model, config.over_encoding, kernels=Kernels()))
+        layers = build_layers(
+            config.model,
+            config.over_encoding,
+            over_decoding=config.over_decoding,
+            multi_token=config.multi_token_prediction,
+            kernels=Kernels(),
+        )
+        model = Transformer(layers)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

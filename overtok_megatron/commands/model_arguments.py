@@ -10,6 +10,7 @@ from overtok_megatron.errors import CheckpointError
 if TYPE_CHECKING:
     from overtok_megatron.config.schema import RunConfig, TokenizerConfig
     from overtok_megatron.inference.loading import TrainedModel
+    from overtok_megatron.inference.speculation import Speculation
 
 
 def add_model(verb: argparse.ArgumentParser) -> None:
@@ -72,3 +73,20 @@ def load_model(options: argparse.Namespace, run: Path | None = None) -> "Trained
 
     device = default_device() if options.device is None else named_device(options.device, "--device")
     return load_trained(run or Path(options.run), device, options.storage, tokenizer_path=tokenizer_of(options))
+
+
+def add_speculative(verb: argparse.ArgumentParser) -> None:
+    """Whether texts are decoded by drafts."""
+    verb.add_argument(
+        "--speculative",
+        action="store_true",
+        help="let the model's heads (over_decoding, multi_token_prediction) draft tokens, which one pass verifies: greedy "
+        "texts stay the same, sampled ones keep their distribution",
+    )
+
+
+def speculation_of(options: argparse.Namespace, trained: "TrainedModel") -> "Speculation | None":
+    """How drafts are made, where --speculative asks for them. Raises InputError where the model has no heads for them."""
+    from overtok_megatron.inference.head_proposers import head_speculation
+
+    return head_speculation(trained) if options.speculative else None

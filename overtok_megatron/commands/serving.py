@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.commands.arguments import port, positive
-from overtok_megatron.commands.model_arguments import add_model, load_model
+from overtok_megatron.commands.model_arguments import add_model, add_speculative, load_model, speculation_of
 from overtok_megatron.errors import InputError
 
 
@@ -19,6 +19,7 @@ def _serve(options: argparse.Namespace) -> int:
     from overtok_megatron.serving.server import is_loopback, open_socket, serve, server_config
 
     trained = load_model(options)
+    speculation = speculation_of(options, trained)
     context = trained.config.data.seq_length
     settings = ServerSettings(
         model=options.model_name or Path(options.run).resolve().name,
@@ -34,6 +35,7 @@ def _serve(options: argparse.Namespace) -> int:
         max_batch=options.max_batch,
         max_waiting=options.max_waiting,
         prefill_chunk=options.prefill_chunk,
+        speculation=speculation,
     )
     listening = open_socket(options.host, options.port)
     if not is_loopback(options.host):
@@ -51,6 +53,7 @@ def _serve(options: argparse.Namespace) -> int:
 def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("serve", help="answer OpenAI's completions API over HTTP")
     add_model(verb)
+    add_speculative(verb)
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     verb.add_argument("--port", type=port, default=8000, help="0 = a free one")
     verb.add_argument("--model-name", default=None, help="name that requests give (default: the folder's)")

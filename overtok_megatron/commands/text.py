@@ -2,18 +2,21 @@
 
 import argparse
 import contextlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from overtok_megatron.commands.model_arguments import add_model, load_model
+from overtok_megatron.commands.model_arguments import add_model, add_speculative, load_model, speculation_of
 from overtok_megatron.errors import InputError
 
 if TYPE_CHECKING:
-    from overtok_megatron.inference.generation import Sampling
     from overtok_megatron.inference.loading import TrainedModel
+    from overtok_megatron.inference.sampling import Sampling
+    from overtok_megatron.inference.speculation import Speculation
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from overtok_megatron.inference.generation import Sampling, generate
+    from overtok_megatron.inference.generation import generate
+    from overtok_megatron.inference.sampling import Sampling
 
     if options.interactive == bool(options.prompt):
         raise InputError("generate: give --prompt, or --interactive without one")
@@ -25,15 +28,19 @@ def _generate(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     trained = load_model(options)
+    speculation = speculation_of(options, trained)
     if options.interactive:
-        _converse(trained, sampling)
-        return 0
-    for prompt, text in zip(options.prompt, generate(trained, options.prompt, sampling), strict=True):
-        print(f"{prompt}{text}")
+        _converse(trained, sampling, speculation)
+    else:
+        for prompt, text in zip(options.prompt, generate(trained, options.prompt, sampling, speculation), strict=True):
+            print(f"{prompt}{text}")
+    if speculation is not None:
+        sys.stdout.flush()
+        print(speculation.counts, file=sys.stderr)
     return 0
 
 
-def _converse(trained: "TrainedModel", sampling: "Sampling") -> None:
+def _converse(trained: "TrainedModel", sampling: "Sampling", speculation: "Speculation | None") -> None:
     """Continue prompts from the terminal until it ends (Ctrl-D), printing text as it is decoded; Ctrl-C stops a text."""
     from overtok_megatron.inference.generation import stream_texts
 
@@ -51,7 +58,7 @@ def _converse(trained: "TrainedModel", sampling: "Sampling") -> None:
         if not prompt:
             continue
         try:
-            for piece in stream_texts(trained, prompt, sampling):
+            for piece in stream_texts(trained, prompt, sampling, speculation):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
@@ -63,6 +70,7 @@ def _converse(trained: "TrainedModel", sampling: "Sampling") -> None:
 def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("generate", help="continue prompts with a trained model")
     add_model(verb)
+    add_speculative(verb)
     verb.add_argument("--prompt", action="append", default=[], help="text to continue; may be repeated")
     verb.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D leaves")
     verb.add_argument("--max-new-tokens", type=int, default=64)

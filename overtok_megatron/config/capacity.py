@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from overtok_megatron.config.counts import bytes_per_rank
-from overtok_megatron.config.derived import accumulation_steps
+from overtok_megatron.config.derived import accumulation_steps, further_tokens
 from overtok_megatron.config.problems import PROCESSES, Problem, problem
 from overtok_megatron.config.schema import RunConfig
 
@@ -59,7 +59,8 @@ def _parts(config: RunConfig, world_size: int) -> list[tuple[str, object, int, s
     over, model, training = config.over_encoding, config.model, config.training
     length = config.data.seq_length // config.parallel.context_parallel_size
     residual = training.micro_batch_size * length * model.hidden_size * (2 if training.precision == "bf16" else 4)
-    tokens = accumulation_steps(config, world_size) * training.micro_batch_size * (config.data.seq_length + 1) * 8
+    sample = config.data.seq_length + 1 + further_tokens(config)
+    tokens = accumulation_steps(config, world_size) * training.micro_batch_size * sample * 8
     return [
         ("over_encoding.table_rows", over.table_rows, tables, "n-gram tables"),
         ("model.hidden_size", model.hidden_size, size.total - tables, "dense weights and their optimizer"),

@@ -8,6 +8,8 @@ from overtok_megatron.config.derived import (
     blocks_per_stage,
     data_parallel_size,
     head_size,
+    multi_token_parameters,
+    over_decoding_parameters,
     row_width,
 )
 from overtok_megatron.config.schema import RowRule, RunConfig
@@ -25,13 +27,17 @@ _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
     """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
-    projections; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
+    projections; over_decoding: output tables 2 and further, with their projections; multi_token: the layers of multi-token
+    prediction; tables: rows x width over all n-gram tables; idle: those of the experts (part of blocks and multi_token) that a
+    token skips."""
 
     blocks: int
     embedding: int
     head: int
     encoder: int
     tables: int
+    over_decoding: int = 0
+    multi_token: int = 0
     idle: int = 0
 
     @property
@@ -41,7 +47,7 @@ class ParameterCounts:
 
     @property
     def dense(self) -> int:
-        return self.blocks + self.embedding + self.head + self.encoder
+        return self.blocks + self.embedding + self.head + self.encoder + self.over_decoding + self.multi_token
 
     @property
     def total(self) -> int:
@@ -70,7 +76,9 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
         encoder=d * tables * width,
         tables=rows * width,
-        idle=model.num_layers * skipped * 3 * d * model.intermediate_size,
+        over_decoding=over_decoding_parameters(config, model.vocab_size),
+        multi_token=sum(multi_token_parameters(config)),
+        idle=(model.num_layers + config.multi_token_prediction.depth) * skipped * 3 * d * model.intermediate_size,
     )
 
 
@@ -80,12 +88,17 @@ def _dense_shard(config: RunConfig) -> int:
     model, tensor, count = config.model, config.parallel.tensor_parallel_size, parameter_counts(config)
     stages = blocks_per_stage(config)
     split, whole = block_parameters(model)
-    vocabulary = -(-model.vocab_size // tensor) * model.hidden_size
+    rows = -(-model.vocab_size // tensor)
+    vocabulary = rows * model.hidden_size
     loads = [blocks * (split // tensor + whole) for blocks in stages]
     loads[0] += vocabulary + count.encoder
-    loads[-1] += model.hidden_size  # the final norm
+    loads[-1] += model.hidden_size + over_decoding_parameters(config, rows)  # the final norm
     if not model.tie_word_embeddings or len(stages) > 1:  # a tied head on another stage is a copy
         loads[-1] += vocabulary
+    split, whole = multi_token_parameters(config)
+    loads[-1] += split // tensor + whole
+    if config.multi_token_prediction.depth and len(stages) > 1:  # which embeds: copies of the embedding's dense parts
+        loads[-1] += count.encoder + (0 if model.tie_word_embeddings else vocabulary)
     return max(loads)
 
 
@@ -136,9 +149,13 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
 
 def flops_per_token(config: RunConfig) -> float:
     """Forward and backward of one token: 6 FLOPs per weight of every product that it takes part in (the look-ups are none),
-    and attention's two products over the positions that a layer sees, on average half the sequence or less: 12 h e each."""
+    and attention's two products over the positions that a layer sees, on average half the sequence or less: 12 h e each.
+
+    Each depth of multi-token prediction embeds a token, and multiplies by the head's weight, once more."""
     model, count, length = config.model, parameter_counts(config), config.data.seq_length
-    products = count.blocks - count.idle + model.vocab_size * model.hidden_size + count.encoder
-    windows = [min(window or length, length) for window in attention_windows(model)]
+    depth = config.multi_token_prediction.depth
+    products = count.blocks + count.multi_token - count.idle + count.over_decoding
+    products += (1 + depth) * (model.vocab_size * model.hidden_size + count.encoder)
+    windows = [min(window or length, length) for window in [*attention_windows(model), *[None] * depth]]
     seen = sum(window - window * (window - 1) / (2 * length) - 0.5 for window in windows)  # half of its own position
     return 6.0 * products + 12.0 * model.num_attention_heads * head_size(model) * seen

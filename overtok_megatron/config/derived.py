@@ -36,6 +36,20 @@ def block_parameters(model: ModelConfig) -> tuple[int, int]:
     return attention + 3 * d * model.intermediate_size * (experts or 1), 2 * d + router
 
 
+def over_decoding_parameters(config: RunConfig, rows: int) -> int:
+    """Of output tables 2 and further, with `rows` rows of each; their projections are on every tensor-parallel rank."""
+    section, d = config.over_decoding, config.model.hidden_size
+    rank = section.low_rank
+    return (section.num_tokens - 1) * (rows * d if rank is None else rank * (rows + d))
+
+
+def multi_token_parameters(config: RunConfig) -> tuple[int, int]:
+    """Of all depths of multi-token prediction: parameters that tensor parallelism splits, and those on every rank."""
+    depth, d = config.multi_token_prediction.depth, config.model.hidden_size
+    split, whole = block_parameters(config.model)
+    return depth * split, depth * (whole + 2 * d * d + 3 * d)  # a block, a projection of two halves, three norms
+
+
 def validation_sets(config: RunConfig) -> dict[str, str]:
     """Prefixes of the validation sets by name, in the order given; a single one without a name has the name ""."""
     given = config.data.validation
@@ -70,7 +84,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     """How many blocks each pipeline stage holds, by parallel.pipeline_partition.
 
     "uniform": as even as can be, earlier stages one more. "parameters": the largest stage is as small as can be, the
-    embedding counted on the first and the head on the last.
+    embedding counted on the first, and on the last the heads and the layers of multi-token prediction.
     """
     model, parallel = config.model, config.parallel
     stages, partition = parallel.pipeline_parallel_size, parallel.pipeline_partition
@@ -81,7 +95,8 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
     block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
     loads[0] += model.vocab_size * model.hidden_size
-    loads[-1] += model.vocab_size * model.hidden_size
+    loads[-1] += model.vocab_size * model.hidden_size + over_decoding_parameters(config, model.vocab_size)
+    loads[-1] += sum(multi_token_parameters(config))
     lightest = [(load, stage) for stage, load in enumerate(loads)]
     heapify(lightest)
     for _ in range(model.num_layers):  # equal blocks: giving each to the lightest stage is optimal
@@ -114,6 +129,18 @@ def table_rate_factor(config: RunConfig) -> float:
         return over.learning_rate_factor
     default: dict[RowRule, float] = {"rowwise_adagrad": 10.0, "rowwise_adam": 1.0, "adam": 1.0, "sgd": 1.0}
     return default[over.optimizer]
+
+
+def later_losses(config: RunConfig) -> dict[str, int]:
+    """The losses of heads that predict later tokens, by name: how many tokens behind the next one each predicts, 1 or more."""
+    tables = {f"over_decoding_{ahead}": ahead - 1 for ahead in range(2, config.over_decoding.num_tokens + 1)}
+    depths = {f"multi_token_{depth}": depth for depth in range(1, config.multi_token_prediction.depth + 1)}
+    return tables | depths
+
+
+def further_tokens(config: RunConfig) -> int:
+    """D', how many tokens behind the next one the heads look ahead; 0 without such heads."""
+    return max(config.multi_token_prediction.depth, config.over_decoding.num_tokens - 1)
 
 
 def tokens_per_step(config: RunConfig) -> int:

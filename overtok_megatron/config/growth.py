@@ -4,14 +4,8 @@ import re
 from collections.abc import Sequence
 
 from overtok_megatron.config.model_keys import MODEL_KEYS
-from overtok_megatron.config.schema import (
-    LARGEST,
-    LONGEST_ORDER,
-    MOST_PARTS,
-    AddedTables,
-    OverEncodingConfig,
-    RunConfig,
-)
+from overtok_megatron.config.schema import LONGEST_ORDER, AddedTables, OverEncodingConfig, RunConfig
+from overtok_megatron.config.section import LARGEST, MOST_PARTS
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 

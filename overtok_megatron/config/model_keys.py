@@ -16,4 +16,13 @@ MODEL_KEYS: dict[str, tuple[str, ...] | None] = {
         "hash_base",
         "row_dtype",
     ),
+    "over_decoding": ("num_tokens", "low_rank"),
+    "multi_token_prediction": ("depth",),
+}
+
+# A key by which no model of this value has the section: its other keys are then not read.
+OFF: dict[str, tuple[str, object]] = {
+    "over_encoding": ("enabled", False),
+    "over_decoding": ("num_tokens", 1),
+    "multi_token_prediction": ("depth", 0),
 }

@@ -1,31 +1,33 @@
 """The schema of a run: every key, its type, its bounds and its meaning. Rules across keys are in validation.py.
 
-Upper bounds are far above what anybody trains. They bound what follows from the sizes: lists with an item per layer,
-searches for a number that fits, 32-bit indices in the libraries.
+The heads that predict later tokens are in output_schema.py; bounds, and what sections are made of, in section.py.
 """
 
 import re
 from os.path import normpath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-LARGEST = 2**31 - 1
-LARGEST_FLOAT = 3.4e38  # of float32, in which models compute
-WIDEST = 2**20  # of a layer, in values
-MOST_PARTS = 2**16  # layers, heads, experts, slices, n-gram orders, threads
+from overtok_megatron.config.output_schema import MultiTokenPredictionConfig, OverDecodingConfig
+from overtok_megatron.config.section import (
+    LARGEST,
+    LARGEST_FLOAT,
+    NonNegative,
+    NonNegativeFloat,
+    Parts,
+    Positive,
+    PositiveFloat,
+    Section,
+    Width,
+)
+
 LONGEST_ORDER = 1024  # of an n-gram, in tokens
 
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
-Width = Annotated[int, Field(ge=1, le=WIDEST)]
-Parts = Annotated[int, Field(ge=1, le=MOST_PARTS)]
 Rows = Annotated[int, Field(ge=1, le=2**40)]  # the rules across keys say what the last table may have
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Order = Annotated[int, Field(ge=2, le=LONGEST_ORDER)]
-PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 RowRule = Literal["rowwise_adagrad", "rowwise_adam", "adam", "sgd"]  # how n-gram rows are updated: kernels/rows.py
 KernelChoice = Literal["auto", "compile", "liger", "apex", "torch"]
 LONGEST_NAME = 240  # bytes; file systems take 255, and files of a set or a checkpoint add endings
@@ -54,12 +56,6 @@ Combine = Literal["sum", "mean", "scaled"]
 RopeScalingType = Literal["linear", "llama3", "yarn"]
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
-
-
-class Section(BaseModel):
-    """A section: immutable, no unknown keys, no silent conversion between numbers, strings and booleans."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class RopeScalingConfig(Section):
@@ -355,6 +351,8 @@ class RunConfig(Section):
 
     model: ModelConfig
     over_encoding: OverEncodingConfig = OverEncodingConfig()
+    over_decoding: OverDecodingConfig = OverDecodingConfig()
+    multi_token_prediction: MultiTokenPredictionConfig = MultiTokenPredictionConfig()
     tokenizer: TokenizerConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()

@@ -1,7 +1,8 @@
 """All rules across keys, as one function of (configuration, world size); a dry run and the launcher call the same.
 
 Rules are generators of problems, by section: here those of the tokenizer, the schedule and the trace, the others in
-parallel_rules.py, model_rules.py, table_rules.py, capacity.py and deepspeed_config.py. What a problem is: problems.py.
+parallel_rules.py, model_rules.py, output_rules.py, table_rules.py, capacity.py and deepspeed_config.py. What a problem is:
+problems.py.
 """
 
 import logging
@@ -11,6 +12,7 @@ from overtok_megatron.config.capacity import capacity_problems, host_problems
 from overtok_megatron.config.deepspeed_config import contradictions, refused_keys
 from overtok_megatron.config.derived import train_iters
 from overtok_megatron.config.model_rules import model_problems
+from overtok_megatron.config.output_rules import output_problems
 from overtok_megatron.config.parallel_rules import MOST_RANKS, axis_problems, parallel_problems, precision_problems
 from overtok_megatron.config.problems import PROCESSES, Locate, Problem, problem, refuse
 from overtok_megatron.config.schema import RunConfig
@@ -40,7 +42,8 @@ def validate_host(
 
 def validate_model(config: RunConfig, locate: Locate) -> None:
     """Raise ConfigError unless the model itself is sound, whatever number of ranks is to run it."""
-    refuse([*model_problems(config), *(table_problems(config) if config.over_encoding.enabled else ())], locate)
+    tables = table_problems(config) if config.over_encoding.enabled else ()
+    refuse([*model_problems(config), *output_problems(config), *tables], locate)
     _warn_of_collisions(config, locate)
 
 
@@ -50,6 +53,7 @@ def run_problems(config: RunConfig, world_size: int) -> list[Problem]:
     divided = not found
     found += parallel_problems(config, world_size, divided=divided)
     found += model_problems(config)
+    found += output_problems(config)
     found += _tokenizer_problems(config)
     if config.over_encoding.enabled:
         found += table_problems(config)

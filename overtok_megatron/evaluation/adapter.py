@@ -24,8 +24,9 @@ from tqdm import tqdm
 from overtok_megatron.errors import InputError
 from overtok_megatron.evaluation.perplexity import BATCH_TOKENS
 from overtok_megatron.evaluation.registration import NAME
-from overtok_megatron.inference.generation import Sampling, generate_texts
+from overtok_megatron.inference.generation import generate_texts
 from overtok_megatron.inference.loading import STORAGES, TrainedModel, load_trained
+from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.parallel.devices import default_device, named_device, num_accelerators
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from overtok_megatron.inference.generation import IncrementalDecoder
+from overtok_megatron.inference.decoder import IncrementalDecoder, Run
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.sampling import Draw, choose_each
 
 _SLACK = (
     128  # columns before the longest sequence that are tolerated: the cache is moved to the left once in so many steps
@@ -48,6 +49,12 @@ class ContinuousBatch(IncrementalDecoder):
             self.cache.move(self._used, -spare)
         new = torch.tensor(tokens, device=self.trained.device).unsqueeze(1)  # [k, 1]
         return self.feed(new)[:, 0]
+
+    def advance(self, pending: Sequence[int], draws: Sequence[Draw]) -> list[Run]:
+        """Append the pending token of every sequence, and choose the one that follows it, in row order."""
+        logits = self.step(pending).float()
+        chosen = choose_each(logits, draws).tolist()
+        return [Run([token], row.unsqueeze(0)) for token, row in zip(chosen, logits, strict=True)]
 
     def leave(self, row: int) -> None:
         """Remove a row; the last row takes its place."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
+from overtok_megatron.config.output_schema import MultiTokenPredictionConfig, OverDecodingConfig
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute, RunConfig
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.kernels.dtypes import DTYPES
@@ -23,12 +24,15 @@ from overtok_megatron.model.feed_forward import FeedForward
 from overtok_megatron.model.heads import OutputHead
 from overtok_megatron.model.mlp import SwiGLU
 from overtok_megatron.model.moe import MixtureOfExperts, RoutingRule
+from overtok_megatron.model.multi_token import MultiTokenLayer, MultiTokenPrediction
 from overtok_megatron.model.norm import RMSNorm, RMSNormAdded, RMSNormOfSum
+from overtok_megatron.model.over_decoding import OverDecoding
 from overtok_megatron.model.rotary import RopeScaling, Rotary
 from overtok_megatron.model.transformer import Layers, Stage, Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.projection import NgramProjection
 from overtok_megatron.parallel.collectives import group_size
+from overtok_megatron.parallel.linear import SlicedInputLinear
 from overtok_megatron.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 AnyNorm = TypeVar("AnyNorm", RMSNorm, RMSNormAdded, RMSNormOfSum)
@@ -81,8 +85,13 @@ def routing_rule(model: ModelConfig) -> RoutingRule:
     )
 
 
-def shared_parts(model: ModelConfig) -> tuple[EmbeddingPart, ...]:
-    """The dense parts of the embedding that the last stage uses as well: the word embedding, if the head is tied to it."""
+def shared_parts(model: ModelConfig, multi_token_depth: int) -> tuple[EmbeddingPart, ...]:
+    """The dense parts of the embedding that the last stage uses as well.
+
+    A tied head uses the word embedding; multi-token prediction embeds further tokens, and so uses all parts.
+    """
+    if multi_token_depth:
+        return ("word", "over_encoding")
     return ("word",) if model.tie_word_embeddings else ()
 
 
@@ -106,6 +115,8 @@ class Assembly:
 
     model: ModelConfig
     over: OverEncodingConfig
+    over_decoding: OverDecodingConfig
+    multi_token: MultiTokenPredictionConfig
     kernels: Kernels
     tensor_group: dist.ProcessGroup | None
     context_group: dist.ProcessGroup | None
@@ -120,11 +131,14 @@ class Assembly:
         scaling = rope_scaling(self.model)
         return plain, plain if scaling is None else Rotary(head_size(self.model), self.model.rope_theta, scaling)
 
-    def norm(self, kind: type[AnyNorm]) -> AnyNorm:
-        """Over the hidden size, which every rank holds in full."""
-        sequence_group = self.tensor_group if self.sequence_parallel else None
-        model = self.model
-        return kind(model.hidden_size, eps=model.norm_epsilon, kernels=self.kernels, sum_group=sequence_group)
+    def norm(self, kind: type[AnyNorm], *, of_slices: bool | None = None) -> AnyNorm:
+        """Over the hidden size, which every rank holds in full.
+
+        of_slices: whether each tensor-parallel rank brings positions of its own; None = under sequence parallelism.
+        """
+        model, sliced = self.model, self.sequence_parallel if of_slices is None else of_slices
+        sum_group = self.tensor_group if sliced else None
+        return kind(model.hidden_size, eps=model.norm_epsilon, kernels=self.kernels, sum_group=sum_group)
 
     def embedding(self, parts: Sequence[EmbeddingPart]) -> InputEmbedding | None:
         """Those dense parts that are named, of the parts that the model has; None without any."""
@@ -147,8 +161,7 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
-    def attention(self, index: int) -> Attention:
-        window = attention_windows(self.model)[index]
+    def attention(self, index: int, window: int | None) -> Attention:
         sliding, full = self.rotaries
         return Attention(
             attention_shape(self.model),
@@ -181,10 +194,11 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int, window: int | None) -> Block:
+        """index: its entry in a decoding cache. window: as in `Attention`."""
         post = self.model.norm_placement == "post"
         return Block(
-            attention=self.attention(index),
+            attention=self.attention(index, window),
             feed_forward=self.feed_forward(),
             attention_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNorm),
             feed_forward_norm=self.norm(RMSNormAdded) if post else self.norm(RMSNormOfSum),
@@ -211,19 +225,61 @@ class Assembly:
             sequence_parallel=self.sequence_parallel,
         )
 
+    def over_decoding_tables(self) -> OverDecoding | None:
+        """Tables 2 and further; None without any."""
+        section = self.over_decoding
+        if section.num_tokens == 1:
+            return None
+        return OverDecoding(
+            self.model.vocab_size,
+            self.model.hidden_size,
+            loss_weights=section.loss_weights,
+            low_rank=section.low_rank,
+            kernels=self.kernels,
+            tensor_group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def multi_token_prediction(self) -> MultiTokenPrediction | None:
+        """The layers that predict further tokens. Each uses full attention, and has a decoding cache of their own in common."""
+        section = self.multi_token
+        if not section.depth:
+            return None
+        layers = [self._multi_token_layer(index) for index in range(section.depth)]
+        return MultiTokenPrediction(layers, loss_weight=section.loss_weight)
+
+    def _multi_token_layer(self, index: int) -> MultiTokenLayer:
+        size = self.model.hidden_size
+        return MultiTokenLayer(
+            embedding_norm=self.norm(RMSNorm, of_slices=True),
+            hidden_norm=self.norm(RMSNorm, of_slices=True),
+            projection=SlicedInputLinear(
+                2 * size, size, group=self.tensor_group, sequence_parallel=self.sequence_parallel
+            ),
+            block=self.block(index, None),
+            norm=self.norm(RMSNorm),
+            tensor_group=self.tensor_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
     def layers(self, stage: Stage, shared: Sequence[EmbeddingPart]) -> Layers:
         """shared: the parts of the embedding of which the last stage holds a copy; it gets no others."""
         parts: Sequence[EmbeddingPart] = ("word", "over_encoding") if stage.first else shared if stage.last else ()
         embedding = self.embedding(parts)
-        blocks = {index: self.block(index) for index in range(stage.start, stage.stop)}
-        head = self.head(embedding) if stage.last else None
-        return Layers(embedding, blocks, head, tuple(shared))
+        windows = attention_windows(self.model)
+        blocks = {index: self.block(index, windows[index]) for index in range(stage.start, stage.stop)}
+        if not stage.last:
+            return Layers(embedding, blocks, None, tuple(shared))
+        heads = self.head(embedding), tuple(shared), self.over_decoding_tables(), self.multi_token_prediction()
+        return Layers(embedding, blocks, *heads)
 
 
 def build_layers(
     model: ModelConfig,
     over: OverEncodingConfig,
     *,
+    over_decoding: OverDecodingConfig | None = None,
+    multi_token: MultiTokenPredictionConfig | None = None,
     kernels: Kernels,
     stage: Stage | None = None,
     shared: Sequence[EmbeddingPart] | None = None,
@@ -235,11 +291,14 @@ def build_layers(
 ) -> Layers:
     """The layers of a stage (None = all), weights not yet initialised. weights_on_call: as in `Assembly`.
 
+    over_decoding, multi_token: None = without such heads.
     shared: the parts of the embedding of which the last of several stages holds a copy; None = those that the model needs.
     """
     assembly = Assembly(
         model=model,
         over=over,
+        over_decoding=over_decoding or OverDecodingConfig(),
+        multi_token=multi_token or MultiTokenPredictionConfig(),
         kernels=kernels,
         tensor_group=tensor_group,
         context_group=context_group,
@@ -247,7 +306,9 @@ def build_layers(
         recompute=recompute,
         weights_on_call=weights_on_call,
     )
-    return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared_parts(model) if shared is None else shared)
+    if shared is None:
+        shared = shared_parts(model, assembly.multi_token.depth)
+    return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared)
 
 
 def build_run_layers(
@@ -264,6 +325,7 @@ def build_run_layers(
     layers = build_layers(
         config.model,
         config.over_encoding,
+        over_decoding=config.over_decoding,
         stage=stage,
         shared=shared,
         tensor_group=tensor_group,
@@ -271,12 +333,12 @@ def build_run_layers(
         sequence_parallel=config.parallel.sequence_parallel and tensor_group is not None,
         recompute=config.training.recompute,
         weights_on_call=config.parallel.zero_stage == 3,
+        multi_token=config.multi_token_prediction,
         kernels=kernels,
     )
     layers.reset(config.training.seed, config.model.init_std)
-    for layer in (layers.embedding, *layers.blocks.values(), layers.head):
-        if layer is not None:
-            layer.to(device=device, dtype=DTYPES[config.training.precision])
+    for layer in layers.all:
+        layer.to(device=device, dtype=DTYPES[config.training.precision])
     return layers
 
 

@@ -93,6 +93,10 @@ class FetchedRows(Generic[PlanT]):
         """The look-ups of one entry of the first axis."""
         return FetchedRows(self.slots[micro_batch], self.rows)
 
+    def positions(self, start: int, count: int) -> "FetchedRows[PlanT]":
+        """The look-ups of `count` of the s positions, from position `start` on."""
+        return FetchedRows(self.slots.narrow(-2, start, count).contiguous(), self.rows)
+
     def gather(self) -> Tensor:
         """The rows [.., s, T, w] in the model's dtype; the backward pass adds to the gradients of `rows`."""
         gathered: Tensor = _GatherRows.apply(self.rows.autograd_anchor, self.rows, self.slots)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ from torch import Tensor
 from overtok_megatron.ngram.exchange import Exchange, PlanT, ReadRows, is_in
 from overtok_megatron.parallel.uploading import Upload, use
 from overtok_megatron.parallel.worker import Worker
+
+
+class RowIds(Protocol):
+    """Tokens on the host, or None -> the row ids that this rank looks up; overlap: as in `sharded_tables.slice_row_ids`."""
+
+    def __call__(self, tokens: Tensor | None, *, overlap: int) -> Tensor: ...
 
 
 @dataclass(kw_only=True)
@@ -46,13 +52,13 @@ class PlannedStep(Generic[PlanT]):
 class Prefetch(Generic[PlanT]):
     """A queue of the steps that are planned, and the thread that plans them. All ranks must call each method in the same order.
 
-    row_ids: tokens on the host, or None, -> the row ids that this rank looks up. exchange: the thread's own. upload: to the
-    model's device. read: local rows [r] int64 -> their values [r, w] for rows on the host; None for rows on the device.
+    row_ids: what this rank looks up. exchange: the thread's own. upload: to the model's device. read: local rows [r] int64
+    -> their values [r, w] for rows on the host; None for rows on the device.
     """
 
     def __init__(
         self,
-        row_ids: Callable[[Tensor | None], Tensor],
+        row_ids: RowIds,
         exchange: Exchange[PlanT],
         upload: Upload,
         read: ReadRows | None,
@@ -77,9 +83,9 @@ class Prefetch(Generic[PlanT]):
         """Whether a step was started and not yet taken."""
         return bool(self._steps)
 
-    def start(self, tokens: Tensor | None) -> None:
-        """Begin to plan one more step. tokens int64, on the host; None: this rank looks nothing up."""
-        self._steps.append(self._worker.submit(partial(self._prepare, tokens, training=True)))
+    def start(self, tokens: Tensor | None, overlap: int = 0) -> None:
+        """Begin to plan one more step. tokens int64, on the host; None: this rank looks nothing up. overlap: for `row_ids`."""
+        self._steps.append(self._worker.submit(partial(self._prepare, tokens, overlap, training=True)))
 
     def take(self) -> PlannedStep[PlanT]:
         """The first step that was started and not yet taken, with rows as they are now."""
@@ -90,9 +96,9 @@ class Prefetch(Generic[PlanT]):
             self._worker.result(completion)
         return self._used(self._worker.result(step))
 
-    def once(self, tokens: Tensor | None) -> PlannedStep[PlanT]:
+    def once(self, tokens: Tensor | None, overlap: int = 0) -> PlannedStep[PlanT]:
         """The plan, without a way back, for tokens that are evaluated now; on the host the rows as they are now."""
-        job = self._worker.submit(partial(self._prepare, tokens, training=False))
+        job = self._worker.submit(partial(self._prepare, tokens, overlap, training=False))
         return self._used(self._worker.result(job))
 
     def update(self, work: Callable[[], None]) -> None:
@@ -113,9 +119,9 @@ class Prefetch(Generic[PlanT]):
         use(step.uploaded, step.plan, step.slots, step.sorted_lookups, step.rows)
         return step
 
-    def _prepare(self, tokens: Tensor | None, *, training: bool) -> PlannedStep[PlanT]:
+    def _prepare(self, tokens: Tensor | None, overlap: int, *, training: bool) -> PlannedStep[PlanT]:
         """On the thread: plan, and for rows on the host fetch."""
-        plan = self._exchange.plan(self._row_ids(tokens), training=training)
+        plan = self._exchange.plan(self._row_ids(tokens, overlap=overlap), training=training)
         if self._read is None:
             plan = self._upload.copy_integers(plan)
             return PlannedStep(

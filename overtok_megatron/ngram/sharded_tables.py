@@ -45,15 +45,22 @@ def slice_row_ids(
     device: torch.device,
     tokens: Tensor | None,
     history: Tensor | None = None,
+    *,
+    overlap: int = 0,
 ) -> Tensor:
-    """Row ids int64 [.., s / slices, T] of one slice of tokens [.., s] on a device; an empty tensor [0] for tokens None.
+    """Row ids int64 [.., s / slices + overlap, T] of one slice of tokens on a device; an empty tensor [0] for tokens None.
 
-    sequence_slice: (index, count of slices). history: as in `TableFamily.row_ids`.
+    tokens [.., s + overlap]: s positions that are cut into slices, and so many further tokens. overlap: how many positions
+    behind its slice are looked up as well: of the next slice, or behind the last one the further tokens. sequence_slice:
+    (index, count of slices). history: as in `TableFamily.row_ids`.
     """
     if tokens is None:
         return torch.empty(0, dtype=torch.int64, device=device)
     index, count = sequence_slice
-    return family.row_ids(tokens, history).chunk(count, dim=-2)[index]
+    row_ids = family.row_ids(tokens, history)
+    length, rest = divmod(row_ids.shape[-2] - overlap, count)
+    assert rest == 0, f"{row_ids.shape[-2]} tokens, {overlap} of them further ones, do not divide into {count} slices"
+    return row_ids.narrow(-2, index * length, length + overlap)
 
 
 class TableReader(Generic[PlanT]):
@@ -85,9 +92,9 @@ class TableReader(Generic[PlanT]):
         self.group = group
         self.sequence_slice = sequence_slice
 
-    def row_ids(self, tokens: Tensor | None, history: Tensor | None = None) -> Tensor:
-        """Row ids int64 [.., s / slices, T] of tokens [.., s] on the model's device; an empty tensor [0] for tokens None."""
-        return slice_row_ids(self.family, self.sequence_slice, self.device, tokens, history)
+    def row_ids(self, tokens: Tensor | None, history: Tensor | None = None, *, overlap: int = 0) -> Tensor:
+        """`slice_row_ids` of this rank's slice, on the model's device."""
+        return slice_row_ids(self.family, self.sequence_slice, self.device, tokens, history, overlap=overlap)
 
     def fetch_rows(self, tokens: Tensor | None, *, history: Tensor | None = None) -> FetchedRows[PlanT]:
         """Fetch the rows of the n-grams of tokens int64 [.., s]: slots [.., s / slices, T], without gradients.
@@ -159,20 +166,24 @@ class ShardedTables(TableReader[PlanT]):
         self.snapshot: RowSnapshot | None = None  # being written by a save
         self._under_way: tuple[PlannedStep[PlanT], Fetching] | None = None  # the next step, with rows on the device
 
-    def announce(self, tokens: Tensor | None) -> None:
-        """Begin to plan a coming training step, from its tokens in host memory; to be called in the order of the steps."""
+    def announce(self, tokens: Tensor | None, *, overlap: int = 0) -> None:
+        """Begin to plan a coming training step, from its tokens in host memory; to be called in the order of the steps.
+
+        overlap: as in `slice_row_ids`.
+        """
         if self.prefetch is not None:
-            self.prefetch.start(_on_host(tokens))
+            self.prefetch.start(_on_host(tokens), overlap)
 
     def fetch_rows(
-        self, tokens: Tensor | None, *, history: Tensor | None = None, training: bool = False
+        self, tokens: Tensor | None, *, history: Tensor | None = None, training: bool = False, overlap: int = 0
     ) -> FetchedRows[PlanT]:
         """As `TableReader.fetch_rows`. training: all micro-batches of a step [A, b, s], with a gradient buffer.
 
-        A step that was announced takes what was planned for it.
+        overlap: as in `slice_row_ids`, with tokens [.., s + overlap] and slots [.., s / slices + overlap, T]. A step that was
+        announced takes what was planned for it.
         """
         if self.prefetch is None:
-            return self.fetch_row_ids(self.row_ids(tokens, history), training=training)
+            return self.fetch_row_ids(self.row_ids(tokens, history, overlap=overlap), training=training)
         assert history is None, "tables in training look up whole sequences"
         if training:
             if self._under_way is not None:
@@ -180,10 +191,10 @@ class ShardedTables(TableReader[PlanT]):
                 step.rows = arriving()
             else:
                 if not self.prefetch.pending:
-                    self.announce(tokens)
+                    self.announce(tokens, overlap=overlap)
                 step = self.prefetch.take()
         else:
-            step = self.prefetch.once(_on_host(tokens))
+            step = self.prefetch.once(_on_host(tokens), overlap)
         return self._fetch(step.plan, step.slots, step.sorted_lookups, training=training, rows=step.rows)
 
     def reduce_gradients(self, fetched: FetchedRows[PlanT], scale: float) -> RowGradients:

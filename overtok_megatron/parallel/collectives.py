@@ -111,6 +111,19 @@ class _Gather(torch.autograd.Function):
         return back(grad, ctx.group, ctx.dim), None, None, None
 
 
+class _Split(torch.autograd.Function):
+    """| forward | own slice of x | backward | cat_r g_r | : x is the same on all ranks, and its gradient is to be so too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _own_slice(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.group, ctx.dim), None, None
+
+
 class _ReduceScatter(torch.autograd.Function):
     """| forward | own slice of sum_r x_r | backward | cat_r g_r |"""
 
@@ -150,6 +163,14 @@ def reduce_from_group(x: Tensor, group: Group) -> Tensor:
 def gather_from_group(x: Tensor, group: Group, dim: int) -> Tensor:
     """Join slices along `dim` on every rank. All ranks must use the result in the same way: backward takes the own slice."""
     return x if group is None else _Gather.apply(x, group, dim, False)
+
+
+def split_over_group(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The own slice along `dim` of what is the same on all ranks; backward gathers. The conjugate of `gather_from_group`.
+
+    `dim` must divide.
+    """
+    return x if group is None else _Split.apply(x, group, dim)
 
 
 def all_gather_sequence(x: Tensor, group: Group, dim: int) -> Tensor:

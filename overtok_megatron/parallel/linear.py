@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from overtok_megatron.parallel.collectives import (
     all_gather_sequence,
     copy_to_group,
+    gather_from_group,
     group_rank,
     group_size,
     reduce_from_group,
@@ -83,6 +84,43 @@ class MergedColumnParallelLinear(nn.Module):
     def extra_repr(self) -> str:
         ranks = f"rank {group_rank(self.group)} of {group_size(self.group)}"
         return f"in_features={self.in_features}, outputs={self.outputs}, {ranks}"
+
+
+class SlicedInputLinear(nn.Module):
+    """A linear layer whose weight is on all ranks, each of which computes a slice of the sequence of its own. On rank r:
+
+    |         | with sequence_parallel                             | without                                            |
+    | input   | x_r [b, s_shard, i]                                | x_r [b, s_shard, i], from `split_over_group`       |
+    | forward | y_r = x_r W^T [b, s_shard, o]                      | y = all-gather(x_r W^T) [b, s, o]                  |
+    | dgrad   | dx_r = dy_r W [b, s_shard, i]                      | dx_r = (own slice of dy) W [b, s_shard, i]         |
+    | wgrad   | dW = all-reduce(dy_r^T x_r) [o, i]                 | dW = all-reduce(dy_r^T x_r) [o, i]                 |
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def reset(self, seed: int, name: str, std: float) -> None:
+        initialise(self.weight, std, seed, f"{name}.weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = F.linear(
+            x, copy_to_group(self.weight, self.group)
+        )  # each rank saw a slice: the weight's gradient is summed
+        return own if self.sequence_parallel else gather_from_group(own, self.group, 1)
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}, whole on all ranks"
 
 
 class RowParallelLinear(nn.Module):

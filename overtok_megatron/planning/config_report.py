@@ -45,7 +45,9 @@ def _derived(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
         (
             "parameters, dense",
             f"{count.dense:,} (blocks {count.blocks:,}, embedding {count.embedding:,}, "
-            f"head {count.head:,}, n-gram projection {count.encoder:,})",
+            f"head {count.head:,}, n-gram projection {count.encoder:,}"
+            + (f", over-decoding {count.over_decoding:,}" if count.over_decoding else "")
+            + (f", multi-token prediction {count.multi_token:,})" if count.multi_token else ")"),
         ),
         ("parameters, active", f"{count.active:,} dense ones take part in a token"),
         ("parameters, n-gram tables", f"{count.tables:,}"),

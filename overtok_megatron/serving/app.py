@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.speculation import Speculation
 from overtok_megatron.serving.answers import Answer, Choice, choices_of, joined, model_card
 from overtok_megatron.serving.requests import Completion, Limits, RequestError, parse_completion
 from overtok_megatron.serving.scheduler import BatchScheduler, BusyError, SequenceRequest, TokenDelta
@@ -52,7 +53,14 @@ class Service:
     async def health(self, request: Request) -> Response:
         running, waiting = self.scheduler.load
         alive = self.scheduler.alive
-        status = {"status": "ok" if alive else "stopped", "running": running, "waiting": waiting}
+        status: dict[str, Any] = {"status": "ok" if alive else "stopped", "running": running, "waiting": waiting}
+        if self.scheduler.speculation is not None:
+            counts = self.scheduler.speculation.counts
+            status["speculation"] = {
+                "passes": counts.passes,
+                "accepted_per_pass": counts.accepted_per_pass,
+                "accepted_shares": counts.shares,
+            }
         return JSONResponse(status, 200 if alive else 503)
 
     async def models(self, request: Request) -> Response:
@@ -236,9 +244,16 @@ def build_app(
     max_batch: int,
     max_waiting: int,
     prefill_chunk: int,
+    speculation: Speculation | None = None,
 ) -> Starlette:
-    """The ASGI application; its lifespan starts and stops the scheduler."""
-    scheduler = BatchScheduler(trained, max_batch=max_batch, max_waiting=max_waiting, prefill_chunk=prefill_chunk)
+    """The ASGI application; its lifespan starts and stops the scheduler, whose values the last four are."""
+    scheduler = BatchScheduler(
+        trained,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        prefill_chunk=prefill_chunk,
+        speculation=speculation,
+    )
     service = Service(scheduler, trained, settings, limits)
 
     @asynccontextmanager

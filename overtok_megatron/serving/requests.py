@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
-from overtok_megatron.inference.generation import Sampling
+from overtok_megatron.inference.sampling import Sampling
 
 _MAX_STOPS, _MAX_STOP_CHARACTERS, _MAX_TOP_SCORES = 4, 256, 5  # the API's own bounds, except the length of a stop
 _DEFAULT_TOKENS = 16  # the API's own

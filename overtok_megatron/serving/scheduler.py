@@ -19,8 +19,10 @@ from torch import Tensor
 
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import IncrementalDecoder, Sampling, choose
+from overtok_megatron.inference.decoder import IncrementalDecoder
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.sampling import Draw, Sampling, choose_each
+from overtok_megatron.inference.speculation import Speculation, SpeculativeDecoder
 from overtok_megatron.inference.stream import TextStream
 from overtok_megatron.parallel.devices import make_current
 
@@ -84,9 +86,9 @@ class _Sequence:
         self.stream = TextStream(
             trained.tokenizer, request.stops, request.prompt, whole_characters=request.whole_characters
         )
-        self.generator = torch.Generator(device=trained.device).manual_seed(request.sampling.seed)
+        self.draw = Draw.begin(request.sampling, trained.device)
         self.num_generated = 0
-        self.token = -1  # the last one generated
+        self.token = -1  # the last one generated, which the model was not fed yet
 
     @property
     def given_up(self) -> bool:
@@ -96,17 +98,19 @@ class _Sequence:
 class _Prefill:
     """A sequence whose prompt is being fed in chunks, by a decoder of its own."""
 
-    def __init__(self, sequence: _Sequence, trained: TrainedModel) -> None:
+    def __init__(self, sequence: _Sequence, trained: TrainedModel, speculation: Speculation | None) -> None:
         self.sequence = sequence
         self.scores: list[TokenScore] = []
         self._tokens = torch.tensor([list(sequence.request.prompt)], device=trained.device)  # [1, p]
         self._spelled = TextStream(trained.tokenizer)  # for the offsets of scores
-        self._trained = trained
+        self._trained, self._speculation = trained, speculation
 
     @cached_property
     def decoder(self) -> IncrementalDecoder:
         """Made at its first use: only then does the scheduler know whom to tell that memory does not suffice."""
-        return IncrementalDecoder(self._trained, 1, self._tokens.shape[1])
+        if self._speculation is None:
+            return IncrementalDecoder(self._trained, 1, self._tokens.shape[1])
+        return SpeculativeDecoder(self._trained, 1, self._tokens.shape[1], self._speculation)
 
     @property
     def num_fed(self) -> int:
@@ -144,15 +148,25 @@ class BatchScheduler:
     """Start it with `with`; leaving the block ends all sequences and joins the thread.
 
     max_batch: sequences that are decoded together, the one whose prompt is being fed included. max_waiting: sequences that
-    may wait for a slot. prefill_chunk: the most tokens of prompts that are fed between two steps of the batch.
+    may wait for a slot. prefill_chunk: the most tokens of prompts that are fed between two steps of the batch. speculation:
+    makes drafts that a step verifies; None = plain decoding, one token per step.
     """
 
-    def __init__(self, trained: TrainedModel, *, max_batch: int, max_waiting: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        trained: TrainedModel,
+        *,
+        max_batch: int,
+        max_waiting: int,
+        prefill_chunk: int,
+        speculation: Speculation | None = None,
+    ) -> None:
         self.trained = trained
+        self.speculation = speculation
         self.max_batch = max_batch
         self.max_waiting = max_waiting
         self.prefill_chunk = prefill_chunk
-        self._batch = ContinuousBatch(trained, max_batch)
+        self._batch = self._empty_batch()
         # These three are changed only by the scheduler's thread and under the lock, because other threads read them; that
         # thread itself reads them without the lock. Others only extend `_waiting`, under the lock as well.
         self._running: list[_Sequence] = []  # in the batch's row order
@@ -161,6 +175,11 @@ class BatchScheduler:
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
+
+    def _empty_batch(self) -> ContinuousBatch | SpeculativeDecoder:
+        if self.speculation is None:
+            return ContinuousBatch(self.trained, self.max_batch)
+        return SpeculativeDecoder(self.trained, self.max_batch, self.trained.config.data.seq_length, self.speculation)
 
     def __enter__(self) -> "BatchScheduler":
         self._thread.start()
@@ -226,7 +245,7 @@ class BatchScheduler:
             except Exception:  # out of memory, a file that vanished: the requests fail, the server lives
                 log.exception("decoding failed; the requests in the batch are given up")
                 self._end_all("error")
-                self._batch = ContinuousBatch(self.trained, self.max_batch)
+                self._batch = self._empty_batch()
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
         for request in waiting:
@@ -261,7 +280,8 @@ class BatchScheduler:
         if self._prefill is None and self._num_slots_used < self.max_batch:
             with self._changed:
                 if self._waiting:
-                    self._prefill = _Prefill(_Sequence(self._waiting.popleft(), self.trained), self.trained)
+                    sequence = _Sequence(self._waiting.popleft(), self.trained)
+                    self._prefill = _Prefill(sequence, self.trained, self.speculation)
         return self._prefill
 
     def _join(self, prefill: _Prefill, logits: Tensor) -> None:
@@ -274,34 +294,37 @@ class BatchScheduler:
         if sequence.request.max_new_tokens == 0:
             self._leave(len(self._running) - 1, TokenDelta(sequence.stream.finish(), prefill.scores, 0, "length"))
         else:
-            self._advance(len(self._running) - 1, logits, prefill.scores)
+            token = int(choose_each(logits, [sequence.draw]))
+            self._add(len(self._running) - 1, token, logits, prefill.scores)
 
     def _step(self) -> None:
-        """One more token for every sequence of the batch."""
+        """One more token for every sequence of the batch; with drafts one or more."""
         for row in range(len(self._running) - 1, -1, -1):
             sequence = self._running[row]
             if sequence.given_up:
                 self._leave(row, TokenDelta(sequence.stream.finish(), [], 0, "timeout"))
         if not self._running:
             return
-        logits = self._batch.step([sequence.token for sequence in self._running]).float()  # [k, V]
-        for row in range(
-            len(self._running) - 1, -1, -1
-        ):  # from the last row, which takes over the row of one that leaves
-            self._advance(row, logits[row : row + 1], [])
+        pending, draws = zip(*((sequence.token, sequence.draw) for sequence in self._running), strict=True)
+        runs = self._batch.advance(pending, draws)
+        for row in range(len(runs) - 1, -1, -1):  # from the last row, which takes over the row of one that leaves
+            tokens, logits = runs[row]
+            for index, token in enumerate(tokens):
+                if not self._add(row, token, logits[index : index + 1], []):
+                    break
 
-    def _advance(self, row: int, logits: Tensor, scores: list[TokenScore]) -> None:
-        """Choose the row's next token from logits [1, V], deliver what it adds, and let the row leave where it ends."""
+    def _add(self, row: int, token: int, logits: Tensor, scores: list[TokenScore]) -> bool:
+        """Add a token, chosen from logits [1, V], to a row and deliver what it adds; False where the row ends and leaves."""
         sequence = self._running[row]
         request = sequence.request
-        sequence.token = int(choose(logits, request.sampling, sequence.generator))
-        if sequence.token == self.trained.tokenizer.eod_id:
+        sequence.token = token
+        if token == self.trained.tokenizer.eod_id:
             self._leave(row, TokenDelta(sequence.stream.finish(), scores, 0, "stop"))
-            return
+            return False
         if request.top_scores is not None:
             offset = sequence.stream.length
-            scores = [*scores, *_token_scores(logits, [sequence.token], request.top_scores, [offset])]
-        text = sequence.stream.add(sequence.token)
+            scores = [*scores, *_token_scores(logits, [token], request.top_scores, [offset])]
+        text = sequence.stream.add(token)
         sequence.num_generated += 1
         if sequence.stream.stopped:
             self._leave(row, TokenDelta(text, scores, 1, "stop"))
@@ -310,6 +333,8 @@ class BatchScheduler:
             self._leave(row, TokenDelta(text, scores, 1, "stop" if sequence.stream.stopped else "length"))
         else:
             request.deliver(TokenDelta(text, scores, 1, None))
+            return True
+        return False
 
     def _leave(self, row: int, delta: TokenDelta) -> None:
         sequence = self._running[row]

@@ -38,6 +38,7 @@ def build_model(
         num_micro_batches=derived.accumulation_steps(config, grid.shape.world_size),
         sequence_parallel=config.parallel.sequence_parallel,
         eod_id=attention_boundary(config, eod_id),
+        num_later_heads=(config.over_decoding.num_tokens > 1) + (config.multi_token_prediction.depth > 0),
     )
 
 

@@ -36,6 +36,7 @@ from overtok_megatron.training.deepspeed.leaving_out import forget_gradients, le
 from overtok_megatron.training.deepspeed.optimizers import adapter_of
 from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 from overtok_megatron.training.deepspeed.starting import start_deepspeed
+from overtok_megatron.training.later_tokens import LaterTokensOfStep, LaterTokensReader, as_inputs
 from overtok_megatron.training.micro_batch import MicroBatch, StageResults, with_own_kind_of_gradient
 from overtok_megatron.training.phase_times import COMPUTE, EXCHANGE, ROW_UPDATE, UPDATE, PhaseTimes
 from overtok_megatron.training.step_result import RowCounts, StepReduction, StepResult
@@ -77,6 +78,7 @@ class TrainingEngine:
         if self.skips_non_finite:
             leave_out_non_finite_updates(self.adapter)
         self.non_finite_micro_batches: list[int] = []
+        self.later_tokens = LaterTokensReader(config, grid, device, eod_id)
         self.reduction = StepReduction(config, grid, device)
 
     @property
@@ -88,13 +90,18 @@ class TrainingEngine:
         """Whether this rank looks n-grams up, because layers of its stage read rows; every rank serves its own rows."""
         if self.tables is None:
             return False
-        reads_here = {"embedding": self.grid.is_first_stage}
+        reads_here = {"embedding": self.grid.is_first_stage or self.num_later_inputs > 0}
         return reads_here[self.tables.family.readout]
 
     @property
+    def num_later_inputs(self) -> int:
+        """D, how many tokens behind its inputs the layers of this stage read as inputs in training."""
+        return self.config.multi_token_prediction.depth if self.grid.is_last_stage else 0
+
+    @property
     def extra_tokens(self) -> int:
-        """k, how many tokens of the stream beyond the inputs the heads need: the target of the last position."""
-        return 1
+        """k, how many tokens of the stream beyond the inputs the heads need: the targets of the last position."""
+        return 1 + derived.further_tokens(self.config)
 
     def inputs_and_targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs of tokens [.., s + k], and of each the token that follows it, both [.., s] of whole sequences."""
@@ -107,8 +114,7 @@ class TrainingEngine:
         Steps must be announced in the order in which they come. A step that was not announced is planned when it begins.
         """
         if self.tables is not None:
-            inputs, _ = self.inputs_and_targets(tokens)
-            self.tables.announce(inputs if self.looks_up_rows else None)
+            self.tables.announce(self._looked_up(tokens), overlap=self.num_later_inputs)
 
     def step(self, tokens: Tensor, learning_rate: float, *, report_times: bool = False) -> StepResult:
         """One optimizer step on the tokens [A, b, s + k] int64 of this rank's copy of the model.
@@ -122,9 +128,12 @@ class TrainingEngine:
 
         # Phase 1: take the rows, which are under way since the end of the last step where this one was announced. One exchange
         # serves all micro-batches; their forward passes gather without communication.
-        with self.times.phase(EXCHANGE):
-            fetched = self._fetch_rows(inputs, training=True)
-        micro_batches = self._micro_batches(inputs, targets, fetched)
+        fetched = None
+        if self.tables is not None:
+            with self.times.phase(EXCHANGE):
+                fetched = self.tables.fetch_rows(self._looked_up(tokens), overlap=self.num_later_inputs, training=True)
+        later = self.later_tokens.read(tokens)
+        micro_batches = self._micro_batches(inputs, targets, fetched, later)
 
         self._set_learning_rate(learning_rate)
         self.early_reads.begin_step()
@@ -161,6 +170,7 @@ class TrainingEngine:
                 norms,
                 stop_asked=self.stop_asked,
                 own_times=self.times.take().numbers() if report_times else (),
+                later_counts=None if later is None else later.own_counts,
             )
 
         # Phase 4, rows: clip by the factor that the dense parameters were clipped by, and update. The rows of the next step,
@@ -186,7 +196,7 @@ class TrainingEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for group in _same_shapes(batches, self.grid.shape.pipe):  # as many at once as keep every stage busy
             inputs, targets = (torch.stack(tensors) for tensors in zip(*group, strict=True))
-            micro_batches = self._micro_batches(inputs, targets, self._fetch_rows(inputs, training=False))
+            micro_batches = self._micro_batches(inputs, targets, self._fetch_rows(inputs))
             losses = self._evaluate_pipeline(micro_batches) if self.is_pipeline else self._evaluate(micro_batches)
             if losses and self.grid.tensor_rank == 0:
                 scored = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
@@ -201,21 +211,40 @@ class TrainingEngine:
         """This tensor-parallel rank's dense weights by name, whole also under ZeRO 3; the tied head appears once."""
         return dense_weights(self.deepspeed_engine)
 
-    def _fetch_rows(self, inputs: Tensor, *, training: bool) -> FetchedRows | None:
-        """The rows of all micro-batches [A, b, s]; all ranks must call this. None without tables."""
+    def _looked_up(self, tokens: Tensor) -> Tensor | None:
+        """Of a step's tokens [A, b, s + k] those whose n-grams this rank's stage reads, [A, b, s + D]; None = it reads none."""
+        if not self.looks_up_rows:
+            return None
+        length = tokens.shape[-1] - self.extra_tokens + self.num_later_inputs
+        return as_inputs(tokens[..., :length])
+
+    def _fetch_rows(self, inputs: Tensor) -> FetchedRows | None:
+        """The rows of all micro-batches [A, b, s] of an evaluation; all ranks must call this. None without tables."""
         if self.tables is None:
             return None
-        return self.tables.fetch_rows(inputs if self.looks_up_rows else None, training=training)
+        return self.tables.fetch_rows(inputs if self.looks_up_rows else None)
 
-    def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
+    def _micro_batches(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        fetched: FetchedRows | None,
+        later: LaterTokensOfStep | None = None,
+    ) -> list[MicroBatch]:
         """This rank's part of each micro-batch of inputs and targets [A, b, s], which hold whole sequences."""
         num_slices, index = self.grid.shape.context, self.grid.coordinate("context")
         here = fetched if self.looks_up_rows else None
-        # `targets` were shifted before this cut: the target of a slice's last position is the next slice's first token. The
-        # targets of a head for later tokens must be shifted on whole sequences as well, not on a slice.
+        # `targets` were shifted before this cut: the target of a slice's last position is the next slice's first token.
         own_targets = targets.chunk(num_slices, dim=-1)[index]
+        later_of = dict(enumerate(later.micro_batches)) if later else {}
         return [
-            MicroBatch(whole, whole.chunk(num_slices, dim=-1)[index], None if here is None else here[i], target)
+            MicroBatch(
+                whole,
+                whole.chunk(num_slices, dim=-1)[index],
+                None if here is None else here[i],
+                target,
+                later_of.get(i),
+            )
             for i, (whole, target) in enumerate(zip(inputs, own_targets, strict=True))
         ]
 
@@ -254,7 +283,7 @@ class TrainingEngine:
     def _forward(self, batch: MicroBatch) -> ForwardResult:
         """The model's losses of a micro-batch, without a pipeline."""
         result: ForwardResult = self.deepspeed_engine(
-            batch.inputs, batch.fetched, batch.targets, full_tokens=batch.full_inputs
+            batch.inputs, batch.fetched, batch.targets, full_tokens=batch.full_inputs, later=batch.later
         )
         return result
 

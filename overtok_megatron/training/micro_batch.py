@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from overtok_megatron.model.heads import LaterTokens
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 
 
@@ -24,20 +25,22 @@ class MicroBatch(NamedTuple):
 
     full_inputs int64 [b, s]: the input tokens of all context ranks. inputs, targets int64 [b, s / context ranks]: this rank's
     slice. fetched [b, s / (context ranks x tensor ranks), T]: the rows that this rank looked up, on any stage; None where it
-    looks nothing up.
+    looks nothing up. later: what heads for later tokens take, for this rank's slice; None without such heads, on stages that
+    do not hold them, and in evaluation.
     """
 
     full_inputs: Tensor
     inputs: Tensor
     fetched: FetchedRows | None
     targets: Tensor
+    later: LaterTokens | None = None
 
 
 class StageResults(NamedTuple):
     """What a rank's layers computed in a step, one entry per micro-batch; without a pipeline they are all layers.
 
     main_losses: summed cross entropies, on the last stage only. router_stats [blocks of this stage, F]: with experts only.
-    auxiliary_losses: sums of this stage's auxiliary losses by name, the same on all of its tensor-parallel ranks.
+    auxiliary_losses: sums of this stage's auxiliary losses by name (`ForwardResult`), the same on all of its tensor ranks.
     """
 
     main_losses: list[Tensor]

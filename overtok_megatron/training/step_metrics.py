@@ -27,6 +27,7 @@ class StepMetrics:
         self._num_ranks = dist.get_world_size()
         self._num_tokens = derived.tokens_per_step(config)
         self._flops_per_token = counts.flops_per_token(config)
+        self._later = derived.later_losses(config)
         self._table_rate_factor = derived.table_rate_factor(config) if config.over_encoding.enabled else None
         peak = peak_flops(device, DTYPES[config.training.precision])
         self._peak_flops = over_ranks(peak.flops, dist.ReduceOp.SUM, device)
@@ -53,4 +54,5 @@ class StepMetrics:
                 "tables/duplicate_share": 1.0 - result.unique_rows / result.looked_up_rows,
                 "tables/exchange_bytes": float(result.exchange_bytes),
             }
+        values |= {f"loss/{name}": loss for name, loss in result.auxiliary_losses.items() if name in self._later}
         return values | {f"router/{name}": value for name, value in result.router_metrics.items()}

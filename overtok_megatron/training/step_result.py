@@ -20,12 +20,14 @@ from overtok_megatron.training.router_metrics import RouterMetrics
 class StepResult:
     """What one optimizer step did, the same on every rank. Norms are before clipping.
 
-    loss: the cross entropy of the next token, in nats per token. auxiliary_losses: the losses of other layers by name, times
-    their weights, per token; the head's z-loss is not among them. stop: a rank was asked to stop after this step.
-    unique_rows: the sum over ranks of the distinct rows of each. looked_up_rows: look-ups of all ranks. exchange_bytes: the sum
-    over ranks of what each sent to others for rows and their gradients, without rows that a prefetch sent again.
-    router_metrics: by name (router_metrics.py); empty without experts. times: of each rank, the numbers of its times
-    (phase_times.py), in steps that report them.
+    loss: the cross entropy of the next token, in nats per token. auxiliary_losses: the losses of other layers by name. That of
+    a head for a later token is the cross entropy without its weight, per position that it scores; where it scores none in the
+    step, it is absent. That of routers is with its weight, per token. The head's z-loss is not among them.
+    stop: a rank was asked to stop after this step. unique_rows: the sum over ranks of the distinct rows of each.
+    looked_up_rows: look-ups of all ranks. exchange_bytes: the sum over ranks of what each sent to others for rows and their
+    gradients, without rows that a prefetch sent again.
+    router_metrics: by name (router_metrics.py); empty without experts.
+    times: of each rank, the numbers of its times (phase_times.py), in steps that report them.
     """
 
     loss: float
@@ -57,6 +59,7 @@ class StepReduction:
         self._device = device
         self._num_tokens = derived.tokens_per_step(config)
         self._router_metrics = RouterMetrics(config, grid, device)
+        self._later = derived.later_losses(config)
         self._auxiliary_names: list[str] | None = None
 
     def reduce(
@@ -67,10 +70,12 @@ class StepReduction:
         *,
         stop_asked: bool,
         own_times: Sequence[float] = (),
+        later_counts: Tensor | None = None,
     ) -> StepResult:
         """The step's metrics over all ranks, and whether any rank was asked to stop; all ranks must call this.
 
         own_times: of this rank, as many on every rank. They travel in the same collective, each rank's in a place of its own.
+        later_counts: this rank's share of the positions that heads for later tokens score (later_tokens.py); None without them.
         """
         own = [float(stop_asked), rows.unique, rows.looked_up, rows.sent_bytes]
         router = self._router_metrics.own_sums(results.router_stats)
@@ -81,17 +86,19 @@ class StepReduction:
         times = torch.zeros(self._grid.shape.world_size, len(own_times), dtype=torch.float64)
         times[self._grid.rank] = torch.tensor(own_times, dtype=torch.float64)
         own_values = moved(torch.cat([torch.tensor(own, dtype=torch.float64), times.flatten()]), self._device)
-        sums = self.sum_over_ranks(torch.cat([self._own_sum(results.main_losses), own_values, *auxiliary, router]))
+        counts = [] if later_counts is None else [later_counts]
+        sums = self.sum_over_ranks(
+            torch.cat([self._own_sum(results.main_losses), own_values, *auxiliary, *counts, router])
+        )
         # A WAIT FOR THE DEVICE, the last of the step, but not for its update of the dense parameters (early_reads.py):
         # everything that the step reports is read at once.
         loss, stops, unique, looked_up, sent_bytes, *others = sums.tolist()
         all_times, others = others[: times.numel()], others[times.numel() :]
-        auxiliary_sums, router_sums = others[: len(names)], others[len(names) :]
+        behind = len(names) + (0 if later_counts is None else len(later_counts))
+        auxiliary_sums, scored, router_sums = others[: len(names)], others[len(names) : behind], others[behind:]
         return StepResult(
             loss=loss / self._num_tokens,
-            auxiliary_losses={
-                name: total / self._num_tokens for name, total in zip(names, auxiliary_sums, strict=True)
-            },
+            auxiliary_losses=self._auxiliary_losses(dict(zip(names, auxiliary_sums, strict=True)), scored),
             grad_norm=norms.joint,
             table_grad_norm=norms.tables,
             stop=stops > 0,
@@ -101,6 +108,11 @@ class StepReduction:
             router_metrics=self._router_metrics.of_step(router_sums),
             times=[all_times[place : place + len(own_times)] for place in range(0, times.numel(), len(own_times) or 1)],
         )
+
+    def _auxiliary_losses(self, sums: dict[str, float], scored: Sequence[float]) -> dict[str, float]:
+        """The sums of all ranks -> means. scored: entry j - 1 is what heads for the j-th token behind the next score."""
+        counts = {name: scored[self._later[name] - 1] if name in self._later else self._num_tokens for name in sums}
+        return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """`values`, summed in place over all ranks, which must all call this."""

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from overtok_megatron.inference.generation import IncrementalDecoder, pad_left
+from overtok_megatron.inference.decoder import IncrementalDecoder, pad_left
 from overtok_megatron.inference.loading import TrainedModel
 from support.small_models import CONTEXT, VOCAB, full_logits
 

@@ -11,8 +11,9 @@ import torch
 from overtok_megatron.cli import main
 from overtok_megatron.data.tokenizers.protocol import Tokenizer
 from overtok_megatron.inference import generation
-from overtok_megatron.inference.generation import Sampling, generate, generate_texts, generate_tokens, stream_texts
+from overtok_megatron.inference.generation import generate, generate_texts, generate_tokens, stream_texts
 from overtok_megatron.inference.loading import TrainedModel, load_trained
+from overtok_megatron.inference.sampling import Sampling
 from support.hugging_face_models import over_encoded_run
 from support.live_server import LiveServer, live_server
 from support.prefixed_tokenizers import FILES, KINDS, save_prefixed
@@ -66,8 +67,8 @@ def test_a_space_is_the_first_that_is_said(trained: TrainedModel, monkeypatch: p
     """Whatever a random model draws, here it is " and of"."""
     said = trained.tokenizer.encode("and of")
 
-    def stream_tokens(*_: Any) -> Iterator[list[int | None]]:
-        yield from ([token] for token in said)
+    def stream_tokens(*_: Any) -> Iterator[list[list[int]]]:
+        yield from ([[token]] for token in said)
 
     monkeypatch.setattr(generation, "stream_tokens", stream_tokens)
     assert generate(trained, ["the state"], SAMPLING) == [" and of"]

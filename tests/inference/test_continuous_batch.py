@@ -7,7 +7,7 @@ import torch
 
 from overtok_megatron.inference import continuous_batch
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import IncrementalDecoder
+from overtok_megatron.inference.decoder import IncrementalDecoder
 from overtok_megatron.inference.loading import TrainedModel
 from support.small_models import CONTEXT, VOCAB, full_logits
 

@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from overtok_megatron.errors import InputError
-from overtok_megatron.inference.generation import (
-    IncrementalDecoder,
-    Sampling,
-    choose,
-    generate,
-    generate_tokens,
-    pad_left,
-)
+from overtok_megatron.inference.decoder import IncrementalDecoder, pad_left
+from overtok_megatron.inference.generation import generate, generate_tokens
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.sampling import Sampling, choose
 from support.small_models import VOCAB, Letters, full_logits
 
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ from overtok_megatron.checkpoint.weights_only import read_dense_weights, read_ro
 from overtok_megatron.cli import main
 from overtok_megatron.data.preparing.train_tokenizer import train_sentencepiece
 from overtok_megatron.data.tokenizers.loading import load_tokenizer
-from overtok_megatron.inference.generation import Sampling, generate_tokens
+from overtok_megatron.inference.generation import generate_tokens
 from overtok_megatron.inference.loading import TrainedModel, load_trained
+from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.interchange.logits_check import our_logits
 from overtok_megatron.interchange.sample_text import SAMPLE_TEXT
 from overtok_megatron.interchange.tokenizer_files import from_bytes

@@ -57,8 +57,8 @@ def test_the_threads_plan_is_the_one_made_at_once() -> None:
     assert type(own) is not RowKernels
     ahead = FlatExchange((0, hashing.total_rows), None, kernels=own, **settings)
 
-    def row_ids(tokens: Tensor | None) -> Tensor:
-        assert tokens is not None
+    def row_ids(tokens: Tensor | None, *, overlap: int) -> Tensor:
+        assert tokens is not None and overlap == 0
         return hashing.with_kernels(own).row_ids(tokens)
 
     prefetch = Prefetch(row_ids, ahead, Upload(CPU), None)

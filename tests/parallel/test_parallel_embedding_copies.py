@@ -19,7 +19,7 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import Kernels
 from overtok_megatron.model.assembly import build_run_layers
 from overtok_megatron.model.embedding import EmbeddingPart, InputEmbedding
-from overtok_megatron.model.heads import ForwardResult
+from overtok_megatron.model.heads import ForwardResult, LaterTokens
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.grid import ProcessGrid
@@ -77,7 +77,13 @@ class AddedLossTransformer(Transformer):
     used: tuple[EmbeddingPart, ...] = ()
 
     def forward(
-        self, tokens: Tensor, fetched: FetchedRows | None, targets: Tensor, *, full_tokens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        fetched: FetchedRows | None,
+        targets: Tensor,
+        *,
+        full_tokens: Tensor | None = None,
+        later: LaterTokens | None = None,
     ) -> ForwardResult:
         hidden, routing = self.hidden(tokens, fetched, full_tokens=full_tokens)
         result = self.head.forward_losses(hidden, targets, routing=routing)
@@ -87,8 +93,8 @@ class AddedLossTransformer(Transformer):
 class AddedLossStage(PipelineStage):
     used: tuple[EmbeddingPart, ...] = ()
 
-    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Any) -> ForwardResult:
-        result = super().forward_losses(hidden, batch, routing)
+    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Any, documents: Any) -> ForwardResult:
+        result = super().forward_losses(hidden, batch, routing, documents)
         return with_added_loss(result, hidden, self.embedding, batch.inputs, batch.fetched, self.used)
 
 

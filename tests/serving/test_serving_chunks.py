@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import IncrementalDecoder, Sampling, generate_tokens
+from overtok_megatron.inference.decoder import IncrementalDecoder
+from overtok_megatron.inference.generation import generate_tokens
 from overtok_megatron.inference.loading import Storage, TrainedModel, load_trained
+from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.serving import scheduler as scheduler_module
 from overtok_megatron.serving.scheduler import BatchScheduler, SequenceRequest, TokenDelta
 from support.live_server import live_server

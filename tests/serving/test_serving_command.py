@@ -6,13 +6,15 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from overtok_megatron.cli import main
 from overtok_megatron.inference import generation
-from overtok_megatron.inference.generation import Sampling, generate
+from overtok_megatron.inference.generation import generate
+from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.serving.server import is_loopback, open_socket
 from support.overtok_process import start_overtok
 from support.trained_runs import TrainedRuns
@@ -80,8 +82,8 @@ def test_a_conversation(
 
     stream_tokens = generation.stream_tokens
 
-    def interrupted(model: object, prompts: list[list[int]], sampling: Sampling) -> Iterator[list[int | None]]:
-        for count, tokens in enumerate(stream_tokens(model, prompts, sampling)):
+    def interrupted(model: object, prompts: list[list[int]], *settings: Any) -> Iterator[list[list[int]]]:
+        for count, tokens in enumerate(stream_tokens(model, prompts, *settings)):
             if count == 3 and prompts == [trained.tokenizer.encode("interrupt")]:
                 raise KeyboardInterrupt
             yield tokens

@@ -8,8 +8,9 @@ import openai
 import pytest
 import torch
 
-from overtok_megatron.inference.generation import Sampling, generate, generate_texts
+from overtok_megatron.inference.generation import generate, generate_texts
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.sampling import Sampling
 from support.live_server import LiveServer, live_server
 from support.trained_runs import TrainedRuns
 

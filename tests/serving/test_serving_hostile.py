@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overtok_megatron.inference.continuous_batch import ContinuousBatch
-from overtok_megatron.inference.generation import Sampling
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.serving import server as server_module
 from overtok_megatron.serving.scheduler import BatchScheduler, BusyError, SequenceRequest, TokenDelta
 from support.live_server import LiveServer, live_server

@@ -173,6 +173,19 @@ FAULTS = [
         ({"model__num_experts_per_token": 2}, "model.num_experts_per_token", "needs model.num_experts"),
         ({"model__num_experts": 4}, "model.num_experts_per_token", "4 is usual"),
         ({"model__num_experts": 4, "model__num_experts_per_token": 5}, "model.num_experts_per_token", "4 is the most"),
+        ({"over_decoding__num_tokens": 3}, "over_decoding.loss_weights", "write [0.1, 0.1]"),
+        (
+            {"over_decoding__num_tokens": 2, "over_decoding__loss_weights": [0.5, 0.2]},
+            "over_decoding.loss_weights",
+            "one for table 2; write [0.5]",
+        ),
+        (
+            {"over_decoding__num_tokens": 17, "over_decoding__loss_weights": [0.1] * 16},
+            "over_decoding.num_tokens",
+            "16 is",
+        ),
+        ({"over_decoding__num_tokens": 2, "over_decoding__low_rank": 49}, "over_decoding.low_rank", "48 is the most"),
+        ({"multi_token_prediction__depth": 16}, "multi_token_prediction.depth", "15 is the most"),
         ({"logging__trace_steps": [3, 3], "logging__trace_ranks": [4]}, "logging.trace_ranks", "0 to 3 are"),
     )
 ]

@@ -28,7 +28,7 @@ def start(case: Layout) -> TrainingEngine:
 
 
 def train(engine: TrainingEngine, start: int, stop: int) -> list[float]:
-    batches = stream()[start:stop]
+    batches = stream(engine.extra_tokens - 1)[start:stop]
     return [engine.step(own_tokens(engine, batch), 3e-3).loss for batch in batches]
 
 

@@ -13,12 +13,14 @@ from overtok_megatron.training.processes import start_processes
 from support.assembling import cpu_model
 from support.distributed_harness import run_ranks
 from support.layouts import BATCH, CPU, EOD, SEQ, Layout, layout_config, own_tokens, reference_run, stream
+from support.multi_token_layers import multi_token_names
 from support.reference import hugging_face_names
 
 
 @dataclass(frozen=True)
 class RankResult:
     losses: list[float]
+    later: list[dict[str, float]]
     norms: list[float]
     validation: float
     dense: dict[str, tuple[int | None, Tensor]]  # the split dimension and this rank's part
@@ -33,9 +35,9 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
         grid = start_processes(config, CPU)
         validate(config, grid.shape.world_size, lambda key: "test")
         engine = TrainingEngine(config, grid, CPU, EOD)
-        steps = [engine.step(own_tokens(engine, batch), 3e-3) for batch in stream()]
-        held_out = own_tokens(engine, stream()[0].flip(0))
-        both = held_out.flatten(0, 1)[:, :-1], held_out.flatten(0, 1)[:, 1:]
+        steps = [engine.step(own_tokens(engine, batch), 3e-3) for batch in stream(engine.extra_tokens - 1)]
+        held_out = own_tokens(engine, stream(engine.extra_tokens - 1)[0].flip(0))
+        both = engine.inputs_and_targets(held_out.flatten(0, 1))
         turned = both[0].flip(0), both[1].flip(0)  # the same mean, and another micro-batch for stages to tell apart
         validation, scored = engine.evaluate([both, turned])
         assert scored == 2 * BATCH * SEQ
@@ -48,6 +50,7 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
         results.append(
             RankResult(
                 [step.loss for step in steps],
+                [step.auxiliary_losses for step in steps],
                 [step.grad_norm for step in steps],
                 validation,
                 dense,
@@ -72,6 +75,8 @@ def check_layout(name: str, case: Layout, ranks: list[RankResult]) -> None:
     losses, reference = reference_run(case)
     for rank, result in enumerate(ranks):
         assert result.losses == pytest.approx(losses, rel=1e-5), (name, rank)
+        for found, wanted in zip(result.later, reference.later, strict=True):
+            assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-5), (name, rank)
         assert result.norms == pytest.approx(reference.norms, rel=1e-4), (name, rank)
         assert result.validation == pytest.approx(ranks[0].validation, rel=1e-12), (name, rank)
     assert ranks[0].validation == pytest.approx(reference.loss(stream()[0].flip(0)), rel=1e-5), name
@@ -85,6 +90,14 @@ def check_layout(name: str, case: Layout, ranks: list[RankResult]) -> None:
             distance = (weight - theirs[parameter]).norm() / theirs[parameter].norm()
             # Adam's first steps divide rounding noise by rounding noise where a gradient is nearly zero
             assert distance < 1e-4, (name, parameter, distance)
+    theirs = dict(reference.multi_token.named_parameters())
+    for parameter, weight in multi_token_names(model).items():
+        if parameter in theirs:
+            distance = (weight - theirs[parameter]).norm() / theirs[parameter].norm()
+            assert distance < 1e-4, (name, parameter, distance)
+    for parameter, head in reference.heads.items():
+        distance = (model.get_parameter(parameter) - head).norm() / head.norm()
+        assert distance < 1e-4, (name, parameter, distance)
 
 
 def run_matrix(world: int, cases: dict[str, Layout], timeout: float) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overtok_megatron.config.constants import IGNORE_INDEX
+from overtok_megatron.config.derived import further_tokens
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.training.engine import TrainingEngine
 from support.reference import Reference
@@ -33,6 +35,7 @@ class Layout:
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)  # other sections, whole
 
 
 KEYS = {
@@ -77,23 +80,32 @@ def layout_config(case: Layout) -> RunConfig:
             "training": {"output_directory": "none", "micro_batch_size": 2, "global_batch_size": BATCH, "train_iters": STEPS,
                          "precision": "fp32", "kernels": "torch"} | case.training,
         }
+        | case.sections
     )  # fmt: skip
 
 
-def stream() -> Tensor:
-    """[steps, batch, s + 1]: repeated n-grams and ends of documents in it."""
+def stream(further: int = 0) -> Tensor:
+    """[steps, batch, s + 1 + further]: repeated n-grams and ends of documents in it.
+
+    Whatever `further` is, the first s + 1 tokens are the same. Of some samples the stream ends behind them, or later, before
+    the last token.
+    """
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, VOCAB, (STEPS, BATCH, SEQ + 1), generator=generator)
     common = torch.randint(0, 6, tokens.shape, generator=generator)
-    return torch.where(torch.rand(tokens.shape, generator=generator) < 0.6, common, tokens)
+    tokens = torch.where(torch.rand(tokens.shape, generator=generator) < 0.6, common, tokens)
+    behind = torch.randint(0, 9, (STEPS, BATCH, further), generator=generator)
+    known = torch.randint(0, 4 * (further + 1), (STEPS, BATCH, 1), generator=generator)
+    return torch.cat([tokens, torch.where(torch.arange(further) < known, behind, IGNORE_INDEX)], dim=-1)
 
 
 def own_tokens(engine: TrainingEngine, batch: Tensor) -> Tensor:
-    """A rank's part of a global batch [G, s + 1], as the loop would hand it over."""
-    grid = engine.grid
-    return batch.view(engine.num_micro_batches, grid.shape.data, -1, SEQ + 1)[:, grid.data_rank]
+    """A rank's part of a global batch [G, s + k, or more], as the loop would hand it over."""
+    grid, length = engine.grid, SEQ + engine.extra_tokens
+    return batch[:, :length].reshape(engine.num_micro_batches, grid.shape.data, -1, length)[:, grid.data_rank]
 
 
 def reference_run(case: Layout) -> tuple[list[float], Reference]:
-    reference = Reference(layout_config(case), EOD)
-    return [reference.step(batch) for batch in stream()], reference
+    config = layout_config(case)
+    reference = Reference(config, EOD)
+    return [reference.step(batch) for batch in stream(further_tokens(config))], reference

@@ -11,6 +11,7 @@ import httpx
 import uvicorn
 
 from overtok_megatron.inference.loading import TrainedModel
+from overtok_megatron.inference.speculation import Speculation
 from overtok_megatron.serving.app import ServerSettings, build_app
 from overtok_megatron.serving.requests import Limits
 from overtok_megatron.serving.server import open_socket, server_config
@@ -34,7 +35,8 @@ class LiveServer:
 
     def wait_idle(self, seconds: float = 20.0) -> None:
         deadline = time.monotonic() + seconds
-        while (load := self.health()) != {"status": "ok", "running": 0, "waiting": 0}:
+        idle = {"status": "ok", "running": 0, "waiting": 0}
+        while not (load := self.health()).items() >= idle.items():
             assert time.monotonic() < deadline, load
             time.sleep(0.02)
 
@@ -47,11 +49,12 @@ def live_server(
     max_waiting: int = 40,
     prefill_chunk: int = 7,
     connections: int = 100,
+    speculation: Speculation | None = None,
     **settings: Any,
 ) -> Iterator[LiveServer]:
     limits = Limits(trained.config.data.seq_length, 40, 8)
     bounds = {"max_batch": max_batch, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
-    app = build_app(trained, replace(SETTINGS, **settings), limits, **bounds)
+    app = build_app(trained, replace(SETTINGS, **settings), limits, **bounds, speculation=speculation)
     with open_socket("127.0.0.1", 0) as listening:
         server = uvicorn.Server(server_config(app, connections))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -22,14 +22,15 @@ from transformers import (
 )
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
+from overtok_megatron.config.constants import IGNORE_INDEX
 from overtok_megatron.config.derived import attention_windows, table_rate_factor
 from overtok_megatron.config.schema import ModelConfig, RunConfig
-from overtok_megatron.model.moe import MixtureOfExperts
-from overtok_megatron.model.norm import RMSNormOfSum
 from overtok_megatron.model.transformer import Transformer
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_store import initial_rows
 from support.assembling import cpu_model
+from support.later_losses import over_decoding_losses, weighted
+from support.multi_token_layers import MultiTokenLayers, block_names
 
 
 def hugging_face_names(
@@ -42,33 +43,7 @@ def hugging_face_names(
         "lm_head.weight": read(model.head.output.weight),
     }
     for index, block in enumerate(model.blocks):
-        prefix = f"model.layers.{index}"
-        attention, mlp = block.attention, block.mlp
-        norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-        if isinstance(block.mlp_norm, RMSNormOfSum):
-            norms = ("input_layernorm", "post_attention_layernorm")
-        for letter in "qkv":
-            names[f"{prefix}.self_attn.{letter}_proj.weight"] = read(getattr(attention.qkv, f"{letter}_proj"))
-        names |= {
-            f"{prefix}.self_attn.o_proj.weight": read(attention.o_proj.weight),
-            f"{prefix}.{norms[0]}.weight": read(block.attention_norm.weight),
-            f"{prefix}.{norms[1]}.weight": read(block.mlp_norm.weight),
-        }
-        if attention.q_norm is not None:
-            names[f"{prefix}.self_attn.q_norm.weight"] = read(attention.q_norm.weight)
-            names[f"{prefix}.self_attn.k_norm.weight"] = read(attention.k_norm.weight)
-        if isinstance(mlp, MixtureOfExperts):
-            names |= {
-                f"{prefix}.mlp.gate.weight": read(mlp.router),
-                f"{prefix}.mlp.experts.gate_up_proj": torch.cat([read(mlp.experts_gate), read(mlp.experts_up)], dim=1),
-                f"{prefix}.mlp.experts.down_proj": read(mlp.experts_down),
-            }
-        else:
-            names |= {
-                f"{prefix}.mlp.gate_proj.weight": read(mlp.gate_up.gate_proj),
-                f"{prefix}.mlp.up_proj.weight": read(mlp.gate_up.up_proj),
-                f"{prefix}.mlp.down_proj.weight": read(mlp.down_proj.weight),
-            }
+        names |= block_names(block, f"model.layers.{index}", read)
     return names
 
 
@@ -159,7 +134,7 @@ def table_kinds(config: RunConfig) -> list[tuple[int, int, bool]]:
 
 
 class Reference:
-    """A model that trains step by step on global batches [G, s + 1]; `step` returns the mean cross entropy."""
+    """A model that trains step by step on global batches [G, s + 1 + D']; `step` returns the mean cross entropy."""
 
     def __init__(self, config: RunConfig, eod_id: int) -> None:
         self.config = config
@@ -179,6 +154,10 @@ class Reference:
         ]  # [d, B w], then one a group
         parts = torch.cat(weights, dim=1).split(self.space.width, dim=1)
         self.projections = nn.ParameterList([part.clone() for part in parts])
+        own = {name: weight for name, weight in ours.named_parameters() if name.startswith("over_decoding.")}
+        self.heads = {name: nn.Parameter(weight.detach().clone()) for name, weight in own.items()}
+        self.multi_token = MultiTokenLayers(ours, self.model, config)
+        self.later: list[dict[str, float]] = []  # losses of heads for later tokens, a step each
         self._build_optimizers()
         self.norms: list[float] = []  # before clipping, a step each
         self.square_sums = [torch.zeros(size, dtype=torch.float64) for size in self.space.sizes]
@@ -193,10 +172,12 @@ class Reference:
     def _build_optimizers(self) -> None:
         settings, over = self.config.optimizer, self.config.over_encoding
         spared = [] if self.config.model.tie_word_embeddings else [self.model.model.embed_tokens.weight]
-        spared += [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
-        decayed = [p for p in self.model.parameters() if all(p is not other for other in spared)] + list(
-            self.projections
-        )
+        layers = [*self.model.parameters(), *self.multi_token.parameters()]
+        spared += [parameter for parameter in layers if parameter.ndim < 2]
+        decayed = [p for p in layers if all(p is not other for other in spared)] + [
+            *self.projections,
+            *self.heads.values(),
+        ]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         self.dense = [*decayed, *spared]
         self.adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
@@ -262,22 +243,42 @@ class Reference:
     @torch.no_grad()
     def loss(self, batch: Tensor) -> float:
         """Mean cross entropy of [G, s + 1] without a step."""
-        tokens = batch[:, :-1]
+        tokens, targets = self.inputs_and_targets(batch)
         logits = self.model(inputs_embeds=self.embed(tokens)[0], attention_mask=self.mask(tokens)).logits
-        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+
+    def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Of [G, s + 1], or more tokens for heads of later tokens."""
+        length = self.config.data.seq_length
+        return batch[:, :length], batch[:, 1 : 1 + length]
 
     def step(self, batch: Tensor) -> float:
-        embedded, asked = self.embed(batch[:, :-1])
+        tokens, targets = self.inputs_and_targets(batch)
+        length, depth = tokens.shape[1], self.config.multi_token_prediction.depth
+        known = torch.where(batch == IGNORE_INDEX, 0, batch)[:, : length + depth]
+        embedded, asked = self.embed(known)  # n-grams look back only, so these are also those of the tokens alone
         result = self.model(
-            inputs_embeds=embedded,
-            attention_mask=self.mask(batch[:, :-1]),
+            inputs_embeds=embedded[:, :length],
+            attention_mask=self.mask(tokens),
+            output_hidden_states=True,
             **({"output_router_logits": True} if self.config.model.num_experts else {}),
         )
         logits = result.logits
-        cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         objective = cross_entropy + self.config.training.z_loss * logits.logsumexp(-1).square().mean()
         if self.config.model.num_experts:
             objective = objective + self.router_loss(result.router_logits, batch.shape[0])
+        later = over_decoding_losses(result.hidden_states[-1], self.heads, batch, self.config, self.eod_id)
+        objective = objective + weighted(later, self.config)
+        if depth:
+            hidden, mask = result.hidden_states[-1], self.mask(tokens)
+            depths, routers = self.multi_token.losses(hidden, embedded, batch, mask, self.eod_id)
+            later |= depths
+            section = self.config.multi_token_prediction
+            objective = objective + section.loss_weight / depth * torch.stack([*depths.values()]).sum()
+            if routers and section.loss_weight:
+                objective = objective + depth / self.config.model.num_layers * self.router_loss(routers, batch.shape[0])
+        self.later.append({name: loss.item() for name, loss in later.items()})
         for parameter in [*self.dense, *self.tables]:
             parameter.grad = None
         objective.backward()

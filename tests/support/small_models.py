@@ -66,7 +66,12 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.fixture(params=KINDS)
 def small_model(request: pytest.FixtureRequest) -> TrainedModel:
     """Each kind in turn: windows, experts, documents, tables."""
-    model_keys, over_encoded = KINDS[request.param]
+    return build_small_model(request.param)
+
+
+def build_small_model(kind: str, **sections: Any) -> TrainedModel:
+    """A model of a kind; sections: further ones of its configuration."""
+    model_keys, over_encoded = KINDS[kind]
     over = {"enabled": True, "ngram_order": 3, "num_slices": 1, "table_rows": 1000, "init_std": 0.5, "combine": "sum"}
     over |= {"row_width": 16, "added": [{"orders": [5, 2], "table_rows": 700}]}
     config = RunConfig.model_validate(
@@ -86,7 +91,7 @@ def small_model(request: pytest.FixtureRequest) -> TrainedModel:
             "data": {
                 "train": "none",
                 "seq_length": CONTEXT,
-                "document_attention": "within" if request.param == WITHIN else "across",
+                "document_attention": "within" if kind == WITHIN else "across",
             },
             "optimizer": {"learning_rate": 1e-3},
             "training": {
@@ -96,6 +101,7 @@ def small_model(request: pytest.FixtureRequest) -> TrainedModel:
                 "train_iters": 1,
                 "precision": "fp32",
             },
+            **sections,
         }
     )
     model = cpu_model(config, eod_id=Letters.eod_id).eval()

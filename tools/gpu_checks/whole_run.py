@@ -136,8 +136,9 @@ def _wait_for(path: Path) -> None:
 def _scored_apart(context: Context, folder: Path, expected: float) -> float:
     """Generate with the resumed model, twice the same, and score the validation set: distance from the run's metric."""
     from overtok_megatron.evaluation.perplexity import score_set
-    from overtok_megatron.inference.generation import Sampling, generate_tokens
+    from overtok_megatron.inference.generation import generate_tokens
     from overtok_megatron.inference.loading import load_trained
+    from overtok_megatron.inference.sampling import Sampling
 
     trained = load_trained(folder / "parts", context.device)
     prompts = [list(b"The state of"), list(b"A")]

@@ -69,8 +69,9 @@ class PipelineStage(PipelineModule):
     `layers.shared` names the parts of the embedding that both ends hold: equal from the start, their gradients are summed
     over both before each step, they are counted once in the norm and saved once.
 
-    eod_id, z_loss_weight: as in `Transformer`. `expect` tells each stage in advance what it needs of a micro-batch besides
-    hidden states, so that nothing else travels between stages.
+    eod_id, z_loss_weight: as in `Transformer`. num_later_heads: how many modules for later tokens the last stage holds.
+    `expect` tells each stage in advance what it needs of a micro-batch besides hidden states, so that nothing else travels
+    between stages.
     """
 
     def __init__(
@@ -83,12 +84,13 @@ class PipelineStage(PipelineModule):
         num_micro_batches: int,
         sequence_parallel: bool,
         eod_id: int | None = None,
+        num_later_heads: int = 0,
     ) -> None:
         # Plain values and a tuple only: a module cannot become an attribute before DeepSpeed's constructor has run.
         self._layers = layers
         self._counts = [*blocks_per_stage]
         self._counts[0] += 1  # the embedding
-        self._counts[-1] += 1  # the head
+        self._counts[-1] += 1 + num_later_heads  # the head, and what is beside it
         self._process_grid = grid  # DeepSpeed keeps a grid of its own in _grid
         self._z_loss_weight = z_loss_weight
         self._num_micro_batches = num_micro_batches
@@ -111,8 +113,11 @@ class PipelineStage(PipelineModule):
         self.embedding = self._layers.embedding
         self.blocks = nn.ModuleDict({str(index): block for index, block in self._layers.blocks.items()})
         self.head = self._layers.head
+        self.over_decoding = self._layers.over_decoding
+        self.multi_token = self._layers.multi_token
         first, last = self._process_grid.is_first_stage, self._process_grid.is_last_stage
-        layers = [*([self.embedding] if first else []), *self.blocks.values(), *([self.head] if last else [])]
+        heads = [head for head in (self.head, self.over_decoding, self.multi_token) if head is not None]
+        layers = [*([self.embedding] if first else []), *self.blocks.values(), *(heads if last else [])]
         self.forward_funcs = layers  # what DeepSpeed's checkpoints hold, one file per layer
 
     def _index_tied_modules(self) -> dict[str, Any]:
@@ -173,16 +178,21 @@ class PipelineStage(PipelineModule):
         hidden, routing = run_blocks(self.blocks.values(), x, documents=documents)
         if self.head is None:
             return self._with_router_loss(hidden, routing)
-        result = self.forward_losses(hidden, batch, routing)
+        result = self.forward_losses(hidden, batch, routing, documents)
         self._results.add(result.main_loss, result.router_stats, result.auxiliary_losses)
         objective = with_own_kind_of_gradient(result.objective) if self.training else result.objective
         return self._with_all_copies(objective / batch.targets.numel())
 
-    def forward_losses(self, hidden: Tensor, batch: MicroBatch, routing: Routing | None) -> ForwardResult:
+    def forward_losses(
+        self, hidden: Tensor, batch: MicroBatch, routing: Routing | None, documents: Documents | None
+    ) -> ForwardResult:
         """The losses of a micro-batch, on the last stage. routing: of this stage's blocks."""
         assert self.head is not None
         z_loss_weight = self._z_loss_weight if self.training else 0.0
-        return self.head.forward_losses(hidden, batch.targets, z_loss_weight=z_loss_weight, routing=routing)
+        heads = self._layers.later_heads(batch.later, batch.fetched, documents)
+        return self.head.forward_losses(
+            hidden, batch.targets, z_loss_weight=z_loss_weight, routing=routing, later_heads=heads
+        )
 
     def _with_router_loss(self, hidden: Tensor, routing: Routing | None) -> Tensor:
         """What a stage without the head hands on; backward through it adds the gradient of the routers' losses."""

@@ -1,0 +1,36 @@
+"""Rules across the keys of the heads that predict later tokens, and between them and the model and the data."""
+
+from collections.abc import Iterator
+
+from overtok_megatron.config.problems import Problem, problem
+from overtok_megatron.config.schema import RunConfig
+
+_NUM_TOKENS = "over_decoding.num_tokens"
+
+
+def output_problems(config: RunConfig) -> Iterator[Problem]:
+    """What breaks the rules about over-decoding and multi-token prediction; nothing where both are off."""
+    section, length = config.over_decoding, config.data.seq_length
+    last, depth = section.num_tokens, config.multi_token_prediction.depth
+    if last > length:
+        reason = f"looks further ahead than data.seq_length {length}; {length} is the most"
+        yield problem(_NUM_TOKENS, last, reason, ("data.seq_length",))
+    if depth >= length:
+        reason = f"looks further ahead than data.seq_length {length}; {length - 1} is the most"
+        yield problem("multi_token_prediction.depth", depth, reason, ("data.seq_length",))
+    if last == 1:
+        return
+    weights, rank, width = section.loss_weights, section.low_rank, config.model.hidden_size
+    if len(weights) != last - 1:
+        tables = "table 2" if last == 2 else f"each of tables 2 to {last}"
+        reason = f"{_NUM_TOKENS} {last} needs {last - 1}, one for {tables}; write {_completed(weights, last - 1)}"
+        yield problem("over_decoding.loss_weights", f"{len(weights)} of them", reason, (_NUM_TOKENS,))
+    if rank is not None and rank > width:
+        reason = f"is above model.hidden_size {width}, to which the rank of a table is limited; {width} is the most"
+        yield problem("over_decoding.low_rank", rank, reason, ("model.hidden_size",))
+
+
+def _completed(weights: list[float], count: int) -> str:
+    """A list of `count` weights as YAML writes it: those that are given, and 0.1 for those that are missing."""
+    filled = [*weights, *[0.1] * count][:count]
+    return f"[{', '.join(f'{weight:g}' for weight in filled)}]"

@@ -1,0 +1,298 @@
+"""Over-decoding in training: weights of 0, bfloat16, checkpoints, samples at the end of the data, and what a run reports."""
+
+import json
+import math
+import re
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overtok_megatron.checkpoint.changes import check_same_state
+from overtok_megatron.checkpoint.layout import CheckpointLayout
+from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
+from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.data.indexed import IndexedDataset
+from overtok_megatron.errors import CheckpointError
+from overtok_megatron.inference.loading import load_trained
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
+from overtok_megatron.training.resuming import load_checkpoint
+from overtok_megatron.training.saving import Saver
+from overtok_megatron.training.step_result import StepResult
+from support.config_faults import make
+from support.dataset_factory import train_batches, write_dataset
+from support.distributed_harness import run_ranks
+from support.later_losses import OD2, OD3
+from support.layout_changes import check_pairs, check_universal
+from support.layout_matrix import train_rank as train_matrix_rank
+from support.layouts import (
+    BATCH,
+    CPU,
+    EOD,
+    SEQ,
+    TIED,
+    VOCAB,
+    WITHIN,
+    Layout,
+    layout,
+    layout_config,
+    own_tokens,
+    reference_run,
+    stream,
+)
+from support.reference import Reference
+from support.trained_runs import TrainedRuns, tiny_run_config
+
+STEPS = 8
+HALF = {"precision": "bf16"}
+NO_WEIGHT = {"over_decoding": OD3["over_decoding"] | {"loss_weights": [0.0, 0.0]}}
+
+
+def train_rank(cases: list[Layout]) -> list[list[StepResult]]:
+    """One rank's work: the steps of each case; a run without heads takes the same samples."""
+    results = []
+    for case in cases:
+        config = layout_config(case)
+        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        results.append([engine.step(own_tokens(engine, batch), 3e-3) for batch in stream(2)[:STEPS]])
+    return results
+
+
+ALONE = {
+    "no ZeRO": ("", {}),
+    "ZeRO 1, tied": ("z1", {"model": TIED}),
+    "recomputation": ("z2", {"training": {"recompute": "full"}}),
+    "no clipping": ("", {"optimizer": {"gradient_clipping": 0.0}}),
+}
+TOGETHER = {"TP2+SP": "tp2 sp", "PP2, ZeRO 1": "pp2 z1", "CP2": "cp2", "DP2, ZeRO 3": "z3"}
+
+
+def pairs_of(shorts: list[tuple[str, dict[str, Any]]]) -> list[Layout]:
+    """Each layout without heads, and with heads whose losses have a weight of 0."""
+    return [
+        layout(short, micro=6, sections=sections, **others)
+        for (short, others), sections in product(shorts, ({}, NO_WEIGHT))
+    ]
+
+
+def check_pairs_of(names: list[str], results: list[list[StepResult]], relative: float) -> None:
+    for name, without, with_heads in zip(names, results[::2], results[1::2], strict=True):
+        assert [step.loss for step in with_heads] == pytest.approx(
+            [step.loss for step in without], rel=relative, abs=0.0
+        ), name
+        assert all(step.auxiliary_losses == {} for step in without)
+        for step in with_heads:
+            assert step.auxiliary_losses.keys() == {"over_decoding_2", "over_decoding_3"}
+            assert all(math.isfinite(loss) and 1.0 < loss < 9.0 for loss in step.auxiliary_losses.values())
+
+
+def test_heads_of_weight_0_leave_the_main_losses_bit_for_bit() -> None:
+    """In one process, where no sum runs over ranks."""
+    (results,) = run_ranks(1, train_rank, pairs_of(list(ALONE.values())), timeout=200)
+    check_pairs_of(list(ALONE), results, relative=0.0)
+
+
+def test_heads_of_weight_0_leave_the_main_losses_on_layouts() -> None:
+    shorts: list[tuple[str, dict[str, Any]]] = [(short, {}) for short in TOGETHER.values()]
+    for results in run_ranks(2, train_rank, pairs_of(shorts), timeout=200):
+        check_pairs_of(list(TOGETHER), results, relative=1e-6)
+
+
+BF16 = {
+    "TP2+SP, ZeRO 1": layout("tp2 sp z1", micro=6, training=HALF, sections=OD3),
+    "PP2, ZeRO 1, tied": layout("pp2 z1", model=TIED, training=HALF, sections=OD3),
+    "CP2, ZeRO 2": layout("cp2 z2", micro=6, training=HALF, sections=OD2),
+    "DP2, ZeRO 3, recomputation": layout("z3", training=HALF | {"recompute": "full"}, sections=OD3),
+}
+
+
+def test_bfloat16_follows_one_process_in_float32() -> None:
+    """Main losses to 0.4%, those of the tables to 0.4%, joint norms to 5%, as without heads: test_layout_matrix.py."""
+    ranks = run_ranks(2, train_matrix_rank, list(BF16.values()), timeout=200)
+    for index, (name, case) in enumerate(BF16.items()):
+        losses, reference = reference_run(case)
+        for rank in ranks:
+            assert rank[index].losses == pytest.approx(losses, rel=4e-3), name
+            for found, wanted in zip(rank[index].later, reference.later, strict=True):
+                assert found == pytest.approx(wanted, rel=4e-3), name
+            assert rank[index].norms == pytest.approx(reference.norms, rel=5e-2), name
+
+
+SAVED_AT, END = 2, 5
+RESUMED = {
+    1: {"one process": layout("z1", micro=6, sections=OD3)},
+    2: {
+        "TP2+SP, ZeRO 1": layout("tp2 sp z1", micro=6, sections=OD3),
+        "PP2, ZeRO 1, tied": layout("pp2 z1", micro=6, model=TIED, sections=OD3),
+        "DP2, ZeRO 3": layout("z3", sections=OD2),
+    },
+}
+
+
+def stop_and_go_on(cases: dict[str, Layout], folder: Path) -> dict[str, tuple[list[StepResult], list[StepResult]]]:
+    """One rank's work: the last steps of an uninterrupted run, and those of one that goes on from the checkpoint on its way."""
+    results = {}
+    batches = stream(2)[:END]
+    for name, case in cases.items():
+        config = layout_config(case)
+        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        for batch in batches[:SAVED_AT]:
+            engine.step(own_tokens(engine, batch), 3e-3)
+        saver = Saver(engine, CheckpointStore(folder / name), eod_id=EOD, tokenizer_fingerprint="none")
+        saver.save(SAVED_AT, 0)
+        saver.finish()
+        whole = [engine.step(own_tokens(engine, batch), 3e-3) for batch in batches[SAVED_AT:]]
+        path = CheckpointStore(folder / name).latest()
+        assert path is not None
+        again = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        load_checkpoint(again, path)
+        results[name] = (whole, [again.step(own_tokens(again, batch), 3e-3) for batch in batches[SAVED_AT:]])
+    return results
+
+
+@pytest.mark.parametrize("world", RESUMED)
+def test_a_run_resumes_bit_for_bit(world: int, tmp_path: Path) -> None:
+    for rank in run_ranks(world, stop_and_go_on, RESUMED[world], tmp_path, timeout=200):
+        for name, (whole, resumed) in rank.items():
+            assert [(step.loss, step.grad_norm, step.auxiliary_losses) for step in resumed] == [
+                (step.loss, step.grad_norm, step.auxiliary_losses) for step in whole
+            ], name
+
+
+PAIRS: dict[str, tuple[int, Layout]] = {
+    "single, no ZeRO": (1, layout("", micro=6, sections=OD3)),
+    "DP2, ZeRO 3": (2, layout("z3", sections=OD3)),
+    "TP2xPP2+SP, ZeRO 1": (4, layout("tp2 pp2 sp z1", micro=3, sections=OD3)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_checkpoints_go_on_in_another_layout(tmp_path: Path) -> None:
+    check_pairs(PAIRS, list(permutations(PAIRS, 2)), tmp_path)
+    check_universal(tmp_path / "TP2xPP2+SP, ZeRO 1", tmp_path / "universal")
+
+
+def end_of_data(case: Layout, prefix: Path) -> tuple[StepResult, list[float]]:
+    """One rank's work: a step on all samples of a set, and this rank's share of the positions that its tables score."""
+    config = layout_config(case)
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    samples = train_batches(
+        IndexedDataset(prefix),
+        SEQ,
+        config.training.micro_batch_size,
+        engine.num_micro_batches,
+        engine.grid.data_rank,
+        engine.grid.shape.data,
+        seed=0,
+        extra_tokens=engine.extra_tokens,
+    )
+    tokens = torch.from_numpy(samples.read(0))
+    later = engine.later_tokens.read(tokens)
+    assert later is not None
+    return engine.step(tokens, 3e-3), later.own_counts.tolist()
+
+
+@pytest.mark.parametrize(("short", "data"), [("z1", {}), ("z1", WITHIN), ("pp2", {}), ("cp2", WITHIN)])
+def test_the_last_samples_of_the_data_lack_further_tokens(short: str, data: dict[str, Any], tmp_path: Path) -> None:
+    """A set of just four samples: the last position of the last one has a next token, and none behind that."""
+    generator = torch.Generator().manual_seed(1)
+    documents = [[*torch.randint(4, VOCAB, (size,), generator=generator).tolist(), EOD] for size in (9, 21, 15)]
+    documents[-1] += [5]
+    tokens = [token for document in documents for token in document]
+    assert len(tokens) == 4 * SEQ + 1
+    write_dataset(tmp_path / "set", documents)
+    training = {"micro_batch_size": 2, "global_batch_size": 4}
+    case = layout(short, data=data, training=training, sections=OD3)
+    ranks = run_ranks(2, end_of_data, case, tmp_path / "set")
+
+    counts = []
+    for ahead in (2, 3):
+        counts.append(sum(not data or EOD not in tokens[t : t + ahead] for t in range(len(tokens) - ahead)))
+    assert [sum(own) for own in zip(*(own for _, own in ranks), strict=True)] == counts
+    if short == "z1":
+        assert ranks[0][1] != ranks[1][1]  # one of them has the end
+    samples = train_batches(IndexedDataset(tmp_path / "set"), SEQ, 4, seed=0, extra_tokens=3).read(0)
+    reference = Reference(layout_config(case), EOD)
+    loss = reference.step(torch.from_numpy(samples)[0])
+    for result, _ in ranks:
+        assert result.loss == pytest.approx(loss, rel=1e-5)
+        assert result.auxiliary_losses == pytest.approx(reference.later[0], rel=1e-5)
+        assert result.grad_norm == pytest.approx(reference.norms[0], rel=1e-4)
+
+
+def test_a_table_that_scores_nothing_reports_no_loss() -> None:
+    """Documents of two tokens: no token of a document is two behind another. The objective stays finite."""
+    case = layout("", micro=BATCH, data=WITHIN, sections=OD3)
+    (result,) = run_ranks(1, short_documents, case)
+    assert result.auxiliary_losses == {}
+    assert math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+
+
+def short_documents(case: Layout) -> StepResult:
+    config = layout_config(case)
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    tokens = torch.arange(SEQ + 3).remainder(2).mul(EOD - 7).add(7).expand(BATCH, -1)
+    return engine.step(own_tokens(engine, tokens), 3e-3)
+
+
+def train_run(folder: Path, output: Path, num_threads: int = 1) -> None:
+    """One rank's work: a run with three output tables."""
+    from overtok_megatron.training.trainer import Trainer
+
+    values = tiny_run_config(folder, "fp32").model_dump(mode="json") | OD3
+    values["training"] |= {"output_directory": str(output), "train_iters": 4, "validation_interval": 2}
+    output.mkdir()
+    assert Trainer(RunConfig.model_validate(values), device=CPU, num_threads=num_threads).run()
+
+
+def test_a_run_reports_its_tables_and_its_model_is_read(trained_runs: TrainedRuns, tmp_path: Path) -> None:
+    run_ranks(1, train_run, trained_runs.folder, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        assert {name for name in record if name.startswith("loss/")} == {"loss/over_decoding_2", "loss/over_decoding_3"}
+        assert 3.0 < record["loss/over_decoding_2"] < 9.0
+    assert [record["step"] for record in records if "validation/loss" in record] == [2, 4]
+    plain = json.loads((trained_runs.run("fp32") / "metrics.jsonl").read_text().splitlines()[0])
+    assert not [name for name in plain if name.startswith("loss/")]
+    model = load_trained(tmp_path / "run", CPU).model
+    assert model.over_decoding is not None
+    assert list(model.over_decoding.tables) == ["2", "3"]
+
+
+def manifest_of(config: RunConfig, *without: str) -> Manifest:
+    values = config.model_dump(mode="json")
+    for section in without:
+        del values[section]
+    layout_ = CheckpointLayout(zero_stage=0)
+    return Manifest(
+        step=1, consumed_samples=1, config=values, layout=layout_, eod_id=0, tokenizer_fingerprint="none", files={}
+    )
+
+
+def test_what_may_change_when_a_run_goes_on() -> None:
+    """Weights of losses; not what another model has. A checkpoint that is older than the sections has no heads."""
+    with_heads, without = make(**tables(3, [0.1, 0.2], 4)), make()
+    for section in ("over_decoding", "multi_token_prediction"):
+        check_same_state(without.model_dump(mode="json"), manifest_of(without, section), Path("old"))
+    other_rank_of_none = make(**tables(1, [0.1], 8))
+    check_same_state(other_rank_of_none.model_dump(mode="json"), manifest_of(without), Path("old"))
+    other_weights = make(**tables(3, [0.0, 0.7], 4))
+    check_same_state(other_weights.model_dump(mode="json"), manifest_of(with_heads), Path("old"))
+    for changed, key in (
+        (make(**tables(2, [0.1], 4)), "over_decoding.num_tokens is 3 there and 2 in this run"),
+        (make(**tables(3, [0.1, 0.2], None)), "over_decoding.low_rank is 4 there and null in this run"),
+        (make(multi_token_prediction__depth=1, **tables(3, [0.1, 0.2], 4)), "multi_token_prediction.depth is 0 there"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(key)):
+            check_same_state(changed.model_dump(mode="json"), manifest_of(with_heads), Path("old"))
+    with pytest.raises(CheckpointError, match=r"over_decoding\.num_tokens is 1 there and 3 in this run"):
+        check_same_state(with_heads.model_dump(mode="json"), manifest_of(without, "over_decoding"), Path("old"))
+
+
+def tables(num_tokens: int, weights: list[float], low_rank: int | None) -> dict[str, Any]:
+    values = {"num_tokens": num_tokens, "loss_weights": weights, "low_rank": low_rank}
+    return {f"over_decoding__{key}": value for key, value in values.items()}
