@@ -7,6 +7,7 @@ the stream.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby, islice
 
 import torch
@@ -24,6 +25,7 @@ from overtok_megatron.parallel.early_reads import EarlyReads
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.building import (
     TrainedModule,
+    build_dropout,
     build_model,
     build_optimizer,
     build_own_tables,
@@ -57,6 +59,7 @@ class TrainingEngine:
         kernels = choose_kernels(config.training.kernels, device)
         model = build_model(config, grid, device=device, kernels=kernels, eod_id=eod_id)
         self.tables = build_own_tables(config, grid, device=device, kernels=kernels, eod_id=eod_id)
+        self.dropout = build_dropout(config, grid, self.tables, device)
         self.optimizer = build_optimizer(model, config, kernels)
         self.optimizer_order = names_in_order(model, self.optimizer)
         self.deepspeed_engine = start_deepspeed(model, self.optimizer, config, grid)
@@ -117,7 +120,7 @@ class TrainingEngine:
 
         # Phase 1: take the rows, which are under way since the end of the last step where this one was announced. One exchange
         # serves all micro-batches; their forward passes gather without communication.
-        fetched = self._fetch_rows(inputs, training=True)
+        fetched = self._with_dropout(self._fetch_rows(inputs, training=True))
         micro_batches = self._micro_batches(inputs, targets, fetched)
 
         self._set_learning_rate(learning_rate)
@@ -189,6 +192,13 @@ class TrainingEngine:
         if self.tables is None:
             return None
         return self.tables.fetch_rows(inputs if self.looks_up_rows else None, training=training)
+
+    def _with_dropout(self, fetched: FetchedRows | None) -> FetchedRows | None:
+        """The rows of a training step, with the factors of look-ups that are dropped and of those that are kept."""
+        if fetched is None or self.dropout is None or not self.looks_up_rows:
+            return fetched
+        step = steps_taken(self.deepspeed_engine)
+        return replace(fetched, factors=self.dropout.factors(step, self.num_micro_batches))
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor, fetched: FetchedRows | None) -> list[MicroBatch]:
         """This rank's part of each micro-batch of inputs and targets [A, b, s], which hold whole sequences."""
