@@ -75,7 +75,7 @@ def train(cases: list[Layout]) -> list[list[float]]:
     ("ranks", "short"),
     [
         (2, ("z1", "tp2 sp", "cp2 z2", "pp2")),
-        pytest.param(4, ("tp2 pp2", "tp2 cp2 z1", "tp2 z3"), marks=pytest.mark.ci),
+        pytest.param(4, ("tp2 pp2", "tp2 cp2 z1", "z3"), marks=pytest.mark.ci),
     ],
 )
 def one_rank(folder: Path) -> dict[str, Any]:
@@ -117,12 +117,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ("ranks", "short"),
     [
         (2, ("z1", "tp2 sp", "cp2 z2", "pp2")),
-        pytest.param(4, ("tp2 pp2", "tp2 cp2 z1", "tp2 z3"), marks=pytest.mark.ci),
+        pytest.param(4, ("tp2 pp2", "tp2 cp2 z1", "z3"), marks=pytest.mark.ci),
     ],
 )
 def test_every_layout_drops_the_same(alone: dict[str, Any], ranks: int, short: tuple[str, ...]) -> None:
     assert abs(alone["whole"][3] - alone["everything"][3]) > 1e-4  # something was dropped
-    cases = [layout(one, over=DROPPED) for one in short]
+    cases = [layout(one, micro=3 if one == "z3" else 2, over=DROPPED) for one in short]
     for rank in run_ranks(ranks, train, cases, timeout=120):
         for name, losses in zip(short, rank, strict=True):
             assert losses == pytest.approx(alone["whole"], rel=1e-5), name
