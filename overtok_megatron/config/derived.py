@@ -58,6 +58,18 @@ def validation_sets(config: RunConfig) -> dict[str, str]:
     return {"": given} if isinstance(given, str) else dict(given)
 
 
+def table_orders(over: OverEncodingConfig) -> set[int]:
+    """The n-gram orders that have tables."""
+    return {*range(2, over.ngram_order + 1), *(order for group in over.added for order in group.orders)}
+
+
+def dropout_rates(config: RunConfig) -> dict[int, float]:
+    """The share of look-ups that training drops, by n-gram order; empty where nothing is dropped."""
+    given, orders = config.over_encoding.dropout, table_orders(config.over_encoding)
+    rates = {order: given[order - 2] if isinstance(given, list) else given for order in sorted(orders)}
+    return rates if any(rates.values()) else {}
+
+
 def ranks_per_batch(config: RunConfig) -> int:
     """Ranks that see the same samples: they hold one copy of the model for each slice of the sequences."""
     parallel = config.parallel

@@ -155,6 +155,10 @@ class OverEncodingConfig(Section):
         "error", description="what to do when table_rows / hash_base is close to an integer"
     )
     init_std: NonNegativeFloat = Field(0.02, description="deviation of the initial rows; 0 = rows begin at zero")
+    dropout: Fraction | list[Fraction] = Field(
+        0.0,
+        description="share of look-ups that training leaves out, the others scaled up: one number, or one per order from 2 on",
+    )
     optimizer: RowRule = Field("rowwise_adagrad", description="row optimizer, touched rows only")
     learning_rate_factor: PositiveFloat | None = Field(
         None, description="rows' learning rate over the dense one; none = 10 with rowwise_adagrad, else 1"

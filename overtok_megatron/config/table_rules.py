@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from overtok_megatron.config.collisions import LARGEST_ROWS, collision_problem
-from overtok_megatron.config.derived import hash_base
+from overtok_megatron.config.derived import hash_base, table_orders
 from overtok_megatron.config.nearest import nearest_divisor, number_does
 from overtok_megatron.config.problems import PROCESSES, Problem, problem
 from overtok_megatron.config.schema import RunConfig
@@ -47,6 +47,10 @@ def table_problems(config: RunConfig) -> Iterator[Problem]:
     if over.pad_id >= model.vocab_size:
         reason = f"is no token of a vocabulary of {model.vocab_size}; 0 to {model.vocab_size - 1} are"
         yield problem("over_encoding.pad_id", over.pad_id, reason)
+    if isinstance(over.dropout, list) and len(over.dropout) != max(table_orders(over)) - 1:
+        longest = max(table_orders(over))
+        reason = f"has {len(over.dropout)} numbers; write {longest - 1}, one for each order from 2 to {longest}, or one for all"
+        yield problem("over_encoding.dropout", over.dropout, reason)
     for number, group in enumerate(over.added):
         if len(set(group.orders)) != len(group.orders):
             reason = "names an order twice; use num_slices for several tables of one order"

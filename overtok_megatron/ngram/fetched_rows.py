@@ -83,21 +83,24 @@ class FetchedRows(Generic[PlanT]):
     """What `ShardedTables.fetch_rows` returns and a forward pass takes: look-ups, and the rows that they name.
 
     slots: int64 [.., s, T], indices into `rows`; the leading axes are those of the tokens that were looked up. All
-    micro-batches of a step share `rows`.
+    micro-batches of a step share `rows`. factors [.., s, T]: what each look-up is multiplied by (dropout.py); None = 1.
     """
 
     slots: Tensor
     rows: DistinctRows[PlanT]
+    factors: Tensor | None = None
 
     def __getitem__(self, micro_batch: int) -> "FetchedRows[PlanT]":
         """The look-ups of one entry of the first axis."""
-        return FetchedRows(self.slots[micro_batch], self.rows)
+        factors = None if self.factors is None else self.factors[micro_batch]
+        return FetchedRows(self.slots[micro_batch], self.rows, factors)
 
     def positions(self, start: int, count: int) -> "FetchedRows[PlanT]":
         """The look-ups of `count` of the s positions, from position `start` on."""
-        return FetchedRows(self.slots.narrow(-2, start, count).contiguous(), self.rows)
+        factors = None if self.factors is None else self.factors.narrow(-2, start, count)
+        return FetchedRows(self.slots.narrow(-2, start, count).contiguous(), self.rows, factors)
 
     def gather(self) -> Tensor:
         """The rows [.., s, T, w] in the model's dtype; the backward pass adds to the gradients of `rows`."""
         gathered: Tensor = _GatherRows.apply(self.rows.autograd_anchor, self.rows, self.slots)
-        return gathered
+        return gathered if self.factors is None else gathered * self.factors.unsqueeze(-1)

@@ -7,11 +7,14 @@ import torch
 from overtok_megatron.config import derived
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.kernels.choice import Kernels
+from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.model.assembly import attention_boundary, build_run_layers, build_transformer
 from overtok_megatron.model.transformer import Stage, Transformer
 from overtok_megatron.ngram.building import build_tables
+from overtok_megatron.ngram.dropout import LookupDropout
 from overtok_megatron.ngram.sharded_tables import ShardedTables
 from overtok_megatron.parallel.grid import ProcessGrid
+from overtok_megatron.parallel.splits import named_seed
 from overtok_megatron.training.deepspeed.pipeline_stage import PipelineStage
 
 TrainedModule = Transformer | PipelineStage
@@ -60,6 +63,27 @@ def build_own_tables(
         kernels=kernels,
         group=grid.table_group,
         sequence_slice=(sequence_slice_index, shape.context * shape.tensor),
+    )
+
+
+def build_dropout(
+    config: RunConfig, grid: ProcessGrid, tables: ShardedTables | None, device: torch.device
+) -> LookupDropout | None:
+    """What drops look-ups of this rank in training; None where nothing is dropped."""
+    if tables is None or not (rates := derived.dropout_rates(config)):
+        return None
+    index, slices = tables.sequence_slice
+    length = config.data.seq_length // slices
+    return LookupDropout(
+        rates=tuple(rates[order] for order in tables.family.orders),
+        seed=named_seed(config.training.seed, "over_encoding.dropout"),
+        seq_length=config.data.seq_length + config.multi_token_prediction.depth,
+        positions=(index * length, length),
+        micro_batch_size=config.training.micro_batch_size,
+        data_rank=grid.data_rank,
+        data_ranks=grid.shape.data,
+        dtype=DTYPES[config.training.precision],
+        device=device,
     )
 
 

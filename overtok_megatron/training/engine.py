@@ -7,6 +7,7 @@ the stream.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby, islice
 
 import torch
@@ -24,6 +25,7 @@ from overtok_megatron.parallel.early_reads import EarlyReads
 from overtok_megatron.parallel.grid import ProcessGrid
 from overtok_megatron.training.building import (
     TrainedModule,
+    build_dropout,
     build_model,
     build_optimizer,
     build_own_tables,
@@ -59,6 +61,7 @@ class TrainingEngine:
         kernels = choose_kernels(config.training.kernels, device)
         model = build_model(config, grid, device=device, kernels=kernels, eod_id=eod_id)
         self.tables = build_own_tables(config, grid, device=device, kernels=kernels, eod_id=eod_id)
+        self.dropout = build_dropout(config, grid, self.tables, device)
         self.optimizer = build_optimizer(model, config, kernels)
         self.optimizer_order = names_in_order(model, self.optimizer)
         self.deepspeed_engine = start_deepspeed(model, self.optimizer, config, grid)
@@ -132,6 +135,7 @@ class TrainingEngine:
         if self.tables is not None:
             with self.times.phase(EXCHANGE):
                 fetched = self.tables.fetch_rows(self._looked_up(tokens), overlap=self.num_later_inputs, training=True)
+            fetched = self._with_dropout(fetched)
         later = self.later_tokens.read(tokens)
         micro_batches = self._micro_batches(inputs, targets, fetched, later)
 
@@ -223,6 +227,15 @@ class TrainingEngine:
         if self.tables is None:
             return None
         return self.tables.fetch_rows(inputs if self.looks_up_rows else None)
+
+    def _with_dropout(self, fetched: FetchedRows) -> FetchedRows:
+        """The rows of a training step, with the factors of look-ups that are dropped and of those that are kept."""
+        if self.dropout is None or not self.looks_up_rows:
+            return fetched
+        step = steps_taken(self.deepspeed_engine)
+        return replace(
+            fetched, factors=self.dropout.factors(step, self.num_micro_batches, overlap=self.num_later_inputs)
+        )
 
     def _micro_batches(
         self,
