@@ -26,7 +26,8 @@ def canvas(title: str, x: str, y: str, rows: int | None = None) -> tuple[Any, An
 
     height = 4.6 if rows is None else 1.7 + 0.5 * rows
     figure, axes = plt.subplots(figsize=(8.4, height), dpi=120, layout="constrained")
-    axes.set_title("\n".join(textwrap.wrap(title, 74)), loc="left", fontweight="bold", fontsize=12.5, pad=12)
+    # over the whole width: the axes are narrower by the names of bars, or by the labels of lines
+    figure.suptitle("\n".join(textwrap.wrap(title, 84)), x=0.012, ha="left", fontweight="bold", fontsize=12.5)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)

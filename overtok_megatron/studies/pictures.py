@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from overtok_megatron.studies.cells import Group
 from overtok_megatron.studies.comparing import (
     GroupResults,
     baseline_of,
@@ -19,7 +20,7 @@ from overtok_megatron.studies.drawing import GREY, canvas, colors_of, label_ends
 from overtok_megatron.studies.study_file import PictureSection, Study
 from overtok_megatron.studies.tables import log_points, shown_groups
 
-_SHOWN_FROM = 0.2  # of a run: curves begin here, because the first losses are far above the others
+_SHOWN_FROM = 0.3  # of a run: curves begin here, because the first losses are far above the others
 
 
 def draw_pictures(study: Study, groups: Sequence[GroupResults]) -> list[Path]:
@@ -33,15 +34,33 @@ def draw_pictures(study: Study, groups: Sequence[GroupResults]) -> list[Path]:
     return paths
 
 
-def short_labels(groups: Sequence[GroupResults]) -> dict[Any, str]:
-    """Labels of groups without the parts that all of them have."""
-    same = [part for part in groups[0].group.axes if all(part in one.group.axes for one in groups)] if groups else []
-    one_variant = len({one.group.variant for one in groups}) == 1
-    found = {}
-    for one in groups:
-        own = [f"{key.rpartition('.')[2]} {value}" for key, value in one.group.axes if (key, value) not in same]
-        found[one.group] = ", ".join([*([] if one_variant and own else [one.group.variant]), *own])
-    return found
+def short_labels(groups: Sequence[GroupResults]) -> dict[Group, str]:
+    """Labels of groups without the parts that all of them have, or that only one variant could have."""
+    own = {
+        one.group: [part for part in one.group.axes if not all(part in other.group.axes for other in groups)]
+        for one in groups
+    }
+    on_axes = {group.variant for group, axes in own.items() if axes}
+    alone = len(on_axes) == 1 and not any(group.variant in on_axes for group, axes in own.items() if not axes)
+    return {
+        group: ", ".join(
+            [
+                *([] if axes and alone else [group.variant]),
+                *(f"{key.rpartition('.')[2]} {value}" for key, value in axes),
+            ]
+        )
+        for group, axes in own.items()
+    }
+
+
+def _gap(values: Sequence[float]) -> str:
+    """A mean difference without its sign, with its standard error."""
+    mean = mean_of(values)
+    return f"{abs(mean.value):.3f}" + ("" if mean.error is None else f" ± {mean.error:.3f}")
+
+
+def _change(slope: float) -> str:
+    return f"{'falls' if slope < 0 else 'rises'} by {abs(slope):.3f}"
 
 
 def _mean(group: GroupResults) -> float:
@@ -58,15 +77,23 @@ def _log_fit(study: Study, picture: PictureSection, groups: Sequence[GroupResult
     best = next(((variant, fit) for variant, fit in fits.items() if fit is not None), None)
     title = f"Loss against {key}"
     if best is not None:
-        name = f" ({best[0]})" if len(fits) > 1 else ""
-        title = f"Ten times the {key}: loss {best[1].slope:+.3f}{name}; R² = {best[1].r_squared:.3f}"
-    figure, axes = canvas(title, f"{key} (logarithmic)", "validation loss, nats per token")
+        name = f" of {best[0]}" if len(fits) > 1 else ""
+        title = f"The loss{name} {_change(best[1].slope)} per tenfold {key} (R² = {best[1].r_squared:.2f})"
+        if picture.paper_slope is not None:
+            title += f"; in the paper it {_change(picture.paper_slope)}"
+    figure, axes = canvas(title, f"{key}, logarithmic", "validation loss, nats per token")
     axes.set_xscale("log")
+    ticks = {x: str(group.group.value(picture.x)) for own in points.values() for x, group in own}
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.minorticks_off()
     ends: list[tuple[float, float, str, str]] = []
     for (variant, own), color in zip(points.items(), colors_of(len(points)), strict=True):
-        for x, group in own:
-            axes.plot([x] * len(group.losses), list(group.losses.values()), "o", color=color, alpha=0.35, markersize=4)
-            axes.plot([x], [_mean(group)], "o", color=color, markersize=8)
+        for seed in study.section.seeds if len(study.section.seeds) > 1 else ():  # a thin line for each
+            of_seed = [(x, group.losses[seed]) for x, group in own if seed in group.losses]
+            axes.plot(
+                [x for x, _ in of_seed], [loss for _, loss in of_seed], "o-", color=color, alpha=0.3, markersize=4
+            )
+        axes.plot([x for x, _ in own], [_mean(group) for _, group in own], "o", color=color, markersize=8)
         fit, xs = fits[variant], [own[0][0], own[-1][0]]
         name = f"{variant}: " if len(points) > 1 else ""
         if fit is not None:
@@ -98,7 +125,8 @@ def _curves(study: Study, picture: PictureSection, groups: Sequence[GroupResults
     title = f"{labels[best.group]} ends lowest, at {_mean(best):.3f}"
     baseline = baseline_of(best, groups, study.section.baseline)
     if baseline is not None and baseline.group != best.group and (own := differences(best, baseline)):
-        title += f": {abs(mean_of(list(own.values())).value):.3f} below {baseline.group.variant}"
+        side = "below" if mean_of(list(own.values())).value < 0 else "above"
+        title += f": {_gap(list(own.values()))} {side} {baseline.group.variant}"
     figure, axes = canvas(title, "optimizer step", "validation loss, nats per token")
     ends, seen = [], []
     for group, color in zip(shown, colors_of(len(shown), _grey_index(study, shown)), strict=True):
@@ -111,6 +139,7 @@ def _curves(study: Study, picture: PictureSection, groups: Sequence[GroupResults
         seen += [loss for step, loss in mean if step >= _SHOWN_FROM * last or len(mean) == 1]
         ends.append((mean[-1][0], mean[-1][1], f"{labels[group.group]} {mean[-1][1]:.3f}", color))
     _limit(axes, seen)
+    axes.set_xlim(_SHOWN_FROM * max(x for x, *_ in ends), max(x for x, *_ in ends))
     label_ends(axes, ends)
     save(figure, path)
     return True
@@ -152,11 +181,10 @@ def _epochs(study: Study, picture: PictureSection, groups: Sequence[GroupResults
 
 def _epochs_title(study: Study, groups: Sequence[GroupResults]) -> str:
     """Up to which number of epochs the best variant of the longest runs is below the baseline."""
-    pairs = []
-    for group in groups:
-        baseline = baseline_of(group, groups, study.section.baseline)
-        if baseline is not None and baseline.group != group.group and (own := differences(group, baseline)):
-            pairs.append((group.epochs, mean_of(list(own.values())).value, group))
+    pairs = [
+        (group.epochs, mean_of(list(differences(group, baseline).values())).value, group)
+        for group, baseline in _pairs(study, PictureSection(kind="epochs"), groups)
+    ]
     if not pairs:
         return "Loss against epochs"
     longest = max(epochs for epochs, _, _ in pairs)
@@ -175,12 +203,10 @@ def _epochs_title(study: Study, groups: Sequence[GroupResults]) -> str:
 
 def _speedup(study: Study, picture: PictureSection, groups: Sequence[GroupResults], path: Path) -> bool:
     rows = []
-    shown = shown_groups(picture, groups)
-    labels = short_labels(shown)
-    for group in shown:
-        baseline = baseline_of(group, groups, study.section.baseline)
-        if baseline is None or baseline.group == group.group or not (found := list(speedups(group, baseline).values())):
-            continue
+    pairs = _pairs(study, picture, groups)
+    labels = short_labels([group for group, _ in pairs])
+    for group, baseline in pairs:
+        found = list(speedups(group, baseline).values())
         reached = [one for one in found if one is not None]
         value = mean_of(reached).value if len(reached) == len(found) else None
         rows.append((labels[group.group], value, reached))
@@ -189,16 +215,17 @@ def _speedup(study: Study, picture: PictureSection, groups: Sequence[GroupResult
     fastest = max(rows, key=lambda row: row[1] or 0.0)
     title = f"No variant reaches the last loss of {study.section.baseline} with every seed"
     if fastest[1] is not None:
-        title = f"{fastest[0]} reaches the last loss of {study.section.baseline} in 1/{fastest[1]:.1f} of its steps"
+        title = f"{fastest[0]} reaches the last loss of {study.section.baseline} {fastest[1]:.2f} x sooner"
     figure, axes = canvas(title, f"steps of {study.section.baseline} over steps to the same loss", "", rows=len(rows))
     for index, (_, value, reached) in enumerate(rows):
         if value is None:
-            axes.text(1.02, index, f"not reached by {'any' if not reached else 'every'} seed", va="center", color=GREY)
+            axes.text(1.0, index, f"  not reached by {'any seed' if not reached else 'all seeds'}", va="center", color=GREY)
             continue
         axes.barh(index, value - 1.0, left=1.0, color=colors_of(1)[0], height=0.55)
         axes.plot(reached, [index] * len(reached), "o", color="black", alpha=0.5, markersize=4)
-        axes.text(max(1.0, *reached) + 0.02, index, f"  {value:.2f} x", va="center")
+        axes.text(max(1.0, *reached), index, f"   {value:.2f} x", va="center", fontweight="bold")
     axes.axvline(1.0, color=GREY, linewidth=1.5)
+    axes.set_xlim(1.0 - 0.02 * axes.get_xlim()[1], 1.0 + 1.2 * max(0.1, axes.get_xlim()[1] - 1.0))
     _rows(axes, [row[0] for row in rows])
     save(figure, path)
     return True
@@ -228,18 +255,14 @@ def _touched(study: Study, picture: PictureSection, groups: Sequence[GroupResult
 
 
 def _differences(study: Study, picture: PictureSection, groups: Sequence[GroupResults], path: Path) -> bool:
-    rows = []
-    shown = shown_groups(picture, groups)
-    labels = short_labels(shown)
-    for group in shown:
-        baseline = baseline_of(group, groups, study.section.baseline)
-        if baseline is not None and baseline.group != group.group and (own := differences(group, baseline)):
-            rows.append((labels[group.group], list(own.values())))
+    pairs = _pairs(study, picture, groups)
+    labels = short_labels([group for group, _ in pairs])
+    rows = [(labels[group.group], list(differences(group, baseline).values())) for group, baseline in pairs]
     if not rows:
         return False
     best = min(rows, key=lambda row: mean_of(row[1]).value)
-    gap = mean_of(best[1]).value
-    title = f"{best[0]} is best: {abs(gap):.3f} {'below' if gap < 0 else 'above'} {study.section.baseline}"
+    side = "below" if mean_of(best[1]).value < 0 else "above"
+    title = f"{best[0]} is best: {_gap(best[1])} {side} {study.section.baseline}"
     figure, axes = canvas(
         title, f"loss less that of {study.section.baseline}, same seed (left: better)", "", rows=len(rows)
     )
@@ -262,6 +285,19 @@ def _differences(study: Study, picture: PictureSection, groups: Sequence[GroupRe
     _rows(axes, [row[0] for row in rows])
     save(figure, path)
     return True
+
+
+def _pairs(
+    study: Study, picture: PictureSection, groups: Sequence[GroupResults]
+) -> list[tuple[GroupResults, GroupResults]]:
+    """(group, its baseline) of the groups that a picture shows and that have a seed in common with a baseline other than
+    themselves."""
+    found = []
+    for group in shown_groups(picture, groups):
+        baseline = baseline_of(group, groups, study.section.baseline)
+        if baseline is not None and baseline.group != group.group and differences(group, baseline):
+            found.append((group, baseline))
+    return found
 
 
 def _rows(axes: Any, labels: Sequence[str]) -> None:
