@@ -25,7 +25,9 @@ SEPARATOR = "\n\n\n"  # between documents of a file; within one it becomes an em
 _UNCONDITIONAL = 1_000_000  # from this number on, questions are repeated without their prompts
 _PASSAGES = ("story", "passage", "context")  # keys of a passage that several questions share
 _WITH_PASSAGE = ("boolq", "squad")  # whose prompts begin with one
-_PROGRAM = re.compile(r"Write an? (?:\S+ )?(?:function|program|script)")  # the same problems are asked in many languages
+_PROGRAM = re.compile(
+    r"Write an? (?:\S+ )?(?:function|program|script)"
+)  # the same problems are asked in many languages
 _ONE_ANSWER = ("solution", "code", "canonical_solution")
 
 

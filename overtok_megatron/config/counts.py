@@ -7,6 +7,7 @@ from overtok_megatron.config.derived import (
     block_parameters,
     blocks_per_stage,
     data_parallel_size,
+    has_word_embedding,
     head_size,
     row_width,
 )
@@ -24,8 +25,8 @@ _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
-    projections; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
+    """blocks: attention, feed-forward and norms; embedding: V d, or 0 without 1-grams; head: V d, or 0 if tied; encoder: the
+    n-gram projections; tables: rows x width over all tables; idle: those of the experts (part of blocks) that a token skips."""
 
     blocks: int
     embedding: int
@@ -66,7 +67,7 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
     tables, rows, width = table_shape(config)
     return ParameterCounts(
         blocks=model.num_layers * sum(block_parameters(model)) + d,
-        embedding=model.vocab_size * d,
+        embedding=model.vocab_size * d if has_word_embedding(config) else 0,
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
         encoder=d * tables * width,
         tables=rows * width,
@@ -82,7 +83,7 @@ def _dense_shard(config: RunConfig) -> int:
     split, whole = block_parameters(model)
     vocabulary = -(-model.vocab_size // tensor) * model.hidden_size
     loads = [blocks * (split // tensor + whole) for blocks in stages]
-    loads[0] += vocabulary + count.encoder
+    loads[0] += (vocabulary if has_word_embedding(config) else 0) + count.encoder
     loads[-1] += model.hidden_size  # the final norm
     if not model.tie_word_embeddings or len(stages) > 1:  # a tied head on another stage is a copy
         loads[-1] += vocabulary

@@ -47,6 +47,9 @@ def table_problems(config: RunConfig) -> Iterator[Problem]:
     if over.pad_id >= model.vocab_size:
         reason = f"is no token of a vocabulary of {model.vocab_size}; 0 to {model.vocab_size - 1} are"
         yield problem("over_encoding.pad_id", over.pad_id, reason)
+    if model.tie_word_embeddings and not over.word_embedding:
+        reason = "takes away the embedding that the head is tied to; write true, or model.tie_word_embeddings: false"
+        yield problem("over_encoding.word_embedding", "false", reason, ("model.tie_word_embeddings",))
     for number, group in enumerate(over.added):
         if len(set(group.orders)) != len(group.orders):
             reason = "names an order twice; use num_slices for several tables of one order"

@@ -219,7 +219,9 @@ def _speedup(study: Study, picture: PictureSection, groups: Sequence[GroupResult
     figure, axes = canvas(title, f"steps of {study.section.baseline} over steps to the same loss", "", rows=len(rows))
     for index, (_, value, reached) in enumerate(rows):
         if value is None:
-            axes.text(1.0, index, f"  not reached by {'any seed' if not reached else 'all seeds'}", va="center", color=GREY)
+            axes.text(
+                1.0, index, f"  not reached by {'any seed' if not reached else 'all seeds'}", va="center", color=GREY
+            )
             continue
         axes.barh(index, value - 1.0, left=1.0, color=colors_of(1)[0], height=0.55)
         axes.plot(reached, [index] * len(reached), "o", color="black", alpha=0.5, markersize=4)
