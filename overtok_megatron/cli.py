@@ -6,7 +6,18 @@ import sys
 from collections.abc import Sequence
 
 from overtok_megatron import __version__
-from overtok_megatron.commands import checkpoints, conversion, data, doctor, evaluation, growing, runs, serving, text
+from overtok_megatron.commands import (
+    checkpoints,
+    conversion,
+    data,
+    doctor,
+    evaluation,
+    growing,
+    runs,
+    serving,
+    studies,
+    text,
+)
 from overtok_megatron.environment import asks_for_cpu, set_library_defaults
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.files import shown
@@ -17,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="overtok", description="Pretrain over-tokenized transformers.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="verb")
-    for module in (runs, doctor, data, checkpoints, conversion, growing, text, evaluation, serving):
+    for module in (runs, studies, doctor, data, checkpoints, conversion, growing, text, evaluation, serving):
         module.add_verbs(verbs)
     return parser
 

@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "reports": LOWEST | {"config"},
     "checkpoint": LOWEST | CHECKPOINT - {"checkpoint"},
     "launching": LOWEST | {"config", "kernels", "parallel", "data", "checkpoint", "watching"},
+    "studies": LOWEST | {"config", "parallel", "data", "launching", "reports"},
     "doctor": LOWEST | {"config", "parallel", "data", "launching"},
     "training": LOWEST | CHECKPOINT | {"trackers", "launching", "watching"},
     "inference": LOWEST | CHECKPOINT,

@@ -7,6 +7,7 @@ from overtok_megatron.config.derived import (
     block_parameters,
     blocks_per_stage,
     data_parallel_size,
+    has_word_embedding,
     head_size,
     multi_token_parameters,
     over_decoding_parameters,
@@ -26,10 +27,10 @@ _ROW_BYTES = {"float32": (0, 4), "bfloat16": (0, 2), "int8": (4, 1)}
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """blocks: attention, feed-forward and norms; embedding: V d; head: V d, or 0 if tied; encoder: the n-gram
-    projections; over_decoding: output tables 2 and further, with their projections; multi_token: the layers of multi-token
-    prediction; tables: rows x width over all n-gram tables; idle: those of the experts (part of blocks and multi_token) that a
-    token skips."""
+    """blocks: attention, feed-forward and norms; embedding: V d, or 0 without 1-grams; head: V d, or 0 if tied; encoder: the
+    n-gram projections; over_decoding: output tables 2 and further, with their projections; multi_token: the layers of
+    multi-token prediction; tables: rows x width over all n-gram tables; idle: those of the experts (part of blocks and
+    multi_token) that a token skips."""
 
     blocks: int
     embedding: int
@@ -72,7 +73,7 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
     tables, rows, width = table_shape(config)
     return ParameterCounts(
         blocks=model.num_layers * sum(block_parameters(model)) + d,
-        embedding=model.vocab_size * d,
+        embedding=model.vocab_size * d if has_word_embedding(config) else 0,
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
         encoder=d * tables * width,
         tables=rows * width,
@@ -91,14 +92,16 @@ def _dense_shard(config: RunConfig) -> int:
     rows = -(-model.vocab_size // tensor)
     vocabulary = rows * model.hidden_size
     loads = [blocks * (split // tensor + whole) for blocks in stages]
-    loads[0] += vocabulary + count.encoder
+    loads[0] += (vocabulary if has_word_embedding(config) else 0) + count.encoder
     loads[-1] += model.hidden_size + over_decoding_parameters(config, rows)  # the final norm
     if not model.tie_word_embeddings or len(stages) > 1:  # a tied head on another stage is a copy
         loads[-1] += vocabulary
     split, whole = multi_token_parameters(config)
     loads[-1] += split // tensor + whole
     if config.multi_token_prediction.depth and len(stages) > 1:  # which embeds: copies of the embedding's dense parts
-        loads[-1] += count.encoder + (0 if model.tie_word_embeddings else vocabulary)
+        loads[-1] += count.encoder
+        if has_word_embedding(config) and not model.tie_word_embeddings:
+            loads[-1] += vocabulary
     return max(loads)
 
 

@@ -106,7 +106,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
         return even_parts(model.num_layers, stages)
     block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
-    loads[0] += model.vocab_size * model.hidden_size
+    loads[0] += model.vocab_size * model.hidden_size if has_word_embedding(config) else 0
     loads[-1] += model.vocab_size * model.hidden_size + over_decoding_parameters(config, model.vocab_size)
     loads[-1] += sum(multi_token_parameters(config))
     lightest = [(load, stage) for stage, load in enumerate(loads)]
@@ -127,6 +127,11 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 def hash_base(config: RunConfig) -> int:
     """p of the polynomial that hashes n-grams."""
     return config.over_encoding.hash_base or config.model.vocab_size
+
+
+def has_word_embedding(config: RunConfig) -> bool:
+    """Whether the model's input has a 1-gram embedding, which only a study of n-grams alone leaves out."""
+    return config.over_encoding.word_embedding or not config.over_encoding.enabled
 
 
 def row_width(model: ModelConfig, over: OverEncodingConfig) -> int:

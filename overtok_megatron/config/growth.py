@@ -86,6 +86,10 @@ def check_grown(old: RunConfig, new: RunConfig) -> None:
         )
     before, after = old.over_encoding, new.over_encoding
     if not before.enabled:
+        if not after.word_embedding:
+            raise ConfigError(
+                "over_encoding.word_embedding: false; would take a plain model's embedding away: write true, or leave it out"
+            )
         if after.combine == "mean":
             raise ConfigError(
                 "over_encoding.combine: mean; would divide the embedding of a plain model by 1 + its tables: "

@@ -11,6 +11,7 @@ MODEL_KEYS: dict[str, tuple[str, ...] | None] = {
         "row_width",
         "added",
         "combine",
+        "word_embedding",
         "pad_id",
         "boundary",
         "hash_base",

@@ -146,6 +146,10 @@ class OverEncodingConfig(Section):
         "mean",
         description="e + o; (e + o) / (1 + B), the paper's pseudo-code; or e + o / (1 + B); B: tables without added ones",
     )
+    word_embedding: bool = Field(
+        True,
+        description="whether the 1-gram embedding e is part of the input; false = n-grams alone, e = 0 in `combine`",
+    )
     pad_id: NonNegative = Field(0, description="token that stands for missing history")
     boundary: Literal["reset", "ignore"] = Field("reset", description="whether n-grams stop at end-of-document tokens")
     hash_base: Annotated[int, Field(ge=2, le=LARGEST)] | None = Field(

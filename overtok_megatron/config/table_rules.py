@@ -51,6 +51,9 @@ def table_problems(config: RunConfig) -> Iterator[Problem]:
         longest = max(table_orders(over))
         reason = f"has {len(over.dropout)} numbers; write {longest - 1}, one for each order from 2 to {longest}, or one for all"
         yield problem("over_encoding.dropout", over.dropout, reason)
+    if model.tie_word_embeddings and not over.word_embedding:
+        reason = "takes away the embedding that the head is tied to; write true, or model.tie_word_embeddings: false"
+        yield problem("over_encoding.word_embedding", "false", reason, ("model.tie_word_embeddings",))
     for number, group in enumerate(over.added):
         if len(set(group.orders)) != len(group.orders):
             reason = "names an order twice; use num_slices for several tables of one order"

@@ -20,7 +20,7 @@ from overtok_megatron.checkpoint.dense import read_parts
 from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
 from overtok_megatron.checkpoint.writing import save_tensors
-from overtok_megatron.config.derived import hash_base
+from overtok_megatron.config.derived import has_word_embedding, hash_base
 from overtok_megatron.config.moved_runs import run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
@@ -37,7 +37,7 @@ from overtok_megatron.interchange.model_card import model_card
 from overtok_megatron.interchange.rotary_form import release_4_values
 from overtok_megatron.interchange.tensor_files import write_shards
 from overtok_megatron.interchange.tokenizer_files import write_tokenizer
-from overtok_megatron.interchange.weight_names import to_theirs
+from overtok_megatron.interchange.weight_names import WORD, to_theirs
 from overtok_megatron.kernels.rows import SCATTER, STRIPES
 from overtok_megatron.ngram.building import row_space
 
@@ -104,6 +104,10 @@ class _Export:
                 "it was trained with attention within documents, but in transformers it attends across end-of-document tokens "
                 "as well: logits are the same on text without any inside; give it one document at a time"
             )
+        if not has_word_embedding(config):
+            notes.append(
+                "its input is n-grams alone: model.embed_tokens.weight is zero, and must not be trained (requires_grad=False)"
+            )
         card = model_card(config, self.manifest, self.source, size=size, values=values, notes=notes)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         return notes
@@ -124,10 +128,17 @@ class _Export:
         return size, max(dtypes, key=lambda dtype: dtype.itemsize)
 
     def _dense_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Our weights in the model's order and the wanted dtype; those of the over-encoder by the modelling file's names."""
+        """Our weights in the model's order and the wanted dtype; those of the over-encoder by the modelling file's names.
+
+        The families' classes always have a word embedding; that of a model without one is zero there.
+        """
         wanted = dict.fromkeys(weight_shapes(self.config), ())
+        lacks_word = not has_word_embedding(self.config)
         for name, weight in read_parts(self.source, self.manifest.layout.model_parallel_ranks, wanted):
             own = weight if self.options.dtype is None else weight.to(DTYPES[self.options.dtype])
+            if lacks_word:
+                model, lacks_word = self.config.model, False
+                yield WORD, torch.zeros(model.vocab_size, model.hidden_size, dtype=own.dtype)
             yield (name.removeprefix(_PREFIX) if name.startswith(f"{_PREFIX}over_encoding.") else name), own
 
     def _write_rows(self) -> int:

@@ -27,7 +27,7 @@ from overtok_megatron.files import read_text, refuse_used_folder
 from overtok_megatron.interchange.exporting import TABLES_INDEX
 from overtok_megatron.interchange.families import model_section, require_transformers
 from overtok_megatron.interchange.tensor_files import TensorFiles
-from overtok_megatron.interchange.weight_names import to_ours
+from overtok_megatron.interchange.weight_names import WORD, to_ours
 from overtok_megatron.run_folder import TOKENIZER_FILES, RunFolder
 from overtok_megatron.run_lock import hold
 
@@ -167,7 +167,15 @@ def _dense(folder: _Folder) -> Iterator[tuple[str, Tensor]]:
     weights = folder.weights
     encoder = [name for name in weights.names if name.startswith(_ENCODER)]
     backbone = [name for name in weights.names if not name.startswith(_ENCODER)]
+    over = folder.over_encoding
     for name, weight in to_ours(folder.model, backbone, weights.read):
+        if name == WORD and over.enabled and not over.word_embedding:
+            if weight.any():
+                raise CheckpointError(
+                    f"{folder.path}: model.embed_tokens.weight is not zero, but the model was exported with "
+                    "over_encoding.word_embedding: false; it was trained elsewhere, and cannot be imported"
+                )
+            continue
         yield name, weight.float() if weight.dtype == torch.float16 else weight
     for name in encoder:
         yield f"embedding.{name}", weights.read(name)

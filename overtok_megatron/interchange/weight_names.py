@@ -18,6 +18,8 @@ class Half:
     index: int
 
 
+WORD = "embedding.word.weight"  # our name of the 1-gram embedding
+
 Source = str | list[str] | Half  # one tensor, one tensor per expert, or a half of one
 
 
@@ -27,7 +29,7 @@ def hugging_face_names(model: ModelConfig, *, fused: bool = False) -> dict[str, 
     The experts of a layer are one tensor here. There they are one tensor per expert, or together where `fused`, as
     transformers 5 has them in memory.
     """
-    names: dict[str, Source] = {"embedding.word.weight": "model.embed_tokens.weight"}
+    names: dict[str, Source] = {WORD: "model.embed_tokens.weight"}
     for layer in range(model.num_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         names |= _attention_names(model, f"{ours}.attention", f"{theirs}.self_attn")

@@ -90,7 +90,7 @@ def launch(
             lock.release()  # the first rank takes it: on its own host, or not as a descendant of this process
             ask = partial(_signal_cluster, cluster, directory, environment)
         with ExitStack() as files:
-            supervisor = Supervisor(start, ask, lambda: _wait_for_ranks(lock), lambda: _finished(directory, config))
+            supervisor = Supervisor(start, ask, lambda: _wait_for_ranks(lock), lambda: finished(directory, config))
             return supervisor.run(max_restarts)
 
 
@@ -99,7 +99,7 @@ def _signal_cluster(cluster: Cluster, directory: Path, environment: dict[str, st
     return signal_first_rank(cluster, directory, environment, number)
 
 
-def _finished(directory: Path, config: RunConfig) -> bool:
+def finished(directory: Path, config: RunConfig) -> bool:
     """Whether the run's latest checkpoint is that of its last step."""
     from overtok_megatron.checkpoint.store import CheckpointStore, read_manifest
 
@@ -107,16 +107,21 @@ def _finished(directory: Path, config: RunConfig) -> bool:
     return latest is not None and read_manifest(latest).step >= train_iters(config)
 
 
+def devices_here() -> int:
+    """How many CUDA devices a run that is started from here may use; 0 = it computes on the CPU."""
+    # late: it imports torch, and `overtok --help` and configuration errors need not wait for it
+    from overtok_megatron.parallel.devices import num_accelerators
+
+    return usable_devices(os.environ, num_accelerators())
+
+
 def _check(loaded: LoadedConfig, world_size: int, processes: int) -> int:
     """Check all that can be checked before the ranks start; returns how many CUDA devices ranks of this host may use.
 
     processes: how many of the run's `world_size` ranks this host has.
     """
-    # late: it imports torch, and `overtok --help` and configuration errors need not wait for it
-    from overtok_megatron.parallel.devices import num_accelerators
-
     validate(loaded.config, world_size, loaded.locate)
-    devices = usable_devices(os.environ, num_accelerators())
+    devices = devices_here()
     if devices and processes > devices:
         raise ConfigError(
             f"--processes: {processes}, but this host has {devices} CUDA devices; ask for at most that many"

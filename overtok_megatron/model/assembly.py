@@ -143,7 +143,7 @@ class Assembly:
     def embedding(self, parts: Sequence[EmbeddingPart]) -> InputEmbedding | None:
         """Those dense parts that are named, of the parts that the model has; None without any."""
         model, word, over_encoding = self.model, None, None
-        if "word" in parts:
+        if "word" in parts and (self.over.word_embedding or not self.over.enabled):
             word = VocabParallelEmbedding(
                 model.vocab_size,
                 model.hidden_size,

@@ -23,7 +23,8 @@ class InputEmbedding(nn.Module):
 
     Every rank of `tensor_group` looks up its own slice of the sequence in the n-gram tables, with sequence parallelism or
     without; without it the slices are gathered (contract C4). A pipeline stage that holds copies for its head may lack one
-    of the two parts; the stage that runs this module has `word`, and `over_encoding` if the model is over-encoded.
+    of the two parts; the stage that runs this module has `word`, and `over_encoding` if the model is over-encoded. Without
+    `word` the input of an over-encoded model is its n-grams alone.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class InputEmbedding(nn.Module):
             self.over_encoding.reset(seed, "embedding.over_encoding")
 
     def forward(self, tokens: Tensor, fetched: FetchedRows | None = None) -> Tensor:
-        assert self.word is not None, "this stage holds no copy of the word embedding"
-        hidden: Tensor = self.word(tokens)
+        hidden: Tensor | None = None if self.word is None else self.word(tokens)
         if self.over_encoding is None:
+            assert hidden is not None, "this stage holds no copy of the word embedding"
             return hidden
         assert fetched is not None, "an over-encoded model needs the rows of its n-grams"
         ngrams = self.over_encoding(fetched)

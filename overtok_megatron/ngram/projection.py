@@ -71,9 +71,11 @@ class NgramProjection(nn.Module):
         assert total is not None
         return total
 
-    def join(self, base: Tensor, ngrams: Tensor) -> Tensor:
-        """base, ngrams [b, s, d] -> [b, s, d] by the combination rule."""
+    def join(self, base: Tensor | None, ngrams: Tensor) -> Tensor:
+        """base, ngrams [b, s, d] -> [b, s, d] by the combination rule; base None = zeros, in a model without 1-grams."""
         share = 1.0 / (1 + self.num_tables)
+        if base is None:
+            return ngrams if self.combine == "sum" else ngrams * share
         if self.combine == "sum":
             return base + ngrams
         if self.combine == "mean":

@@ -18,6 +18,11 @@ def num_accelerators() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def device_name(device: torch.device) -> str | None:
+    """What its maker calls a CUDA device; None for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def indexed(device: torch.device) -> torch.device:
     """The same device with its index: `cuda` becomes the current CUDA device; `cpu` has no index."""
     if device.type == "cuda" and device.index is None:

@@ -93,7 +93,7 @@ def build_optimizer(model: TrainedModule, config: RunConfig, kernels: Kernels) -
     Matrices decay; norms do not, nor does the word embedding unless it is the head as well (as in OLMo 2).
     """
     settings = config.optimizer
-    word = None if model.embedding is None or config.model.tie_word_embeddings else model.embedding.word
+    word = None if model.embedding is None or config.model.tie_word_embeddings else model.embedding.word  # may be None
     others = [p for p in model.parameters() if p.ndim < 2 or (word is not None and p is word.weight)]
     without_decay = {id(parameter) for parameter in others}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in without_decay]

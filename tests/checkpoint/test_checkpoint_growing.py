@@ -166,6 +166,11 @@ SUM = "over_encoding.combine=sum"
     ("run", "words", "parts"),
     [
         ("plain", ["--tables", GOOD], ["over_encoding.combine: mean", "combine=scaled"]),
+        (
+            "plain",
+            ["--tables", GOOD, "over_encoding.combine=sum", "over_encoding.word_embedding=false"],
+            ["over_encoding.word_embedding: false", "write true"],
+        ),
         ("plain", ["--tables", GOOD, "--freeze"], ["--freeze", "leave it out"]),
         ("plain", ["--tables", "order=3,rows=1618", SUM], ["orders 3-3", "write orders=2-3"]),
         ("plain", ["--tables", "orders=2-6,rows=1618", SUM], ["5 tables", "row_width"]),

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"ngram_order": 2, "num_slices": 1, "combine": "scaled", "boundary": "ignore", "row_width": 12}
         | {"added": [{"orders": [5, 2], "num_slices": 1, "table_rows": 613}, {"orders": [3], "table_rows": 90}]},
     ),
+    "olmo2-of-n-grams-alone": ({}, {"combine": "scaled", "word_embedding": False}),
     "olmoe": (
         {"norm_placement": "pre", "num_experts": 4, "num_experts_per_token": 2},
         {"ngram_order": 3, "num_slices": 1, "combine": "sum", "row_dtype": "bfloat16"},

@@ -53,6 +53,8 @@ OVER = {"enabled": True, "table_rows": 53}
         ({}, OVER | {"num_slices": 4, "table_rows": 1, "optimizer": "sgd"}),
         ({}, OVER | {"state_dtype": "float32", "row_dtype": "float32", "optimizer": "adam"}),
         ({}, OVER | {"row_dtype": "int8", "optimizer": "rowwise_adam"}),
+        ({}, OVER | {"word_embedding": False}),
+        ({}, {"word_embedding": False}),  # which says nothing without n-grams
         ({}, OVER | {"row_width": 5, "added": [{"orders": [5, 2], "num_slices": 3, "table_rows": 9}]}),
         (LLAMA, {}),
         (OLMOE, OVER),
@@ -64,7 +66,9 @@ def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, A
     built = cpu_model(config)
     encoder = built.embedding.over_encoding
     assert counts.blocks == size_of(built.blocks) + size_of(built.head.norm)
-    assert counts.embedding == built.embedding.word.weight.numel()
+    word = built.embedding.word
+    assert counts.embedding == (0 if word is None else word.weight.numel())
+    assert (word is None) == (over.get("enabled", False) and not over.get("word_embedding", True))
     assert counts.head == (0 if config.model.tie_word_embeddings else built.head.output.weight.numel())
     assert counts.encoder == (0 if encoder is None else size_of(encoder))
     assert counts.dense == size_of(built)

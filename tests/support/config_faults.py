@@ -90,6 +90,11 @@ FAULTS = [
             f"at most {2**31 - 7}",
         ),
         (OVER | {"over_encoding__dropout": [0.1, 0.2, 0.3]}, "over_encoding.dropout", "one for each order from 2 to 3"),
+        (
+            OVER | {"over_encoding__word_embedding": False, "model__tie_word_embeddings": True},
+            "over_encoding.word_embedding",
+            "tie_word_embeddings: false",
+        ),
         (OVER | {"over_encoding__num_slices": 5}, "over_encoding.num_slices", "or give over_encoding.row_width"),
         ({"parallel__zero_stage": 3, "parallel__tensor_parallel_size": 2}, "parallel.zero_stage", "use 2"),
         ({"training__train_tokens": 5}, "training.train_iters", "not both"),

@@ -37,8 +37,8 @@ def hugging_face_names(
     model: Transformer, read: Callable[[nn.Parameter], Any] = lambda parameter: parameter
 ) -> dict[str, Any]:
     """What `read` makes of our dense parameters (themselves, their gradients) by Hugging Face's names, experts joined."""
-    names = {
-        "model.embed_tokens.weight": read(model.embedding.word.weight),
+    word = {} if model.embedding.word is None else {"model.embed_tokens.weight": read(model.embedding.word.weight)}
+    names = word | {
         "model.norm.weight": read(model.head.norm.weight),
         "lm_head.weight": read(model.head.output.weight),
     }
@@ -141,7 +141,11 @@ class Reference:
         self.eod_id = eod_id
         ours = cpu_model(config, eod_id=eod_id).float()
         self.model = hugging_face_model(config.model)
-        self.model.load_state_dict({name: weight.detach().clone() for name, weight in hugging_face_names(ours).items()})
+        state = {name: weight.detach().clone() for name, weight in hugging_face_names(ours).items()}
+        if not config.over_encoding.word_embedding:
+            state["model.embed_tokens.weight"] = torch.zeros_like(self.model.model.embed_tokens.weight)
+            self.model.model.embed_tokens.weight.requires_grad_(False)
+        self.model.load_state_dict(state)
         self.space = row_space(config.model, config.over_encoding)
         rows = initial_rows(
             0, self.space.total_rows, self.space.width, config.over_encoding.init_std, config.training.seed

