@@ -9,6 +9,7 @@
 | `hang_report.py` | which of the ranks made the others wait, and the file with all stacks |
 | `links.py` | messages between these processes |
 | `link_times.py` | how long they travel between hosts: a slow link is named |
+| `processes.py` | states of processes, how they ended, SIGKILL |
 | `clock.py` | seconds during which this process could run |
 | `supervisor.py` | the launcher's process: signals passed on, and the job started again (`--max-restarts`) |
 

@@ -16,9 +16,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.watching.clock import RunningClock
@@ -34,19 +31,12 @@ from overtok_megatron.watching.links import (
     listening_socket,
     messages,
 )
+from overtok_megatron.watching.processes import how_it_ended, kill, kill_tree, pidfd_of, state_of
 
 _LEAVING = 2.5  # seconds in which a rank leaves by itself when it is told to
 _DYING = 30.0  # seconds in which the kernel has ended a process
 _ARRIVING = 60.0  # seconds after which a watchdog leaves where no rank has come
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# of /proc/PID/stat
-_STATES = {
-    "R": "its process computes",
-    "S": "its process waits",
-    "D": "its process waits in the kernel for a disk or a driver",
-    "T": "its process is stopped",
-    "t": "its process is stopped by a debugger",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +151,7 @@ class HostWatch:
 
     def _register(self, number: int, process: int, writer: asyncio.StreamWriter) -> WatchedRank:
         self._last_change = self._clock.now()
-        pidfd = _pidfd_of(process)
+        pidfd = pidfd_of(process)
         rank = WatchedRank(rank=number, process=process, pidfd=pidfd, writer=writer, heard=self._clock.now())
         self._ranks[number] = rank
         if pidfd is not None:
@@ -169,7 +159,7 @@ class HostWatch:
         if number == 0 and self._port:
             writer.write(encoded({"type": "port", "port": self._port, "token": self._token}))
         if self._ending is not None:  # it came while the others were ended
-            _kill(rank)
+            kill(rank.pidfd)
         return rank
 
     def _hear(self, rank: WatchedRank, message: Message) -> None:
@@ -209,7 +199,7 @@ class HostWatch:
         self._last_change = self._clock.now()
         rank.gone = True
         if rank.state == "alive":
-            rank.state, rank.how = "died", _how_it_ended(rank.process)
+            rank.state, rank.how = "died", how_it_ended(rank.process)
         self._report()
 
     def _report(self) -> None:
@@ -226,7 +216,7 @@ class HostWatch:
             {
                 "rank": rank.rank,
                 "pid": rank.process,
-                "process": "" if rank.gone else _state_of(rank.process),
+                "process": "" if rank.gone else state_of(rank.process),
                 "state": rank.state,
                 "how": rank.how,
                 "code": rank.code,
@@ -259,7 +249,7 @@ class HostWatch:
         await self._wait_until_gone(_LEAVING)
         for rank in self._ranks.values():
             if not rank.gone:
-                _kill_tree(rank)
+                kill_tree(rank.process, rank.pidfd)
         await self._wait_until_gone(_DYING)
         stuck = [str(rank.process) for rank in self._ranks.values() if not rank.gone]
         if stuck:
@@ -333,54 +323,6 @@ def _peer(writer: asyncio.StreamWriter) -> tuple[int, int]:
     credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, one.size)
     process, user, _ = one.unpack(credentials)
     return process, user
-
-
-def _stat(process: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third, the state, on; none where the process is not there any more."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return []
-
-
-def _state_of(process: int) -> str:
-    return _STATES.get((_stat(process) or ["gone"])[0], "its process has ended")
-
-
-def _how_it_ended(process: int) -> str:
-    """What became of a process, while what started it has not yet asked."""
-    fields = _stat(process)
-    if not fields:
-        return "died"
-    status = int(fields[-1])
-    if os.WIFSIGNALED(status):
-        return f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
-    return f"ended with exit code {os.WEXITSTATUS(status)}"
-
-
-def _pidfd_of(process: int) -> int | None:
-    """A file descriptor of a process; None where it has died, and who started it has asked for its end."""
-    try:
-        return os.pidfd_open(process)
-    except ProcessLookupError:
-        return None
-
-
-def _kill(rank: WatchedRank) -> None:
-    if rank.pidfd is not None:
-        with suppress(OSError):
-            signal.pidfd_send_signal(rank.pidfd, signal.SIGKILL)
-
-
-def _kill_tree(rank: WatchedRank) -> None:
-    """SIGKILL a rank and what it has started."""
-    started: list[Any] = []
-    with suppress(psutil.Error):
-        started = psutil.Process(rank.process).children(recursive=True)
-    _kill(rank)
-    for process in started:
-        with suppress(psutil.Error):
-            process.kill()
 
 
 def main() -> None:

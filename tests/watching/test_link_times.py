@@ -56,10 +56,13 @@ def test_two_watchdogs_notice_a_link_that_delays(
 
         between = await asyncio.start_server(relay, "127.0.0.1", 0)
         port = between.sockets[0].getsockname()[1]
-        link = JobLink("127.0.0.1", port, first._token, clock=RunningClock(), obey=lambda _: None)
+        report = {"type": "report", "watchdog": "w", "host": "beta", "ranks": []}
+        link = JobLink(
+            "127.0.0.1", port, first._token, clock=RunningClock(), obey=lambda _: None, report=lambda: report
+        )
         told = 0
         while told < link_times._MESSAGES + 10:
-            link.send({"type": "report", "watchdog": "w", "host": "beta", "ranks": []})
+            link.send(report)
             first._send_to_others({"type": "alive", "sent": time.monotonic()})
             told += bool(first._others)
             await asyncio.sleep(0.05)
