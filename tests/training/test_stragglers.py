@@ -15,8 +15,10 @@ import torch.distributed as dist
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.training import straggler_report
+from overtok_megatron.training.engine import TrainingEngine
+from overtok_megatron.training.processes import start_processes
 from support.distributed_harness import run_ranks
-from support.layouts import CPU
+from support.layouts import CPU, EOD, layout, layout_config, own_tokens, stream
 from support.trained_runs import TrainedRuns, tiny_run_config
 
 # Seconds per step, long beside the steps of the tiny model also on a busy machine: tokens are read a step ahead, so that a
@@ -131,6 +133,33 @@ def test_a_slow_rank_is_named_with_its_phase(trained_runs: TrainedRuns, tmp_path
     for number, (case, said) in enumerate(zip(PLAIN, first, strict=True)):
         ((late, where),) = case.late.items()
         check(said, tmp_path / str(number), late, where)
+
+
+def calls_of_steps() -> tuple[list[int], list[Any]]:
+    """One rank's work: how many all-reduces three steps make, of which the last reports, and the numbers of that report."""
+    config = layout_config(layout("z1"))
+    engine, counts, reduce = TrainingEngine(config, start_processes(config, CPU), CPU, EOD), [0], dist.all_reduce
+
+    def counted(*arguments: Any, **others: Any) -> Any:
+        counts[-1] += 1
+        return reduce(*arguments, **others)
+
+    dist.all_reduce = counted
+    for step, reports in enumerate((False, False, False, True)):
+        counts.append(0)
+        engine.times.begin_step(step)
+        result = engine.step(own_tokens(engine, stream()[step]), 3e-3, report_times=reports)
+        assert bool(result.times) == reports
+    return counts[2:], [list(numbers) for numbers in result.times]
+
+
+def test_a_report_takes_no_message_of_its_own() -> None:
+    (counts, times), (others, same) = run_ranks(2, calls_of_steps)
+    assert counts == others
+    assert counts[0] == counts[1] == counts[2] > 0
+    assert times == same
+    assert [numbers[0] for numbers in times] == [3, 3]  # steps
+    assert times[0] != times[1]
 
 
 def test_one_of_three_ranks_is_named(trained_runs: TrainedRuns, tmp_path: Path) -> None:
