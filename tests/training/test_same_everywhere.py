@@ -4,6 +4,7 @@ import socket
 import threading
 
 import pytest
+from torch.distributed import TCPStore
 
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.launching.batch_systems import Placement, find_placement
@@ -111,6 +112,25 @@ def test_a_failure_of_the_first_rank_ends_the_others_with_its_code(both: list[Me
 def test_a_line_is_news_once(both: list[Meeting]) -> None:
     assert [meeting.is_news("the same") for meeting in both] == [True, False]
     assert both[1].is_news("another")
+
+
+def test_a_later_start_reads_nothing_that_one_before_has_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's static rendezvous keeps one store for all starts, to which all ranks are clients."""
+    kept = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    starts = [
+        [Meeting(place(rank, port), attempt=attempt, join_limit=30) for rank in range(2)] for attempt in ("0", "1")
+    ]
+    for meeting in (*starts[0], *starts[1]):
+        meeting.join()
+    starts[0][0].begin({"token": "old"})
+    starts[0][0].leave(2, linger=0)
+    assert not starts[1][1].store.check(["start"])
+    starts[1][0].begin({"token": "new"})
+    assert starts[1][1].wait_for_beginning() == {"token": "new"}
+    with pytest.raises(AlreadySaidError):
+        starts[0][1].wait_for_beginning()
+    assert kept.num_keys() > 0
 
 
 def test_missing_ranks_are_told_after_the_limit(port: int) -> None:
