@@ -11,9 +11,10 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.environment import ACCELERATOR, make_deterministic, usable_devices
 from overtok_megatron.errors import ConfigError, OvertokError
-from overtok_megatron.launching.batch_systems import Placement, find_placement
+from overtok_megatron.launching.batch_systems import find_placement
 from overtok_megatron.launching.local import free_port
 from overtok_megatron.launching.preparation import check_inputs, load_run, make_folder, store_inputs
+from overtok_megatron.placement import Placement
 from overtok_megatron.run_lock import hold
 from overtok_megatron.training.meeting import Meeting
 from overtok_megatron.training.same_everywhere import Facts, differences, facts_of, token_in

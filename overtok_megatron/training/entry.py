@@ -27,7 +27,7 @@ from overtok_megatron.training.before_training import place_process, prepare_ran
 from overtok_megatron.training.exit_codes import START_AGAIN, TERMINATED
 from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
 from overtok_megatron.watching.rank import Watch
-from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
+from overtok_megatron.watching.starting import join_watchdogs, start_watch
 
 log = logging.getLogger("overtok_megatron.training.entry")  # run as a script, this module has another name
 
@@ -69,7 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     watch = Watch()
     try:
         place = place_process(os.environ)
-        on_host = Place.of(os.environ)  # now: LOCAL_RANK becomes the number of a device, which may be 0 for every rank
         meeting = Meeting(place)
         prepare_environment(os.environ, deterministic=False)
         start = prepare_rank(
@@ -77,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         config = start.config
         folder = Path(config.training.output_directory)
-        watch = start_watch(on_host, folder, config.training.hang_timeout)
-        join_watchdogs(on_host, watch, meeting.store)
+        watch = start_watch(place, folder, config.training.hang_timeout)
+        join_watchdogs(place, watch, meeting.store)
 
         # imported only now: torch's libraries read the environment when they are loaded
         from overtok_megatron.training.trainer import Trainer, show_bar

@@ -11,8 +11,8 @@ from datetime import timedelta
 from typing import Any
 
 from overtok_megatron.errors import ConfigError, OvertokError
-from overtok_megatron.launching.batch_systems import Placement
 from overtok_megatron.launching.hosts import addresses_of, is_own_address
+from overtok_megatron.placement import Placement
 
 # Seconds. Ranks come as their hosts get them started and import torch; the first rank compiles kernels and opens the data.
 JOIN_LIMIT, CHECK_LIMIT, ANSWER_LIMIT = 600.0, 3600.0, 600.0

@@ -6,8 +6,9 @@ import threading
 import pytest
 
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.launching.batch_systems import Placement, find_placement
+from overtok_megatron.launching.batch_systems import find_placement
 from overtok_megatron.launching.local import free_port
+from overtok_megatron.placement import Placement
 from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
 from overtok_megatron.training.same_everywhere import Facts, differences
 
