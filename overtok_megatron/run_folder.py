@@ -11,7 +11,7 @@
 | `traces/` | the profiler's traces of chosen steps | training/tracing.py |
 | `skipped.jsonl` | one record per step without an update: its samples | training/skipped_steps.py |
 | `STOP` | nothing; it asks the run to save and to leave, and the run then removes it (training/leaving.py) | the user |
-| `.start-WORD` | while ranks start: that they all see this folder | training/same_everywhere.py |
+| `.start-WORD` | while ranks start: that they all see this folder | launching/shared_folder.py |
 | `train.log` | the log of the first rank, and what its host's watchdog says | training/entry.py, watching/watchdog.py |
 | `hang-TIME.txt`, `death-TIME.txt` | what every rank did when one hung or died | watching/hang_report.py |
 | `.lock`, `.lock.ranks` | who writes into the folder now | run_lock.py |

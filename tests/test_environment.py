@@ -20,9 +20,9 @@ from overtok_megatron.environment import (
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.launching.local import launcher_command
 from overtok_megatron.parallel import devices
+from overtok_megatron.placement import Placement
 from overtok_megatron.training.before_training import choose_device
 from overtok_megatron.training.entry import prepare_environment
-from overtok_megatron.watching.starting import Place
 from support.marker_expressions import asks_for_gpu
 
 PROBE = """
@@ -168,7 +168,7 @@ def test_the_hosts_first_rank_is_known_before_ranks_share_device_0(
         training = types.SimpleNamespace(output_directory=str(tmp_path), hang_timeout=None)
         return types.SimpleNamespace(config=types.SimpleNamespace(training=training))
 
-    def start_watch(place: Place, *_: object) -> None:
+    def start_watch(place: Placement, *_: object) -> None:
         seen.append(place.local_rank)
         raise ConfigError("far enough")
 

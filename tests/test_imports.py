@@ -10,7 +10,7 @@ from overtok_megatron.training.deepspeed import KNOWN_RELEASE
 
 PACKAGE = Path(__file__).parent.parent / "overtok_megatron"
 TESTS = Path(__file__).parent
-LOWEST = {"errors", "files", "environment", "loss_metrics", "run_folder", "run_lock"}
+LOWEST = {"errors", "files", "environment", "loss_metrics", "placement", "run_folder", "run_lock"}
 MODEL = {"config", "kernels", "parallel", "ngram", "model"}
 CHECKPOINT = MODEL | {"data", "checkpoint"}
 # What each room, or file at the top of the package, may import besides itself.
@@ -21,7 +21,8 @@ ROOMS: dict[str, set[str]] = {
     "loss_metrics": {"errors"},
     "run_folder": {"errors", "files"},
     "run_lock": {"errors", "files"},
-    "watching": {"errors", "run_folder"},
+    "placement": set(),
+    "watching": {"errors", "run_folder", "placement"},
     "config": LOWEST,
     "kernels": LOWEST | {"config"},
     "parallel": LOWEST | {"config", "kernels"},

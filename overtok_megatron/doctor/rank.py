@@ -22,9 +22,10 @@ from overtok_megatron.doctor.prober import Prober
 from overtok_megatron.doctor.probing import Job
 from overtok_megatron.doctor.report import Report
 from overtok_megatron.doctor.rounds import Pair, pair_rounds
-from overtok_megatron.doctor.run_facts import RunFacts, checked_run, folder_failure, read_run, token_file
+from overtok_megatron.doctor.run_facts import RunFacts, checked_run, folder_failure, made, read_run
 from overtok_megatron.environment import usable_devices
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.launching.shared_folder import token_in
 from overtok_megatron.parallel.devices import num_accelerators
 
 FACTS_SECONDS = 120.0  # datasets are opened in it
@@ -219,7 +220,7 @@ class Examination:
         assert folder is not None
         name = f"training.output_directory: {folder}"
         try:
-            with token_file(folder) as token:
+            with made(folder), token_in(folder) as token:
                 meeting.step("the output folder", None, FOLDER_SECONDS, lambda _: token)
                 said: dict[int, str | None] = {}
                 meeting.step("the output folder", None, FOLDER_SECONDS, said.update)

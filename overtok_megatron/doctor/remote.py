@@ -19,20 +19,9 @@ from typing import IO
 from overtok_megatron.doctor.one_host import Ranks
 from overtok_megatron.doctor.report import Report
 from overtok_megatron.environment import travelling
-from overtok_megatron.launching.cluster import Host
+from overtok_megatron.launching.cluster import Host, ssh_command
 from overtok_megatron.launching.hosts import addresses_of
 
-_SSH = (
-    "ssh",
-    "-o",
-    "BatchMode=yes",
-    "-o",
-    "ConnectTimeout=10",
-    "-o",
-    "ServerAliveInterval=15",
-    "-o",
-    "ServerAliveCountMax=4",
-)
 _REACHED_SECONDS = 30.0
 _CLOSING_SECONDS = 10.0
 _NO_CONNECTION = 255  # ssh's exit code where it is not the command's
@@ -47,9 +36,9 @@ class Answer:
     problem: str
 
 
-def ask(host: Host) -> Answer:
-    """Whether ssh reaches a host, and the same Python runs there, in the same folder."""
-    command = [*_SSH, host.name, f"{_here()} -P -c 'import overtok_megatron' && hostname -I"]
+def ask(host: Host, ssh: Sequence[str]) -> Answer:
+    """Whether ssh reaches a host, and the same Python runs there, in the same folder. ssh: the beginning of its command."""
+    command = [*ssh, host.name, f"{_here()} -P -c 'import overtok_megatron' && hostname -I"]
     try:
         done = subprocess.run(
             command,
@@ -87,8 +76,9 @@ def examine_hosts(
     MASTER_ADDR wins over the first host's name. master_port: None = one at random. Where no report comes, the returned one has
     the findings that say why.
     """
+    ssh = ssh_command(environment)
     with ThreadPoolExecutor(max_workers=64) as pool:
-        answers = dict(zip(hosts, pool.map(ask, hosts), strict=True))
+        answers = dict(zip(hosts, pool.map(lambda host: ask(host, ssh), hosts), strict=True))
     problems = [f"host {host.name}: {answer.problem}" for host, answer in answers.items() if answer.problem]
     fit = [host for host in hosts if not answers[host].problem]
     if not fit:
@@ -105,7 +95,7 @@ def examine_hosts(
         master_address=environment.get("MASTER_ADDR") or known,
         master_port=master_port or 10_000 + secrets.randbelow(20_000),
     )
-    report, failures = _run(fit, everywhere)
+    report, failures = _run(fit, everywhere, ssh)
     if report is None:
         failures.setdefault(fit[0].name, f"host {fit[0].name}: no report came from its first rank")
         return Report(ranks=everywhere.world, findings=[*problems, *failures.values()])
@@ -114,7 +104,7 @@ def examine_hosts(
     return replace(report, findings=[*problems, *failures.values(), *told])
 
 
-def _run(hosts: Sequence[Host], everywhere: Ranks) -> tuple[Report | None, dict[str, str]]:
+def _run(hosts: Sequence[Host], everywhere: Ranks, ssh: Sequence[str]) -> tuple[Report | None, dict[str, str]]:
     """The report, and a line for each host that the report knows nothing of, although its connection has ended."""
     with ExitStack() as files:
         # the first host's errors are shown as they come, with what the first rank says of its progress
@@ -123,7 +113,7 @@ def _run(hosts: Sequence[Host], everywhere: Ranks) -> tuple[Report | None, dict[
         try:
             before = 0
             for host, output in zip(hosts, errors, strict=True):
-                connections.append(_connect(host, replace(everywhere, first=before, count=host.ranks), output))
+                connections.append(_connect(host, replace(everywhere, first=before, count=host.ranks), output, ssh))
                 before += host.ranks
             report = _read_report(connections[0])
             failures = {}
@@ -144,11 +134,11 @@ def _content(file: IO[str]) -> str:
     return file.read()
 
 
-def _connect(host: Host, given: Ranks, output: IO[str] | None) -> subprocess.Popen[str]:
+def _connect(host: Host, given: Ranks, output: IO[str] | None, ssh: Sequence[str]) -> subprocess.Popen[str]:
     """Run the ranks of a host. Their standard output can be read, their errors go to `output`; they end with the connection."""
     command = f"{_here()} -P -m overtok_megatron.doctor.one_host {shlex.quote(given.as_json())}"
     return subprocess.Popen(
-        [*_SSH, host.name, command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
+        [*ssh, host.name, command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
     )
 
 

@@ -1,7 +1,5 @@
 """What a host reads of a run: its configuration, its tokenizer and datasets, and the output folder that all should share."""
 
-import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -16,9 +14,8 @@ from overtok_megatron.data.run_data import open_run_data
 from overtok_megatron.errors import OvertokError
 from overtok_megatron.files import write_atomically
 from overtok_megatron.launching.preparation import load_run
-
-_FOLDER_SECONDS = 15.0  # in which a file must be seen by other hosts; NFS keeps what it knows for seconds
-_POLL = 0.1
+from overtok_megatron.launching.shared_folder import SEEN_WITHIN, sees_token
+from overtok_megatron.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +88,13 @@ def _short(digest: str) -> str:
 
 
 @contextmanager
-def token_file(folder: Path) -> Iterator[str]:
-    """A file that the first host writes into the folder and removes at the end: its name, which nobody can guess.
-
-    A folder that was not there is made, and removed again where nobody has put anything into it. Raises OSError.
-    """
+def made(folder: Path) -> Iterator[None]:
+    """The folder is there while the block runs; what this has made and nobody has used is removed then. Raises OSError."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".doctor-{secrets.token_hex(8)}"
     try:
-        write_atomically(path, path.name)
-        yield path.name
+        yield
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
         for one in missing:
             with suppress(OSError):
                 one.rmdir()
@@ -115,17 +105,10 @@ def folder_failure(folder: Path, token: str, mark: str) -> str | None:
 
     mark: of this host, part of its file's name.
     """
-    end = time.monotonic() + _FOLDER_SECONDS
-    while not (folder / token).is_file():
-        if time.monotonic() > end:
-            return (
-                f"a file of the first host is not seen there within {_FOLDER_SECONDS:.0f} s; the folder must be shared"
-            )
-        time.sleep(_POLL)
-    own = folder / f"{token}-{mark}"
+    if not sees_token(folder, token):
+        return f"a file of the first host is not seen there within {SEEN_WITHIN:.0f} s; the folder must be shared"
+    own = RunFolder(folder).start_token(f"{token}-{mark}")
     try:
-        if (folder / token).read_text(encoding="utf-8") != token:
-            return "a file of the first host has other contents here"
         write_atomically(own, "")
         own.unlink()
     except OSError as error:

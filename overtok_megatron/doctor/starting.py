@@ -13,9 +13,10 @@ from overtok_megatron.doctor.prober import prepare_probers
 from overtok_megatron.environment import restore_visible_devices
 from overtok_megatron.errors import OutputError
 from overtok_megatron.files import write_atomically
-from overtok_megatron.launching.batch_systems import Placement, find_placement
+from overtok_megatron.launching.batch_systems import find_placement
 from overtok_megatron.launching.cluster import Host, read_hostfile
 from overtok_megatron.launching.local import free_port
+from overtok_megatron.placement import Placement
 
 if TYPE_CHECKING:
     from overtok_megatron.doctor.findings import Host as Examined

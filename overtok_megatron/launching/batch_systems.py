@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from overtok_megatron.errors import ConfigError
+from overtok_megatron.placement import Placement
 
 Environment = Mapping[str, str]
 THIS_HOST = "127.0.0.1"
@@ -29,43 +30,9 @@ DEFAULT_PORT = 29500  # of torch, where neither the caller nor a number of the j
 # Ports from 10000 up to 29996, below those of Kubernetes' services and those that Linux gives to clients. A prime number of
 # them, so that jobs and steps whose numbers are close never share one.
 _FIRST_PORT, _PORTS, _STEPS = 10_000, 19_997, 97
+# What numbers the hosts of a job, by launcher: torchrun, DeepSpeed's, SLURM. Several "hosts" may be one machine.
+_HOST_NUMBERS = ("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID")
 _SPECIAL_STEPS = 0xFFFFFFF0  # numbers from here on are of shells and scripts of a job, and of steps that are pending
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """The rank of a process and where the ranks meet.
-
-    ranks_of_host: how many ranks run on this host; 1 where nobody has said it. master_port: 0 = any free one, for a single
-    process. master_given: whether the caller or a launcher of torch has set the address; else it follows from names of
-    hosts, and the first rank checks that it is one of its own. cores: how many CPU cores a batch system has given to this
-    rank alone; None where the ranks of a host share them.
-    """
-
-    started_by: str
-    rank: int
-    local_rank: int
-    world_size: int
-    ranks_of_host: int
-    master_address: str
-    master_port: int
-    master_given: bool
-    cores: int | None = None
-
-    def num_threads(self, available: int) -> int:
-        """How many threads this rank should use. available: CPU cores that this process may use."""
-        return max(1, available // self.ranks_of_host if self.cores is None else min(available, self.cores))
-
-    def variables(self) -> dict[str, str]:
-        """The environment variables that torch and DeepSpeed read."""
-        return {
-            "RANK": str(self.rank),
-            "LOCAL_RANK": str(self.local_rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.ranks_of_host),
-            "MASTER_ADDR": self.master_address,
-            "MASTER_PORT": str(self.master_port),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +90,8 @@ def find_placement(environment: Environment) -> Placement:
         master_port=port,
         master_given=named in (address, THIS_HOST),
         cores=task.cores,
+        host_number=next((environment[name] for name in _HOST_NUMBERS if name in environment), ""),
+        attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 

@@ -135,14 +135,19 @@ def check_cluster(cluster: Cluster, environment: Mapping[str, str]) -> None:
         _check_reachable(cluster.hosts, environment)
 
 
+def ssh_command(environment: Mapping[str, str]) -> list[str]:
+    """The beginning of a command that runs something on another host, with the options with which pdsh will call ssh."""
+    return ["ssh", *shlex.split(environment.get("PDSH_SSH_ARGS_APPEND", "")), *_SSH.split()]
+
+
 def _check_reachable(hosts: Sequence[Host], environment: Mapping[str, str]) -> None:
     """Raise ConfigError naming the hosts that ssh does not reach, or that cannot import this package from this folder."""
     here = f"cd {shlex.quote(os.getcwd())} && PYTHONPATH={shlex.quote(environment.get('PYTHONPATH', ''))}"
     remote = f"{here} {shlex.quote(sys.executable)} -P -c 'import overtok_megatron'"
-    arguments = shlex.split(environment.get("PDSH_SSH_ARGS_APPEND", "")) + _SSH.split()
+    ssh = ssh_command(environment)
 
     def reason(host: Host) -> str | None:
-        command = ["ssh", *arguments, host.name, remote]
+        command = [*ssh, host.name, remote]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:120]
         if done.returncode == 0:

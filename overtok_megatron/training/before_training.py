@@ -11,12 +11,13 @@ from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate
 from overtok_megatron.environment import ACCELERATOR, make_deterministic, usable_devices
 from overtok_megatron.errors import ConfigError, OvertokError
-from overtok_megatron.launching.batch_systems import Placement, find_placement
+from overtok_megatron.launching.batch_systems import find_placement
 from overtok_megatron.launching.local import free_port
 from overtok_megatron.launching.preparation import check_inputs, load_run, make_folder, store_inputs
+from overtok_megatron.placement import Placement
 from overtok_megatron.run_lock import hold
 from overtok_megatron.training.meeting import Meeting
-from overtok_megatron.training.same_everywhere import Facts, differences, facts_of, token_in
+from overtok_megatron.training.same_everywhere import Facts, differences, facts_of, token_of_start
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def _check_and_store(loaded: LoadedConfig, place: Placement, environment: Mutabl
 def _compare(meeting: Meeting, config: RunConfig, device: "torch.device") -> list[str]:
     """On the first rank: hear all others. Returns warnings; raises ConfigError, a line for each thing that differs."""
     values = config.model_dump(mode="json")
-    with token_in(Path(config.training.output_directory)) as token:
+    with token_of_start(Path(config.training.output_directory)) as token:
         meeting.begin({"config": values, "token": token})
         own = _facts(meeting, config, device, values, token)
         mistakes, warnings = differences([own, *(Facts(**answer) for answer in meeting.answers())])

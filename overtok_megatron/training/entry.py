@@ -27,7 +27,7 @@ from overtok_megatron.training.before_training import place_process, prepare_ran
 from overtok_megatron.training.exit_codes import START_AGAIN, TERMINATED
 from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
 from overtok_megatron.watching.rank import Watch
-from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
+from overtok_megatron.watching.starting import join_watchdogs, start_watch
 
 log = logging.getLogger("overtok_megatron.training.entry")  # run as a script, this module has another name
 
@@ -69,16 +69,15 @@ def main(arguments: list[str] | None = None) -> int:
     watch = Watch()
     try:
         place = place_process(os.environ)
-        on_host = Place.of(os.environ)  # now: LOCAL_RANK becomes the number of a device, which may be 0 for every rank
-        meeting = Meeting(place, attempt=on_host.attempt)
+        meeting = Meeting(place)
         prepare_environment(os.environ, deterministic=False)
         start = prepare_rank(
             meeting, os.environ, options.config, options.overrides, stored=options.stored, joined=_leave_when_asked
         )
         config = start.config
         folder = Path(config.training.output_directory)
-        watch = start_watch(on_host, folder, config.training.hang_timeout)
-        join_watchdogs(on_host, watch, meeting.store)
+        watch = start_watch(place, folder, config.training.hang_timeout)
+        join_watchdogs(place, watch, meeting.store)
 
         # imported only now: torch's libraries read the environment when they are loaded
         from overtok_megatron.training.trainer import Trainer, show_bar
@@ -87,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in start.warnings:
             log.warning("%s", line)
         num_threads = place.num_threads(available_cores())
-        run = Trainer(config, device=start.device, num_threads=num_threads, watch=watch, attempt=on_host.attempt)
+        run = Trainer(config, device=start.device, num_threads=num_threads, watch=watch, attempt=place.attempt)
         run.run()
         run.grid.wait_for_all()  # all ranks leave together
     except (Exception, _AskedToLeave) as error:

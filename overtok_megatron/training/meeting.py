@@ -11,8 +11,8 @@ from datetime import timedelta
 from typing import Any
 
 from overtok_megatron.errors import ConfigError, OvertokError
-from overtok_megatron.launching.batch_systems import Placement
 from overtok_megatron.launching.hosts import addresses_of, is_own_address
+from overtok_megatron.placement import Placement
 
 # Seconds. Ranks come as their hosts get them started and import torch; the first rank compiles kernels and opens the data.
 JOIN_LIMIT, CHECK_LIMIT, ANSWER_LIMIT = 600.0, 3600.0, 600.0
@@ -36,10 +36,9 @@ class NotMetError(Exception):
 class Meeting:
     """The store of one start of a run; every rank makes one and joins it."""
 
-    def __init__(self, place: Placement, *, attempt: str = "0", join_limit: float = JOIN_LIMIT) -> None:
-        """attempt: as in rendezvous.py. join_limit: seconds until all ranks must have come."""
+    def __init__(self, place: Placement, *, join_limit: float = JOIN_LIMIT) -> None:
+        """join_limit: seconds until all ranks must have come."""
         self.place = place
-        self._attempt = attempt
         self._join_limit = join_limit
         self._store: Any = None
 
@@ -60,7 +59,7 @@ class Meeting:
         self._check_address()
         try:
             limit = timedelta(seconds=self._join_limit)
-            store, _, _ = store_of_start(self._attempt, limit, rank=place.rank, world_size=place.world_size)
+            store, _, _ = store_of_start(place.attempt, limit, rank=place.rank, world_size=place.world_size)
         except RuntimeError as error:  # torch's errors of networks and stores are of this kind
             if "EADDRINUSE" in str(error):
                 raise ConfigError(

@@ -7,11 +7,9 @@ output folder: the first rank writes a token there, which all must read. One sma
 import hashlib
 import json
 import platform
-import secrets
 import socket
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +20,8 @@ from overtok_megatron.config.derived import validation_sets
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.manifest import dataset_paths
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.run_folder import RunFolder
+from overtok_megatron.launching.shared_folder import sees_token, token_in
 
-# Seconds until a host must see a new file: network file systems remember a folder's names for a while.
-_FOLDER_LIMIT = 20.0
 _CONFIGURATION, _FOLDER = "the configuration", "training.output_directory"
 _AS_FIRST = "as on the first rank"
 _MENDS = {
@@ -68,7 +64,9 @@ def facts_of(
     """
     values = {
         _CONFIGURATION: _difference(first, config.model_dump(mode="json")) or _AS_FIRST,
-        _FOLDER: _AS_FIRST if _sees(config, token) else f"{config.training.output_directory} is another folder",
+        _FOLDER: _AS_FIRST
+        if sees_token(Path(config.training.output_directory), token)
+        else f"{config.training.output_directory} is another folder",
         **_data(config),
         **_versions(),
         "device": device_type,
@@ -97,34 +95,14 @@ def differences(facts: Sequence[Facts]) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def token_in(folder: Path) -> Iterator[str]:
-    """On the first rank: a word that lies in the run's folder while the block runs, in a file of a new name.
-
-    No host can have remembered a folder without that name. Raises ConfigError where the folder cannot be written.
-    """
-    token = secrets.token_hex(8)
-    path = RunFolder(folder).start_token(token)
-    try:
-        path.write_text(token, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{_FOLDER}: {folder}: cannot be written ({error.strerror})") from None
-    try:
-        yield token
-    finally:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _sees(config: RunConfig, token: str) -> bool:
-    path = RunFolder(Path(config.training.output_directory)).start_token(token)
-    deadline = time.monotonic() + _FOLDER_LIMIT
-    while True:
+def token_of_start(folder: Path) -> Iterator[str]:
+    """On the first rank: a token in the run's folder while the block runs. Raises ConfigError where it cannot be written."""
+    with ExitStack() as stack:
         try:
-            return path.read_text(encoding="utf-8") == token
-        except OSError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
+            token = stack.enter_context(token_in(folder))
+        except OSError as error:
+            raise ConfigError(f"{_FOLDER}: {folder}: cannot be written ({error.strerror})") from None
+        yield token
 
 
 def _difference(first: dict[str, Any], own: dict[str, Any]) -> str:

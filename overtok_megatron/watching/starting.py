@@ -6,12 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from overtok_megatron.errors import ConfigError
+from overtok_megatron.placement import Placement
 from overtok_megatron.watching.rank import Watch
 from overtok_megatron.watching.watchdog import Settings
 
@@ -19,47 +18,17 @@ _OLD_WATCHDOG = 60.0  # seconds in which the watchdog of an earlier start of the
 _WATCHDOG_STARTS = 60.0
 _WATCHDOGS_MEET = 60.0  # a watchdog that does not reach the first host's within LOST_AFTER has ended its ranks before
 _KEY = "overtok watchdog"
-# What numbers the hosts of a job, by launcher: torchrun, DeepSpeed's, SLURM. Several "hosts" may be one machine.
-_HOST_NUMBERS = ("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a rank stands in its job, as launchers say it in the environment."""
-
-    rank: int
-    local_rank: int
-    ranks: int
-    host_ranks: int
-    address: str
-    port: str
-    host_number: str
-    attempt: str
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> "Place":
-        """The place that these variables describe: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE or LOCAL_SIZE, MASTER_..."""
-        return cls(
-            rank=int(environment.get("RANK", "0")),
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
-            ranks=int(environment.get("WORLD_SIZE", "1")),
-            host_ranks=int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))),
-            address=environment.get("MASTER_ADDR", ""),
-            port=environment.get("MASTER_PORT", ""),
-            host_number=next((environment[name] for name in _HOST_NUMBERS if name in environment), ""),
-            attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        )
-
-    @property
-    def socket(self) -> str:
-        """The name of the socket of this host's watchdog, in Linux's namespace of sockets without files."""
-        words = [str(os.getuid()), self.address, self.port, self.host_number, self.attempt]
-        if self.ranks == 1:  # perhaps started without a launcher, and so without a port of its own
-            words.append(str(os.getpid()))
-        return "\0overtok watch " + " ".join(words)
+def socket_name(place: Placement) -> str:
+    """The name of the socket of this host's watchdog, in Linux's namespace of sockets without files."""
+    words = [str(os.getuid()), place.master_address, str(place.master_port), place.host_number, place.attempt]
+    if place.world_size == 1:  # perhaps started without a launcher, and so without a port of its own
+        words.append(str(os.getpid()))
+    return "\0overtok watch " + " ".join(words)
 
 
-def start_watch(place: Place, folder: Path, hang_timeout: float | None) -> Watch:
+def start_watch(place: Placement, folder: Path, hang_timeout: float | None) -> Watch:
     """The watch of this rank, connected to the watchdog of its host, which the first rank of the host starts here.
 
     folder: the run's, for reports. hang_timeout: seconds that a step may take; None or 0 = any time. Elsewhere than on Linux
@@ -70,16 +39,16 @@ def start_watch(place: Place, folder: Path, hang_timeout: float | None) -> Watch
         return watch
     if place.local_rank == 0:
         _start_watchdog(place, folder, hang_timeout or None)
-    watch.connect(place.socket, place.rank, complains=place.local_rank == 0)
+    watch.connect(socket_name(place), place.rank, complains=place.local_rank == 0)
     return watch
 
 
-def _start_watchdog(place: Place, folder: Path, hang_timeout: float | None) -> None:
+def _start_watchdog(place: Placement, folder: Path, hang_timeout: float | None) -> None:
     with _listener(place) as listener:
         settings = Settings(
             listener=listener.fileno(),
-            ranks=place.ranks,
-            host_ranks=place.host_ranks,
+            ranks=place.world_size,
+            host_ranks=place.ranks_of_host,
             first=place.rank == 0,
             folder=str(folder),
             hang_timeout=hang_timeout,
@@ -94,32 +63,32 @@ def _start_watchdog(place: Place, folder: Path, hang_timeout: float | None) -> N
         )
 
 
-def _listener(place: Place) -> socket.socket:
+def _listener(place: Placement) -> socket.socket:
     """The socket on which the host's watchdog listens; made here, so that no rank finds it missing once this one goes on."""
     deadline = time.monotonic() + _OLD_WATCHDOG
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     while True:
         try:
-            listener.bind(place.socket)
+            listener.bind(socket_name(place))
         except OSError:
             if time.monotonic() > deadline:
                 listener.close()
                 raise ConfigError(
-                    f"MASTER_PORT: {place.port}: another job on this host has that port, and its watchdog lives; end it, or "
-                    "choose another port"
+                    f"MASTER_PORT: {place.master_port}: another job on this host has that port, and its watchdog lives; "
+                    "end it, or choose another port"
                 ) from None
             time.sleep(0.2)
         else:
-            listener.listen(place.host_ranks)
+            listener.listen(place.ranks_of_host)
             return listener
 
 
-def join_watchdogs(place: Place, watch: Watch, store: Any) -> None:
+def join_watchdogs(place: Placement, watch: Watch, store: Any) -> None:
     """Let the watchdogs of all hosts find each other; the first rank of each host must call this, others may.
 
     store: of torch.distributed, in which the ranks have met. The watchdog of the first rank's host tells its address there.
     """
-    if place.local_rank > 0 or place.host_ranks == place.ranks or sys.platform != "linux":
+    if place.local_rank > 0 or place.ranks_of_host == place.world_size or sys.platform != "linux":
         return
     if place.rank == 0:
         port, token = watch.job_address(_WATCHDOG_STARTS)
@@ -127,4 +96,4 @@ def join_watchdogs(place: Place, watch: Watch, store: Any) -> None:
         watch.tell("all come")
     else:
         port_text, token = store.get(_KEY).decode().split()
-        watch.meet(place.address, int(port_text), token, _WATCHDOGS_MEET)
+        watch.meet(place.master_address, int(port_text), token, _WATCHDOGS_MEET)

@@ -27,6 +27,8 @@ training: {{output_directory: {folder}/runs/one, micro_batch_size: 1, global_bat
 FAKE_SSH = f"""#!{sys.executable}
 import os, sys
 words = sys.argv[1:]
+if words[:2] != ["-o", "Port=2222"]:
+    sys.exit("the caller's options come first")
 while words[0] == "-o":
     words = words[2:]
 host, command = words
@@ -151,6 +153,7 @@ def test_the_hosts_of_a_file_that_cannot_take_part_are_named(tmp_path: Path) -> 
     (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\nc slots=2\nd slots=2\n", encoding="utf-8")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"PDSH_SSH_ARGS_APPEND": "-o Port=2222"}
     command = overtok_command(
         "doctor", "--hostfile", tmp_path / "hosts", "--wait", 30, "--json", tmp_path / "report.json"
     )

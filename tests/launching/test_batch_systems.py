@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.launching.batch_systems import Placement, find_placement, first_host, tasks_per_node
+from overtok_megatron.launching.batch_systems import find_placement, first_host, tasks_per_node
 from overtok_megatron.parallel import devices
 from overtok_megatron.parallel.grid import GridShape
+from overtok_megatron.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import pytest
 from torch.distributed import TCPStore
 
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.launching.batch_systems import Placement, find_placement
+from overtok_megatron.launching.batch_systems import find_placement
 from overtok_megatron.launching.local import free_port
+from overtok_megatron.placement import Placement
 from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
 from overtok_megatron.training.same_everywhere import Facts, differences
 
@@ -119,7 +120,8 @@ def test_a_later_start_reads_nothing_that_one_before_has_left(port: int, monkeyp
     kept = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     starts = [
-        [Meeting(place(rank, port), attempt=attempt, join_limit=30) for rank in range(2)] for attempt in ("0", "1")
+        [Meeting(replace(place(rank, port), attempt=attempt), join_limit=30) for rank in range(2)]
+        for attempt in ("0", "1")
     ]
     for meeting in (*starts[0], *starts[1]):
         meeting.join()

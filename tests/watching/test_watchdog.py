@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from overtok_megatron.launching.local import free_port
 from overtok_megatron.watching.links import encoded
 from overtok_megatron.watching.rank import Watch
 from overtok_megatron.watching.watchdog import HostWatch, Settings, WatchedRank
@@ -20,8 +21,11 @@ _RANK = """
 import sys
 import time
 from pathlib import Path
-from overtok_megatron.watching.starting import Place, start_watch
-place = Place(rank=0, local_rank=0, ranks=2, host_ranks=1, address="127.0.0.1", port=sys.argv[1], host_number="", attempt="0")
+from overtok_megatron.launching.batch_systems import find_placement
+from overtok_megatron.watching.starting import start_watch
+place = find_placement({
+    "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1],
+})
 watch = start_watch(place, Path(sys.argv[2]), 300.0)
 time.sleep(2)
 watch.goodbye(0)
@@ -33,8 +37,9 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from overtok_megatron.launching.batch_systems import find_placement
 from overtok_megatron.watching import rank as rank_module
-from overtok_megatron.watching.starting import Place, join_watchdogs, start_watch
+from overtok_megatron.watching.starting import join_watchdogs, start_watch
 
 connected = rank_module._connected
 
@@ -50,9 +55,10 @@ def get(key):
 rank_module._connected = late
 rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 store = folder / "store"
-place = Place(
-    rank=rank, local_rank=0, ranks=2, host_ranks=1, address="127.0.0.1", port=port, host_number=str(rank), attempt="0"
-)
+place = find_placement({
+    "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": port,
+})
 watch = start_watch(place, folder, 300.0)
 join_watchdogs(place, watch, SimpleNamespace(set=lambda key, value: store.write_text(value), get=get))
 print("joined", flush=True)
@@ -70,9 +76,7 @@ def watchdogs(folder: Path) -> list[psutil.Process]:
 
 @pytest.mark.ci
 def test_the_first_watchdog_leaves_though_another_host_never_came(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-P", "-c", _RANK, str(tmp_path.stat().st_ino), str(tmp_path)], check=True, timeout=60
-    )
+    subprocess.run([sys.executable, "-P", "-c", _RANK, str(free_port()), str(tmp_path)], check=True, timeout=60)
     begin = time.monotonic()
     assert watchdogs(tmp_path), "it waits for the other host"
     while watchdogs(tmp_path):
@@ -82,7 +86,7 @@ def test_the_first_watchdog_leaves_though_another_host_never_came(tmp_path: Path
 
 def test_a_host_is_watched_from_the_moment_it_has_joined(tmp_path: Path) -> None:
     """Its rank dies at once, before its watchdog's first regular report: the first host learns of it, and ends its own."""
-    port = str(tmp_path.stat().st_ino)
+    port = str(free_port())
     ranks = [
         subprocess.Popen(
             [sys.executable, "-P", "-c", _LATE_RANK, str(rank), port, str(tmp_path)], stdout=subprocess.PIPE, text=True

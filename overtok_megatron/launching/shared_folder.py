@@ -1,0 +1,42 @@
+"""Whether all hosts see one folder: the first one writes a token there, in a file of a new name, which the others must read.
+
+No host can have remembered the folder without that name, as network file systems do for a while.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from overtok_megatron.run_folder import RunFolder
+
+SEEN_WITHIN = (
+    20.0  # seconds until a host must see a new file: network file systems remember a folder's names for a while
+)
+_POLL = 0.1
+
+
+@contextmanager
+def token_in(folder: Path) -> Iterator[str]:
+    """On the first host: a word that lies in a folder, which is there, while the block runs. Raises OSError."""
+    token = secrets.token_hex(8)
+    path = RunFolder(folder).start_token(token)
+    path.write_text(token, encoding="utf-8")
+    try:
+        yield token
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def sees_token(folder: Path, token: str) -> bool:
+    """Whether this host reads the token of the first one in a folder, within `SEEN_WITHIN` seconds."""
+    path, deadline = RunFolder(folder).start_token(token), time.monotonic() + SEEN_WITHIN
+    while True:
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") == token:  # else it is still being written
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
