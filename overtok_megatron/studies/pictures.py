@@ -121,7 +121,8 @@ def _curves(study: Study, picture: PictureSection, groups: Sequence[GroupResults
     if not shown:
         return False
     labels = short_labels(shown)
-    best = min(shown, key=_mean)
+    common = set.intersection(*(set(one.by_seed) for one in shown))  # an unfinished study lacks seeds of some groups
+    best = min(shown, key=lambda one: mean_of([one.losses[seed] for seed in common or one.losses]).value)
     title = f"{labels[best.group]} ends lowest, at {_mean(best):.3f}"
     baseline = baseline_of(best, groups, study.section.baseline)
     if baseline is not None and baseline.group != best.group and (own := differences(best, baseline)):
@@ -196,9 +197,9 @@ def _epochs_title(study: Study, groups: Sequence[GroupResults]) -> str:
     below = [epochs for epochs, gap in gaps if gap < 0]
     if not below:
         return f"{name} is above {study.section.baseline} at every length"
-    return (
-        f"{name} is below {study.section.baseline} up to {max(below):.3g} epochs, at {longest:.3g} by {-best[1]:+.3f}"
-    )
+    lengths = ", ".join(f"{epochs:.3g}" for epochs in dict.fromkeys(below))
+    end = f"at {longest:.3g} it is {abs(best[1]):.3f} {'below' if best[1] < 0 else 'above'}"
+    return f"{name} is below {study.section.baseline} at {lengths} epochs; {end}"
 
 
 def _speedup(study: Study, picture: PictureSection, groups: Sequence[GroupResults], path: Path) -> bool:

@@ -16,6 +16,7 @@ lock, so that a kill cuts no line and two processes lose none.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -72,12 +73,16 @@ class Result:
 
 
 def describe_result(cell: Cell, study: str, processes: int, origin: Origin) -> dict[str, Any]:
-    """The line of a cell whose run is complete. Raises DataError where the run has recorded no validation loss."""
+    """The line of a cell whose run is complete. Raises DataError where the run has recorded no validation loss, or
+    one that is not finite. Steps that were left out (training.non_finite: skip) have no training loss."""
     config, folder = cell.config, RunFolder(cell.run)
     records = folder.read_metrics()
     validated = [(record["step"], losses) for record in records if (losses := validation_losses(record))]
     if not validated or validated[-1][0] != train_iters(config):
         raise DataError(f"{folder.metrics}: holds no validation loss of the last step; set data.validation")
+    if not all(math.isfinite(loss) for _, losses in validated for loss in losses.values()):
+        raise DataError(f"{folder.metrics}: holds a validation loss that is not finite; the run has diverged")
+    training = [(record["step"], record["train/loss"]) for record in records if math.isfinite(record["train/loss"])]
     epochs = [value for key, value in records[-1].items() if key.startswith("data/epoch/")]
     count = parameter_counts(config)
     return {
@@ -95,7 +100,7 @@ def describe_result(cell: Cell, study: str, processes: int, origin: Origin) -> d
             name: [[step, round(losses[name], 5)] for step, losses in validated if name in losses]
             for name in validated[-1][1]
         },
-        "train": thinned([(record["step"], record["train/loss"]) for record in records]),
+        "train": thinned(training),
         "touched": [[record["step"], round(record[_TOUCHED], 5)] for record in records if _TOUCHED in record],
         "processes": processes,
         **asdict(origin),
