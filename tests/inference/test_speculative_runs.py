@@ -1,5 +1,6 @@
 """Trained heads: texts by drafts are plain ones token for token, from checkpoints of every kind, kept everywhere; the verbs."""
 
+import argparse
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from speculation_benchmark import speculative
 
 from overtok_megatron.cli import main
 from overtok_megatron.inference.decoder import IncrementalDecoder
@@ -93,6 +95,20 @@ def test_a_model_without_heads(
     assert main([verb[0], str(trained_runs.run("fp32")), *verb[1:], "--speculative"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no heads that draft tokens" in line
+
+
+def test_the_benchmark_counts(folder: Path, run: str) -> None:
+    options = argparse.Namespace(
+        run_folder=run, data=str(folder / "validation"), batches=[1, 2], prompt=8, new=12, temperature=0.0, rounds=1,
+        device=CPU,
+    )  # fmt: skip
+    figures = speculative(options)
+    assert figures.keys() == {"batch 1", "batch 2"}
+    for batch in figures.values():
+        assert batch.keys() == {"plain", "over_decoding", "multi_token"}
+        for name in ("over_decoding", "multi_token"):
+            assert batch[name]["tokens_per_pass"] == pytest.approx(1 + sum(batch[name]["accepted_shares"]))
+            assert batch[name]["speed_up"] == batch[name]["tokens_per_second"] / batch["plain"]["tokens_per_second"]
 
 
 def first_difference(trained: TrainedModel, prompt: list[int], plain: list[int], other: list[int]) -> float:
