@@ -5,6 +5,7 @@ rows: an over-encoded training step at growing table sizes; flat is the aim, sin
 tables: look-up, backward and update in four tables against fbgemm, SparseAdam, AdamW and the memory traffic alone.
 overhead: whole runs of the quickstart's two models in turn: what over-encoding costs a step.
 mapped: generation with the tables in a file, beside the same in memory.
+speculative: decoding by drafts of a trained model's heads, beside plain decoding of the same model.
 saves: what a checkpoint of big tables costs training, blocking, in the background, and of the rows changed in ten steps.
 prepare: a corpus to a dataset on disk, beside the tokenizer library's own encoding of the same text in memory.
 waiting: small parallel loops beside other work, for each way in which OpenMP threads may wait for one another.
@@ -28,6 +29,7 @@ import torch
 from data_benchmark import prepare_speed
 from measuring import alternate, configuration, save_beside_steps, single_process, steps_as_in_a_run
 from overhead_benchmark import overhead
+from speculation_benchmark import speculative
 from table_benchmark import mapped, tables
 from torch import Tensor
 from waiting_benchmark import waiting
@@ -263,6 +265,13 @@ def main() -> int:
     verb.add_argument("--new", type=int, default=64, help="tokens a text")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     verb.set_defaults(run=mapped)
+    verb = verbs.add_parser("speculative", help="decoding by drafts")
+    verb.add_argument("run_folder", metavar="RUN", help="a run's output folder whose model has heads")
+    verb.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="texts at a time")
+    verb.add_argument("--prompt", type=int, default=32, help="tokens of a prompt, from --data")
+    verb.add_argument("--new", type=int, default=64, help="tokens of a text")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    verb.set_defaults(run=speculative)
     verb = verbs.add_parser("saves", help="checkpoints of big tables")
     verb.add_argument("--rows", type=int, default=2**23 + 7, help="table_rows of the four tables")
     verb.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.inference.sampling import Draw, Sampling, distribution
+from overtok_megatron.parallel.uploading import moved
 
 
 @dataclass
@@ -142,7 +143,7 @@ class DraftedPass:
             key = (0.0, 0, 1.0) if greedy else (sampling.temperature, sampling.top_k, sampling.top_p)
             alike.setdefault(key, []).append(row)
         for rows in alike.values():
-            index = slice(None) if len(alike) == 1 else torch.tensor(rows, device=device)
+            index = slice(None) if len(alike) == 1 else moved(torch.tensor(rows), device)
             sampling, uniforms = draws[rows[0]].sampling, None
             if sampling.temperature > 0.0:
                 numbers = [

@@ -18,6 +18,7 @@ from overtok_megatron.inference.speculation import Proposer, Speculation
 from overtok_megatron.model.cache import KVCache
 from overtok_megatron.model.over_decoding import OverDecodingTable
 from overtok_megatron.ngram.ids import MISSING
+from overtok_megatron.parallel.uploading import moved
 
 
 def head_speculation(trained: TrainedModel) -> Speculation:
@@ -64,7 +65,7 @@ class OverDecodingProposer:
         return torch.stack([draft(one.float()) for one in logits], dim=1)
 
     def keep(self, tokens: Tensor, hidden: Tensor, counts: Sequence[int]) -> None:
-        ends = torch.tensor(counts, device=hidden.device) - 1
+        ends = moved(torch.tensor(counts), hidden.device) - 1
         self._last[: len(counts)] = hidden[torch.arange(len(counts), device=hidden.device), ends]
 
     def copy_row(self, source_row: int, target_row: int, source: Self | None = None) -> None:
@@ -140,7 +141,7 @@ class MultiTokenProposer:
 
     def keep(self, tokens: Tensor, hidden: Tensor, counts: Sequence[int]) -> None:
         rows = len(counts)
-        first = torch.tensor(counts, device=hidden.device).unsqueeze(1)  # [b, 1]: so many leave the window
+        first = moved(torch.tensor(counts), hidden.device).unsqueeze(1)  # [b, 1]: so many leave the window
         index = first + torch.arange(self._tokens.shape[1], device=hidden.device)  # [b, h + 2 D]
         self._tokens[:rows] = torch.cat([self._tokens[:rows], tokens], dim=1).gather(1, index)
         index = index[:, : self._window, None].expand(-1, -1, hidden.shape[-1])

@@ -22,6 +22,7 @@ from overtok_megatron.inference.acceptance import AcceptanceCounts, DraftedPass
 from overtok_megatron.inference.decoder import IncrementalDecoder, Run
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.sampling import Draw
+from overtok_megatron.parallel.uploading import moved
 
 
 class Proposer(Protocol):
@@ -111,7 +112,7 @@ class SpeculativeDecoder(IncrementalDecoder):
         assert len(pending) == len(draws) == self._used > 0
         num_drafts, device = self.proposer.num_drafts, self.trained.device
         choices = DraftedPass(draws, num_drafts, device)
-        first = torch.tensor(pending, device=device)
+        first = moved(torch.tensor(pending), device)
         drafts = self.proposer.propose(first, choices.draft)  # [b, k]
         fed = torch.cat([first.unsqueeze(1), drafts], dim=1)  # [b, k + 1]
         lengths = self.cache.lengths[: self._used]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from overtok_megatron.ngram.ids import MISSING
+from overtok_megatron.parallel.uploading import moved
 
 
 class KVCache:
@@ -134,4 +135,4 @@ class KVCache:
         ends, device = self.ends[:rows], self.tokens.device
         if len(set(ends)) == 1:
             return torch.arange(ends[0] - count, ends[0], device=device).unsqueeze(0)
-        return torch.tensor(ends, device=device).unsqueeze(1) + torch.arange(-count, 0, device=device)
+        return moved(torch.tensor(ends), device).unsqueeze(1) + torch.arange(-count, 0, device=device)

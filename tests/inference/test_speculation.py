@@ -9,7 +9,7 @@ from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.sampling import Sampling
 from overtok_megatron.inference.speculation import Speculation
 from support.proposers import bigrams, by_model
-from support.small_models import VOCAB, Endless, Letters
+from support.small_models import VOCAB, Endless, Letters, build_small_model
 
 PROMPTS = [[5], [7, 0, 9, 12, 33, 2], [60, 1, 1], [int(letter) + 1 for letter in "314159265358979"], [4, 4]]
 NONE, SOME, ALL = "none accepted", "some accepted", "all accepted"
@@ -67,6 +67,18 @@ def test_stop_strings_within_a_run(small_model: TrainedModel, kind: str) -> None
         expected = generate_texts(small_model, PROMPTS, sampling, stops)
         speculation = speculation_of(kind, small_model, 4)
         assert generate_texts(small_model, PROMPTS, sampling, stops, speculation=speculation) == expected
+
+
+INT8 = {"enabled": True, "ngram_order": 3, "num_slices": 1, "table_rows": 1000, "row_width": 16, "init_std": 0.5,
+        "combine": "sum", "row_dtype": "int8"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [NONE, SOME, ALL])
+def test_int8_rows(kind: str) -> None:
+    trained = replace(build_small_model("over-encoded", over_encoding=INT8), tokenizer=Endless(Letters()))
+    sampling = Sampling(max_new_tokens=20)
+    made = generate_tokens(trained, PROMPTS, sampling, speculation_of(kind, trained, 3))
+    assert made == generate_tokens(trained, PROMPTS, sampling)
 
 
 def test_the_context_may_be_filled(small_model: TrainedModel) -> None:

@@ -1,5 +1,6 @@
 """Trained heads: texts by drafts are plain ones token for token, from checkpoints of every kind, kept everywhere; the verbs."""
 
+import argparse
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from speculation_benchmark import speculative
 
 from overtok_megatron.cli import main
 from overtok_megatron.inference.decoder import IncrementalDecoder
@@ -95,6 +97,20 @@ def test_a_model_without_heads(
     assert "no heads that draft tokens" in line
 
 
+def test_the_benchmark_counts(folder: Path, run: str) -> None:
+    options = argparse.Namespace(
+        run_folder=run, data=str(folder / "validation"), batches=[1, 2], prompt=8, new=12, temperature=0.0, rounds=1,
+        device=CPU,
+    )  # fmt: skip
+    figures = speculative(options)
+    assert figures.keys() == {"batch 1", "batch 2"}
+    for batch in figures.values():
+        assert batch.keys() == {"plain", "over_decoding", "multi_token"}
+        for name in ("over_decoding", "multi_token"):
+            assert batch[name]["tokens_per_pass"] == pytest.approx(1 + sum(batch[name]["accepted_shares"]))
+            assert batch[name]["speed_up"] == batch[name]["tokens_per_second"] / batch["plain"]["tokens_per_second"]
+
+
 def first_difference(trained: TrainedModel, prompt: list[int], plain: list[int], other: list[int]) -> float:
     """How much the logits of the two tokens that differ first differ, relative to the largest logit."""
     index = next(index for index, pair in enumerate(zip(plain, other, strict=False)) if pair[0] != pair[1])
@@ -119,7 +135,9 @@ def test_a_thousand_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         trained = replace(loaded, tokenizer=tokenizer)
         speculations = head_speculation(trained), by_tables(trained)
         prompts = prompts_of(tmp_path, 168)
-        often = Counter(token for text in generate_tokens(trained, prompts[:16], Sampling()) for token in text)
+        often = Counter(
+            token for text in generate_tokens(trained, prompts[:16], Sampling(max_new_tokens=24)) for token in text
+        )
         ends = [-5, *(token for token, _ in often.most_common(12)[4:])]
         for number, size in enumerate((1, 1, 2, 4, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16)):
             batch, prompts = prompts[:size], prompts[size:]
