@@ -98,16 +98,19 @@ def main(arguments: list[str] | None = None) -> int:
 class _AskedToLeave(BaseException):
     """A signal asked this rank to leave before it began to train. No error, so that nothing on the way takes it for one."""
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, number: int) -> None:
+        code = START_AGAIN if number == signal.SIGUSR1 else TERMINATED
         super().__init__(code)
         self.code = code
+        name = signal.Signals(number).name
+        self.line = f"asked to stop by {name} before training began; the same command starts it (exit code {code})"
 
 
 def _leave_when_asked() -> None:
     """From now on SIGTERM and SIGUSR1 end this rank with the codes that they have in training (leaving.py takes them over)."""
 
     def leave(number: int, _: object) -> None:
-        raise _AskedToLeave(START_AGAIN if number == signal.SIGUSR1 else TERMINATED)
+        raise _AskedToLeave(number)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave)
@@ -117,6 +120,8 @@ def _leave_after(error: BaseException, meeting: Meeting | None, watch: Watch) ->
     """Say what ended this rank, unless another process has said it; returns the exit code."""
     if isinstance(error, _AskedToLeave):
         code = error.code
+        if meeting is None or meeting.is_news(error.line):
+            print(error.line, file=sys.stderr, flush=True)
         if meeting is not None:
             meeting.leave(code)
     elif isinstance(error, AlreadySaidError):
