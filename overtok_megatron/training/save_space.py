@@ -45,5 +45,5 @@ def check_space(engine: TrainingEngine, folder: Path, step: int, needed: int) ->
     if total > free:
         raise CheckpointError(
             f"could not save step {step}: {folder}: {total / 1e9:.3f} GB are to be written and {free / 1e9:.3f} GB are free; "
-            "the previous checkpoint is intact, make room or change training.output_directory and start again to resume from it"
+            "earlier checkpoints are intact: make room, and the same command goes on from the latest one"
         )

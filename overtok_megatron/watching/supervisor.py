@@ -12,7 +12,7 @@ from types import FrameType
 FINAL = (0, 2, 75, 130, 143)
 _CODES: dict[int, int] = {
     signal.SIGUSR1: 75,
-    signal.SIGINT: 130,
+    signal.SIGINT: 143,
     signal.SIGTERM: 143,
     signal.SIGHUP: 143,
 }  # of the signals passed on
