@@ -22,6 +22,7 @@ from overtok_megatron.environment import (
     set_library_defaults,
 )
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.launching.batch_systems import forgotten_tasks
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.training.before_training import place_process, prepare_rank
 from overtok_megatron.training.exit_codes import START_AGAIN, TERMINATED
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     watch = Watch()
     try:
         place = place_process(os.environ)
+        if (forgotten := forgotten_tasks(os.environ, place)) is not None:
+            print(f"warning: {forgotten}", file=sys.stderr, flush=True)
         on_host = Place.of(os.environ)  # now: LOCAL_RANK becomes the number of a device, which may be 0 for every rank
         meeting = Meeting(place)
         prepare_environment(os.environ, deterministic=False)
