@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import pytest
 
 from overtok_megatron.launching.local import ENTRY, signal_ranks
+from overtok_megatron.training import entry
 from overtok_megatron.watching.supervisor import Reached
 from support.overtok_process import kill_session, ranks_of, session_of, start_overtok, wait_for
 from support.started_ranks import plain_environment
@@ -62,6 +64,32 @@ def test_sigkill_ends_a_launcher_that_has_no_rank_so_far(launcher: "subprocess.P
     launcher.wait(timeout=10)
     gone, alive = psutil.wait_procs(below, timeout=10)
     assert gone and not alive
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The handlers of signals that a rank sets are taken away again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_rank_that_is_told_to_leave_before_it_trains_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    def prepare(*_: Any, joined: Callable[[], None], **__: Any) -> None:
+        joined()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(os, "environ", plain_environment())
+    monkeypatch.setattr(entry, "prepare_rank", prepare)
+    assert entry.main(["run.yaml"]) == code
+    assert capsys.readouterr().err == (
+        f"asked to stop by {number.name} before training began; the same command starts it (exit code {code})\n"
+    )
 
 
 def test_sigterm_as_soon_as_a_rank_is_there(workspace: Workspace) -> None:
