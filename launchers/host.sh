@@ -4,6 +4,10 @@
 # SIGTERM and SIGUSR1 are passed on to the ranks. Leaves with the code of the first rank that fails, when all have ended.
 # PYTHON names another Python than that of .venv.
 set -uo pipefail
+if ((100 * BASH_VERSINFO[0] + BASH_VERSINFO[1] < 501)); then # before, `wait` cannot tell which rank has ended
+    echo "error: host.sh needs bash 5.1 or newer, and $BASH is $BASH_VERSION; start the ranks by torchrun" >&2
+    exit 2
+fi
 launchers=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launchers/rank_environment.sh"
 : "${HOSTS:?how many hosts there are}" "${HOST_NUMBER:?0 for the host that MASTER_ADDR names}"

@@ -160,6 +160,18 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def test_host_refuses_a_bash_that_cannot_tell_which_rank_has_ended(tmp_path: Path) -> None:
+    """As in RHEL 8. Such a bash is not at hand, so the script asks for one that is not there yet."""
+    text = (LAUNCHERS / "host.sh").read_text(encoding="utf-8")
+    assert text.count("< 501") == 1
+    script = tmp_path / "host.sh"
+    script.write_text(text.replace("< 501", "< 9901"), encoding="utf-8")
+    process = subprocess.run(["bash", script, "run.yaml"], capture_output=True, text=True, timeout=20)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: host.sh needs bash 5.1 or newer, and ")
+    assert process.stderr.count("\n") == 1
+
+
 def test_host_names_the_variable_that_is_missing(stand: Stand) -> None:
     process = subprocess.run([LAUNCHERS / "host.sh", "run.yaml"], env={"HOSTS": "2"}, capture_output=True, text=True)
     assert process.returncode != 0

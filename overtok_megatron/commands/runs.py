@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from overtok_megatron.commands.arguments import not_negative, port, positive
-from overtok_megatron.errors import OutputError
+from overtok_megatron.errors import ConfigError, OutputError
 from overtok_megatron.files import refuse_inputs
 
 
@@ -34,9 +34,16 @@ def _train(options: argparse.Namespace) -> int:
     from overtok_megatron.launching.preparation import load_run
 
     cluster, processes = None, options.processes
+    for flag, value in (("--launcher", options.launcher), ("--launcher-args", options.launcher_args)):
+        if value is not None and options.hostfile is None:
+            raise ConfigError(
+                f"{flag}: {value}: is of no use without --hostfile, which names the hosts; give that, too"
+            )
     if options.hostfile is not None:
         hosts = read_hostfile(options.hostfile, options.processes)
-        cluster = Cluster(hosts=hosts, launcher=options.launcher, launcher_arguments=options.launcher_args)
+        cluster = Cluster(
+            hosts=hosts, launcher=options.launcher or "pdsh", launcher_arguments=options.launcher_args or ""
+        )
         processes = cluster.world_size
     loaded = load_run(options.config, options.overrides, _note)
     return launch(loaded, processes, options.master_port, cluster, max_restarts=options.max_restarts)
@@ -77,10 +84,10 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument(
         "--launcher",
         choices=["pdsh", "openmpi", "mpich", "impi", "slurm"],
-        default="pdsh",
+        default=None,
         help="with --hostfile: by what DeepSpeed starts the ranks (default: pdsh)",
     )
-    verb.add_argument("--launcher-args", default="", help="with --hostfile: words for pdsh, mpirun or srun")
+    verb.add_argument("--launcher-args", default=None, help="with --hostfile: words for pdsh, mpirun or srun")
     verb.add_argument(
         "--max-restarts",
         type=not_negative,

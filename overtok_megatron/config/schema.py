@@ -308,9 +308,8 @@ class TrainingConfig(Section):
     )
     initial_state: Literal["weights", "everything"] = Field(
         "weights",
-        description="what a run takes from initial_checkpoint: weights alone, and it begins at step 0; or everything, dense "
-        "and row optimizer state, the step and the position in the data included, as if that run went on with this "
-        "configuration: its schedule from that step on, its order of samples from that position on",
+        description="what a run takes from initial_checkpoint: weights alone, and it begins at step 0; or everything: "
+        "optimizer state, step and position in the data too, as if that run went on with this configuration",
     )
     recompute: Recompute = Field(
         "none", description="what backward computes again: nothing, the core of attention, or whole blocks"

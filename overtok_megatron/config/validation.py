@@ -60,6 +60,7 @@ def run_problems(config: RunConfig, world_size: int) -> list[Problem]:
         if world_size <= MOST_RANKS:
             found += host_group_problems(config, world_size)
     found += _schedule_problems(config)
+    found += _start_problems(config)
     found += _trace_problems(config, world_size)
     if divided:
         found += precision_problems(config, world_size)
@@ -111,6 +112,13 @@ def _schedule_problems(config: RunConfig) -> Iterator[Problem]:
     elif known and decay + optimizer.warmup_iters > train_iters(config):
         reason = f"with warmup_iters {optimizer.warmup_iters} passes the {train_iters(config)} steps of the run"
         yield problem(key, decay, reason, ("optimizer.warmup_iters", *length))
+
+
+def _start_problems(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    if training.initial_state != "weights" and training.initial_checkpoint is None:
+        reason = "takes all of training.initial_checkpoint, which is none; name a checkpoint there, or write weights"
+        yield problem("training.initial_state", training.initial_state, reason, ("training.initial_checkpoint",))
 
 
 def _trace_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:

@@ -126,7 +126,7 @@ def _host_rows(hosts: Mapping[str, HostFacts], clocks: Mapping[str, ClockOffset]
 
 def _interfaces(hosts: Mapping[str, HostFacts]) -> Iterator[str]:
     """What gloo and NCCL take, a line for each library where all hosts take the same interface."""
-    for library in ("gloo", "nccl"):
+    for library in ("gloo", "nccl") if hosts else ():
         taken: dict[str, Interface] = {host: getattr(facts, library) for host, facts in hosts.items()}
         if library == "nccl" and all(facts.versions["nccl"] == "none" for facts in hosts.values()):
             continue

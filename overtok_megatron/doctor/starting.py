@@ -1,5 +1,6 @@
 """Who takes part in an examination: this process, where a launcher has started it as a rank; else ranks started here."""
 
+import errno
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from overtok_megatron.doctor.one_host import Ranks, start_ranks, wait_for_ranks
 from overtok_megatron.doctor.prober import prepare_probers
 from overtok_megatron.environment import restore_visible_devices
 from overtok_megatron.errors import OutputError
-from overtok_megatron.files import write_atomically
+from overtok_megatron.files import refuse_inputs, write_atomically
 from overtok_megatron.launching.batch_systems import find_placement
 from overtok_megatron.launching.cluster import Host, read_hostfile
 from overtok_megatron.launching.local import free_port
@@ -64,10 +65,13 @@ def examine(options: Options) -> int:
     """
     if options.hostfile is None:
         placement = find_placement(os.environ)
+        if placement.rank == 0:
+            _check_json(options)
         if "RANK" in os.environ or placement.world_size > 1:
             return _take_part(options, placement)
         ranks = options.processes or HERE
     else:
+        _check_json(options)
         hosts = _hosts_of(options.hostfile, options.processes)
         ranks = sum(host.ranks for host in hosts)
     if options.config is not None:
@@ -80,6 +84,24 @@ def examine(options: Options) -> int:
     from overtok_megatron.doctor.remote import examine_hosts
 
     return _publish(options, examine_hosts(hosts, options.arguments(), os.environ, options.master_port))
+
+
+def _check_json(options: Options) -> None:
+    """Raise OutputError where the JSON file cannot be written: before the examination, which takes minutes on many hosts."""
+    if options.json in (None, STANDARD_OUTPUT):
+        return
+    path = Path(options.json)
+    inputs = [] if options.config is None else [Path(options.config)]
+    refuse_inputs([path], inputs + ([] if options.hostfile is None else [options.hostfile]), "--json")
+    reason = ""
+    if path.is_dir():
+        reason = os.strerror(errno.EISDIR)
+    elif not path.parent.is_dir():
+        reason = os.strerror(errno.ENOENT)
+    elif not os.access(path.parent, os.W_OK):
+        reason = os.strerror(errno.EACCES)
+    if reason:
+        raise OutputError(f"--json: {path}: cannot be written ({reason}); name a file in a folder that is there")
 
 
 def _hosts_of(path: Path, processes: int | None) -> Sequence[Host]:

@@ -26,6 +26,7 @@ from overtok_megatron.placement import Placement
 
 Environment = Mapping[str, str]
 THIS_HOST = "127.0.0.1"
+ALONE = "a process alone"
 DEFAULT_PORT = 29500  # of torch, where neither the caller nor a number of the job gives one
 # Ports from 10000 up to 29996, below those of Kubernetes' services and those that Linux gives to clients. A prime number of
 # them, so that jobs and steps whose numbers are close never share one.
@@ -95,15 +96,23 @@ def find_placement(environment: Environment) -> Placement:
     )
 
 
+def forgotten_tasks(environment: Environment, place: Placement) -> str | None:
+    """A line where a process is one rank alone in a SLURM job of several tasks, as in a script without srun; else None."""
+    asked = environment.get("SLURM_NTASKS", "").strip()
+    if place.started_by != ALONE or not asked.isdecimal() or int(asked) < 2:
+        return None
+    return (
+        f"SLURM_NTASKS is {asked}, but srun has not started this process: it trains as one rank alone; start it by srun"
+    )
+
+
 def _callers_task(environment: Environment, rank: int | None, world_size: int | None) -> _Task:
     """The task where no batch system started it: that of RANK and WORLD_SIZE, or a single process where neither is set."""
     if rank is None and world_size is None:
         local_rank = _number(environment, "LOCAL_RANK")
         if local_rank:
             raise ConfigError(f"RANK: not set, but LOCAL_RANK is {local_rank}; set RANK and WORLD_SIZE, or unset it")
-        return _Task(
-            started_by="a process alone", rank=0, world_size=1, local_rank=0, ranks_of_host=1, address=THIS_HOST, port=0
-        )
+        return _Task(started_by=ALONE, rank=0, world_size=1, local_rank=0, ranks_of_host=1, address=THIS_HOST, port=0)
     missing, other = ("RANK", "WORLD_SIZE") if rank is None else ("WORLD_SIZE", "RANK")
     if rank is None or world_size is None:
         raise ConfigError(f"{missing}: not set, but {other} is {environment[other]}; set both, or neither")

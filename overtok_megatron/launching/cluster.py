@@ -77,7 +77,7 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> tuple[Host, ...]:
     ranks_per_host: None = one rank per slot. Raises ConfigError naming the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors of Windows write a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text"
         raise ConfigError(
@@ -90,7 +90,8 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> tuple[Host, ...]:
             continue
         parts = re.fullmatch(r"((?:[\w.-]+@)?[A-Za-z0-9_][\w.-]*)\s+slots=(\d{1,6})", text)
         if parts is None:
-            raise ConfigError(f"{path}:{number}: {text[:60]!r}; write a line per host, as: node1 slots=8")
+            name = ", by its name and not an address of IPv6" if text.split()[0].count(":") > 1 else ""
+            raise ConfigError(f"{path}:{number}: {text[:60]!r}; write a line per host{name}, as: node1 slots=8")
         name, slots = parts[1], int(parts[2])
         if name in found:
             raise ConfigError(f"{path}:{number}: {name} stands in line {found[name][0]} already; name each host once")

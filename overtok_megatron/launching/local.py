@@ -4,6 +4,8 @@ The ranks run on this host, or on those of a cluster (cluster.py).
 """
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import time
@@ -29,7 +31,7 @@ from overtok_megatron.launching.cluster import (
 from overtok_megatron.launching.preparation import check_inputs, make_folder, store_inputs
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.run_lock import RunLock, hold
-from overtok_megatron.watching.supervisor import Supervisor
+from overtok_megatron.watching.supervisor import Reached, Supervisor
 
 ENTRY = "overtok_megatron.training.entry"  # the module that every rank runs
 STORED = "--stored"  # its option: the configuration was checked and stored by this process
@@ -94,9 +96,9 @@ def launch(
             return supervisor.run(max_restarts)
 
 
-def _signal_cluster(cluster: Cluster, directory: Path, environment: dict[str, str], _: int, number: int) -> bool:
-    """Send a signal to the first rank, and say whether it was there: all ranks stop together."""
-    return signal_first_rank(cluster, directory, environment, number)
+def _signal_cluster(cluster: Cluster, directory: Path, environment: dict[str, str], _: int, number: int) -> Reached:
+    """Send a signal to the first rank, which is ready for it when its host can be found: all ranks stop together."""
+    return Reached.READY if signal_first_rank(cluster, directory, environment, number) else Reached.NOBODY
 
 
 def finished(directory: Path, config: RunConfig) -> bool:
@@ -167,18 +169,47 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
     ]
 
 
-def signal_ranks(launcher: int, number: int) -> bool:
-    """Send a signal to the ranks below a launcher, and say whether there was any.
+def signal_ranks(launcher: int, number: int) -> Reached:
+    """Send a signal to the ranks below a launcher, and say whom it reached; SIGKILL ends all that the launcher has started.
 
-    The launcher itself gets none: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the ranks after
-    half a minute.
+    Of another signal the launcher itself gets none: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the
+    ranks after half a minute.
     """
-    sent = False
+    if number == signal.SIGKILL:
+        return _kill_launcher(launcher)
+    reached = Reached.NOBODY
     with suppress(psutil.Error):  # the launcher has gone
         for process in psutil.Process(launcher).children(recursive=True):
             with suppress(psutil.Error):
                 words = process.cmdline()
                 if ENTRY in words and any(word.startswith("--local_rank") for word in words):
+                    ready = reached is not Reached.STARTING and _catches(process.pid, number)
                     process.send_signal(number)
-                    sent = True
-    return sent
+                    reached = Reached.READY if ready else Reached.STARTING
+    return reached
+
+
+def _catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, as a rank has once it has met the others; True where it is not known."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is None or bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def _kill_launcher(launcher: int) -> Reached:
+    """SIGKILL a launcher and all below it. They are stopped before, so that none starts a rank that is then nobody's child."""
+    stopped: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        top = psutil.Process(launcher)
+        while new := [process for process in (top, *top.children(recursive=True)) if process not in stopped]:
+            for process in new:
+                with suppress(psutil.Error):
+                    process.suspend()
+            stopped += new
+    for process in stopped:
+        with suppress(psutil.Error):
+            process.kill()
+    return Reached.READY if stopped else Reached.NOBODY

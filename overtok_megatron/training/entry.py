@@ -22,6 +22,7 @@ from overtok_megatron.environment import (
     set_library_defaults,
 )
 from overtok_megatron.errors import OvertokError
+from overtok_megatron.launching.batch_systems import forgotten_tasks
 from overtok_megatron.run_folder import RunFolder
 from overtok_megatron.training.before_training import place_process, prepare_rank
 from overtok_megatron.training.exit_codes import START_AGAIN, TERMINATED
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     watch = Watch()
     try:
         place = place_process(os.environ)
+        if (forgotten := forgotten_tasks(os.environ, place)) is not None:
+            print(f"warning: {forgotten}", file=sys.stderr, flush=True)
         meeting = Meeting(place)
         prepare_environment(os.environ, deterministic=False)
         start = prepare_rank(
@@ -98,16 +101,19 @@ def main(arguments: list[str] | None = None) -> int:
 class _AskedToLeave(BaseException):
     """A signal asked this rank to leave before it began to train. No error, so that nothing on the way takes it for one."""
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, number: int) -> None:
+        code = START_AGAIN if number == signal.SIGUSR1 else TERMINATED
         super().__init__(code)
         self.code = code
+        name = signal.Signals(number).name
+        self.line = f"asked to stop by {name} before training began; the same command starts it (exit code {code})"
 
 
 def _leave_when_asked() -> None:
     """From now on SIGTERM and SIGUSR1 end this rank with the codes that they have in training (leaving.py takes them over)."""
 
     def leave(number: int, _: object) -> None:
-        raise _AskedToLeave(START_AGAIN if number == signal.SIGUSR1 else TERMINATED)
+        raise _AskedToLeave(number)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave)
@@ -117,6 +123,8 @@ def _leave_after(error: BaseException, meeting: Meeting | None, watch: Watch) ->
     """Say what ended this rank, unless another process has said it; returns the exit code."""
     if isinstance(error, _AskedToLeave):
         code = error.code
+        if meeting is None or meeting.is_news(error.line):
+            print(error.line, file=sys.stderr, flush=True)
         if meeting is not None:
             meeting.leave(code)
     elif isinstance(error, AlreadySaidError):

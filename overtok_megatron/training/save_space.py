@@ -47,6 +47,5 @@ def check_space(engine: TrainingEngine, folder: Path, step: int, needed: int) ->
         free, rank, host = min(told)
         raise CheckpointError(
             f"could not save step {step}: {folder}: {total / 1e9:.3f} GB are to be written and {free / 1e9:.3f} GB are free on "
-            f"{host} (rank {rank}); the previous checkpoint is intact, make room or change training.output_directory, and "
-            "start again"
+            f"{host} (rank {rank}); earlier checkpoints are intact: make room, and the same command goes on from the latest one"
         )

@@ -187,8 +187,8 @@ class Saver:
         self.engine.grid.wait_for_all()
         rank, text = failures[0]
         raise CheckpointError(
-            f"could not save step {self._step} on rank {rank}: {text}; the previous checkpoint is intact, "
-            "make room or change training.output_directory and start again to resume from it"
+            f"could not save step {self._step} on rank {rank}: {text}; earlier checkpoints are intact: "
+            "make room, and the same command goes on from the latest one"
         )
 
     def _start_dense(self, folder: Path) -> Callable[[], dict[str, Digest]]:

@@ -5,27 +5,41 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from enum import Enum
 from types import FrameType
 
 # Finished; a mistake that would come again; stopped early, and to be started again by whoever stopped it; Ctrl-C; SIGTERM.
 FINAL = (0, 2, 75, 130, 143)
-_CODES = {signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}  # of the signals passed on
+_CODES: dict[int, int] = {
+    signal.SIGUSR1: 75,
+    signal.SIGINT: 143,
+    signal.SIGTERM: 143,
+    signal.SIGHUP: 143,
+}  # of the signals passed on
 FAILED = 1  # whatever else a launcher makes of the codes and signals by which its ranks ended
 _LONGEST_PAUSE = 60.0  # seconds before a start
+
+
+class Reached(Enum):
+    """Whom a signal has reached: no rank, ranks of which one at least is not yet able to save and so dies of it, or others."""
+
+    NOBODY = "nobody"
+    STARTING = "starting"
+    READY = "ready"
 
 
 class Supervisor:
     """Runs one launcher after the other, each in a process group of its own, so that Ctrl-C reaches this process alone.
 
-    start: starts the launcher. signal_ranks(launcher's process id, signal): sends a signal to ranks, and says whether any rank
-    was there to get it. wait_until_gone: returns when no rank holds the run any more. finished: whether the run has come to
-    its end: DeepSpeed's launcher leaves with 0 also where a signal has ended what it started.
+    start: starts the launcher. signal_ranks(launcher's process id, signal): sends a signal to ranks, and says whom it reached;
+    SIGKILL also keeps ranks from being started. wait_until_gone: returns when no rank holds the run any more. finished:
+    whether the run has come to its end: DeepSpeed's launcher leaves with 0 also where a signal has ended what it started.
     """
 
     def __init__(
         self,
         start: Callable[[], "subprocess.Popen[bytes]"],
-        signal_ranks: Callable[[int, int], bool],
+        signal_ranks: Callable[[int, int], Reached],
         wait_until_gone: Callable[[], None],
         finished: Callable[[], bool],
     ) -> None:
@@ -36,6 +50,7 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped: int | None = None  # the signal that asked for the end
         self._to_send: int | None = None  # a signal that no rank has got so far
+        self._cut_short = False  # the signal has ended a rank that had not begun to train
         self._interrupted = False  # by a second Ctrl-C
 
     def run(self, max_restarts: int) -> int:
@@ -61,6 +76,13 @@ class Supervisor:
                     raise KeyboardInterrupt
                 if code in FINAL:
                     return code
+                if self._stopped is not None and self._cut_short:
+                    code = _CODES[self._stopped]
+                    name = signal.Signals(self._stopped).name
+                    _say(
+                        f"asked to stop by {name} before training began; the same command starts it (exit code {code})"
+                    )
+                    return code
                 if self._stopped is not None or restarts == max_restarts:
                     return FAILED
                 pause = min(_LONGEST_PAUSE, 2.0**restarts)
@@ -85,8 +107,12 @@ class Supervisor:
                 self._send(process)
 
     def _send(self, process: "subprocess.Popen[bytes]") -> None:
-        if self._to_send is not None and self._signal_ranks(process.pid, self._to_send):
+        if self._to_send is None:
+            return
+        reached = self._signal_ranks(process.pid, self._to_send)
+        if reached is not Reached.NOBODY:
             self._to_send = None
+        self._cut_short |= reached is Reached.STARTING
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -102,6 +102,14 @@ def test_a_link_that_is_slow_in_one_direction_is_named() -> None:
     ]
 
 
+def test_memory_of_one_host_has_no_damaged_cable() -> None:
+    """What other processes do there slows one direction for a moment; a link of devices is one of wires."""
+    first, second, rates = End("a", "a rank 0"), End("a", "a rank 1"), (2.8e9, 6.8e8)
+    assert link_findings([Link(backend="gloo", first=first, second=second, latency=3e-5, rates=rates)]) == []
+    (line,) = link_findings([Link(backend="nccl", first=first, second=second, latency=3e-5, rates=rates)])
+    assert "2.8 GB/s one way" in line
+
+
 @pytest.mark.parametrize(("sends", "word"), [(True, "sends"), (False, "receives")])
 def test_a_host_that_is_slow_in_one_direction_is_named(sends: bool, word: str) -> None:
     """It is the first end of one of its links and the second one of the other."""

@@ -16,6 +16,7 @@ from overtok_megatron.data.preparing.prepare import prepare
 from overtok_megatron.data.tokenizers.bytes import ByteTokenizer
 from overtok_megatron.launching.console import overtok_command
 from overtok_megatron.launching.local import free_port
+from support.expect_error import command_error
 
 CONFIG = """
 model: {{vocab_size: 257, hidden_size: 32, intermediate_size: 48, num_layers: 2, num_attention_heads: 2}}
@@ -136,6 +137,22 @@ def test_a_wrong_configuration_is_a_users_mistake(config: Path) -> None:
     assert done.returncode == 2
     assert "training.seeds" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_examination(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts, text = tmp_path / "hosts", config.read_text(encoding="utf-8")
+    hosts.write_text("nowhere slots=1\n", encoding="utf-8")
+    for words, told in (
+        (["--json", tmp_path], f"--json: {tmp_path}: cannot be written (Is a directory); name a file"),
+        (["--json", tmp_path / "none" / "report.json"], "cannot be written (No such file or directory)"),
+        (["--json", config], "is an input, and"),
+        (["--hostfile", hosts, "--json", hosts], "is an input, and"),
+        (["--hostfile", hosts, "--json", tmp_path], "cannot be written (Is a directory)"),
+    ):
+        assert told in command_error(capsys, "doctor", config, *words)
+    assert config.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.ci

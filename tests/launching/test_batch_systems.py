@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from overtok_megatron.errors import ConfigError
-from overtok_megatron.launching.batch_systems import find_placement, first_host, tasks_per_node
+from overtok_megatron.launching.batch_systems import find_placement, first_host, forgotten_tasks, tasks_per_node
 from overtok_megatron.parallel import devices
 from overtok_megatron.parallel.grid import GridShape
 from overtok_megatron.placement import Placement
@@ -234,3 +234,18 @@ def test_several_ranks_with_too_few_devices_are_refused(monkeypatch: pytest.Monk
     place: Placement = find_placement(TORCHRUN | {"LOCAL_RANK": "3"})
     with pytest.raises(ConfigError, match="rank 3 of this host: only 3 CUDA devices are visible"):
         devices.local_device(place.local_rank)
+
+
+@pytest.mark.parametrize("environment", [SCRIPT, SHELL], ids=["script", "shell"])
+def test_a_script_without_srun_is_told(environment: dict[str, str]) -> None:
+    line = forgotten_tasks(environment, find_placement(environment))
+    assert line is not None and line.startswith("SLURM_NTASKS is 8, but srun has not started this process")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, SCRIPT | {"SLURM_NTASKS": "1"}, SCRIPT | TORCHRUN, slurm(0, 0, 0)],
+    ids=["no job", "one task", "torchrun", "srun"],
+)
+def test_nothing_is_told_where_ranks_were_started(environment: dict[str, str]) -> None:
+    assert forgotten_tasks(environment, find_placement(environment)) is None

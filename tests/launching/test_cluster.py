@@ -10,6 +10,7 @@ import pytest
 from overtok_megatron.environment import rank_environment, travelling
 from overtok_megatron.errors import ConfigError
 from overtok_megatron.launching.cluster import Cluster, Host, check_cluster, cluster_command, read_hostfile
+from support.expect_error import command_error
 from support.fake_hosts import with_fake_hosts
 from support.overtok_process import kill_session, run_overtok, start_overtok, wait_for
 from support.started_ranks import plain_environment
@@ -24,6 +25,8 @@ def test_hosts_are_read_with_their_slots(tmp_path: Path) -> None:
     assert hosts == (Host("node1", 2), Host("me@node-2.rack", 2))
     assert Cluster(hosts=hosts).world_size == 4
     assert hosts[1].address == "node-2.rack"
+    path.write_bytes(b"\xef\xbb\xbfnode1 slots=2\r\n\r\nnode2 slots=2\r\n")  # as editors of Windows write it
+    assert read_hostfile(path, None) == (Host("node1", 2), Host("node2", 2))
     path.write_text("localhost slots=3\n")
     assert Cluster(hosts=read_hostfile(path, None)).ranks_here == 3
 
@@ -34,6 +37,10 @@ def test_hosts_are_read_with_their_slots(tmp_path: Path) -> None:
         ("node1\n", "hosts:1: 'node1'; write a line per host, as: node1 slots=8"),
         ("node1 slots=4\nnode2 slots=x\n", "hosts:2: 'node2 slots=x'"),
         ("a slots=2\nb slots=2\na slots=3\n", "hosts:3: a stands in line 1 already"),
+        (
+            "fe80::1 slots=4\n",
+            "hosts:1: 'fe80::1 slots=4'; write a line per host, by its name and not an address of IPv6",
+        ),
         ("a slots=0\n", "hosts:1: a has slots=0"),
         ("# none\n", "names no host"),
         ("a slots=4\nb slots=1\n", "--processes: 2 per host, but b has slots=1"),
@@ -47,6 +54,16 @@ def test_a_wrong_hostfile_is_told_by_its_line(tmp_path: Path, text: str, told: s
         read_hostfile(tmp_path / "hosts", 2)
     assert told in str(caught.value)
     assert len(caught.value.lines) == 1
+
+
+@pytest.mark.parametrize("words", [("--launcher", "pdsh"), ("--launcher-args", "--partition=gpu")])
+def test_words_for_a_launcher_without_a_hostfile_are_not_left_out_silently(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, str]
+) -> None:
+    option = "=".join(words)
+    assert f"{words[0]}: {words[1]}: is of no use without --hostfile" in command_error(
+        capsys, "train", "x.yaml", option
+    )
 
 
 def test_a_missing_hostfile_is_told(tmp_path: Path) -> None:

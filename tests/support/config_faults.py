@@ -99,6 +99,11 @@ FAULTS = [
         ({"parallel__zero_stage": 3, "parallel__tensor_parallel_size": 2}, "parallel.zero_stage", "use 2"),
         ({"training__train_tokens": 5}, "training.train_iters", "not both"),
         ({"training__train_iters": None}, "training.train_iters", "give either"),
+        (
+            {"training__initial_state": "everything"},
+            "training.initial_state",
+            "name a checkpoint there, or write weights",
+        ),
         ({"optimizer__warmup_iters": 10}, "optimizer.warmup_iters", "less than the 10 steps"),
         ({"optimizer__min_learning_rate": 1.0}, "optimizer.min_learning_rate", "0.001"),
         ({"optimizer__schedule": "wsd"}, "optimizer.decay_iters", "needs it"),

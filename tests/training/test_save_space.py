@@ -81,7 +81,8 @@ def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
     for error, left, latest in run_ranks(2, save_on_a_full_disk, tmp_path):
         assert error.startswith(f"could not save step 2: {tmp_path}/checkpoints: 0.00")
         assert (
-            f"GB are to be written and 0.000 GB are free on {HOST} (rank 1); the previous checkpoint is intact" in error
+            f"GB are to be written and 0.000 GB are free on {HOST} (rank 1); earlier checkpoints are intact: make room"
+            in error
         )
         assert left == ["latest", "step_00000001"]
         assert latest == "step_00000003"

@@ -1,5 +1,7 @@
 """DeepSpeed's checkpoint files: written so that a failure is known on all ranks, and read without executing what they hold."""
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ class DeepSpeedFiles:
 
     def load(self, checkpoint: Path) -> None:
         """Load the files below `checkpoint`, on the layout that wrote them. Raises CheckpointError where there are none."""
-        loaded, _ = self._deepspeed_engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_FOLDER)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints names of its own methods
+            loaded, _ = self._deepspeed_engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_FOLDER)
         if loaded is None:
             raise CheckpointError(f"{checkpoint / DEEPSPEED_FOLDER}: DeepSpeed found no state to load")
