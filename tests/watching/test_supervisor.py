@@ -87,7 +87,13 @@ def test_ranks_that_fail_while_they_save(launchers: list["subprocess.Popen[bytes
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143), (signal.SIGINT, 143)])
 def test_a_signal_between_two_starts(launchers: list["subprocess.Popen[bytes]"], number: int, code: int) -> None:
     under_test, _ = supervisor(launchers, "exit 1", "exit 0")
-    send_later(number, 0.4)
+
+    def send_when_the_first_has_ended() -> None:
+        while not launchers or launchers[0].returncode is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send_when_the_first_has_ended, daemon=True).start()
     assert under_test.run(1) == code
     assert len(launchers) == 1
 
