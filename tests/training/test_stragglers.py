@@ -154,10 +154,11 @@ PLAIN = [
 ]
 
 
-def test_a_slow_rank_is_named_with_its_phase(trained_runs: TrainedRuns, tmp_path: Path) -> None:
-    first, second = run_ranks(2, all_runs, trained_runs.folder, tmp_path, PLAIN, timeout=230)
+@pytest.mark.parametrize("cases", [PLAIN[:4], pytest.param(PLAIN[4:], marks=pytest.mark.slow)], ids=["some", "others"])
+def test_a_slow_rank_is_named_with_its_phase(trained_runs: TrainedRuns, tmp_path: Path, cases: list[Case]) -> None:
+    first, second = run_ranks(2, all_runs, trained_runs.folder, tmp_path, cases, timeout=230)
     assert not any(second), "the first rank speaks for all"
-    for number, (case, said) in enumerate(zip(PLAIN, first, strict=True)):
+    for number, (case, said) in enumerate(zip(cases, first, strict=True)):
         ((late, where),) = case.late.items()
         check(said, tmp_path / str(number), late, where)
 
