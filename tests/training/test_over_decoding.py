@@ -239,6 +239,27 @@ def short_documents(case: Layout) -> StepResult:
     return engine.step(own_tokens(engine, tokens), 3e-3)
 
 
+def loss_of_one_table() -> tuple[bool, bool, list[int], dict[str, bool]]:
+    """One rank's work: whether main loss and weights are as before a step in which table 3 alone has a NaN; the blame."""
+    config = layout_config(layout("", micro=4, training={"non_finite": "skip"}, sections=OD3))
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    table = engine.model.get_parameter("over_decoding.tables.3.weight")
+    with torch.no_grad():
+        table[5] = math.nan
+    before = {name: weight.clone() for name, weight in engine.dense_weights().items()}
+    result = engine.step(own_tokens(engine, stream(2)[0]), 3e-3)
+    same = all(
+        torch.equal(weight.nan_to_num(), before[name].nan_to_num()) for name, weight in engine.dense_weights().items()
+    )
+    finite = {name: math.isfinite(loss) for name, loss in result.auxiliary_losses.items()}
+    return math.isfinite(result.loss), same, engine.non_finite_micro_batches, finite
+
+
+def test_a_loss_of_a_table_that_is_not_finite_leaves_the_step_out() -> None:
+    finite = {"over_decoding_2": True, "over_decoding_3": False}
+    assert run_ranks(1, loss_of_one_table) == [(True, True, [0, 1, 2], finite)]
+
+
 def train_run(folder: Path, output: Path, num_threads: int = 1) -> None:
     """One rank's work: a run with three output tables."""
     from overtok_megatron.training.trainer import Trainer
