@@ -84,6 +84,11 @@ def check_grown(old: RunConfig, new: RunConfig) -> None:
             f"training.precision: {new.training.precision}; the model was trained in {old.training.precision}: "
             "leave it as it is"
         )
+    for section in ("over_decoding", "multi_token_prediction"):
+        for key in MODEL_KEYS[section] or ():
+            value, kept = (getattr(getattr(config, section), key) for config in (new, old))
+            if value != kept:
+                raise ConfigError(f"{section}.{key}: {value}; the model has {kept}, and growing changes tables only")
     before, after = old.over_encoding, new.over_encoding
     if not before.enabled:
         if after.combine == "mean":
