@@ -36,8 +36,9 @@ def grow(source: Path, output: Path, config: RunConfig, locate: Locate) -> Path:
     """Write the model of the checkpoint folder `source`, with the tables and heads that `config` adds, below `output`.
 
     The result is a checkpoint of weights at step 0, from which a run of `config` starts; returns its folder. New projections
-    and heads have their usual initial values, from the run's seed. Raises ConfigError where the grown model would not compute the same
-    or is not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be written.
+    and heads have their usual initial values, from the run's seed. Raises ConfigError where the grown model would not compute
+    the same or is not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be
+    written.
     """
     manifest = read_manifest(source)
     old = RunConfig.model_validate(manifest.config)
