@@ -126,6 +126,8 @@ class TrainingEngine:
         fetched = None
         if self.tables is not None:
             fetched = self.tables.fetch_rows(self._looked_up(tokens), overlap=self.num_later_inputs, training=True)
+            if self.config.training.train_only is not None:
+                fetched.rows.without_gradients()
         later = self.later_tokens.read(tokens)
         micro_batches = self._micro_batches(inputs, targets, fetched, later)
 
