@@ -162,6 +162,18 @@ def without_later_heads(config: RunConfig) -> RunConfig:
     return config.model_copy(update=off)
 
 
+def with_frozen_tables(config: RunConfig) -> RunConfig:
+    """The same configuration with n-gram rows that take no update."""
+    over = config.over_encoding
+    added = [group.model_copy(update={"frozen": True}) for group in over.added]
+    return config.model_copy(update={"over_encoding": over.model_copy(update={"frozen": True, "added": added})})
+
+
+def is_trained(train_only: str | None, parameter: str) -> bool:
+    """Whether training moves the dense parameter of this name. train_only: the value of training.train_only."""
+    return train_only is None or parameter.startswith(("over_decoding.", "multi_token."))
+
+
 def further_tokens(config: RunConfig) -> int:
     """D', how many tokens behind the next one the heads look ahead; 0 without such heads."""
     return max(config.multi_token_prediction.depth, config.over_decoding.num_tokens - 1)

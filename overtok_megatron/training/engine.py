@@ -136,6 +136,8 @@ class TrainingEngine:
             with self.times.phase(EXCHANGE):
                 fetched = self.tables.fetch_rows(self._looked_up(tokens), overlap=self.num_later_inputs, training=True)
             fetched = self._with_dropout(fetched)
+            if self.config.training.train_only is not None:
+                fetched.rows.without_gradients()
         later = self.later_tokens.read(tokens)
         micro_batches = self._micro_batches(inputs, targets, fetched, later)
 
