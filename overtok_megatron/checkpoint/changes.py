@@ -22,6 +22,7 @@ _FROM_WEIGHTS = "start a new run from its weights by training.initial_checkpoint
 # Keys that a run cannot change when it continues, with the reason. A new run that takes only the weights may differ in them.
 RUN_KEYS: dict[str, str] = {
     "training.precision": "the master weights are of that precision",
+    "training.train_only": "there is optimizer state of the weights that were trained only",
     "training.seed": "it is read when weights are made and rows are rounded",
     "model.init_std": "it is read when weights are made",
     "over_encoding.init_std": "it is read when rows are made",

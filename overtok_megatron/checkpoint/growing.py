@@ -1,4 +1,4 @@
-"""A trained model with more n-gram tables that computes what it computed before: new rows are zero, old ones get new row ids.
+"""A trained model with more n-gram tables, or heads for later tokens, whose logits are what they were: new rows are zero.
 
 The row space interleaves the rows of all tables by the sizes of all, so that with more tables every old row gets another id.
 The rows are sorted by their new ids in two passes, each of which reads and writes sequentially. The first appends every old row
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from overtok_megatron.checkpoint.store import read_manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_dense_weights, read_rows, write_weights
 from overtok_megatron.checkpoint.writing import FILE_BYTES
-from overtok_megatron.config.growth import check_grown
+from overtok_megatron.config.growth import check_grown, same_tables
 from overtok_megatron.config.problems import Locate
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.config.validation import validate_model
 from overtok_megatron.files import PARTIAL
 from overtok_megatron.kernels.dtypes import DTYPES, ROW_DTYPES
-from overtok_megatron.model.assembly import build_encoder
+from overtok_megatron.model.assembly import build_encoder, build_multi_token
 from overtok_megatron.ngram.building import row_space
 from overtok_megatron.ngram.row_space import RowSpace
 
@@ -33,11 +33,12 @@ _ENCODER = "embedding.over_encoding"
 
 
 def grow(source: Path, output: Path, config: RunConfig, locate: Locate) -> Path:
-    """Write the model of the checkpoint folder `source`, with the tables that `config` has beyond its own, below `output`.
+    """Write the model of the checkpoint folder `source`, with the tables and heads that `config` adds, below `output`.
 
     The result is a checkpoint of weights at step 0, from which a run of `config` starts; returns its folder. New projections
-    have their usual initial values, from the run's seed. Raises ConfigError where the grown model would not compute the same
-    or is not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be written.
+    and heads have their usual initial values, from the run's seed. Raises ConfigError where the grown model would not compute
+    the same or is not sound, CheckpointError where `source` is damaged or `output` holds checkpoints already or cannot be
+    written.
     """
     manifest = read_manifest(source)
     old = RunConfig.model_validate(manifest.config)
@@ -60,20 +61,32 @@ def grow(source: Path, output: Path, config: RunConfig, locate: Locate) -> Path:
 
 
 def _grown_dense(source: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
-    """The old weights, then the projections that they lack."""
+    """The old weights, then what they lack: projections of new tables, layers that predict later tokens."""
     known = set()
     for name, weight in read_dense_weights(source, read_manifest(source)):
         known.add(name)
         yield name, weight
-    encoder = build_encoder(config.model, config.over_encoding)
-    encoder.reset(config.training.seed, _ENCODER)
-    for key, parameter in encoder.named_parameters():
-        if f"{_ENCODER}.{key}" not in known:
-            yield f"{_ENCODER}.{key}", parameter.detach().to(DTYPES[config.training.precision])
+    dtype, seed = DTYPES[config.training.precision], config.training.seed
+    added: dict[str, nn.Module] = {}
+    if config.over_encoding.enabled:
+        encoder = added[_ENCODER] = build_encoder(config.model, config.over_encoding)
+        encoder.reset(seed, _ENCODER)
+    heads = build_multi_token(config)
+    if heads is not None:
+        heads.reset(seed, config.model.init_std)
+        added["multi_token"] = heads
+    for name, module in added.items():
+        for key, parameter in module.named_parameters():
+            if f"{name}.{key}" not in known:
+                yield f"{name}.{key}", parameter.detach().to(dtype)
 
 
 def _grown_rows(source: Path, old: RunConfig, new: RunConfig, scratch: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(first row id, columns) of the rows of the new row space, file by file."""
+    if same_tables(old, new):
+        if new.over_encoding.enabled:
+            yield from read_rows(source)
+        return
     space = row_space(new.model, new.over_encoding)
     dtype = ROW_DTYPES[new.over_encoding.row_dtype]
     columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (dtype, (space.width,))}

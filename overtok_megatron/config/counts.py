@@ -122,9 +122,13 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
 
     bf16: 2 bytes per weight, 4 per gradient (2 without ZeRO), 12 for master weights and moments; fp32: 4, 4 and 8. ZeRO 1
     divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are divided by
-    the whole world.
+    the whole world. Weights that are not trained have no gradient and no optimizer state.
     """
-    dense = _dense_shard(config)
+    dense = trained = _dense_shard(config)
+    if config.training.train_only is not None:
+        split, whole = multi_token_parameters(config)
+        tensor = config.parallel.tensor_parallel_size
+        trained = over_decoding_parameters(config, -(-config.model.vocab_size // tensor)) + split // tensor + whole
     zero_stage = config.parallel.zero_stage
     ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     bf16 = config.training.precision == "bf16"
@@ -140,8 +144,8 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
 
     return RankBytes(
         weights=share(dense * (2 if bf16 else 4), 3),
-        gradients=share(dense * (2 if bf16 and zero_stage == 0 else 4), 2),
-        optimizer=share(dense * (12 if bf16 else 8), 1),
+        gradients=share(trained * (2 if bf16 and zero_stage == 0 else 4), 2),
+        optimizer=share(trained * (12 if bf16 else 8), 1),
         table_rows=own_rows * (width * value_bytes + scale_bytes + 1),  # and one byte for its flag
         table_state=own_rows * state_values * state_bytes,
     )
@@ -151,11 +155,15 @@ def flops_per_token(config: RunConfig) -> float:
     """Forward and backward of one token: 6 FLOPs per weight of every product that it takes part in (the look-ups are none),
     and attention's two products over the positions that a layer sees, on average half the sequence or less: 12 h e each.
 
-    Each depth of multi-token prediction embeds a token, and multiplies by the head's weight, once more."""
+    Each depth of multi-token prediction embeds a token, and multiplies by the head's weight, once more. Where only heads are
+    trained, the main model has a third of these, its forward pass; and the head's weight has no gradient."""
     model, count, length = config.model, parameter_counts(config), config.data.seq_length
-    depth = config.multi_token_prediction.depth
-    products = count.blocks + count.multi_token - count.idle + count.over_decoding
-    products += (1 + depth) * (model.vocab_size * model.hidden_size + count.encoder)
-    windows = [min(window or length, length) for window in [*attention_windows(model), *[None] * depth]]
+    depth, frozen = config.multi_token_prediction.depth, config.training.train_only is not None
+    head, idle = model.vocab_size * model.hidden_size, count.idle / (model.num_layers + depth)  # of a layer
+    main = count.blocks - model.num_layers * idle + head + (1 + depth) * count.encoder
+    heads = count.multi_token - depth * idle + count.over_decoding
+    windows = [min(window or length, length) for window in attention_windows(model)]
     seen = sum(window - window * (window - 1) / (2 * length) - 0.5 for window in windows)  # half of its own position
-    return 6.0 * products + 12.0 * model.num_attention_heads * head_size(model) * seen
+    attention = 12.0 * model.num_attention_heads * head_size(model)
+    own = 6.0 * heads + (4.0 if frozen else 6.0) * depth * head + attention * depth * length / 2
+    return own + (6.0 * main + attention * seen) * (1 / 3 if frozen else 1.0)

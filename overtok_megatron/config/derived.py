@@ -2,6 +2,7 @@
 
 from heapq import heapify, heapreplace
 
+from overtok_megatron.config.output_schema import MultiTokenPredictionConfig, OverDecodingConfig
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RowRule, RunConfig
 
 
@@ -136,6 +137,24 @@ def later_losses(config: RunConfig) -> dict[str, int]:
     tables = {f"over_decoding_{ahead}": ahead - 1 for ahead in range(2, config.over_decoding.num_tokens + 1)}
     depths = {f"multi_token_{depth}": depth for depth in range(1, config.multi_token_prediction.depth + 1)}
     return tables | depths
+
+
+def without_later_heads(config: RunConfig) -> RunConfig:
+    """The same configuration of the main model alone."""
+    off = {"over_decoding": OverDecodingConfig(), "multi_token_prediction": MultiTokenPredictionConfig()}
+    return config.model_copy(update=off)
+
+
+def with_frozen_tables(config: RunConfig) -> RunConfig:
+    """The same configuration with n-gram rows that take no update."""
+    over = config.over_encoding
+    added = [group.model_copy(update={"frozen": True}) for group in over.added]
+    return config.model_copy(update={"over_encoding": over.model_copy(update={"frozen": True, "added": added})})
+
+
+def is_trained(train_only: str | None, parameter: str) -> bool:
+    """Whether training moves the dense parameter of this name. train_only: the value of training.train_only."""
+    return train_only is None or parameter.startswith(("over_decoding.", "multi_token."))
 
 
 def further_tokens(config: RunConfig) -> int:

@@ -1,11 +1,14 @@
-"""The configuration of a model that gets more n-gram tables. Pure; its weights are the work of checkpoint/growing.py."""
+"""The configuration of a model that gets more n-gram tables, or heads for later tokens.
+
+Pure; the weights are the work of checkpoint/growing.py.
+"""
 
 import re
 from collections.abc import Sequence
 
 from overtok_megatron.config.model_keys import MODEL_KEYS
 from overtok_megatron.config.schema import LONGEST_ORDER, AddedTables, OverEncodingConfig, RunConfig
-from overtok_megatron.config.section import LARGEST, MOST_PARTS
+from overtok_megatron.config.section import FURTHEST, LARGEST, MOST_PARTS
 from overtok_megatron.config.wording import line, short
 from overtok_megatron.errors import ConfigError
 
@@ -47,12 +50,23 @@ def parse_tables(text: str) -> AddedTables:
     return AddedTables(orders=orders, num_slices=int(numbers["slices"]), table_rows=int(numbers["rows"]))
 
 
-def grow_config(config: RunConfig, tables: Sequence[AddedTables], *, freeze: bool) -> RunConfig:
+def grow_config(
+    config: RunConfig, tables: Sequence[AddedTables], *, freeze: bool, multi_token_depth: int | None = None
+) -> RunConfig:
     """The configuration of a model with `tables` beside those that it has, the old ones frozen where `freeze`.
 
-    A plain model gets the first of them as its base. Raises ConfigError where they cannot be that, or nothing can be frozen.
+    A plain model gets the first of them as its base. multi_token_depth: how many depths of multi-token prediction it has then;
+    None = as many as now. Raises ConfigError where the tables cannot be that, where nothing can be frozen, and where nothing
+    grows.
     """
-    assert tables
+    if multi_token_depth is not None:
+        config = _with_depth(config, multi_token_depth)
+    elif not tables:
+        raise ConfigError("nothing to add; write --tables, --multi-token-prediction, or both")
+    if not tables:
+        if freeze:
+            raise ConfigError("--freeze: freezes tables beside new ones; write --tables as well, or leave it out")
+        return config
     over = config.over_encoding
     if over.enabled:
         old = [group.model_copy(update={"frozen": group.frozen or freeze}) for group in over.added]
@@ -60,6 +74,15 @@ def grow_config(config: RunConfig, tables: Sequence[AddedTables], *, freeze: boo
     else:
         changes = {"added": list(tables[1:]), **_base(tables[0], freeze)}
     return config.model_copy(update={"over_encoding": over.model_copy(update=changes)})
+
+
+def _with_depth(config: RunConfig, depth: int) -> RunConfig:
+    section = config.multi_token_prediction
+    if not section.depth < depth <= FURTHEST:
+        has = f"the model has {section.depth} already; " if section.depth else ""
+        reason = f"{has}write a number from {section.depth + 1} to {FURTHEST}"
+        raise ConfigError(line("--multi-token-prediction", f"{depth}; {reason}"))
+    return config.model_copy(update={"multi_token_prediction": section.model_copy(update={"depth": depth})})
 
 
 def _base(first: AddedTables, freeze: bool) -> dict[str, object]:
@@ -76,17 +99,28 @@ def _base(first: AddedTables, freeze: bool) -> dict[str, object]:
 
 
 def check_grown(old: RunConfig, new: RunConfig) -> None:
-    """Raise ConfigError naming the first key by which `new` computes something else than `old` while added rows are zero."""
+    """Raise ConfigError naming the first key by which `new` computes other logits than `old` while added rows are zero."""
     if old.model != new.model:
-        raise ConfigError(f"model: {_difference(old.model, new.model)}; growing changes tables only: leave it as it is")
+        raise ConfigError(
+            f"model: {_difference(old.model, new.model)}; growing changes tables and heads only: leave it as it is"
+        )
     if old.training.precision != new.training.precision:
         raise ConfigError(
             f"training.precision: {new.training.precision}; the model was trained in {old.training.precision}: "
             "leave it as it is"
         )
+    for key in MODEL_KEYS["over_decoding"] or ():
+        value, kept = (getattr(config.over_decoding, key) for config in (new, old))
+        if value != kept:
+            raise ConfigError(f"over_decoding.{key}: {value}; the model has {kept}, and growing does not change that")
+    depths = [config.multi_token_prediction.depth for config in (old, new)]
+    if depths[1] < depths[0]:
+        raise ConfigError(
+            f"multi_token_prediction.depth: {depths[1]}; the model has {depths[0]}, and growing removes none"
+        )
     before, after = old.over_encoding, new.over_encoding
     if not before.enabled:
-        if after.combine == "mean":
+        if after.enabled and after.combine == "mean":
             raise ConfigError(
                 "over_encoding.combine: mean; would divide the embedding of a plain model by 1 + its tables: "
                 "write over_encoding.combine=scaled, or sum"
@@ -98,14 +132,20 @@ def check_grown(old: RunConfig, new: RunConfig) -> None:
                 f"over_encoding.{key}: {getattr(after, key)}; the tables that are there have {getattr(before, key)}: "
                 "leave it as it is"
             )
-    if not _begins_with(before, after):
+    added = [_added_shapes(over) for over in (before, after)]
+    begins_alike = added[1][: len(added[0])] == added[0]
+    if not begins_alike or (len(added[1]) == len(added[0]) and depths[1] == depths[0]):
         raise ConfigError("over_encoding.added: gives other tables than --tables does; leave it out")
 
 
-def _begins_with(before: OverEncodingConfig, after: OverEncodingConfig) -> bool:
-    """Whether the groups of tables that were added before come first, as they were."""
-    shapes = [[(group.orders, group.num_slices, group.table_rows) for group in over.added] for over in (before, after)]
-    return shapes[1][: len(shapes[0])] == shapes[0] and len(shapes[1]) > len(shapes[0])
+def same_tables(old: RunConfig, new: RunConfig) -> bool:
+    """Whether a grown model has the tables that it had, no more."""
+    before, after = old.over_encoding, new.over_encoding
+    return before.enabled == after.enabled and _added_shapes(before) == _added_shapes(after)
+
+
+def _added_shapes(over: OverEncodingConfig) -> list[tuple[list[int], int, int]]:
+    return [(group.orders, group.num_slices, group.table_rows) for group in over.added]
 
 
 def _difference(old: object, new: object) -> str:

@@ -22,6 +22,7 @@ BASE = "base"  # the key that names the file from which a configuration inherits
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 LONGEST_CHAIN = 32  # files that inherit from each other; nobody finds a value in more
+_YOUNGER_SECTIONS = {"over_decoding", "multi_token_prediction"}  # which files of older versions lack
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ def save_resolved(config: RunConfig, path: str | Path, flag: str = "training.out
 
 
 def _is_resolved(path: Path) -> bool:
-    """Whether a file looks like one of `save_resolved`: it has every section and inherits nothing."""
+    """Whether a file looks like one of `save_resolved`, an older version's too: it has every section and inherits nothing."""
     try:
         found = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError):
         return False
-    return isinstance(found, dict) and found.keys() == RunConfig.model_fields.keys()
+    sections = RunConfig.model_fields.keys()
+    return isinstance(found, dict) and sections - _YOUNGER_SECTIONS <= found.keys() <= sections
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:

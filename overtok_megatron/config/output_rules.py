@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+from overtok_megatron.config.derived import further_tokens
 from overtok_megatron.config.problems import Problem, problem
 from overtok_megatron.config.schema import RunConfig
 
 _NUM_TOKENS = "over_decoding.num_tokens"
+_TRAIN_ONLY = "training.train_only"
 
 
 def output_problems(config: RunConfig) -> Iterator[Problem]:
@@ -18,6 +20,7 @@ def output_problems(config: RunConfig) -> Iterator[Problem]:
     if depth >= length:
         reason = f"looks further ahead than data.seq_length {length}; {length - 1} is the most"
         yield problem("multi_token_prediction.depth", depth, reason, ("data.seq_length",))
+    yield from _frozen_model_problems(config)
     if last == 1:
         return
     weights, rank, width = section.loss_weights, section.low_rank, config.model.hidden_size
@@ -28,6 +31,21 @@ def output_problems(config: RunConfig) -> Iterator[Problem]:
     if rank is not None and rank > width:
         reason = f"is above model.hidden_size {width}, to which the rank of a table is limited; {width} is the most"
         yield problem("over_decoding.low_rank", rank, reason, ("model.hidden_size",))
+
+
+def _frozen_model_problems(config: RunConfig) -> Iterator[Problem]:
+    """What training heads alone, on a frozen model, does not go with."""
+    if config.training.train_only is None:
+        return
+    if further_tokens(config) == 0:
+        reason = f"needs a model with such heads; set multi_token_prediction.depth, or {_NUM_TOKENS}"
+        yield problem(_TRAIN_ONLY, "heads", reason, ("multi_token_prediction.depth", _NUM_TOKENS))
+    stages = config.parallel.pipeline_parallel_size
+    if stages > 1:
+        reason = (
+            f"leaves {stages - 1} of {stages} pipeline stages nothing to train; use parallel.pipeline_parallel_size 1"
+        )
+        yield problem(_TRAIN_ONLY, "heads", reason, ("parallel.pipeline_parallel_size",))
 
 
 def _completed(weights: list[float], count: int) -> str:

@@ -271,6 +271,11 @@ class TrainingConfig(Section):
     precision: Precision = Field("bf16", description="bf16 with float32 master weights, or fp32")
     seed: Seed = Field(1234, description="seed of the initial weights and rows")
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
+    train_only: Literal["heads"] | None = Field(
+        None,
+        description="heads: those for later tokens alone, on a main model whose weights and rows stay as they are; "
+        "none = everything",
+    )
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
     non_finite: Literal["stop", "skip"] = Field(

@@ -20,7 +20,7 @@ from overtok_megatron.checkpoint.dense import read_parts
 from overtok_megatron.checkpoint.store import Manifest, verify_checkpoint
 from overtok_megatron.checkpoint.weights_only import read_rows, weight_shapes
 from overtok_megatron.checkpoint.writing import save_tensors
-from overtok_megatron.config.derived import hash_base
+from overtok_megatron.config.derived import hash_base, later_losses, without_later_heads
 from overtok_megatron.config.moved_runs import run_of
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.tokenizers.kept import find_tokenizer
@@ -65,12 +65,15 @@ def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> lis
     manifest = verify_checkpoint(source)
     config = RunConfig.model_validate(manifest.config)
     section = find_tokenizer(config, run_of(source), manifest.tokenizer_fingerprint, options.tokenizer)
-    config = config.model_copy(update={"tokenizer": section})
+    heads = sorted(later_losses(config))
+    config = without_later_heads(config.model_copy(update={"tokenizer": section}))
     values = config_values(config, manifest.eod_id)
     refuse_used_folder(output)
     try:
         with whole_folder(output) as aside:
-            export = _Export(source=source, folder=aside, manifest=manifest, config=config, options=options)
+            export = _Export(
+                source=source, folder=aside, manifest=manifest, config=config, options=options, left_out=heads
+            )
             return export.write(values)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output}: cannot be written ({' '.join(str(error).split())})") from None
@@ -78,13 +81,18 @@ def export_checkpoint(source: Path, output: Path, options: ExportOptions) -> lis
 
 @dataclass(frozen=True, kw_only=True)
 class _Export:
-    """One export of the checkpoint folder `source` into `folder`. config: the run's, with the tokenizer as it lies now."""
+    """One export of the checkpoint folder `source` into `folder`.
+
+    config: the run's, with the tokenizer as it lies now, and without heads for later tokens. left_out: the names of their
+    losses.
+    """
 
     source: Path
     folder: Path
     manifest: Manifest
     config: RunConfig
     options: ExportOptions
+    left_out: list[str]
 
     def write(self, values: dict[str, Any]) -> list[str]:
         """Write all files; returns notes for the user. values: config.json but for the dtype."""
@@ -103,6 +111,10 @@ class _Export:
             notes.append(
                 "it was trained with attention within documents, but in transformers it attends across end-of-document tokens "
                 "as well: logits are the same on text without any inside; give it one document at a time"
+            )
+        if self.left_out:
+            notes.append(
+                f"heads for later tokens are left out ({', '.join(self.left_out)}): this folder has the main model"
             )
         card = model_card(config, self.manifest, self.source, size=size, values=values, notes=notes)
         (self.folder / "README.md").write_text(card, encoding="utf-8")

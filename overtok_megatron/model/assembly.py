@@ -311,6 +311,22 @@ def build_layers(
     return assembly.layers(stage or Stage.of(0, [model.num_layers]), shared)
 
 
+def build_multi_token(config: RunConfig) -> MultiTokenPrediction | None:
+    """The layers of multi-token prediction alone and whole, weights not yet initialised; None without them."""
+    return Assembly(
+        model=config.model,
+        over=config.over_encoding,
+        over_decoding=config.over_decoding,
+        multi_token=config.multi_token_prediction,
+        kernels=Kernels(),
+        tensor_group=None,
+        context_group=None,
+        sequence_parallel=False,
+        recompute="none",
+        weights_on_call=False,
+    ).multi_token_prediction()
+
+
 def build_run_layers(
     config: RunConfig,
     *,

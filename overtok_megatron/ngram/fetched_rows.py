@@ -42,6 +42,10 @@ class DistinctRows(Generic[PlanT]):
         """U."""
         return self.plan.count
 
+    def without_gradients(self) -> None:
+        """Let no backward pass reach these rows, so that none runs through what is computed from them alone."""
+        self.autograd_anchor.requires_grad_(False)
+
     def sort_lookups(self, slots: Tensor) -> Tensor | None:
         """sorted_lookups of one micro-batch with slots int64 of any shape; those of the step where it has no other."""
         if self.sorted_lookups is None or slots.numel() == self.sorted_lookups.numel():

@@ -27,7 +27,10 @@ def build_model(
         "context_group": grid.context_group,
     }
     if grid.shape.pipe == 1:
-        return build_transformer(config, device=device, eod_id=eod_id, **groups)
+        model = build_transformer(config, device=device, eod_id=eod_id, **groups)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(derived.is_trained(config.training.train_only, name))
+        return model
     counts = derived.blocks_per_stage(config)
     layers = build_run_layers(config, device=device, stage=Stage.of(grid.coordinate("pipe"), counts), **groups)
     return PipelineStage(
@@ -51,6 +54,8 @@ def build_own_tables(
     """
     if not config.over_encoding.enabled:
         return None
+    if config.training.train_only is not None:
+        config = derived.with_frozen_tables(config)
     shape = grid.shape
     sequence_slice_index = grid.coordinate("context") * shape.tensor + grid.tensor_rank
     return build_tables(
@@ -64,15 +69,18 @@ def build_own_tables(
 
 
 def build_optimizer(model: TrainedModule, config: RunConfig, kernels: Kernels) -> torch.optim.Optimizer:
-    """AdamW over the dense parameters, at a learning rate of 0, so that nothing DeepSpeed does at start moves a weight.
+    """AdamW over the dense parameters that are trained.
+
+    At a learning rate of 0, so that nothing DeepSpeed does at start moves a weight.
 
     Matrices decay; norms do not, nor does the word embedding unless it is the head as well (as in OLMo 2).
     """
     settings = config.optimizer
     word = None if model.embedding is None or config.model.tie_word_embeddings else model.embedding.word
-    others = [p for p in model.parameters() if p.ndim < 2 or (word is not None and p is word.weight)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    others = [p for p in trained if p.ndim < 2 or (word is not None and p is word.weight)]
     without_decay = {id(parameter) for parameter in others}
-    decayed = [parameter for parameter in model.parameters() if id(parameter) not in without_decay]
+    decayed = [parameter for parameter in trained if id(parameter) not in without_decay]
     groups = [
         {"params": parameters, "weight_decay": decay}
         for parameters, decay in ((decayed, settings.weight_decay), (others, 0.0))

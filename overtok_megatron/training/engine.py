@@ -45,8 +45,8 @@ class TrainingEngine:
     """A model in training: dense parameters under DeepSpeed, tables beside it.
 
     All ranks must call `step`, `evaluate` and `dense_weights` together. stop_asked: set it on any rank, and the result of the
-    next step says `stop` on all. non_finite_micro_batches: after a step without an update, those of this rank whose loss was
-    not finite.
+    next step says `stop` on all. non_finite_micro_batches: after a step without an update, those of this rank with a loss that
+    was not finite.
     """
 
     def __init__(self, config: RunConfig, grid: ProcessGrid, device: torch.device, eod_id: int) -> None:
@@ -126,6 +126,8 @@ class TrainingEngine:
         fetched = None
         if self.tables is not None:
             fetched = self.tables.fetch_rows(self._looked_up(tokens), overlap=self.num_later_inputs, training=True)
+            if self.config.training.train_only is not None:
+                fetched.rows.without_gradients()
         later = self.later_tokens.read(tokens)
         micro_batches = self._micro_batches(inputs, targets, fetched, later)
 
@@ -300,8 +302,12 @@ class TrainingEngine:
         forget_gradients(self.adapter)
         if self.tables is not None:
             self.tables.leave_out_update()
-        losses = enumerate(results.main_losses)
-        self.non_finite_micro_batches = [index for index, loss in losses if not math.isfinite(float(loss))]
+        losses = [list(own.values()) for own in results.auxiliary_losses]
+        for index, main_loss in enumerate(results.main_losses):
+            losses[index].append(main_loss)
+        self.non_finite_micro_batches = [
+            index for index, own in enumerate(losses) if not all(math.isfinite(float(loss)) for loss in own)
+        ]
 
     def _row_counts(self, fetched: FetchedRows | None) -> RowCounts:
         """What the tables of this rank did in the step."""

@@ -7,11 +7,12 @@ too, but every rank then reads whole files.
 from dataclasses import replace
 from pathlib import Path
 
-from overtok_megatron.checkpoint.dense import save_dense
+from overtok_megatron.checkpoint.dense import Splits, read_parts, save_dense
 from overtok_megatron.checkpoint.layout import CheckpointLayout, LayoutKind
 from overtok_megatron.checkpoint.optimizer_state import read_optimizer_states, stage_names, write_whole_state
 from overtok_megatron.checkpoint.store import CheckpointStore, Digest, Manifest, file_digest, verify_checkpoint
 from overtok_megatron.checkpoint.tables import merged_rows, write_rows
+from overtok_megatron.config.derived import is_trained
 from overtok_megatron.errors import CheckpointError, OutputError
 from overtok_megatron.kernels.dtypes import DTYPES
 from overtok_megatron.run_lock import hold
@@ -40,11 +41,16 @@ def _write(source: Path, manifest: Manifest, store: CheckpointStore) -> Path:
     folder = store.start_save(manifest.step)
     stages = manifest.layout.pipeline
     dtype = DTYPES[manifest.config["training"]["precision"]]
+    train_only = manifest.config["training"].get("train_only")  # younger than some checkpoints
     names: list[str] = []
     for stage in range(stages):
-        wanted = dict.fromkeys(stage_names(source, manifest.layout, stage), ())
+        every = stage_names(source, manifest.layout, stage)
+        wanted: dict[str, Splits] = {name: () for name in every if is_trained(train_only, name)}
         states = dict(read_optimizer_states(source, manifest.layout, wanted, load_deepspeed_file))
         weights = {name: state.values["master"].to(dtype) for name, state in states.items()}
+        frozen: dict[str, Splits] = {name: () for name in every if name not in wanted}
+        if frozen:
+            weights |= read_parts(source, manifest.layout.model_parallel_ranks, frozen)
         names += [save_dense(folder, weights, {}, stage, stages), write_whole_state(folder, stage, states)]
     files: dict[str, Digest] = {name: file_digest(folder / name) for name in names}
     for file, values, steps in merged_rows(source):

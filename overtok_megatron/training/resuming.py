@@ -79,7 +79,10 @@ def load_weights(engine: TrainingEngine, path: Path) -> Manifest:
         for name, weight in read_parts(path, manifest.layout.model_parallel_ranks, splits):
             zeros = torch.zeros(weight.shape)
             state = ParameterState({"master": weight.float(), **dict.fromkeys(MOMENTS, zeros)}, 0)
-            engine.adapter.set_state(parameters[name], state)
+            if parameters[name].requires_grad:
+                engine.adapter.set_state(parameters[name], state)
+            else:
+                engine.adapter.set_frozen(parameters[name], weight)
         if engine.tables is not None:
             load_rows(path, engine.tables.store)
 
@@ -118,10 +121,14 @@ def _load_by_parameter(engine: TrainingEngine, path: Path, manifest: Manifest) -
     """Dense weights and optimizer state from files that other ranks wrote, parameter by parameter."""
     parameters = dict(engine.model.named_parameters())
     splits = {name: splits_of(parameter) for name, parameter in parameters.items()}
+    trained = {name: own for name, own in splits.items() if parameters[name].requires_grad}
+    frozen = {name: own for name, own in splits.items() if name not in trained}
 
     def read() -> None:
-        for name, state in read_optimizer_states(path, manifest.layout, splits, load_deepspeed_file):
+        for name, state in read_optimizer_states(path, manifest.layout, trained, load_deepspeed_file):
             engine.adapter.set_state(parameters[name], state)
+        for name, weight in read_parts(path, manifest.layout.model_parallel_ranks, frozen) if frozen else ():
+            engine.adapter.set_frozen(parameters[name], weight)
 
     agree(engine.grid, read, path)
     set_progress(engine.deepspeed_engine, steps=manifest.step, samples=manifest.consumed_samples)

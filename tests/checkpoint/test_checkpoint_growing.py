@@ -121,6 +121,32 @@ def test_a_grown_model_computes_what_it_computed(kind: str, tmp_path: Path, monk
     assert len(list((find_checkpoint(output) / "tables").iterdir())) > 3
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_model_with_new_heads_computes_what_it_computed(kind: str, tmp_path: Path) -> None:
+    """Two depths, then a third one beside more tables: old weights and rows are unchanged, new layers are drawn as usual."""
+    config = configuration(*SOURCES[kind])
+    write_source(tmp_path / "run-0", config)
+    _, old_weights, old_tables, wanted = read_model(tmp_path / "run-0")
+    requests = [["2"], ["3", "--tables", "orders=2-3,rows=13", *LOOSE]]
+    for number, (depth, *more) in enumerate(requests):
+        source, output = tmp_path / f"run-{number}", tmp_path / f"run-{number + 1}"
+        assert main(["grow", str(source), "--output", str(output), "--multi-token-prediction", depth, *more]) == 0
+        after, weights, tables, logits = read_model(output)
+        assert torch.equal(logits, wanted)
+        assert all(torch.equal(weights[name], weight) for name, weight in old_weights.items())
+        assert after.multi_token_prediction.depth == int(depth)
+        assert load_config(output / "config.yaml").config == after
+        drawn = dict(cpu_model(after).named_parameters())
+        heads = [name for name in weights.keys() - old_weights.keys() if name.startswith("multi_token.")]
+        assert {name.split(".")[2] for name in heads} == ({"0", "1"}, {"2"})[number]
+        assert all(torch.equal(weights[name], drawn[name]) for name in heads)
+        if number == 0 and old_tables is not None:
+            assert tables is not None and isinstance(tables.store, RowStore) and isinstance(old_tables.store, RowStore)
+            for name, column in old_tables.store.columns().items():
+                assert torch.equal(column, tables.store.columns()[name])
+        old_weights = weights
+
+
 def test_buckets_that_a_killed_call_left_are_not_read(tmp_path: Path) -> None:
     write_source(tmp_path / "old", configuration(OVER, {}, "fp32"))
     left = tmp_path / "new" / growing.SCRATCH
@@ -187,6 +213,12 @@ SUM = "over_encoding.combine=sum"
         ("over", ["--tables", GOOD, "over_encoding.added=[]"], ["over_encoding.added", "leave it out"]),
         ("over", ["--tables", GOOD, "over_encoding.adding=1"], ["unknown key over_encoding.adding", "added"]),
         ("over", ["--tables", GOOD, "training.output_directory=x"], ["--output says"]),
+        ("over", [], ["write --tables, --multi-token-prediction, or both"]),
+        ("over", ["--multi-token-prediction", "0"], ["--multi-token-prediction: 0", "from 1 to 64"]),
+        ("over", ["--multi-token-prediction", "65"], ["--multi-token-prediction: 65", "from 1 to 64"]),
+        ("over", ["--multi-token-prediction", "12"], ["multi_token_prediction.depth: 12", "11 is the most"]),
+        ("over", ["--multi-token-prediction", "1", "--freeze"], ["--freeze", "write --tables as well"]),
+        ("over", ["--tables", GOOD, "over_decoding.num_tokens=2"], ["over_decoding.num_tokens: 2", "the model has 1"]),
         ("nothing", ["--tables", GOOD], ["no checkpoint here"]),
     ],
 )

@@ -9,17 +9,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from overtok_megatron.config.counts import bytes_per_rank, flops_per_token, parameter_counts
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.model.heads import LaterTokens
 from support.assembling import cpu_model, cpu_tables
 
 CPU = torch.device("cpu")
 
 
-def configuration(model: dict[str, Any], over: dict[str, Any], length: int = 8) -> RunConfig:
+def configuration(
+    model: dict[str, Any], over: dict[str, Any], length: int = 8, over_decoding: dict[str, Any] | None = None
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 72, "num_layers": 2,
                       "num_attention_heads": 4} | model,
             "over_encoding": over,
+            "over_decoding": over_decoding or {},
             "tokenizer": {"path": "none"},
             "data": {"train": "none", "seq_length": length},
             "parallel": {"zero_stage": 0},
@@ -38,6 +42,7 @@ def size_of(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
+OUTPUTS: list[dict[str, Any]] = [{"num_tokens": 2}, {"num_tokens": 3, "loss_weights": [0.1, 0.1], "low_rank": 5}]
 OVER = {"enabled": True, "table_rows": 53}
 
 
@@ -58,8 +63,11 @@ OVER = {"enabled": True, "table_rows": 53}
         (OLMOE, OVER),
     ],
 )
-def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, Any]) -> None:
-    config = configuration(model, over)
+@pytest.mark.parametrize("over_decoding", [{}, *OUTPUTS], ids=["one table", "two", "low rank"])
+def test_formulas_equal_the_built_model(
+    model: dict[str, Any], over: dict[str, Any], over_decoding: dict[str, Any]
+) -> None:
+    config = configuration(model, over, over_decoding=over_decoding)
     counts = parameter_counts(config)
     built = cpu_model(config)
     encoder = built.embedding.over_encoding
@@ -67,6 +75,8 @@ def test_formulas_equal_the_built_model(model: dict[str, Any], over: dict[str, A
     assert counts.embedding == built.embedding.word.weight.numel()
     assert counts.head == (0 if config.model.tie_word_embeddings else built.head.output.weight.numel())
     assert counts.encoder == (0 if encoder is None else size_of(encoder))
+    assert counts.over_decoding == (size_of(built.over_decoding) if built.over_decoding is not None else 0)
+    assert (counts.over_decoding > 0) == bool(over_decoding)
     assert counts.dense == size_of(built)
     experts = [weight for name, weight in built.named_parameters() if ".experts_" in name]
     chosen = config.model.num_experts_per_token or 0
@@ -94,17 +104,21 @@ def test_tables_cost_little_more_than_two_bytes_a_parameter_by_default(width: in
     ("model", "over"),
     [({}, {}), ({"tie_word_embeddings": True, "num_key_value_heads": 2}, OVER), (LLAMA, {}), (OLMOE, OVER)],
 )
-def test_flops_of_products_are_those_that_torch_counts(model: dict[str, Any], over: dict[str, Any]) -> None:
-    """torch's counter sees every matrix product of a real step, the head's among them; attention has a test of its own."""
-    config = configuration(model, over)
+@pytest.mark.parametrize("over_decoding", [{}, *OUTPUTS], ids=["one table", "two", "low rank"])
+def test_flops_of_products_are_those_that_torch_counts(
+    model: dict[str, Any], over: dict[str, Any], over_decoding: dict[str, Any]
+) -> None:
+    """torch's counter sees every matrix product of a real step, the heads' among them; attention has a test of its own."""
+    config = configuration(model, over, over_decoding=over_decoding)
     built = cpu_model(config)
     tokens = torch.randint(0, 101, (2, 9))
     fetched = None
     if config.over_encoding.enabled:
         tables = cpu_tables(config, 0)
         fetched = tables.fetch_rows(tokens[:, :-1], training=True)
+    later = LaterTokens((tokens[:, 1:], tokens[:, 1:]), (), torch.ones(2)) if over_decoding else None
     with FlopCounterMode(display=False) as counter:
-        built(tokens[:, :-1], fetched, tokens[:, 1:]).objective.backward()
+        built(tokens[:, :-1], fetched, tokens[:, 1:], later=later).objective.backward()
     products = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
     by_operator = counter.get_flop_counts()["Global"]
     counted = sum(flops for name, flops in by_operator.items() if str(name).split(".")[-1] in products)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from overtok_megatron.config.counts import bytes_per_rank
 from overtok_megatron.config.schema import RunConfig
+from overtok_megatron.model.heads import LaterTokens
 from overtok_megatron.parallel.grid import GridShape, ProcessGrid
 from overtok_megatron.parallel.splits import full_shape, named_generator, own_part, splits_of
 from support.assembling import cpu_model, cpu_tables
@@ -22,6 +23,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "plain, tied, compiled loops": ({"tie_word_embeddings": True}, {}, "auto"),
     "over-encoded": ({"num_key_value_heads": 2}, OVER, "torch"),
     "over-encoded, tied": ({"tie_word_embeddings": True}, OVER | {"combine": "mean", "ngram_order": 2}, "auto"),
+    "output tables, tied": ({"tie_word_embeddings": True}, {}, "torch"),
+    "output tables, low rank": ({}, OVER, "auto"),
+}
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "output tables, tied": {"num_tokens": 3, "loss_weights": [0.3, 0.2]},
+    "output tables, low rank": {"num_tokens": 3, "loss_weights": [0.3, 0.2], "low_rank": 5},
 }
 
 
@@ -32,6 +39,7 @@ def configuration(name: str, sequence_parallel: bool, tensor_parallel_size: int)
             "model": {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 62, "num_layers": 2,
                       "num_attention_heads": 4, "init_std": 0.1} | model,
             "over_encoding": over,
+            "over_decoding": OUTPUTS.get(name, {}),
             "tokenizer": {"path": "none"},
             "data": {"train": "none", "seq_length": SEQ},
             "parallel": {"tensor_parallel_size": tensor_parallel_size, "sequence_parallel": sequence_parallel,
@@ -68,7 +76,11 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
         fetched = tables.fetch_rows(tokens, training=True)
     with torch.no_grad():
         logits = model.logits(tokens, fetched)
-    result = model(tokens, fetched, targets)
+    later = None
+    if name in OUTPUTS:
+        behind = [targets.roll(-ahead, 1) for ahead in (1, 2)]
+        later = LaterTokens((behind[0], behind[1]), (), torch.tensor([1.1, 1.3]))
+    result = model(tokens, fetched, targets, later=later)
     result.objective.backward()
     return {
         "initial": initial,
@@ -77,6 +89,7 @@ def evaluate(name: str, sequence_parallel: bool, grid: ProcessGrid) -> dict[str,
         "logits": logits,
         "objective": result.objective.item(),
         "cross_entropy": result.main_loss.item(),
+        "later": {key: loss.item() for key, loss in result.auxiliary_losses.items()},
         "table_rows": None if tables is None else tables.store.rows.weight,
         "table_square": None if tables is None else tables.reduce_gradients(fetched, 1.0).global_squared_norm.item(),
         "printed": str(model),
@@ -108,6 +121,8 @@ def test_two_ranks_equal_one(ranks: list[list[dict[str, Any]]], name: str, seque
         assert result["objective"] == pytest.approx(whole["objective"], rel=1e-6)
         assert result["cross_entropy"] == pytest.approx(whole["cross_entropy"], rel=1e-6)
         assert result["objective"] > result["cross_entropy"] + 1e-3
+        assert result["later"] == pytest.approx(whole["later"], rel=1e-6)
+        assert len(result["later"]) == OUTPUTS.get(name, {}).get("num_tokens", 1) - 1
         assert result["initial"].keys() == whole["initial"].keys()
         if whole["table_square"] is not None:
             assert whole["table_square"] > 0

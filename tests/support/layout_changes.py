@@ -59,7 +59,7 @@ def check_pairs(layouts: dict[str, tuple[int, Layout]], pairs: list[tuple[str, s
     expected = reference_run(some_case)[0][:END]
     for name in {source for source, _ in pairs}:
         world, case = layouts[name]
-        for losses in run_ranks(world, save_layout, case, folder / name):
+        for losses in run_ranks(world, save_layout, case, folder / name, timeout=400):
             assert losses == pytest.approx(expected[:SAVED_AT], rel=1e-5), name
     for name in {target for _, target in pairs}:
         world, case = layouts[name]

@@ -14,7 +14,7 @@ from support.assembling import cpu_model
 from support.distributed_harness import run_ranks
 from support.layouts import BATCH, CPU, EOD, SEQ, Layout, layout_config, own_tokens, reference_run, stream
 from support.multi_token_layers import multi_token_names
-from support.reference import hugging_face_names
+from support.reference import Reference, hugging_face_names
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class RankResult:
     validation: float
     dense: dict[str, tuple[int | None, Tensor]]  # the split dimension and this rank's part
     rows: Tensor
+    first_row: int
 
 
 def train_rank(cases: list[Layout]) -> list[RankResult]:
@@ -55,6 +56,7 @@ def train_rank(cases: list[Layout]) -> list[RankResult]:
                 validation,
                 dense,
                 engine.tables.store.rows.weight.clone(),
+                engine.tables.store.start,
             )
         )
     return results
@@ -80,7 +82,7 @@ def check_layout(name: str, case: Layout, ranks: list[RankResult]) -> None:
         assert result.norms == pytest.approx(reference.norms, rel=1e-4), (name, rank)
         assert result.validation == pytest.approx(ranks[0].validation, rel=1e-12), (name, rank)
     assert ranks[0].validation == pytest.approx(reference.loss(stream()[0].flip(0)), rel=1e-5), name
-    rows = torch.cat([result.rows for result in ranks])
+    rows = torch.cat([result.rows for result in sorted(ranks, key=lambda result: result.first_row)])
     assert (rows - reference.rows()).norm() <= 1e-5 * rows.norm(), name
     model = cpu_model(layout_config(case), eod_id=EOD)
     model.load_state_dict(whole_weights(ranks, case.parallel.get("tensor_parallel_size", 1)), strict=False)
@@ -98,6 +100,20 @@ def check_layout(name: str, case: Layout, ranks: list[RankResult]) -> None:
     for parameter, head in reference.heads.items():
         distance = (model.get_parameter(parameter) - head).norm() / head.norm()
         assert distance < 1e-4, (name, parameter, distance)
+
+
+def distances_of_weights(case: Layout, ranks: list[RankResult], reference: Reference) -> dict[str, float]:
+    """How far each weight ends from the reference's, as a share of the way that the reference's went; heads included."""
+    ways = {}
+    final, initial = (cpu_model(layout_config(case), eod_id=EOD).float() for _ in range(2))
+    final.load_state_dict(whole_weights(ranks, case.parallel.get("tensor_parallel_size", 1)), strict=False)
+    theirs = dict(reference.model.named_parameters()) | dict(reference.multi_token.named_parameters())
+    begun = hugging_face_names(initial) | multi_token_names(initial)
+    for parameter, weight in (hugging_face_names(final) | multi_token_names(final)).items():
+        if parameter in theirs:
+            way = (theirs[parameter] - begun[parameter]).norm()
+            ways[parameter] = ((weight - theirs[parameter]).norm() / way).item()
+    return ways
 
 
 def run_matrix(world: int, cases: dict[str, Layout], timeout: float) -> None:

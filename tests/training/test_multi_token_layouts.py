@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from overtok_megatron.config.derived import later_losses
 from support.distributed_harness import run_ranks
 from support.later_losses import OD3
-from support.layout_matrix import run_matrix, train_rank
-from support.layouts import LLAMA, OLMO3, TIED, WITHIN, Layout, experts, layout, layout_config, reference_run
+from support.layout_matrix import distances_of_weights, run_matrix, train_rank
+from support.layouts import LLAMA, OLMO3, TIED, WITHIN, Layout, experts, layout, reference_run
 
 EPS = {"eps": 1e-6}  # as in test_layout_matrix.py
 D1 = {"multi_token_prediction": {"depth": 1, "loss_weight": 0.3}}
@@ -55,7 +54,8 @@ SLOW = {
         "PP2, host tables": heads("pp2", over={"storage": "host"}),
         "TP2+SP, host tables": heads("tp2 sp", micro=6, over={"storage": "host"}),
         "PP2, mean": heads("pp2", over={"combine": "mean", "boundary": "ignore"}),
-        "DP2, Llama": heads("", model=LLAMA),
+        # An init_std of 0.3 and two depths make 1e-4 of rounding by the twentieth step, in one process as well.
+        "DP2, Llama": heads("", model=LLAMA | {"init_std": 0.1}),
         "DP2, ZeRO 1": heads("z1", D1),
         "DP2, ZeRO 2": heads("z2"),
         "DP2, ZeRO 2, offload": heads("z2 offload", model=TIED),
@@ -112,16 +112,19 @@ MORE_BF16 = {
 
 @pytest.mark.parametrize("cases", [BF16, pytest.param(MORE_BF16, marks=pytest.mark.slow)], ids=["some", "more"])
 def test_bfloat16_follows_one_process_in_float32(cases: dict[str, Layout]) -> None:
-    """Losses to 0.4%, those of the depths to 1%, joint norms to 5% over the twenty steps: what rounding to bfloat16 allows.
+    """All losses to 0.4% and joint norms to 2% over the twenty steps; each weight ends within 30% of the way that it went.
 
-    Weights and embeddings that a step uses several times are among them: the head, tied or not, and the embedding's parts.
+    That is what rounding to bfloat16 allows: 0.1%, 0.8% and 18% at most were seen. Weights that a step uses several times are
+    among them: the head, tied or not, and the embedding's parts. Where a use lost its gradient, the weight would go elsewhere.
     """
     ranks = run_ranks(2, train_rank, list(cases.values()), timeout=200)
     for index, (name, case) in enumerate(cases.items()):
         losses, reference = reference_run(case)
-        names = [*later_losses(layout_config(case))]
-        for rank in ranks:
-            assert rank[index].losses == pytest.approx(losses, rel=4e-3), name
-            assert rank[index].norms == pytest.approx(reference.norms, rel=5e-2), name
-            for found, wanted in zip(rank[index].later, reference.later, strict=True):
-                assert [found[key] for key in names] == pytest.approx([wanted[key] for key in names], rel=1e-2), name
+        results = [rank[index] for rank in ranks]
+        for rank in results:
+            assert rank.losses == pytest.approx(losses, rel=4e-3), name
+            assert rank.norms == pytest.approx(reference.norms, rel=2e-2), name
+            for found, wanted in zip(rank.later, reference.later, strict=True):
+                assert found == pytest.approx(wanted, rel=4e-3), name
+        for parameter, share in distances_of_weights(case, results, reference).items():
+            assert share < 0.3, (name, parameter)

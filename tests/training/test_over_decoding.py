@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from overtok_megatron.checkpoint.changes import check_same_state
 from overtok_megatron.checkpoint.layout import CheckpointLayout
 from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
+from overtok_megatron.cli import main
 from overtok_megatron.config.schema import RunConfig
 from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import CheckpointError
@@ -25,6 +27,7 @@ from overtok_megatron.training.step_result import StepResult
 from support.config_faults import make
 from support.dataset_factory import train_batches, write_dataset
 from support.distributed_harness import run_ranks
+from support.expect_error import command_error
 from support.later_losses import OD2, OD3
 from support.layout_changes import check_pairs, check_universal
 from support.layout_matrix import train_rank as train_matrix_rank
@@ -239,6 +242,27 @@ def short_documents(case: Layout) -> StepResult:
     return engine.step(own_tokens(engine, tokens), 3e-3)
 
 
+def loss_of_one_table() -> tuple[bool, bool, list[int], dict[str, bool]]:
+    """One rank's work: whether main loss and weights are as before a step in which table 3 alone has a NaN; the blame."""
+    config = layout_config(layout("", micro=4, training={"non_finite": "skip"}, sections=OD3))
+    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    table = engine.model.get_parameter("over_decoding.tables.3.weight")
+    with torch.no_grad():
+        table[5] = math.nan
+    before = {name: weight.clone() for name, weight in engine.dense_weights().items()}
+    result = engine.step(own_tokens(engine, stream(2)[0]), 3e-3)
+    same = all(
+        torch.equal(weight.nan_to_num(), before[name].nan_to_num()) for name, weight in engine.dense_weights().items()
+    )
+    finite = {name: math.isfinite(loss) for name, loss in result.auxiliary_losses.items()}
+    return math.isfinite(result.loss), same, engine.non_finite_micro_batches, finite
+
+
+def test_a_loss_of_a_table_that_is_not_finite_leaves_the_step_out() -> None:
+    finite = {"over_decoding_2": True, "over_decoding_3": False}
+    assert run_ranks(1, loss_of_one_table) == [(True, True, [0, 1, 2], finite)]
+
+
 def train_run(folder: Path, output: Path, num_threads: int = 1) -> None:
     """One rank's work: a run with three output tables."""
     from overtok_megatron.training.trainer import Trainer
@@ -249,18 +273,48 @@ def train_run(folder: Path, output: Path, num_threads: int = 1) -> None:
     assert Trainer(RunConfig.model_validate(values), device=CPU, num_threads=num_threads).run()
 
 
-def test_a_run_reports_its_tables_and_its_model_is_read(trained_runs: TrainedRuns, tmp_path: Path) -> None:
-    run_ranks(1, train_run, trained_runs.folder, tmp_path / "run")
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def run_with_tables(trained_runs: TrainedRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("over-decoding") / "run"
+    run_ranks(1, train_run, trained_runs.folder, folder)
+    return folder
+
+
+def test_a_run_reports_its_tables(trained_runs: TrainedRuns, run_with_tables: Path) -> None:
+    records = [json.loads(line) for line in (run_with_tables / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         assert {name for name in record if name.startswith("loss/")} == {"loss/over_decoding_2", "loss/over_decoding_3"}
         assert 3.0 < record["loss/over_decoding_2"] < 9.0
     assert [record["step"] for record in records if "validation/loss" in record] == [2, 4]
     plain = json.loads((trained_runs.run("fp32") / "metrics.jsonl").read_text().splitlines()[0])
     assert not [name for name in plain if name.startswith("loss/")]
-    model = load_trained(tmp_path / "run", CPU).model
-    assert model.over_decoding is not None
-    assert list(model.over_decoding.tables) == ["2", "3"]
+
+
+def test_a_model_with_tables_is_loaded_and_grown(
+    run_with_tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_trained(run_with_tables, CPU).model
+    assert trained.over_decoding is not None
+    assert list(trained.over_decoding.tables) == ["2", "3"]
+    words = ["grow", str(run_with_tables), "--output", str(tmp_path / "grown"), "--tables", "orders=2,rows=1305"]
+    assert main(words) == 0
+    grown = load_trained(tmp_path / "grown", CPU).model
+    for name, weight in trained.named_parameters():
+        assert torch.equal(weight, grown.get_parameter(name)), name
+    words[3] = str(tmp_path / "other")
+    refused = command_error(capsys, *words, "over_decoding.num_tokens=2", "over_decoding.loss_weights=[0.1]")
+    assert "over_decoding.num_tokens: 2; the model has 3" in refused
+
+
+def test_an_export_leaves_the_tables_out_and_says_so(
+    run_with_tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run_with_tables), "--output", str(tmp_path / "there")]) == 0
+    said = "left out (over_decoding_2, over_decoding_3)"
+    assert said in capsys.readouterr().out and said in (tmp_path / "there" / "README.md").read_text()
+    names = {name for path in (tmp_path / "there").glob("model*.safetensors") for name in load_file(path)}
+    assert "lm_head.weight" in names
+    assert not [name for name in names if "over_decoding" in name]
 
 
 def manifest_of(config: RunConfig, *without: str) -> Manifest:

@@ -24,7 +24,6 @@ SLOW = {
         "TP2": layout("tp2", micro=6, sections=OD3),
         "TP2, no low rank": layout("tp2 z1", micro=6, sections=OD2),
         "TP2+SP, tied, no low rank": layout("tp2 sp z2", micro=6, model=TIED, sections=OD2),
-        "TP2, ZeRO 3": layout("tp2 z3", micro=6, sections=OD3),
         "CP2": layout("cp2", micro=6, sections=OD3),
         "CP2, ZeRO 3": layout("cp2 z3", micro=6, sections=OD3),
         "PP2": layout("pp2", sections=OD2),

@@ -59,7 +59,7 @@ def places_of_a_step(cases: list[Layout]) -> list[Found]:
     for case in cases:
         config = layout_config(case)
         engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        batches = [own_tokens(engine, batch) for batch in stream()[:5]]
+        batches = [own_tokens(engine, batch) for batch in stream(engine.extra_tokens - 1)[:5]]
         engine.announce(batches[0])
         for step in range(4):
             with WaitCounter() as counter, synchronize_counted() as synchronized:

@@ -78,6 +78,11 @@ class OptimizerAdapter:
     def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
         raise NotImplementedError
 
+    @torch.no_grad()
+    def set_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a parameter that is not trained, which the optimizer does not know. value: this tensor-parallel rank's part."""
+        parameter.data.copy_(value)
+
 
 class TorchOptimizer(OptimizerAdapter):
     """float32 without ZeRO: DeepSpeed steps on the torch optimizer itself, and the norm and clipping are done here."""
@@ -227,14 +232,22 @@ class Zero3(OptimizerAdapter):
 
         self.optimizer._get_norm_groups = joint_norms
 
+    @torch.no_grad()
+    def set_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.ds_tensor.data.copy_(self._own_part(parameter, value))  # type: ignore[attr-defined]
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a whole value, flat and padded to the size of all parts."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        start = self.optimizer._get_param_partition_rank(parameter) * size
+        values = value.flatten()[start : start + size]
+        return torch.nn.functional.pad(values, (0, size - values.numel()))
+
     def _set_state(self, parameter: nn.Parameter, state: ParameterState) -> None:
         optimizer = self.optimizer
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        rank = optimizer._get_param_partition_rank(parameter)
 
         def part(name: str) -> Tensor:
-            values = state.values[name].flatten()[rank * size : (rank + 1) * size]
-            return torch.nn.functional.pad(values, (0, size - values.numel()))
+            return self._own_part(parameter, state.values[name])
 
         sub_group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         group = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
