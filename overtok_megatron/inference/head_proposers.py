@@ -78,17 +78,17 @@ class OverDecodingProposer:
 class MultiTokenProposer:
     """Depth j drafts the token j behind the pending one, from the embedding of the token before it.
 
-    Depth j reads, at a position, the tokens of the next j positions. Behind the first draft some of these are drafts, so what
-    the last positions hold stands until drafts are accepted or replaced. The proposer therefore keeps the hidden states and
-    tokens of the last 2 D positions of each sequence, and runs them again with each pass: as many for every sequence, whatever
-    it accepted. The positions before them are in a cache, one layer per depth. One read of rows per draft.
+    Depth j reads, at a position, the tokens of the next j positions. At the last D positions some depth has therefore read
+    drafts, which may be rejected. The proposer keeps the hidden states and tokens of the last D + 1 positions of each sequence,
+    as many as a pass adds at most, and runs them again with each pass: the same number for every sequence, whatever it
+    accepted. The positions before them are in a cache, one layer per depth. One read of rows per draft.
     """
 
     def __init__(self, trained: TrainedModel, batch: int, columns: int) -> None:
         config, layers = trained.config.model, trained.model.multi_token
         assert layers is not None
         self._trained, self._layers = trained, layers
-        self._window = 2 * layers.depth  # a pass adds up to D + 1 tokens, and depth D reads D tokens ahead
+        self._window = layers.depth + 1
         self._reach = 0 if trained.tables is None else trained.tables.family.history_length
         device, dtype = trained.device, trained.dtype
         self._tokens = torch.full((batch, self._reach + self._window), MISSING, device=device)
@@ -109,8 +109,8 @@ class MultiTokenProposer:
 
     def observe(self, tokens: Tensor, hidden: Tensor) -> None:
         rows, count = tokens.shape
-        tokens = torch.cat([self._tokens[:rows], tokens], dim=1)  # [b, h + 2 D + s]
-        hidden = torch.cat([self._hidden[:rows], hidden], dim=1)  # [b, 2 D + s, d]
+        tokens = torch.cat([self._tokens[:rows], tokens], dim=1)  # [b, h + D + 1 + s]
+        hidden = torch.cat([self._hidden[:rows], hidden], dim=1)  # [b, D + 1 + s, d]
         begin, depth = self._reach, self._layers.depth
         embedded = self._embed(tokens[:, 1 : begin + count + depth])  # [b, s + D - 1, d]: of the tokens after the first
         step = append_tokens(
@@ -123,9 +123,9 @@ class MultiTokenProposer:
 
     def propose(self, pending: Tensor, draft: Callable[[Tensor], Tensor]) -> Tensor:
         rows = len(pending)
-        tokens = torch.cat([self._tokens[:rows], pending.unsqueeze(1)], dim=1)  # [b, h + 2 D + 1]
+        tokens = torch.cat([self._tokens[:rows], pending.unsqueeze(1)], dim=1)  # [b, h + D + 2]
         step = append_tokens(self._cache, tokens[:, self._reach : -1], eod_id=self._trained.model.eod_id, window=None)
-        embedded = self._embed(tokens[:, 1:])  # [b, 2 D, d]
+        embedded = self._embed(tokens[:, 1:])  # [b, D + 1, d]
         drafts: list[Tensor] = []
 
         def embed(depth: int) -> Tensor:
@@ -142,7 +142,7 @@ class MultiTokenProposer:
     def keep(self, tokens: Tensor, hidden: Tensor, counts: Sequence[int]) -> None:
         rows = len(counts)
         first = moved(torch.tensor(counts), hidden.device).unsqueeze(1)  # [b, 1]: so many leave the window
-        index = first + torch.arange(self._tokens.shape[1], device=hidden.device)  # [b, h + 2 D]
+        index = first + torch.arange(self._tokens.shape[1], device=hidden.device)  # [b, h + D + 1]
         self._tokens[:rows] = torch.cat([self._tokens[:rows], tokens], dim=1).gather(1, index)
         index = index[:, : self._window, None].expand(-1, -1, hidden.shape[-1])
         self._hidden[:rows] = torch.cat([self._hidden[:rows], hidden], dim=1).gather(1, index)
