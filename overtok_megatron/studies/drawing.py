@@ -8,6 +8,7 @@ from typing import Any
 GREY = "#7a7a7a"
 # Okabe and Ito's colours, which people with any colour vision tell apart; without the yellow, which is faint on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_EARLY = 0.9  # of the longest line: one that ends before has its label where it ends
 _LINE = 13.0  # points between the centres of two labels
 
 
@@ -37,9 +38,18 @@ def canvas(title: str, x: str, y: str, rows: int | None = None) -> tuple[Any, An
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write (x, y, text, colour) to the right of the axes, at the height of y, or as near as the other labels leave room."""
+    """Write (x, y, text, colour) of each line to the right of the axes, at the height of y, or near it."""
     figure = axes.figure
     axes.autoscale_view()
+    right = max(x for x, *_ in ends)
+    for x, y, text, color in ends:
+        if x < _EARLY * right:  # the line ends inside
+            axes.plot([x], [y], "o", color=color, markersize=4)
+            white = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+            axes.annotate(
+                text, (x, y), xytext=(6, 0), textcoords="offset points", color=color, va="center", fontsize=9.5, bbox=white
+            )  # fmt: skip
+    ends = [one for one in ends if one[0] >= _EARLY * right]
     points = axes.get_position().height * figure.get_figheight() * 72.0
     low, high = axes.get_ylim()
     order = sorted(range(len(ends)), key=lambda index: ends[index][1])

@@ -130,7 +130,7 @@ def _curves(study: Study, picture: PictureSection, groups: Sequence[GroupResults
         title += f": {_gap(list(own.values()))} {side} {baseline.group.variant}"
     figure, axes = canvas(title, "optimizer step", "validation loss, nats per token")
     ends, seen = [], []
-    for group, color in zip(shown, colors_of(len(shown), _grey_index(study, shown)), strict=True):
+    for group, color in zip(shown, _line_colors(study, shown), strict=True):
         curves = [result.validation for result in group.by_seed.values()]
         last = max(step for curve in curves for step, _ in curve)
         for curve in curves if len(curves) > 1 else ():
@@ -140,7 +140,7 @@ def _curves(study: Study, picture: PictureSection, groups: Sequence[GroupResults
         seen += [loss for step, loss in mean if step >= _SHOWN_FROM * last or len(mean) == 1]
         ends.append((mean[-1][0], mean[-1][1], f"{labels[group.group]} {mean[-1][1]:.3f}", color))
     _limit(axes, seen)
-    axes.set_xlim(_SHOWN_FROM * max(x for x, *_ in ends), max(x for x, *_ in ends))
+    axes.set_xlim(_SHOWN_FROM * min(x for x, *_ in ends), max(x for x, *_ in ends))
     label_ends(axes, ends)
     save(figure, path)
     return True
@@ -267,7 +267,7 @@ def _differences(study: Study, picture: PictureSection, groups: Sequence[GroupRe
     side = "below" if mean_of(best[1]).value < 0 else "above"
     title = f"{best[0]} is best: {_gap(best[1])} {side} {study.section.baseline}"
     figure, axes = canvas(
-        title, f"loss less that of {study.section.baseline}, same seed (left: better)", "", rows=len(rows)
+        title, f"difference in loss from {study.section.baseline}, same seed (left: better)", "", rows=len(rows)
     )
     for index, (_, gaps) in enumerate(rows):
         mean = mean_of(gaps)
@@ -312,9 +312,13 @@ def _rows(axes: Any, labels: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def _grey_index(study: Study, shown: Sequence[GroupResults]) -> int | None:
-    """Which of the groups is the baseline, and drawn in grey."""
-    return next((index for index, one in enumerate(shown) if one.group.variant == study.section.baseline), None)
+def _line_colors(study: Study, shown: Sequence[GroupResults]) -> list[str]:
+    """One colour for the groups that differ on shared axes only, as in length; grey for those of the baseline."""
+    kinds = [(one.group.variant, one.group.axes[one.group.shared :]) for one in shown]
+    order = list(dict.fromkeys(kinds))
+    grey = next((index for index, (variant, _) in enumerate(order) if variant == study.section.baseline), None)
+    colors = dict(zip(order, colors_of(len(order), grey), strict=True))
+    return [colors[kind] for kind in kinds]
 
 
 def _limit(axes: Any, losses: Sequence[float]) -> None:

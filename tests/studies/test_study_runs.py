@@ -19,7 +19,7 @@ LONG = """
 base: ../base.yaml
 question: Does it go on?
 corpus: {name: some, text: texts}
-overrides: [training.train_iters=200, training.validation_interval=200, checkpoint.interval=20]
+overrides: [training.train_iters=60, training.validation_interval=60, checkpoint.interval=5]
 variants: {over-encoded: [over_encoding.enabled=true, over_encoding.table_rows=4 x V]}
 """
 
@@ -90,7 +90,7 @@ def test_killed_it_goes_on_from_its_checkpoint_and_reads_the_test_once(
     assert code == 0, output
     assert "resumed from " in (found.parent.parent / "train.log").read_text(), "it began anew"
     (line,) = (json.loads(text) for text in (folder / path).with_suffix(".jsonl").read_text().splitlines())
-    assert line["steps"] == 200 and line["train"][-1][0] == 200
+    assert line["steps"] == 60 and line["train"][-1][0] == 60
     assert main(["study", str(path), "--test"]) == 0
     told = capsys.readouterr().out
     assert "over-encoded, seed 1234: test " in told
