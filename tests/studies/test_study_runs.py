@@ -14,6 +14,8 @@ from overtok_megatron.studies.results import read_results
 from support.overtok_process import kill_session, run_overtok, start_overtok, wait_for
 from support.study_cases import STUDY, write_study
 
+pytestmark = pytest.mark.timeout(480)  # half a minute each on an idle machine; starts of runs suffer most from load
+
 FAILING = STUDY.replace("variants:\n", "variants:\n  odd: [model.num_attention_heads=3]\n")
 LONG = """
 base: ../base.yaml
