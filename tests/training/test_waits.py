@@ -15,7 +15,8 @@ from torch import Tensor
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.processes import start_processes
 from support.distributed_harness import run_ranks
-from support.layouts import CPU, EOD, Layout, experts, layout, layout_config, own_tokens, stream
+from support.later_losses import OD3
+from support.layouts import CPU, EOD, WITHIN, Layout, experts, layout, layout_config, own_tokens, stream
 from support.waits import WaitCounter, synchronize_counted
 
 HALF = {"precision": "bf16"}
@@ -25,6 +26,7 @@ CASES: dict[str, Layout] = {
     "no ZeRO, float32": layout(""),
     "PP2": layout("pp2 z1", training=HALF),
     "experts": experts("z1", training=HALF),
+    "over-decoding, within documents": layout("z1", training=HALF, data=WITHIN, sections=OD3),
 }
 MORE: dict[str, Layout] = {
     "ZeRO 3": layout("z3", training=HALF),
