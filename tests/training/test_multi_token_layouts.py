@@ -25,10 +25,8 @@ def heads(short: str, sections: dict[str, Any] = D2, **others: Any) -> Layout:
 CORE = {
     1: {"one process, over-decoding": heads("", D2 | OD3, micro=6)},
     2: {
-        "TP2": heads("tp2", D1, micro=6),
         "TP2+SP": heads("tp2 sp", micro=6),
         "PP2, ZeRO 1": heads("pp2 z1"),
-        "PP2, tied head, within documents": heads("pp2", D1, model=TIED, data=WITHIN),
         "CP2, within documents": heads("cp2", micro=6, data=WITHIN),
         "DP2, ZeRO 2, tied head": heads("z2", model=TIED),
         "DP2, ZeRO 3, recomputation": heads("z3", training={"recompute": "full"}),
@@ -36,6 +34,8 @@ CORE = {
 }
 SLOW = {
     2: {
+        "TP2": heads("tp2", D1, micro=6),
+        "PP2, tied head, within documents": heads("pp2", D1, model=TIED, data=WITHIN),
         "TP2, tied, within documents": heads("tp2 z1", micro=6, model=TIED, data=WITHIN),
         "TP2+SP, Olmo3, recomputation": heads("tp2 sp z2", micro=6, model=OLMO3, training={"recompute": "full"}),
         "CP2": heads("cp2", D1, micro=6),

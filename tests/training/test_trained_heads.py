@@ -113,7 +113,9 @@ def check(ranks: list[list[RankResult]], cases: dict[str, Layout]) -> None:
 
 
 @pytest.mark.parametrize(
-    "cases", [LAYOUTS, pytest.param(MORE, marks=pytest.mark.slow), HALF], ids=["some", "more", "bf16"]
+    "cases",
+    [LAYOUTS, *(pytest.param(cases, marks=pytest.mark.slow) for cases in (MORE, HALF))],
+    ids=["some", "more", "bf16"],
 )
 def test_heads_are_trained_as_in_one_process_and_nothing_else_moves(cases: dict[str, Layout]) -> None:
     check(run_ranks(2, train, list(cases.values()), timeout=200), cases)
@@ -162,7 +164,7 @@ def go_on(cases: list[Layout], folder: Path) -> list[list[list[float]]]:
     return results
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("zero_stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1))])
 def test_a_run_goes_on_on_its_own_layout_and_on_others(zero_stage: int, tmp_path: Path) -> None:
     """From DeepSpeed's files, from the same by parameter on another layout, and from what reshape makes of them."""
     run_ranks(1, save, alone(f"z{zero_stage}"), tmp_path)
