@@ -47,7 +47,7 @@ def _grow(options: argparse.Namespace) -> int:
 def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser(
         "grow",
-        help="give a trained model more n-gram tables, or heads for later tokens, which change no logit until trained",
+        help="give a trained model more n-gram tables or multi-token prediction; no logit changes before training",
     )
     verb.add_argument("run", help="a run's output folder (its latest checkpoint), or one of its checkpoints")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="other values for the new run")
@@ -64,7 +64,7 @@ def add_verbs(verbs: Any) -> None:
         "--multi-token-prediction",
         type=int,
         metavar="D",
-        help="depths of multi-token prediction that the model has then, each a block that predicts one token further",
+        help="how many depths of multi-token prediction the grown model has; each is a block that predicts one token further",
     )
     verb.add_argument("--freeze", action="store_true", help="rows of the tables that are there take no more updates")
     verb.set_defaults(work=_grow)

@@ -76,12 +76,12 @@ def load_model(options: argparse.Namespace, run: Path | None = None) -> "Trained
 
 
 def add_speculative(verb: argparse.ArgumentParser) -> None:
-    """Whether texts are decoded by drafts."""
+    """Add the option that decodes texts by drafts."""
     verb.add_argument(
         "--speculative",
         action="store_true",
-        help="let the model's heads (over_decoding, multi_token_prediction) draft tokens, which one pass verifies: greedy "
-        "texts stay the same, sampled ones keep their distribution",
+        help="decode faster: the model's heads (over_decoding, multi_token_prediction) draft tokens, and one pass verifies "
+        "them; greedy texts stay the same, sampled texts keep their distribution",
     )
 
 

@@ -37,7 +37,7 @@ def _train(options: argparse.Namespace) -> int:
     for flag, value in (("--launcher", options.launcher), ("--launcher-args", options.launcher_args)):
         if value is not None and options.hostfile is None:
             raise ConfigError(
-                f"{flag}: {value}: is of no use without --hostfile, which names the hosts; give that, too"
+                f"{flag}: {value}; has no effect without --hostfile, which names the hosts; give --hostfile as well"
             )
     if options.hostfile is not None:
         hosts = read_hostfile(options.hostfile, options.processes)

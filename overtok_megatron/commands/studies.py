@@ -61,7 +61,9 @@ def _read_tests(study: "Study", everything: "list[Cell | BrokenCell]") -> None:
 
     prefix = final_set(study)
     if prefix is None:
-        raise DataError(f"{study.path}: --test reads the test set of a corpus, and the study names none")
+        raise DataError(
+            f"{study.path}: --test reads the test set of a corpus, and the study has none; add the key corpus"
+        )
     read_tests(study, [cell for cell in everything if isinstance(cell, Cell)], prefix, _tell)
 
 
@@ -93,18 +95,19 @@ def _tell(text: str) -> None:
 
 def add_verbs(verbs: Any) -> None:
     verb = verbs.add_parser(
-        "study", help="train the runs that a study's file asks for, and compare them; given again, it goes on"
+        "study",
+        help="train the runs of a study and compare them; given again, the command trains those that are not finished",
     )
     verb.add_argument("study", type=Path, help="YAML file of the study, as in configs/studies/")
     verb.add_argument(
         "--processes", type=positive, default=None, dest="ranks", help="ranks per run (default: the study's)"
     )
     what = verb.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="print the runs and which are finished, and train none")
+    what.add_argument("--list", action="store_true", help="print the runs, and which are finished, without training")
     what.add_argument(
-        "--report", action="store_true", help="write the table and the pictures of the finished runs only"
+        "--report", action="store_true", help="write the table and the pictures of the finished runs, without training"
     )
     what.add_argument(
-        "--test", action="store_true", help="once all runs are finished, read the test set, once for each run"
+        "--test", action="store_true", help="when all runs are finished, score each on the test set, once"
     )
     verb.set_defaults(work=_study)

@@ -62,10 +62,12 @@ def grow_config(
     if multi_token_depth is not None:
         config = _with_depth(config, multi_token_depth)
     elif not tables:
-        raise ConfigError("nothing to add; write --tables, --multi-token-prediction, or both")
+        raise ConfigError("overtok grow: nothing to add; give --tables, --multi-token-prediction, or both")
     if not tables:
         if freeze:
-            raise ConfigError("--freeze: freezes tables beside new ones; write --tables as well, or leave it out")
+            raise ConfigError(
+                "--freeze: freezes old tables when new ones are added; write --tables as well, or leave it out"
+            )
         return config
     over = config.over_encoding
     if over.enabled:

@@ -26,10 +26,12 @@ def output_problems(config: RunConfig) -> Iterator[Problem]:
     weights, rank, width = section.loss_weights, section.low_rank, config.model.hidden_size
     if len(weights) != last - 1:
         tables = "table 2" if last == 2 else f"each of tables 2 to {last}"
-        reason = f"{_NUM_TOKENS} {last} needs {last - 1}, one for {tables}; write {_completed(weights, last - 1)}"
-        yield problem("over_decoding.loss_weights", f"{len(weights)} of them", reason, (_NUM_TOKENS,))
+        reason = (
+            f"{_NUM_TOKENS} {last} needs {last - 1}, one weight for {tables}; write {_completed(weights, last - 1)}"
+        )
+        yield problem("over_decoding.loss_weights", f"a list of {len(weights)}", reason, (_NUM_TOKENS,))
     if rank is not None and rank > width:
-        reason = f"is above model.hidden_size {width}, to which the rank of a table is limited; {width} is the most"
+        reason = f"is above model.hidden_size {width}, and the rank of a table cannot be; {width} is the most"
         yield problem("over_decoding.low_rank", rank, reason, ("model.hidden_size",))
 
 

@@ -117,7 +117,9 @@ def _schedule_problems(config: RunConfig) -> Iterator[Problem]:
 def _start_problems(config: RunConfig) -> Iterator[Problem]:
     training = config.training
     if training.initial_state != "weights" and training.initial_checkpoint is None:
-        reason = "takes all of training.initial_checkpoint, which is none; name a checkpoint there, or write weights"
+        reason = (
+            "needs training.initial_checkpoint, which is not set; name a run or a checkpoint there, or write weights"
+        )
         yield problem("training.initial_state", training.initial_state, reason, ("training.initial_checkpoint",))
 
 

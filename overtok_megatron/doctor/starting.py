@@ -101,7 +101,7 @@ def _check_json(options: Options) -> None:
     elif not os.access(path.parent, os.W_OK):
         reason = os.strerror(errno.EACCES)
     if reason:
-        raise OutputError(f"--json: {path}: cannot be written ({reason}); name a file in a folder that is there")
+        raise OutputError(f"--json: {path}: cannot be written ({reason}); name a file in an existing folder")
 
 
 def _hosts_of(path: Path, processes: int | None) -> Sequence[Host]:

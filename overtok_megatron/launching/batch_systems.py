@@ -101,9 +101,7 @@ def forgotten_tasks(environment: Environment, place: Placement) -> str | None:
     asked = environment.get("SLURM_NTASKS", "").strip()
     if place.started_by != ALONE or not asked.isdecimal() or int(asked) < 2:
         return None
-    return (
-        f"SLURM_NTASKS is {asked}, but srun has not started this process: it trains as one rank alone; start it by srun"
-    )
+    return f"SLURM_NTASKS is {asked}, but srun has not started this process, so it trains on one rank only; start it with srun"
 
 
 def _callers_task(environment: Environment, rank: int | None, world_size: int | None) -> _Task:

@@ -90,8 +90,8 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> tuple[Host, ...]:
             continue
         parts = re.fullmatch(r"((?:[\w.-]+@)?[A-Za-z0-9_][\w.-]*)\s+slots=(\d{1,6})", text)
         if parts is None:
-            name = ", by its name and not an address of IPv6" if text.split()[0].count(":") > 1 else ""
-            raise ConfigError(f"{path}:{number}: {text[:60]!r}; write a line per host{name}, as: node1 slots=8")
+            name = " with its name, not an IPv6 address" if text.split()[0].count(":") > 1 else ""
+            raise ConfigError(f"{path}:{number}: {text[:60]!r}; write one line per host{name}, such as node1 slots=8")
         name, slots = parts[1], int(parts[2])
         if name in found:
             raise ConfigError(f"{path}:{number}: {name} stands in line {found[name][0]} already; name each host once")
@@ -103,7 +103,7 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> tuple[Host, ...]:
             )
         found[name] = number, Host(name, ranks_per_host or slots)
     if not found:
-        raise ConfigError(f"--hostfile {path}: names no host; write a line per host, as: node1 slots=8")
+        raise ConfigError(f"--hostfile {path}: names no host; write one line per host, such as node1 slots=8")
     local = next((name for name in found if name.startswith(("localhost", "127."))), None)
     if local is not None and len(found) > 1:
         raise ConfigError(

@@ -117,6 +117,6 @@ def _refuse_shared(files: dict[str, list[Path]], separator: str | None) -> None:
         shared = next((seen[digest] for digest in own if digest in seen), None)
         if shared is not None:
             raise DataError(
-                f"corpus.text: {files[name][0].parent} and {shared} share a document; remove it from training"
+                f"corpus.text: {files[name][0].parent} and {shared} share a document; remove it from one of them"
             )
         seen |= dict.fromkeys(own, name)

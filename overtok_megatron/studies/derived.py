@@ -94,7 +94,7 @@ def _times_own(key: str, factor: float, config: RunConfig) -> float | int:
         raise ConfigError(
             line(
                 COMMAND_LINE,
-                f"{short(key)}: {factor:g} x base; the base gives it no number ({value}); write the value itself",
+                f"{short(key)}: {factor:g} x base; its value in the base is not a number ({value}); write the value itself",
             )
         )
     return max(1, round(factor * value)) if isinstance(value, int) else factor * value

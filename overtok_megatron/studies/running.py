@@ -1,7 +1,7 @@
 """Runs the cells of a study one after the other, each as `overtok train` in its own folder, and records what is finished.
 
-A cell whose line is there is skipped. A run that is complete is recorded without a start; one that was cut goes on from its
-latest checkpoint. A cell that fails is named in the end with the line of its error, and the others go on.
+A cell whose line is there is skipped. A run that is complete is recorded without a start; one that was stopped goes on
+from its latest checkpoint. A cell that fails is named at the end with the line of its error, and the others are trained.
 """
 
 import re
@@ -26,7 +26,7 @@ from overtok_megatron.studies.origin import origin
 from overtok_megatron.studies.results import append_records, describe_result, read_results, results_beside
 from overtok_megatron.studies.study_file import Study
 
-# What `overtok train` and a study return when one of these signals has stopped them.
+# What a study returns when one of these signals has stopped it. `overtok train` returns the same, but 143 for one Ctrl-C.
 _CODES = {signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
 STOPPED = frozenset(_CODES.values())
 _ERROR = re.compile(r"^(?:\[[^\]]*\]:? *)*(error(?: on rank \d+)?: .*)$")

@@ -76,7 +76,7 @@ class StudySection(Section):
         None, description="the variant from which differences are taken; none = no differences"
     )
     pictures: list[PictureSection] = Field([], description="which pictures the study gives")
-    keep_checkpoints: bool = Field(True, description="False: a finished cell's checkpoints are removed")
+    keep_checkpoints: bool = Field(True, description="false = checkpoints of finished runs are removed")
 
 
 @dataclass(frozen=True)
@@ -177,26 +177,31 @@ def _described(parts: list[str]) -> str:
 
 
 def _check_names(section: StudySection, origins: dict[str, str], path: Path) -> None:
-    """Raise ConfigError where the file names a variant or an axis that it does not have."""
+    """Raise ConfigError where the file names a variant or an axis that it does not have, and where keys do not fit."""
     known, wrong = list(section.variants), []
+    variants = f"write one of {short(', '.join(known))}"
     axes = set(section.axes).union(*(v.axes for v in section.variants.values() if isinstance(v, VariantSection)))
     if section.baseline is not None and section.baseline not in known:
-        wrong.append(("baseline", section.baseline, known))
+        wrong.append(("baseline", section.baseline, variants))
     for number, picture in enumerate(section.pictures):
-        wrong += [(f"pictures.{number}.variants", one, known) for one in picture.variants or () if one not in known]
+        wrong += [(f"pictures.{number}.variants", one, variants) for one in picture.variants or () if one not in known]
         if picture.kind == "log_fit" and picture.x not in axes:
-            wrong.append((f"pictures.{number}.x", str(picture.x), sorted(axes)))
+            mend = (
+                f"write one of the axes {short(', '.join(sorted(axes)))}" if axes else "add axes, or remove the picture"
+            )
+            wrong.append((f"pictures.{number}.x", str(picture.x), mend))
         if picture.kind in ("speedup", "differences") and section.baseline is None:
-            wrong.append((f"pictures.{number}.kind", f"{picture.kind} without a baseline", ["baseline: NAME"]))
+            mend = "needs a baseline; add baseline: NAME, or remove the picture"
+            wrong.append((f"pictures.{number}.kind", picture.kind, mend))
     if len(set(section.seeds)) != len(section.seeds):
-        wrong.append(("seeds", str(section.seeds), ["each seed once"]))
+        wrong.append(("seeds", str(section.seeds), "write each seed once"))
     if wrong:
         raise ConfigError(
             *(
                 line(
                     origins.get(key.partition(".")[0], str(path)),
-                    f"{key}: {short(value)}; the file has: {short(', '.join(allowed))}",
+                    f"{key}: {short(value)}; {mend}",
                 )
-                for key, value, allowed in wrong
+                for key, value, mend in wrong
             )
         )

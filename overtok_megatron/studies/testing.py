@@ -29,7 +29,7 @@ def read_tests(study: Study, cells: Sequence[Cell], prefix: Path, tell: Callable
             scores = json.loads(overtok_output("evaluate", cell.run, "--data", prefix, "--json"))
         except subprocess.CalledProcessError as error:
             raise DataError(
-                f"{cell.run}: overtok evaluate left with code {error.returncode}; it has said why"
+                f"{cell.run}: overtok evaluate left with code {error.returncode}; see its error above"
             ) from None
         loss = float(scores["sets"][0]["loss"])
         append_records(study.results, [{"fingerprint": cell.fingerprint, "test": round(loss, 5)}])

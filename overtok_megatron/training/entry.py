@@ -106,7 +106,7 @@ class _AskedToLeave(BaseException):
         super().__init__(code)
         self.code = code
         name = signal.Signals(number).name
-        self.line = f"asked to stop by {name} before training began; the same command starts it (exit code {code})"
+        self.line = f"asked to stop by {name} before training began; the same command starts the run (exit code {code})"
 
 
 def _leave_when_asked() -> None:

@@ -1,10 +1,10 @@
 """Which rank is late, by how much and in which phase: what the first rank says of the times that all ranks have measured.
 
-All ranks of a step end it together, because collectives join them. The late one is the one that waits least in them, while the
-others wait for it. How late it is, is the smaller one of two numbers, both in seconds per step: how much longer it is busy
-than the median of the ranks that it is compared with, and how much less it waits than their median. Compared are ranks that do
-the same work: those of one pipeline stage. Where every stage has one rank, the stages are compared with each other, and a stage
-that has more work than the others is found as well.
+All ranks end a step together, because collectives join them. A late rank is busy longer than the others and waits less, because
+the others wait for it. Its lateness is the smaller of two numbers, both in seconds per step: how much longer it is busy than
+the median of the ranks that it is compared with, and how much less it waits than their median. Ranks with the same work are
+compared: those of one pipeline stage. Where every stage has one rank, the stages are compared with each other, and a stage that
+has more work than the others is found as well.
 
 A slow link makes the ranks at both its ends wait, and none of them is late: the watchdogs measure how long messages between
 hosts travel (watching/link_times.py), and `overtok doctor` measures each pair of hosts.
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Seconds per step below which nobody is late: small models have steps of milliseconds, which vary by as much.
 _LEAST = 0.005
 _MOST_NAMES = 8
-_CHANGES = 2.0  # what was said is said again where a rank is later, or less late, by this factor
+_CHANGES = 2.0  # a line is printed again where the lateness has grown or shrunk by this factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,9 @@ class StragglerReport:
         """What is new since the last report: that ranks are late, or that none is any more."""
         before, self._said = self._said, {one.rank: one for one in late}
         if not late:
-            return [f"{self._named(list(before))} {'are' if len(before) > 1 else 'is'} late no more"] if before else []
+            return (
+                [f"{self._named(list(before))} {'are' if len(before) > 1 else 'is'} no longer late"] if before else []
+            )
         if self._said.keys() == before.keys() and not any(_differs(one, before[one.rank]) for one in late):
             self._said = before  # what was said is what the next report is compared with
             return []

@@ -190,7 +190,9 @@ class JobWatch:
         path = write_report(self._folder, "hang", self._described(), self._texts | silent)
         named = [] if absent else culprits({number: rank["beat"] for number, rank in living.items()}, self._texts)
         for number in absent[:_MOST_LINES]:
-            self._say(f"rank {number} has not come within {self._come_by - self._started:.0f} s of the start")
+            self._say(
+                f"rank {number} has not reached its watchdog within {self._come_by - self._started:.0f} s of the start"
+            )
         for number in named[:_MOST_LINES]:
             rank = living[number]
             limit = self._limit(rank["beat"]["phase"])

@@ -1,8 +1,8 @@
 """How long messages travel between the first host's watchdog and the others: a host behind a slow link is named.
 
 A slow link makes the ranks at both its ends wait, so that none of them is late to the others. The watchdogs exchange a message
-per second in any case; each of the first host's comes back at once. The shortest of some travels counts: a host that is busy
-answers late now and then, a slow link always is.
+per second in any case; the others send each message of the first host back at once. The fastest of the last messages counts: a
+busy host answers late now and then, but over a slow link every message is late.
 """
 
 import socket
@@ -14,7 +14,7 @@ _MESSAGES = 20
 
 
 class LinkTimes:
-    """Hears of each message that came back, and says it where a link is slow, and where it is so no more."""
+    """Takes the time of each message that came back, and says when a link is slow, and when it is no longer slow."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -36,4 +36,4 @@ class LinkTimes:
             )
         elif host in self._slow and best < SLOW / 2:
             self._slow.discard(host)
-            self._say(f"the link between {here} and {host} is slow no more: {1000 * best:.1f} ms there and back")
+            self._say(f"the link between {here} and {host} is no longer slow: {1000 * best:.1f} ms there and back")

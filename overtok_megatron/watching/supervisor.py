@@ -80,7 +80,7 @@ class Supervisor:
                     code = _CODES[self._stopped]
                     name = signal.Signals(self._stopped).name
                     _say(
-                        f"asked to stop by {name} before training began; the same command starts it (exit code {code})"
+                        f"asked to stop by {name} before training began; the same command starts the run (exit code {code})"
                     )
                     return code
                 if self._stopped is not None or restarts == max_restarts:

@@ -34,12 +34,12 @@ def test_hosts_are_read_with_their_slots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("node1\n", "hosts:1: 'node1'; write a line per host, as: node1 slots=8"),
+        ("node1\n", "hosts:1: 'node1'; write one line per host, such as node1 slots=8"),
         ("node1 slots=4\nnode2 slots=x\n", "hosts:2: 'node2 slots=x'"),
         ("a slots=2\nb slots=2\na slots=3\n", "hosts:3: a stands in line 1 already"),
         (
             "fe80::1 slots=4\n",
-            "hosts:1: 'fe80::1 slots=4'; write a line per host, by its name and not an address of IPv6",
+            "hosts:1: 'fe80::1 slots=4'; write one line per host with its name, not an IPv6 address",
         ),
         ("a slots=0\n", "hosts:1: a has slots=0"),
         ("# none\n", "names no host"),
@@ -61,7 +61,7 @@ def test_words_for_a_launcher_without_a_hostfile_are_not_left_out_silently(
     capsys: pytest.CaptureFixture[str], words: tuple[str, str]
 ) -> None:
     option = "=".join(words)
-    assert f"{words[0]}: {words[1]}: is of no use without --hostfile" in command_error(
+    assert f"{words[0]}: {words[1]}; has no effect without --hostfile" in command_error(
         capsys, "train", "x.yaml", option
     )
 

@@ -88,7 +88,7 @@ def test_a_rank_that_is_told_to_leave_before_it_trains_says_so(
     monkeypatch.setattr(entry, "prepare_rank", prepare)
     assert entry.main(["run.yaml"]) == code
     assert capsys.readouterr().err == (
-        f"asked to stop by {number.name} before training began; the same command starts it (exit code {code})\n"
+        f"asked to stop by {number.name} before training began; the same command starts the run (exit code {code})\n"
     )
 
 
@@ -102,7 +102,7 @@ def test_sigterm_as_soon_as_a_rank_is_there(workspace: Workspace) -> None:
     finally:
         kill_session(process)
     assert process.returncode == 143, output
-    assert output.count("asked to stop by SIGTERM before training began; the same command starts it") == 1, output
+    assert output.count("asked to stop by SIGTERM before training began; the same command starts the run") == 1, output
     assert "Traceback" not in output
 
 

@@ -305,7 +305,7 @@ def test_what_was_said_is_not_said_again_until_it_changes(caplog: pytest.LogCapt
     assert not said(slow | {DATA: 0.15})
     assert "is late by 0.210 s" in said(slow | {DATA: 0.21})[0]
     assert said(slow, slow | {DATA: 0.2})[0].endswith("above all in phase 'data' (0.200 s); also late: rank 0 (host0)")
-    assert said() == ["ranks 1 (host1), 0 (host0) are late no more"]
+    assert said() == ["ranks 1 (host1), 0 (host0) are no longer late"]
     assert not said()
     assert not StragglerReport(Grid(GridShape(data=2)), 100, 0.05).judge([])  # type: ignore[arg-type]
 

@@ -159,7 +159,7 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     for second in range(127):
         job.beats = {rank: beat("start", seconds=float(second % 5)) for rank in range(3)}
         job.pass_time(1, "a")
-    assert job.said[0] == "rank 2 has not come within 120 s of the start"
+    assert job.said[0] == "rank 2 has not reached its watchdog within 120 s of the start"
     assert "rank 2 has never been heard" in next(tmp_path.glob("hang-*.txt")).read_text()
 
 
@@ -171,7 +171,7 @@ def test_a_rank_that_had_agreed_to_begin_and_never_comes(tmp_path: Path) -> None
     job.pass_time(119, "a")
     assert not job.orders
     job.pass_time(10, "a")
-    assert job.said[0] == "rank 2 has not come within 130 s of the start"
+    assert job.said[0] == "rank 2 has not reached its watchdog within 130 s of the start"
 
 
 def test_a_silent_host_is_lost(tmp_path: Path) -> None:

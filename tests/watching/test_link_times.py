@@ -29,7 +29,7 @@ def test_the_fastest_message_counts_and_a_line_is_said_once() -> None:
     assert len(line) <= 300
     for _ in range(20):
         links.heard("beta", 0.0005)
-    assert said[1:] == [f"the link between {socket.gethostname()} and beta is slow no more: 0.5 ms there and back"]
+    assert said[1:] == [f"the link between {socket.gethostname()} and beta is no longer slow: 0.5 ms there and back"]
 
 
 async def delayed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float) -> None:

@@ -73,7 +73,7 @@ def test_a_signal_that_ends_ranks_before_they_can_save(
     under_test, _ = supervisor(launchers, DIES, DIES, finished=False, reached=Reached.STARTING)
     send_later(number, 0.5)
     assert under_test.run(1) == code
-    said = f"asked to stop by {signal.Signals(number).name} before training began; the same command starts it"
+    said = f"asked to stop by {signal.Signals(number).name} before training began; the same command starts the run"
     assert said in capsys.readouterr().err
     assert len(launchers) == 1
 
