@@ -4,7 +4,7 @@
 
 Writes train/TASK-TRAIN.txt; validation/ and test/ hold a part of the tasks' validation splits. No document of any other split
 of these tasks is in train/: what a task has in both is left out of training. A model that was trained on this text has seen
-the training splits of these tasks, which its scores on them must say.
+the training splits of these tasks; say so where you report its scores on them.
 """
 
 import argparse

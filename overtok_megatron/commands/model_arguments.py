@@ -86,7 +86,7 @@ def add_speculative(verb: argparse.ArgumentParser) -> None:
 
 
 def speculation_of(options: argparse.Namespace, trained: "TrainedModel") -> "Speculation | None":
-    """How drafts are made, where --speculative asks for them. Raises InputError where the model has no heads for them."""
+    """How drafts are made where --speculative is given, else None. Raises InputError where the model has no heads for them."""
     from overtok_megatron.inference.head_proposers import head_speculation
 
     return head_speculation(trained) if options.speculative else None

@@ -150,7 +150,7 @@ def table_rate_factor(config: RunConfig) -> float:
 
 
 def later_losses(config: RunConfig) -> dict[str, int]:
-    """The losses of heads that predict later tokens, by name: how many tokens behind the next one each predicts, 1 or more."""
+    """The losses of heads that predict later tokens, by name: how many tokens after the next one each predicts, 1 or more."""
     tables = {f"over_decoding_{ahead}": ahead - 1 for ahead in range(2, config.over_decoding.num_tokens + 1)}
     depths = {f"multi_token_{depth}": depth for depth in range(1, config.multi_token_prediction.depth + 1)}
     return tables | depths
@@ -175,7 +175,7 @@ def is_trained(train_only: str | None, parameter: str) -> bool:
 
 
 def further_tokens(config: RunConfig) -> int:
-    """D', how many tokens behind the next one the heads look ahead; 0 without such heads."""
+    """D', how many tokens after the next one the heads look ahead; 0 without such heads."""
     return max(config.multi_token_prediction.depth, config.over_decoding.num_tokens - 1)
 
 

@@ -161,7 +161,7 @@ class OverEncodingConfig(Section):
     init_std: NonNegativeFloat = Field(0.02, description="deviation of the initial rows; 0 = rows begin at zero")
     dropout: Fraction | list[Fraction] = Field(
         0.0,
-        description="share of look-ups that training leaves out, the others scaled up: one number, or one per order from 2 on",
+        description="share of look-ups that training drops; the others are scaled up. One number, or one per order from 2 on",
     )
     optimizer: RowRule = Field("rowwise_adagrad", description="row optimizer, touched rows only")
     learning_rate_factor: PositiveFloat | None = Field(
@@ -281,8 +281,8 @@ class TrainingConfig(Section):
     deterministic: bool = Field(False, description="only operators that give the same bits at every run, also on CUDA")
     train_only: Literal["heads"] | None = Field(
         None,
-        description="heads: those for later tokens alone, on a main model whose weights and rows stay as they are; "
-        "none = everything",
+        description="heads: train only the heads for later tokens, while the main model's weights and rows stay as they are; "
+        "none = train everything",
     )
     z_loss: NonNegativeFloat = Field(0.0, description="weight of log(Z)^2 in the objective")
     validation_interval: Positive | None = Field(None, description="steps between validations; always one at the end")
@@ -336,7 +336,7 @@ class TrainingConfig(Section):
         "none = off",
     )
     straggler_threshold: PositiveFloat = Field(
-        0.05, description="share of a step by which a rank is late when it is named, but never less than 5 ms"
+        0.05, description="a rank is named when it is late by more than this share of a step, and by more than 5 ms"
     )
 
 

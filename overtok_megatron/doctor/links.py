@@ -45,7 +45,7 @@ class Link:
 
 
 def in_memory(link: Link) -> bool:
-    """Whether a link has no cable, but is memory of one host, where another process may slow one direction for a moment."""
+    """Whether a link is memory of one host and not a cable, so that another process may slow one direction for a moment."""
     return link.inside and link.backend == "gloo"
 
 

@@ -89,7 +89,7 @@ def _short(digest: str) -> str:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """The folder is there while the block runs; what this has made and nobody has used is removed then. Raises OSError."""
+    """Make the folder if it is missing while the block runs; afterwards remove what was made and not used. Raises OSError."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

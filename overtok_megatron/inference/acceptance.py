@@ -1,9 +1,9 @@
-"""Which drafted tokens stay, so that a text is exactly one of plain decoding: the rule of speculative sampling.
+"""Which drafted tokens are accepted: the rule of speculative sampling, by which texts have the distribution of plain decoding.
 
 The draft x at a position was drawn from q, and the model's own distribution there is p, which has the request's temperature,
 top-k and top-p. x is accepted with probability min(1, p(x) / q(x)); else the token is drawn from the residual distribution,
 max(0, p - q) normalised, and later drafts of the sequence are dropped. Where all are accepted, one more token, the bonus, is
-drawn from the model's distribution behind them. Each token then has the distribution p whatever q is (Leviathan et al., arXiv
+drawn from the model's distribution after them. Each token then has the distribution p whatever q is (Leviathan et al., arXiv
 2211.17192, appendix A.1; Chen et al., arXiv 2302.01318), and a sequence is continued by 1 to k + 1 tokens. Greedy decoding is
 the case in which p and q have one token each: a draft is accepted while it is the argmax, and the argmax follows.
 
@@ -82,14 +82,14 @@ def residual_distribution(p: Tensor, q: Tensor) -> Tensor:
 
 
 def bonus_distribution(p: Tensor) -> Tensor:
-    """From which the token behind k accepted drafts is drawn: that of the last position of p [b, k + 1, V]."""
+    """From which the token after k accepted drafts is drawn: that of the last position of p [b, k + 1, V]."""
     return p[:, -1]
 
 
 def accept_drafts(p: Tensor, q: Tensor, drafts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """How many drafts of each sequence stay, int64 [b], and the token that follows them, int64 [b].
+    """How many drafts of each sequence are accepted, int64 [b], and the token that follows them, int64 [b].
 
-    p [b, k + 1, V]: the model's distributions at the positions of the drafts, and behind the last one. q [b, k, V]: those that
+    p [b, k + 1, V]: the model's distributions at the positions of the drafts, and after the last one. q [b, k, V]: those that
     drafts int64 [b, k] were drawn from. uniforms [b, k + 1] in [0, 1). All float64.
     """
     rows, count = drafts.shape
@@ -169,7 +169,7 @@ class DraftedPass:
         return drafts
 
     def accept(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """How many drafts stay and what follows them, both int64 [b]; logits [b, k + 1, V] float32 are the model's."""
+        """How many drafts are accepted and what follows them, both int64 [b]; logits [b, k + 1, V] float32 are the model's."""
         drafts = torch.stack(self._drafts, dim=1)  # [b, k]
         accepted, following = (torch.empty_like(drafts[:, 0]) for _ in range(2))
         for group in self._groups:

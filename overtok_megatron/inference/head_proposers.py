@@ -76,7 +76,7 @@ class OverDecodingProposer:
 
 
 class MultiTokenProposer:
-    """Depth j drafts the token j behind the pending one, from the embedding of the token before it.
+    """Depth j drafts the token j after the pending one, from the embedding of the token before it.
 
     Depth j reads, at a position, the tokens of the next j positions. At the last D positions some depth has therefore read
     drafts, which may be rejected. The proposer keeps the hidden states and tokens of the last D + 1 positions of each sequence,

@@ -39,7 +39,7 @@ class Proposer(Protocol):
         """The model was fed tokens int64 [b, s] of prompts (MISSING = padding, only before a sequence's first token)."""
 
     def propose(self, pending: Tensor, draft: Callable[[Tensor], Tensor]) -> Tensor:
-        """Drafts int64 [b, k] behind the tokens fed so far and pending int64 [b], which was chosen but not fed yet.
+        """Drafts int64 [b, k] after the tokens fed so far and pending int64 [b], which was chosen but not fed yet.
 
         draft: to be called k times, with the logits [b, V] float32 of each draft in turn; it returns the draft, [b].
         """

@@ -172,7 +172,7 @@ def launcher_command(module: str, arguments: list[str], processes: int, master_p
 def signal_ranks(launcher: int, number: int) -> Reached:
     """Send a signal to the ranks below a launcher, and say whom it reached; SIGKILL ends all that the launcher has started.
 
-    Of another signal the launcher itself gets none: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the
+    The launcher itself gets no other signal: DeepSpeed's dies of SIGTERM at once, and its process on each host kills the
     ranks after half a minute.
     """
     if number == signal.SIGKILL:
@@ -200,7 +200,7 @@ def _catches(process: int, number: int) -> bool:
 
 
 def _kill_launcher(launcher: int) -> Reached:
-    """SIGKILL a launcher and all below it. They are stopped before, so that none starts a rank that is then nobody's child."""
+    """SIGKILL a launcher and all below it. They are stopped first, so that none starts a rank after they were listed."""
     stopped: list[psutil.Process] = []
     with suppress(psutil.Error):
         top = psutil.Process(launcher)

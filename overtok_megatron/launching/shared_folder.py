@@ -1,6 +1,6 @@
-"""Whether all hosts see one folder: the first one writes a token there, in a file of a new name, which the others must read.
+"""Whether all hosts see the same folder: the first host writes a token into a file there, which the other hosts must read.
 
-No host can have remembered the folder without that name, as network file systems do for a while.
+The file's name is new each time, because network file systems cache for a while what they have found under a name.
 """
 
 import secrets
@@ -19,7 +19,7 @@ _POLL = 0.1
 
 @contextmanager
 def token_in(folder: Path) -> Iterator[str]:
-    """On the first host: a word that lies in a folder, which is there, while the block runs. Raises OSError."""
+    """On the first host: keep a token in an existing folder while the block runs; gives the token. Raises OSError."""
     token = secrets.token_hex(8)
     path = RunFolder(folder).start_token(token)
     path.write_text(token, encoding="utf-8")

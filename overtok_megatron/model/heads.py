@@ -1,6 +1,6 @@
 """The model's output: final norm, language-model head, and the losses of a micro-batch.
 
-Heads for later tokens than the next are in files of their own; here is what they take and give. D' is how many tokens behind
+Heads for later tokens than the next are in files of their own; here is what they take and give. D' is how many tokens after
 the next one they look ahead, D how many of these tokens some of them read as inputs.
 
 Shapes: b batch, s this context rank's slice of the sequence, s_shard the part of s that a tensor-parallel rank holds under

@@ -1,7 +1,7 @@
 """Dropout of n-gram look-ups: in training, some (position, table) contributions are left out and the others are scaled up.
 
-Tables learn rare n-grams by heart, so that from the second epoch on a model would rely on rows that have seen the very sample
-they are read for. Which look-ups are dropped is a pure function of the seed, the step, the sample's place in the global batch,
+Tables learn rare n-grams by heart: from the second epoch on a model would rely on rows that were trained on the very sample
+that it reads. Which look-ups are dropped is a pure function of the seed, the step, the sample's place in the global batch,
 the position and the table: it is the same in every layout, in recomputation and after a resume. A dropped look-up's row takes
 part in the step with a gradient of zero.
 

@@ -51,7 +51,7 @@ def slice_row_ids(
     """Row ids int64 [.., s / slices + overlap, T] of one slice of tokens on a device; an empty tensor [0] for tokens None.
 
     tokens [.., s + overlap]: s positions that are cut into slices, and so many further tokens. overlap: how many positions
-    behind its slice are looked up as well: of the next slice, or behind the last one the further tokens. sequence_slice:
+    after its slice are looked up as well: of the next slice, or after the last slice the further tokens. sequence_slice:
     (index, count of slices). history: as in `TableFamily.row_ids`.
     """
     if tokens is None:

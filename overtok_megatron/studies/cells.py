@@ -21,13 +21,13 @@ from overtok_megatron.studies.study_file import Study
 # fingerprints count.
 _WITHOUT = ("logging", "checkpoint", "tokenizer.path", "data.train", "data.validation", "training.output_directory",
             "training.resume", "training.exit_after_minutes", "training.hang_timeout", "training.num_threads")  # fmt: skip
-_SAVES = 8  # checkpoints of a run whose configuration does not say how often: what a kill costs
+_SAVES = 8  # checkpoints per run where the configuration sets no interval: a kill costs an eighth of a run at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The cells that differ in their seed alone. axes: the values as the study writes them, shared ones first; shared: how
-    many of them every variant has."""
+    """The cells that differ in their seed alone. axes: the values as the study writes them, those on axes that every variant
+    has first; shared: how many these are."""
 
     variant: str
     axes: tuple[tuple[str, Any], ...] = ()

@@ -1,7 +1,7 @@
-"""The text of a study, made once: a tokenizer of the training text, and sets to train on, to choose by, and to read once.
+"""The text of a study, made once: a tokenizer of the training text, and sets for training, validation and the final test.
 
-Held-out text is never in training: of the presidential addresses the last ones in time are held out; a folder of texts has a
-folder for each set, and a document that lies in two of them is refused.
+Held-out text is never in training. Of the presidential addresses the last ones in time are held out. A folder of texts has a
+folder for each set, and a document that lies in two sets is refused.
 """
 
 import hashlib

@@ -11,7 +11,7 @@
 | `steps`, `tokens`, `epochs`, `parameters` | of the whole run |
 | `commit`, `clean`, `processes`, `processor`, `torch`, `finished` | what computed it, and when |
 
-A line with `fingerprint` and `test` alone adds the loss of the set that is read once. The file is replaced as a whole, under a
+A line with `fingerprint` and `test` alone adds the loss on the test set. The file is replaced as a whole, under a
 lock, so that a kill cuts no line and two processes lose none.
 """
 

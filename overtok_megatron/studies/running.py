@@ -82,7 +82,7 @@ class FailedRunError(OvertokError):
 
 
 def _run_cell(study: Study, cell: Cell, processes: int, devices: int, child: "_Child", tell: Tell) -> int | None:
-    """Make a cell's line: None = it was there, 0 = it is there now, or the code of a run that a signal has stopped.
+    """Record a cell. Returns None where its line was there, 0 where it is there now, else the code of a run that was stopped.
 
     Raises FailedRunError with the line of the run's error, and the named errors of reading and writing.
     """
@@ -140,8 +140,8 @@ def _wait_until_free(run: Path, tell: Tell) -> None:
 
 
 def error_line(log: Path, begin: int = 0) -> str | None:
-    """The first line of a run's output from byte `begin` on that names an error; without one the last that raises one, or says
-    anything."""
+    """The first line of a run's output from byte `begin` on that begins with `error`; without one the last line that names an
+    exception, else the last line of all. None where there is no output."""
     with log.open("rb") as file:
         file.seek(begin)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -160,8 +160,8 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, command: list[str], log: Path) -> tuple[int, int]:
-        """(exit code, where in `log` the output of this command begins). In a process group of its own: Ctrl-C on a terminal
-        would reach its ranks twice, here and there."""
+        """(exit code, where in `log` the output of this command begins). It runs in a process group of its own:
+        otherwise Ctrl-C on a terminal would reach it twice, from the terminal and through `pass_on`."""
         with log.open("ab") as file:
             begin = file.tell()
             if self.stopped is not None:

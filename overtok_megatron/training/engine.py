@@ -98,7 +98,7 @@ class TrainingEngine:
 
     @property
     def num_later_inputs(self) -> int:
-        """D, how many tokens behind its inputs the layers of this stage read as inputs in training."""
+        """D, how many tokens after its inputs the layers of this stage read as inputs in training."""
         return self.config.multi_token_prediction.depth if self.grid.is_last_stage else 0
 
     @property

@@ -1,10 +1,10 @@
-"""What heads for later tokens than the next take of a step: targets, inputs, and how many positions each head scores.
+"""What the heads for later tokens need in a step: targets, inputs, and how many positions each head scores.
 
 A target is shifted on whole sequences, before they are cut into the slices of context ranks. A position scores the tokens that
 the stream has, and with attention within documents those of its own document only.
 
-Shapes: A micro-batches per step, b micro batch, s sequence, k = 1 + D' further tokens of a sample, D' how many tokens behind
-the next one the heads look ahead, D how many of the tokens behind a position some of them read as inputs.
+Shapes: A micro-batches per step, b micro batch, s sequence, k = 1 + D' further tokens of a sample, D' how many tokens after
+the next one the heads look ahead, D how many of the tokens after a position some of them read as inputs.
 """
 
 from typing import NamedTuple

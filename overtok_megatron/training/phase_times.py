@@ -1,7 +1,7 @@
-"""How long a rank is busy in each phase of its steps, and how long it waits for others: what the report on stragglers compares.
+"""How long a rank is busy in each phase of its steps, and how long it waits for others: the report on stragglers compares this.
 
-Every moment counts once: in the innermost phase, as waiting where the rank is in a collective (parallel/spans.py), or waits
-for a thread of its own that is in one, and else as busy.
+Every moment counts once, in the innermost phase: as waiting where the rank is in a collective (parallel/spans.py), or waits for
+one of its own threads that is in one; else as busy.
 
 On the CPU this is time of the host, of every step. On a GPU the host runs ahead of the device, and its time says little: there
 CUDA events are recorded on the stream that computes, at the borders of phases and around collectives, in the last `SAMPLED`
@@ -86,7 +86,7 @@ class HostTimes:
         self._since = self._waited = 0.0
 
     def end_step(self) -> None:
-        """All since the last call was one step."""
+        """Count everything since the last call as one step."""
         self.sums.add_step(self._step)
         self._step.clear()
 

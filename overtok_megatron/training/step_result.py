@@ -110,7 +110,7 @@ class StepReduction:
         )
 
     def _auxiliary_losses(self, sums: dict[str, float], scored: Sequence[float]) -> dict[str, float]:
-        """The sums of all ranks -> means. scored: entry j - 1 is what heads for the j-th token behind the next score."""
+        """The sums of all ranks -> means. scored: entry j - 1 is what heads for the j-th token after the next score."""
         counts = {name: scored[self._later[name] - 1] if name in self._later else self._num_tokens for name in sums}
         return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 

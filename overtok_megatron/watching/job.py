@@ -12,7 +12,7 @@ from overtok_megatron.watching.links import LOST_AFTER, Message
 # writes and hashes one. The first step compiles kernels, and so does the first batch of an evaluation; each batch counts anew.
 PHASES = {"start": 12, "first step": 4, "step": 1, "evaluate": 4, "save": 12, "end": 12}
 ASKED_TO_LEAVE = (0, 75, 143)  # exit codes of ranks that all leave together
-_COMING = 120.0  # seconds in which a rank has come to its host's watchdog once all ranks have agreed to begin
+_COMING = 120.0  # seconds that a rank has to reach its host's watchdog after all ranks have agreed to begin
 _ANSWERING = 5.0  # seconds in which a rank answers with its stacks
 _MOST_LINES = 4
 
@@ -43,7 +43,7 @@ class JobWatch:
         self._command = command
         self._say = say
         self._started = clock.now()
-        self._come_by = self._started + self._limit("start")  # when each rank has been reported, if it ever will
+        self._come_by = self._started + self._limit("start")  # by then each rank must have been reported
         self.ranks: dict[int, Rank] = {}
         self._heard: dict[str, float] = {}  # when each watchdog reported last
         self._disconnected: set[str] = set()

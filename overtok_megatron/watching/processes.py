@@ -1,4 +1,4 @@
-"""Processes of this host as the kernel knows them: their states, how they ended, and their end by SIGKILL."""
+"""Processes of this host as the kernel knows them: their states, how they ended, and how to end them by SIGKILL."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def state_of(process: int) -> str:
 
 
 def how_it_ended(process: int) -> str:
-    """What became of a process, while what started it has not yet asked."""
+    """How a process ended, as long as its parent has not waited for it; after that only that it died."""
     fields = _stat(process)
     if not fields:
         return "died"
@@ -41,7 +41,7 @@ def how_it_ended(process: int) -> str:
 
 
 def pidfd_of(process: int) -> int | None:
-    """A file descriptor of a process; None where it has died, and who started it has asked for its end."""
+    """A file descriptor of a process; None where it has died and its parent has waited for it."""
     try:
         return os.pidfd_open(process)
     except ProcessLookupError:
@@ -56,7 +56,7 @@ def kill(pidfd: int | None) -> None:
 
 
 def kill_tree(process: int, pidfd: int | None) -> None:
-    """SIGKILL a process and what it has started. pidfd: as in `kill`, of this process."""
+    """SIGKILL a process and its descendants. pidfd: as in `kill`, of this process."""
     started: list[Any] = []
     with suppress(psutil.Error):
         started = psutil.Process(process).children(recursive=True)

@@ -21,7 +21,7 @@ _LONGEST_PAUSE = 60.0  # seconds before a start
 
 
 class Reached(Enum):
-    """Whom a signal has reached: no rank, ranks of which one at least is not yet able to save and so dies of it, or others."""
+    """Whom a signal has reached: no rank; ranks of which one at least cannot save yet and dies of it; ranks that can save."""
 
     NOBODY = "nobody"
     STARTING = "starting"
