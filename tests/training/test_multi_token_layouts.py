@@ -25,6 +25,7 @@ def heads(short: str, sections: dict[str, Any] = D2, **others: Any) -> Layout:
 CORE = {
     1: {"one process, over-decoding": heads("", D2 | OD3, micro=6)},
     2: {
+        "TP2": heads("tp2", D1, micro=6),  # splits what the norms and the projection see over the ranks
         "TP2+SP": heads("tp2 sp", micro=6),
         "PP2, ZeRO 1": heads("pp2 z1"),
         "CP2, within documents": heads("cp2", micro=6, data=WITHIN),
@@ -34,7 +35,6 @@ CORE = {
 }
 SLOW = {
     2: {
-        "TP2": heads("tp2", D1, micro=6),
         "PP2, tied head, within documents": heads("pp2", D1, model=TIED, data=WITHIN),
         "TP2, tied, within documents": heads("tp2 z1", micro=6, model=TIED, data=WITHIN),
         "TP2+SP, Olmo3, recomputation": heads("tp2 sp z2", micro=6, model=OLMO3, training={"recompute": "full"}),
