@@ -196,6 +196,16 @@ FAULTS = [
             "16 is",
         ),
         ({"over_decoding__num_tokens": 2, "over_decoding__low_rank": 49}, "over_decoding.low_rank", "48 is the most"),
+        ({"training__train_only": "heads"}, "training.train_only", "needs a model with such heads"),
+        (
+            {
+                "training__train_only": "heads",
+                "multi_token_prediction__depth": 1,
+                "parallel__pipeline_parallel_size": 2,
+            },
+            "training.train_only",
+            "use parallel.pipeline_parallel_size 1",
+        ),
         ({"multi_token_prediction__depth": 16}, "multi_token_prediction.depth", "15 is the most"),
         ({"logging__trace_steps": [3, 3], "logging__trace_ranks": [4]}, "logging.trace_ranks", "0 to 3 are"),
     )

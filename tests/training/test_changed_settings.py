@@ -191,15 +191,19 @@ REFUSED = {
         "enabled", "ngram_order", "num_slices", "table_rows", "row_width", "added", "combine", "pad_id", "boundary",
         "hash_base", "row_dtype", "init_std", "optimizer",
     )),
-    "training.precision", "training.seed", "data.seq_length",
+    "over_decoding.num_tokens", "multi_token_prediction.depth",
+    "training.precision", "training.seed", "training.train_only", "data.seq_length",
 }  # fmt: skip
-UNDER_CONDITIONS = {"training.global_batch_size", "training.initial_checkpoint", "training.initial_state"}
+UNDER_CONDITIONS = {
+    "training.global_batch_size", "training.initial_checkpoint", "training.initial_state", "over_decoding.low_rank",
+}  # fmt: skip
 ELSEWHERE = {"tokenizer"}  # by its fingerprint, where the data is known
 ALLOWED = {
     *(f"over_encoding.{name}" for name in (
         "frozen", "collision_check", "learning_rate_factor", "weight_decay", "betas", "eps", "state_dtype",
         "gradient_dtype", "storage", "ranks_per_host",
     )),
+    "over_decoding.loss_weights", "multi_token_prediction.loss_weight",
     "data.train", "data.validation", "data.shuffle_seed", "data.document_attention",
     *(f"training.{name}" for name in (
         "output_directory", "micro_batch_size", "train_iters", "train_tokens", "deterministic", "z_loss",

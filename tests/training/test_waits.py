@@ -20,12 +20,15 @@ from support.layouts import CPU, EOD, WITHIN, Layout, experts, layout, layout_co
 from support.waits import WaitCounter, synchronize_counted
 
 HALF = {"precision": "bf16"}
+D2 = {"multi_token_prediction": {"depth": 2}}
 CASES: dict[str, Layout] = {
     "ZeRO 1": layout("z1", training=HALF),
     "ZeRO 2": layout("z2", training=HALF),
     "no ZeRO, float32": layout(""),
     "PP2": layout("pp2 z1", training=HALF),
     "experts": experts("z1", training=HALF),
+    "multi-token prediction, PP2": layout("pp2 z1", training=HALF, sections=D2),
+    "multi-token prediction, ZeRO 2": layout("z2", training=HALF, sections=D2),
     "over-decoding, within documents": layout("z1", training=HALF, data=WITHIN, sections=OD3),
 }
 MORE: dict[str, Layout] = {
