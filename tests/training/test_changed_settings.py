@@ -189,7 +189,7 @@ REFUSED = {
     *(f"model.{name}" for name in ModelConfig.model_fields),
     *(f"over_encoding.{name}" for name in (
         "enabled", "ngram_order", "num_slices", "table_rows", "row_width", "added", "combine", "pad_id", "boundary",
-        "hash_base", "row_dtype", "init_std", "optimizer",
+        "hash_base", "row_dtype", "init_std", "optimizer", "word_embedding",
     )),
     "over_decoding.num_tokens", "multi_token_prediction.depth",
     "training.precision", "training.seed", "training.train_only", "data.seq_length",
@@ -201,7 +201,7 @@ ELSEWHERE = {"tokenizer"}  # by its fingerprint, where the data is known
 ALLOWED = {
     *(f"over_encoding.{name}" for name in (
         "frozen", "collision_check", "learning_rate_factor", "weight_decay", "betas", "eps", "state_dtype",
-        "gradient_dtype", "storage", "ranks_per_host",
+        "gradient_dtype", "storage", "ranks_per_host", "dropout",
     )),
     "over_decoding.loss_weights", "multi_token_prediction.loss_weight",
     "data.train", "data.validation", "data.shuffle_seed", "data.document_attention",
@@ -209,6 +209,7 @@ ALLOWED = {
         "output_directory", "micro_batch_size", "train_iters", "train_tokens", "deterministic", "z_loss",
         "validation_interval", "validation_batches", "non_finite", "non_finite_limit", "exit_after_minutes", "resume",
         "recompute", "kernels", "num_threads", "weights_check_interval", "hang_timeout",
+        "straggler_report_interval", "straggler_threshold",
     )),
     "parallel", "optimizer", "checkpoint", "logging", "deepspeed",
 }  # fmt: skip

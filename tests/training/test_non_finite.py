@@ -193,9 +193,9 @@ def whole_runs(folder: Path, scratch: Path) -> list[str]:
         run = Trainer(RunConfig.model_validate(values), device=CPU, num_threads=1)
         step, forward, at = run.engine.step, run.engine._forward, [0, 0]  # step, micro-batch
 
-        def counted(*arguments: Any, step: Any = step, at: list[int] = at) -> Any:
+        def counted(*arguments: Any, step: Any = step, at: list[int] = at, **others: Any) -> Any:
             at[:] = [at[0] + 1, 0]
-            return step(*arguments)
+            return step(*arguments, **others)
 
         def planted(batch: Any, run: Any = run, forward: Any = forward, at: list[int] = at, bad: set[int] = bad) -> Any:
             result = forward(batch)
