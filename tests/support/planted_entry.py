@@ -18,7 +18,7 @@ STEP, MICRO_BATCH = 12, 2
 MARK = "broken at "  # before the seconds of time.time()
 
 
-def planted(engine: TrainingEngine, fault: str, step: Any, *arguments: Any) -> Any:
+def planted(engine: TrainingEngine, fault: str, step: Any, *arguments: Any, **others: Any) -> Any:
     """The engine's step with the fault in it."""
     if fault == "nan":
         forward, calls = engine._forward, iter(range(1, 10**9))
@@ -32,10 +32,10 @@ def planted(engine: TrainingEngine, fault: str, step: Any, *arguments: Any) -> A
 
         engine._forward = with_nan  # type: ignore[method-assign]
         try:
-            return step(engine, *arguments)
+            return step(engine, *arguments, **others)
         finally:
             engine._forward = forward  # type: ignore[method-assign]
-    result = step(engine, *arguments)
+    result = step(engine, *arguments, **others)
     weight = next(iter(engine.model.parameters())).detach().reshape(-1)
     weight.view(torch.int32)[0] ^= 1 << 3
     print(f"{MARK}{time.time()}", flush=True)
@@ -45,10 +45,10 @@ def planted(engine: TrainingEngine, fault: str, step: Any, *arguments: Any) -> A
 if __name__ == "__main__":
     whole_step, steps = TrainingEngine.step, iter(range(1, 10**9))
 
-    def with_fault(self: TrainingEngine, *arguments: Any) -> Any:
+    def with_fault(self: TrainingEngine, *arguments: Any, **others: Any) -> Any:
         if os.environ["RANK"] == "1" and next(steps) == STEP:
-            return planted(self, os.environ["FAULT"], whole_step, *arguments)
-        return whole_step(self, *arguments)
+            return planted(self, os.environ["FAULT"], whole_step, *arguments, **others)
+        return whole_step(self, *arguments, **others)
 
     TrainingEngine.step = with_fault  # type: ignore[method-assign]
     run_and_leave()
