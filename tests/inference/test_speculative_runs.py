@@ -97,6 +97,7 @@ def test_a_model_without_heads(
     assert "no heads that draft tokens" in line
 
 
+@pytest.mark.ci
 def test_the_benchmark_counts(folder: Path, run: str) -> None:
     options = argparse.Namespace(
         run_folder=run, data=str(folder / "validation"), batches=[1, 2], prompt=8, new=12, temperature=0.0, rounds=1,

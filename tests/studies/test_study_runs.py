@@ -73,6 +73,7 @@ def test_two_cells_and_a_failing_one(folder: Path, capsys: pytest.CaptureFixture
     assert "No cell is finished yet." in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_killed_it_goes_on_from_its_checkpoint_and_reads_the_test_once(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +103,7 @@ def test_killed_it_goes_on_from_its_checkpoint_and_reads_the_test_once(
     assert "test 5" not in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_a_signal_stops_the_run_and_the_study(folder: Path) -> None:
     path = write_study(folder, LONG)
     log = folder / "runs" / "studies" / "tiny" / "logs"

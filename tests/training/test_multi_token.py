@@ -91,6 +91,7 @@ def test_heads_of_weight_0_leave_the_main_losses_bit_for_bit() -> None:
     check_pairs_of(list(ALONE), results, relative=0.0)
 
 
+@pytest.mark.ci
 def test_heads_of_weight_0_leave_the_main_losses_on_layouts() -> None:
     for results in run_ranks(2, train_rank, pairs_of(TOGETHER), timeout=200):
         check_pairs_of(list(TOGETHER), results, relative=1e-6)

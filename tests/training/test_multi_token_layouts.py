@@ -113,7 +113,11 @@ MORE_BF16 = {
 }
 
 
-@pytest.mark.parametrize("cases", [BF16, pytest.param(MORE_BF16, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(BF16, marks=pytest.mark.ci), pytest.param(MORE_BF16, marks=pytest.mark.slow)],
+    ids=["some", "more"],
+)
 def test_bfloat16_follows_one_process_in_float32(cases: dict[str, Layout]) -> None:
     """All losses to 0.4% and joint norms to 2% over the twenty steps; each weight ends within 30% of the way that it went.
 

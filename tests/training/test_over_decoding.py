@@ -98,6 +98,7 @@ def test_heads_of_weight_0_leave_the_main_losses_bit_for_bit() -> None:
     check_pairs_of(list(ALONE), results, relative=0.0)
 
 
+@pytest.mark.ci
 def test_heads_of_weight_0_leave_the_main_losses_on_layouts() -> None:
     shorts: list[tuple[str, dict[str, Any]]] = [(short, {}) for short in TOGETHER.values()]
     for results in run_ranks(2, train_rank, pairs_of(shorts), timeout=200):
@@ -112,6 +113,7 @@ BF16 = {
 }
 
 
+@pytest.mark.ci
 def test_bfloat16_follows_one_process_in_float32() -> None:
     """Main losses to 0.4%, those of the tables to 0.4%, joint norms to 5%, as without heads: test_layout_matrix.py."""
     ranks = run_ranks(2, train_matrix_rank, list(BF16.values()), timeout=200)

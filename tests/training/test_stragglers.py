@@ -190,6 +190,7 @@ def test_a_report_takes_no_message_of_its_own() -> None:
     assert times[0] != times[1]
 
 
+@pytest.mark.ci
 def test_one_of_three_ranks_is_named(trained_runs: TrainedRuns, tmp_path: Path) -> None:
     cases = [Case({2: "update of rows"}), Case({1: "forward and backward"})]
     said, *_ = run_ranks(3, all_runs, trained_runs.folder, tmp_path, cases, timeout=230)
@@ -213,6 +214,7 @@ def test_where_no_rank_is_slow_nothing_is_said(trained_runs: TrainedRuns, tmp_pa
     assert not reports(tmp_path / "2")
 
 
+@pytest.mark.ci
 def test_a_stage_of_one_rank_is_compared_with_the_others(trained_runs: TrainedRuns, tmp_path: Path) -> None:
     cases = [Case({1: "update of weights"}, {"parallel": {"pipeline_parallel_size": 2}})]
     (said,), _ = run_ranks(2, all_runs, trained_runs.folder, tmp_path, cases, timeout=230)

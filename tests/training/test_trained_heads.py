@@ -164,6 +164,7 @@ def go_on(cases: list[Layout], folder: Path) -> list[list[list[float]]]:
     return results
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("zero_stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1))])
 def test_a_run_goes_on_on_its_own_layout_and_on_others(zero_stage: int, tmp_path: Path) -> None:
     """From DeepSpeed's files, from the same by parameter on another layout, and from what reshape makes of them."""
