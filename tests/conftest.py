@@ -1,6 +1,7 @@
 """Settings of all tests, and what tests of several rooms share."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,8 @@ settings.load_profile("shared")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests run on the CPU, on any machine: with more ranks than GPUs, and to the last bit. `-m gpu` asks for the others."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where a script starts the tests in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # commands under test would ignore it as well
     if not asks_for_gpu(config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"

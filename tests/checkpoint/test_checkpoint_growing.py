@@ -218,7 +218,7 @@ SUM = "over_encoding.combine=sum"
         ("over", ["--tables", GOOD, "over_encoding.added=[]"], ["over_encoding.added", "leave it out"]),
         ("over", ["--tables", GOOD, "over_encoding.adding=1"], ["unknown key over_encoding.adding", "added"]),
         ("over", ["--tables", GOOD, "training.output_directory=x"], ["--output says"]),
-        ("over", [], ["write --tables, --multi-token-prediction, or both"]),
+        ("over", [], ["give --tables, --multi-token-prediction, or both"]),
         ("over", ["--multi-token-prediction", "0"], ["--multi-token-prediction: 0", "from 1 to 64"]),
         ("over", ["--multi-token-prediction", "65"], ["--multi-token-prediction: 65", "from 1 to 64"]),
         ("over", ["--multi-token-prediction", "12"], ["multi_token_prediction.depth: 12", "11 is the most"]),

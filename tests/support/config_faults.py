@@ -102,7 +102,7 @@ FAULTS = [
         (
             {"training__initial_state": "everything"},
             "training.initial_state",
-            "name a checkpoint there, or write weights",
+            "name a run or a checkpoint there, or write weights",
         ),
         ({"optimizer__warmup_iters": 10}, "optimizer.warmup_iters", "less than the 10 steps"),
         ({"optimizer__min_learning_rate": 1.0}, "optimizer.min_learning_rate", "0.001"),
@@ -188,7 +188,7 @@ FAULTS = [
         (
             {"over_decoding__num_tokens": 2, "over_decoding__loss_weights": [0.5, 0.2]},
             "over_decoding.loss_weights",
-            "one for table 2; write [0.5]",
+            "one weight for table 2; write [0.5]",
         ),
         (
             {"over_decoding__num_tokens": 17, "over_decoding__loss_weights": [0.1] * 16},

@@ -12,14 +12,6 @@ import pytest
 from overtok_megatron.watching.supervisor import Reached, Supervisor
 
 
-@pytest.fixture(autouse=True)
-def heeds_interrupts() -> Iterator[None]:
-    """A command that a script starts in the background ignores SIGINT, and a supervisor leaves it so; not in these tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def launchers() -> Iterator[list["subprocess.Popen[bytes]"]]:
     started: list[subprocess.Popen[bytes]] = []
