@@ -30,6 +30,10 @@ class CheckpointError(OvertokError):
     """A checkpoint is missing, damaged, of another shape, or could not be written."""
 
 
+class InUseError(CheckpointError):
+    """Another process writes into the folder; it may be waited for."""
+
+
 class InputError(OvertokError):
     """A request to a trained model (a prompt, a sampling setting) that cannot be served."""
 

@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 import psutil
 
-from overtok_megatron.errors import CheckpointError
+from overtok_megatron.errors import CheckpointError, InUseError
 from overtok_megatron.files import LOCK
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class RunLock:
         return reach(self.run)
 
     def take(self) -> None:
-        """Become the only writer. Raises CheckpointError naming the host and the process that is."""
+        """Become the only writer. Raises InUseError naming the host and the process that is, CheckpointError without access."""
         self._open_folder()
         try:
             self._take(COMMAND, fcntl.LOCK_EX)
@@ -135,7 +135,7 @@ class RunLock:
                     raise CheckpointError(f"{path}: cannot be locked ({error.strerror})") from None
                 if allow_ancestor and holder is not None and holder.is_ancestor():
                     return
-                raise CheckpointError(
+                raise InUseError(
                     f"{self.run}: in use by {holder or 'another process'}; wait for it, end it, or name another folder"
                 ) from None
             self._files[name] = file
@@ -204,7 +204,7 @@ class _Holder:
 
 @contextmanager
 def hold(run: Path, work: str) -> Iterator[RunLock]:
-    """Be the only writer into the folder `run`, which is made if need be. Raises CheckpointError naming another writer.
+    """Be the only writer into the folder `run`, which is made if need be. Raises InUseError naming another writer.
 
     Where the block fails, the folders that were made for it and are empty are removed.
     """

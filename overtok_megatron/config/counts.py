@@ -73,7 +73,7 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
     tables, rows, width = table_shape(config)
     return ParameterCounts(
         blocks=model.num_layers * sum(block_parameters(model)) + d,
-        embedding=model.vocab_size * d if has_word_embedding(config) else 0,
+        embedding=model.vocab_size * d if has_word_embedding(config.over_encoding) else 0,
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
         encoder=d * tables * width,
         tables=rows * width,
@@ -83,24 +83,28 @@ def parameter_counts(config: RunConfig) -> ParameterCounts:
     )
 
 
+def _heads_shard(config: RunConfig) -> int:
+    """Parameters of the heads for later tokens on the tensor-parallel rank that holds most of them, on the last stage."""
+    tensor = config.parallel.tensor_parallel_size
+    split, whole = multi_token_parameters(config)
+    return over_decoding_parameters(config, -(-config.model.vocab_size // tensor)) + split // tensor + whole
+
+
 def _dense_shard(config: RunConfig) -> int:
     """Dense parameters of the fullest rank: the first tensor-parallel rank (the vocabulary is split unevenly; the norms of the
     residual stream, routers and the n-gram projection are on every rank) of the fullest pipeline stage."""
     model, tensor, count = config.model, config.parallel.tensor_parallel_size, parameter_counts(config)
     stages = blocks_per_stage(config)
     split, whole = block_parameters(model)
-    rows = -(-model.vocab_size // tensor)
-    vocabulary = rows * model.hidden_size
+    vocabulary = -(-model.vocab_size // tensor) * model.hidden_size
     loads = [blocks * (split // tensor + whole) for blocks in stages]
-    loads[0] += (vocabulary if has_word_embedding(config) else 0) + count.encoder
-    loads[-1] += model.hidden_size + over_decoding_parameters(config, rows)  # the final norm
+    loads[0] += (vocabulary if has_word_embedding(config.over_encoding) else 0) + count.encoder
+    loads[-1] += model.hidden_size + _heads_shard(config)  # the final norm, and the heads for later tokens
     if not model.tie_word_embeddings or len(stages) > 1:  # a tied head on another stage is a copy
         loads[-1] += vocabulary
-    split, whole = multi_token_parameters(config)
-    loads[-1] += split // tensor + whole
     if config.multi_token_prediction.depth and len(stages) > 1:  # which embeds: copies of the embedding's dense parts
         loads[-1] += count.encoder
-        if has_word_embedding(config) and not model.tie_word_embeddings:
+        if has_word_embedding(config.over_encoding) and not model.tie_word_embeddings:
             loads[-1] += vocabulary
     return max(loads)
 
@@ -127,11 +131,8 @@ def bytes_per_rank(config: RunConfig, world_size: int) -> RankBytes:
     divides the last by the data- and context-parallel sizes, 2 the gradients too, 3 the weights too. Tables are divided by
     the whole world. Weights that are not trained have no gradient and no optimizer state.
     """
-    dense = trained = _dense_shard(config)
-    if config.training.train_only is not None:
-        split, whole = multi_token_parameters(config)
-        tensor = config.parallel.tensor_parallel_size
-        trained = over_decoding_parameters(config, -(-config.model.vocab_size // tensor)) + split // tensor + whole
+    dense = _dense_shard(config)
+    trained = dense if config.training.train_only is None else _heads_shard(config)
     zero_stage = config.parallel.zero_stage
     ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     bf16 = config.training.precision == "bf16"

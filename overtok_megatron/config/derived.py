@@ -107,7 +107,7 @@ def blocks_per_stage(config: RunConfig) -> list[int]:
         return even_parts(model.num_layers, stages)
     block = sum(block_parameters(model))
     counts, loads = [0] * stages, [0] * stages
-    loads[0] += model.vocab_size * model.hidden_size if has_word_embedding(config) else 0
+    loads[0] += model.vocab_size * model.hidden_size if has_word_embedding(config.over_encoding) else 0
     loads[-1] += model.vocab_size * model.hidden_size + over_decoding_parameters(config, model.vocab_size)
     loads[-1] += sum(multi_token_parameters(config))
     lightest = [(load, stage) for stage, load in enumerate(loads)]
@@ -130,9 +130,9 @@ def hash_base(config: RunConfig) -> int:
     return config.over_encoding.hash_base or config.model.vocab_size
 
 
-def has_word_embedding(config: RunConfig) -> bool:
+def has_word_embedding(over: OverEncodingConfig) -> bool:
     """Whether the model's input has a 1-gram embedding, which only a study of n-grams alone leaves out."""
-    return config.over_encoding.word_embedding or not config.over_encoding.enabled
+    return over.word_embedding or not over.enabled
 
 
 def row_width(model: ModelConfig, over: OverEncodingConfig) -> int:

@@ -6,6 +6,7 @@ Pure; the weights are the work of checkpoint/growing.py.
 import re
 from collections.abc import Sequence
 
+from overtok_megatron.config.derived import has_word_embedding
 from overtok_megatron.config.model_keys import MODEL_KEYS
 from overtok_megatron.config.schema import LONGEST_ORDER, AddedTables, OverEncodingConfig, RunConfig
 from overtok_megatron.config.section import FURTHEST, LARGEST, MOST_PARTS
@@ -122,7 +123,7 @@ def check_grown(old: RunConfig, new: RunConfig) -> None:
         )
     before, after = old.over_encoding, new.over_encoding
     if not before.enabled:
-        if after.enabled and not after.word_embedding:
+        if not has_word_embedding(after):
             raise ConfigError(
                 "over_encoding.word_embedding: false; would take a plain model's embedding away: write true, or leave it out"
             )

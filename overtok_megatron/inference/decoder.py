@@ -34,18 +34,9 @@ class IncrementalDecoder:
 
     def __init__(self, trained: TrainedModel, batch: int, columns: int) -> None:
         """columns: tokens that a sequence can have, its padding included."""
-        config = trained.config.model
         self.trained = trained
-        self.cache = KVCache(
-            batch=batch,
-            columns=columns,
-            num_layers=config.num_layers,
-            num_key_value_heads=key_value_heads(config),
-            head_size=head_size(config),
-            dtype=trained.dtype,
-            device=trained.device,
-        )
-        self._window = config.sliding_window
+        self.cache = empty_cache(trained, batch, columns, trained.config.model.num_layers)
+        self._window = trained.config.model.sliding_window
 
     @torch.no_grad()
     def feed(self, tokens: Tensor, *, last: bool = False) -> Tensor:
@@ -69,6 +60,20 @@ class IncrementalDecoder:
         The result is as if the other tokens had never been fed. The rows may then end at different columns.
         """
         self.cache.crop(lengths)
+
+
+def empty_cache(trained: TrainedModel, batch: int, columns: int, num_layers: int) -> KVCache:
+    """A cache for `num_layers` layers with the attention of the model's."""
+    config = trained.config.model
+    return KVCache(
+        batch=batch,
+        columns=columns,
+        num_layers=num_layers,
+        num_key_value_heads=key_value_heads(config),
+        head_size=head_size(config),
+        dtype=trained.dtype,
+        device=trained.device,
+    )
 
 
 def append_tokens(cache: KVCache, tokens: Tensor, *, eod_id: int | None, window: int | None) -> DecodeStep:

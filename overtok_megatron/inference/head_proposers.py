@@ -10,12 +10,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from overtok_megatron.config.derived import head_size, key_value_heads
 from overtok_megatron.errors import InputError
-from overtok_megatron.inference.decoder import append_tokens
+from overtok_megatron.inference.decoder import append_tokens, empty_cache
 from overtok_megatron.inference.loading import TrainedModel
 from overtok_megatron.inference.speculation import Proposer, Speculation
-from overtok_megatron.model.cache import KVCache
 from overtok_megatron.model.over_decoding import OverDecodingTable
 from overtok_megatron.ngram.ids import MISSING
 from overtok_megatron.parallel.uploading import moved
@@ -28,7 +26,6 @@ def head_speculation(trained: TrainedModel) -> Speculation:
     Raises InputError for a model without such heads.
     """
     model = trained.model
-
     if model.multi_token is None and model.over_decoding is None:
         raise InputError(
             "--speculative: this model has no heads that draft tokens (over_decoding.num_tokens: 1, "
@@ -85,23 +82,16 @@ class MultiTokenProposer:
     """
 
     def __init__(self, trained: TrainedModel, batch: int, columns: int) -> None:
-        config, layers = trained.config.model, trained.model.multi_token
+        layers = trained.model.multi_token
         assert layers is not None
         self._trained, self._layers = trained, layers
         self._window = layers.depth + 1
         self._reach = 0 if trained.tables is None else trained.tables.family.history_length
-        device, dtype = trained.device, trained.dtype
+        device, size = trained.device, trained.config.model.hidden_size
         self._tokens = torch.full((batch, self._reach + self._window), MISSING, device=device)
-        self._hidden = torch.zeros(batch, self._window, config.hidden_size, dtype=dtype, device=device)
-        self._cache = KVCache(
-            batch=batch,
-            columns=columns + 2 * self._window,  # of padding before a sequence, and of positions that run again
-            num_layers=layers.depth,
-            num_key_value_heads=key_value_heads(config),
-            head_size=head_size(config),
-            dtype=dtype,
-            device=device,
-        )
+        self._hidden = torch.zeros(batch, self._window, size, dtype=trained.dtype, device=device)
+        # The further columns are of padding before a sequence, and of positions that run again.
+        self._cache = empty_cache(trained, batch, columns + 2 * self._window, layers.depth)
 
     @property
     def num_drafts(self) -> int:

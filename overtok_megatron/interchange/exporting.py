@@ -112,7 +112,7 @@ class _Export:
                 "it was trained with attention within documents, but in transformers it attends across end-of-document tokens "
                 "as well: logits are the same on text without any inside; give it one document at a time"
             )
-        if not has_word_embedding(config):
+        if not has_word_embedding(config.over_encoding):
             notes.append(
                 "its input is n-grams alone: model.embed_tokens.weight is zero, and must not be trained (requires_grad=False)"
             )
@@ -145,7 +145,7 @@ class _Export:
         The families' classes always have a word embedding; that of a model without one is zero there.
         """
         wanted = dict.fromkeys(weight_shapes(self.config), ())
-        lacks_word = not has_word_embedding(self.config)
+        lacks_word = not has_word_embedding(self.config.over_encoding)
         for name, weight in read_parts(self.source, self.manifest.layout.model_parallel_ranks, wanted):
             own = weight if self.options.dtype is None else weight.to(DTYPES[self.options.dtype])
             if lacks_word:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from overtok_megatron.checkpoint.dense import open_tensors
 from overtok_megatron.checkpoint.weights_only import write_weights
+from overtok_megatron.config.derived import has_word_embedding
 from overtok_megatron.config.loading import save_resolved
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, RunConfig
 from overtok_megatron.config.wording import line
@@ -167,9 +168,8 @@ def _dense(folder: _Folder) -> Iterator[tuple[str, Tensor]]:
     weights = folder.weights
     encoder = [name for name in weights.names if name.startswith(_ENCODER)]
     backbone = [name for name in weights.names if not name.startswith(_ENCODER)]
-    over = folder.over_encoding
     for name, weight in to_ours(folder.model, backbone, weights.read):
-        if name == WORD and over.enabled and not over.word_embedding:
+        if name == WORD and not has_word_embedding(folder.over_encoding):
             if weight.any():
                 raise CheckpointError(
                     f"{folder.path}: model.embed_tokens.weight is not zero, but the model was exported with "

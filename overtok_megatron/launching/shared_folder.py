@@ -11,9 +11,8 @@ from pathlib import Path
 
 from overtok_megatron.run_folder import RunFolder
 
-SEEN_WITHIN = (
-    20.0  # seconds until a host must see a new file: network file systems remember a folder's names for a while
-)
+# Seconds until a host must see a new file: network file systems remember a folder's names for a while.
+SEEN_WITHIN = 20.0
 _POLL = 0.1
 
 

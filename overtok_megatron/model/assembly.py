@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from overtok_megatron.config.derived import attention_windows, head_size, key_value_heads
+from overtok_megatron.config.derived import attention_windows, has_word_embedding, head_size, key_value_heads
 from overtok_megatron.config.output_schema import MultiTokenPredictionConfig, OverDecodingConfig
 from overtok_megatron.config.schema import ModelConfig, OverEncodingConfig, Recompute, RunConfig
 from overtok_megatron.kernels.choice import Kernels
@@ -143,7 +143,7 @@ class Assembly:
     def embedding(self, parts: Sequence[EmbeddingPart]) -> InputEmbedding | None:
         """Those dense parts that are named, of the parts that the model has; None without any."""
         model, word, over_encoding = self.model, None, None
-        if "word" in parts and (self.over.word_embedding or not self.over.enabled):
+        if "word" in parts and has_word_embedding(self.over):
             word = VocabParallelEmbedding(
                 model.vocab_size,
                 model.hidden_size,

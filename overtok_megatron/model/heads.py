@@ -32,8 +32,8 @@ class ForwardResult(NamedTuple):
     objective: what is minimised, the only part with a gradient: the cross entropy, its z-loss (which linear_cross_entropy adds
     and nothing reports apart), and the auxiliary losses. main_loss: the summed cross entropy of the next token.
     auxiliary_losses: the losses of other layers by name: that of routers times its weight, those of heads for later tokens as
-    summed cross entropies, without weights. router_stats [layers, F]: see moe.py; None
-    without experts. This is a named tuple because DeepSpeed finds tensors in tuples and dictionaries only.
+    summed cross entropies, without weights. router_stats [layers, F]: see moe.py; None without experts. This is a named tuple
+    because DeepSpeed finds tensors in tuples and dictionaries only.
     """
 
     objective: Tensor

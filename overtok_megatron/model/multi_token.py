@@ -26,9 +26,8 @@ from overtok_megatron.ngram.fetched_rows import FetchedRows
 from overtok_megatron.parallel.collectives import split_over_group
 from overtok_megatron.parallel.linear import SlicedInputLinear
 
-Embed = Callable[
-    [int], Tensor
-]  # depth d = 1 .. D -> the embeddings [b, s_shard, d] of the tokens d after each position
+# Depth d = 1 .. D -> the embeddings [b, s_shard, d] of the tokens d after each position.
+Embed = Callable[[int], Tensor]
 
 
 class MultiTokenLayer(nn.Module):

@@ -113,9 +113,8 @@ class SlicedInputLinear(nn.Module):
         initialise(self.weight, std, seed, f"{name}.weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        own = F.linear(
-            x, copy_to_group(self.weight, self.group)
-        )  # each rank saw a slice: the weight's gradient is summed
+        weight = copy_to_group(self.weight, self.group)  # each rank saw a slice: the weight's gradient is summed
+        own = F.linear(x, weight)
         return own if self.sequence_parallel else gather_from_group(own, self.group, 1)
 
     def extra_repr(self) -> str:

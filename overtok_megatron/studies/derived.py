@@ -103,7 +103,7 @@ def _times_own(key: str, factor: float, config: RunConfig) -> float | int:
 def table_rows(config: RunConfig, factor: float) -> int:
     """m for `factor` times the hash base: that number, or the nearest good size where it collides and may not.
 
-    Raises ConfigError where there is no good size.
+    Raises ConfigError if no good size exists.
     """
     base, over = hash_base(config), config.over_encoding
     rows = max(1, round(factor * base))

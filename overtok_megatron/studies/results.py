@@ -25,7 +25,7 @@ from typing import Any
 
 from overtok_megatron.config.counts import parameter_counts
 from overtok_megatron.config.derived import tokens_per_step, train_iters
-from overtok_megatron.errors import CheckpointError, DataError
+from overtok_megatron.errors import DataError, InUseError
 from overtok_megatron.files import write_atomically
 from overtok_megatron.loss_metrics import validation_losses
 from overtok_megatron.run_folder import RunFolder, read_records
@@ -145,14 +145,14 @@ def results_beside(path: Path) -> dict[str, Result]:
 
 
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines to a file of results. Raises CheckpointError where another process holds the lock for a minute, DataError
-    where the file cannot be written."""
+    """Add lines to a file of results. Raises InUseError where another process holds the lock for a minute, DataError where the
+    file cannot be written."""
     lock, deadline = RunLock(path.parent, "overtok study: recording a cell"), time.monotonic() + _LOCK_SECONDS
     while True:
         try:
             lock.take()
             break
-        except CheckpointError:
+        except InUseError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)

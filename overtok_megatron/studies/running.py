@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from overtok_megatron.errors import CheckpointError, OvertokError
+from overtok_megatron.errors import InUseError, OvertokError
 from overtok_megatron.launching.console import overtok_command
 from overtok_megatron.launching.local import finished
 from overtok_megatron.run_folder import RunFolder
@@ -127,9 +127,7 @@ def _wait_until_free(run: Path, tell: Tell) -> None:
         lock = RunLock(run, "overtok study")
         try:
             lock.take()
-        except CheckpointError as error:
-            if "in use by" not in str(error):
-                raise
+        except InUseError as error:
             if not told:
                 tell(f"waits: {error}")
             told = True
@@ -140,8 +138,10 @@ def _wait_until_free(run: Path, tell: Tell) -> None:
 
 
 def error_line(log: Path, begin: int = 0) -> str | None:
-    """The first line of a run's output from byte `begin` on that begins with `error`; without one the last line that names an
-    exception, else the last line of all. None where there is no output."""
+    """The line of a run's output, from byte `begin` on, that says why it failed; None if there is no output.
+
+    It is the first line that begins with `error`, else the last one that names an exception, else the last of all.
+    """
     with log.open("rb") as file:
         file.seek(begin)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

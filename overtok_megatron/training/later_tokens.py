@@ -90,9 +90,8 @@ class LaterTokensReader:
             if self._grid.tensor_rank == 0 and self._grid.coordinate("context") == 0:  # others have the same sequences
                 counts += torch.stack([(target != IGNORE_INDEX).sum() for target in targets])
             inputs = later_inputs(sequences, targets[0].shape[1], self._depth)
-            own = [
-                self._own_slice(whole).split(tokens.shape[1]) for whole in (*targets, *inputs)
-            ]  # [b, s_slice] of each batch
+            # Of each target and input, the slices [b, s / context ranks] of all micro-batches.
+            own = [self._own_slice(whole).split(tokens.shape[1]) for whole in (*targets, *inputs)]
             for of_batch in zip(*own, strict=True):
                 micro_batches.append((of_batch[: self._further], of_batch[self._further :]))
         total = counts.clone()

@@ -62,11 +62,10 @@ def facts_of(
     first: the first rank's configuration, as `model_dump` in the mode of JSON gives it. token: what the first rank wrote into
     the output folder.
     """
+    folder = config.training.output_directory
     values = {
         _CONFIGURATION: _difference(first, config.model_dump(mode="json")) or _AS_FIRST,
-        _FOLDER: _AS_FIRST
-        if sees_token(Path(config.training.output_directory), token)
-        else f"{config.training.output_directory} is another folder",
+        _FOLDER: _AS_FIRST if sees_token(Path(folder), token) else f"{folder} is another folder",
         **_data(config),
         **_versions(),
         "device": device_type,

@@ -15,6 +15,9 @@ from overtok_megatron.files import nearest_folder
 from overtok_megatron.training.deepspeed.checkpoint_files import deepspeed_bytes, dense_bytes
 from overtok_megatron.training.engine import TrainingEngine
 
+# What stands after a failed save, and what to do about it.
+MAKE_ROOM = "earlier checkpoints are intact: make room, and the same command goes on from the latest one"
+
 
 def bytes_to_write(engine: TrainingEngine, writer: TableWriter | None) -> int:
     """At least how many bytes this rank writes in the next save. writer: of its tables, if there are any."""
@@ -47,5 +50,5 @@ def check_space(engine: TrainingEngine, folder: Path, step: int, needed: int) ->
         free, rank, host = min(told)
         raise CheckpointError(
             f"could not save step {step}: {folder}: {total / 1e9:.3f} GB are to be written and {free / 1e9:.3f} GB are free on "
-            f"{host} (rank {rank}); earlier checkpoints are intact: make room, and the same command goes on from the latest one"
+            f"{host} (rank {rank}); {MAKE_ROOM}"
         )

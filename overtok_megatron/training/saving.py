@@ -40,7 +40,7 @@ from overtok_megatron.training.agreement import WRITE_ERRORS, reason
 from overtok_megatron.training.deepspeed.universal import universal_info
 from overtok_megatron.training.engine import TrainingEngine
 from overtok_megatron.training.resuming import layout_of
-from overtok_megatron.training.save_space import bytes_to_write, check_space
+from overtok_megatron.training.save_space import MAKE_ROOM, bytes_to_write, check_space
 
 _NOTES = "notes"  # folder of the ranks' notes inside a partial checkpoint
 
@@ -186,10 +186,7 @@ class Saver:
                 self.store.discard(self._step)
         self.engine.grid.wait_for_all()
         rank, text = failures[0]
-        raise CheckpointError(
-            f"could not save step {self._step} on rank {rank}: {text}; earlier checkpoints are intact: "
-            "make room, and the same command goes on from the latest one"
-        )
+        raise CheckpointError(f"could not save step {self._step} on rank {rank}: {text}; {MAKE_ROOM}")
 
     def _start_dense(self, folder: Path) -> Callable[[], dict[str, Digest]]:
         """Write DeepSpeed's files, and copy our weights; the returned function writes the weights and syncs and hashes all.

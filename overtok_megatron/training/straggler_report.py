@@ -53,9 +53,9 @@ def compared_groups(shape: GridShape) -> list[list[int]]:
 def late_ranks(times: Mapping[int, RankTimes], shape: GridShape, threshold: float) -> list[Late]:
     """The ranks that are late by more than `threshold` times a step, the latest one first. times: by rank."""
     found = []
+    by_stage = shape.world_size == shape.pipe  # stages of one rank each, which are compared with each other
     for group in compared_groups(shape):
         measured = [rank for rank in group if rank in times and times[rank].steps > 0]
-        by_stage = len(group) == shape.pipe and shape.world_size == shape.pipe and shape.pipe > 1
         for rank in measured if len(measured) > 1 else ():
             late = _lateness(rank, {one: times[one] for one in measured}, rank if by_stage else None)
             if late.seconds > max(_LEAST, threshold * late.step_seconds):

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-_STATES = {
+_STATES = {  # by the letter in /proc/PID/stat
     "R": "its process computes",
     "S": "its process waits",
     "D": "its process waits in the kernel for a disk or a driver",
