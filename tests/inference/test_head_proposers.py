@@ -17,6 +17,7 @@ from overtok_megatron.inference.sampling import Draw, Sampling
 from overtok_megatron.inference.speculation import Proposer, SpeculativeDecoder
 from overtok_megatron.kernels.documents import Documents
 from overtok_megatron.model.documents import document_ids
+from overtok_megatron.model.over_decoding import OverDecodingTable
 from support.small_models import KINDS, WITHIN, Endless, Letters, build_small_model
 
 PROMPTS = [[5], [7, 0, 9, 12, 33, 2], [60, 1, 1], [int(letter) + 1 for letter in "314159265358"], [4, 4]]
@@ -36,8 +37,8 @@ def logits_of(trained: TrainedModel, tokens: list[int], drafts: list[int]) -> li
     hidden = model.head.norm(model.hidden(known, trained.fetch_rows(known))[0])  # [1, n, d]
     if model.multi_token is None:
         assert model.over_decoding is not None
-        tables = model.over_decoding.tables.values()
-        return [table.logits(hidden, hidden)[0, -1] for table in tables]  # type: ignore[operator]
+        tables = [table for table in model.over_decoding.tables.values() if isinstance(table, OverDecodingTable)]
+        return [table.logits(hidden, hidden)[0, -1] for table in tables]
     everything = torch.tensor([tokens + drafts])
     embedded = model.embedding(everything, trained.fetch_rows(everything))
     documents = None if model.eod_id is None else Documents(document_ids(known, model.eod_id))

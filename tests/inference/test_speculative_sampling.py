@@ -6,6 +6,7 @@ The vocabulary has 8 tokens, so the distribution of three tokens is computed exa
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from support.small_models import Letters, full_logits
 
 VOCAB, DRAFTS = 8, 2
 PROMPT = [3, 1, 4]  # the last one is pending
-SETTINGS: dict[str, dict[str, float]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "temperature 0.7": {"temperature": 0.7},
     "temperature 1.3": {"temperature": 1.3},
     "top-p": {"temperature": 1.0, "top_p": 0.8},
@@ -108,8 +109,8 @@ def chance(counts: Tensor, expected: Tensor) -> float:
     return torch.special.gammaincc(freedom / 2, statistic / 2).item()
 
 
-def judge(trained: TrainedModel, settings: dict[str, float], rows: int, batches: int = 1) -> tuple[float, list[float]]:
-    sampling = Sampling(**settings)  # type: ignore[arg-type]
+def judge(trained: TrainedModel, settings: dict[str, Any], rows: int, batches: int = 1) -> tuple[float, list[float]]:
+    sampling = Sampling(**settings)
     results = [observed(trained, sampling, rows, rows * batch) for batch in range(batches)]
     counts = torch.stack([count for count, _ in results]).sum(dim=0)
     assert counts.sum() == rows * batches
@@ -127,7 +128,7 @@ def wrong_bonus(p: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_the_distribution_is_the_models(trained: TrainedModel, settings: dict[str, float]) -> None:
+def test_the_distribution_is_the_models(trained: TrainedModel, settings: dict[str, Any]) -> None:
     found, shares = judge(trained, settings, 20_000)
     assert found > 0.005
     assert 0.03 < shares[1] < shares[0] < 0.95
@@ -135,7 +136,7 @@ def test_the_distribution_is_the_models(trained: TrainedModel, settings: dict[st
 
 @pytest.mark.ci
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_the_distribution_of_many_draws(trained: TrainedModel, settings: dict[str, float]) -> None:
+def test_the_distribution_of_many_draws(trained: TrainedModel, settings: dict[str, Any]) -> None:
     found, _ = judge(trained, settings, 25_000, batches=4)
     assert found > 0.005
 
@@ -155,7 +156,7 @@ def test_a_wrong_rule_is_found(
 
 def test_sequences_of_different_settings_in_one_batch(trained: TrainedModel) -> None:
     """Each gets what it would get alone; greedy ones among them."""
-    kinds = [Sampling(**settings, seed=seed) for settings in SETTINGS.values() for seed in range(3)]  # type: ignore[arg-type]
+    kinds = [Sampling(**settings, seed=seed) for settings in SETTINGS.values() for seed in range(3)]
     kinds += [Sampling(), Sampling(top_k=3)]
 
     def texts(samplings: list[Sampling]) -> list[list[int]]:

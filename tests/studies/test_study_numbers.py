@@ -91,7 +91,8 @@ def test_means_and_lines_are_those_of_numpy() -> None:
         assert line.r_squared == pytest.approx(1.0 - left / np.sum((values - np.mean(values)) ** 2))
     assert mean_of([4.4]).error is None
     assert fit_log([(10.0, 1.0), (10.0, 2.0)]) is None
-    assert fit_log([(10.0, 1.0), (100.0, 1.0)]).r_squared == 1.0  # type: ignore[union-attr]
+    flat = fit_log([(10.0, 1.0), (100.0, 1.0)])
+    assert flat is not None and flat.r_squared == 1.0
 
 
 def test_a_line_through_exact_points_is_found() -> None:

@@ -161,7 +161,7 @@ class Reference:
         own = {name: weight for name, weight in ours.named_parameters() if name.startswith("over_decoding.")}
         self.heads = {name: nn.Parameter(weight.detach().clone()) for name, weight in own.items()}
         self.multi_token = MultiTokenLayers(ours, self.model, config)
-        self.later: list[dict[str, float]] = []  # losses of heads for later tokens, a step each
+        self.later: list[dict[str, float]] = []  # per step: the losses of heads for later tokens, by name
         self._build_optimizers()
         self.norms: list[float] = []  # before clipping, a step each
         self.square_sums = [torch.zeros(size, dtype=torch.float64) for size in self.space.sizes]

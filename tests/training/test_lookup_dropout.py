@@ -9,12 +9,11 @@ import torch
 from overtok_megatron.checkpoint.store import CheckpointStore
 from overtok_megatron.kernels.rows import mix, noise_key
 from overtok_megatron.ngram.dropout import LookupDropout
-from overtok_megatron.training.engine import TrainingEngine
-from overtok_megatron.training.processes import start_processes
 from overtok_megatron.training.resuming import load_checkpoint
 from overtok_megatron.training.saving import Saver
 from support.distributed_harness import run_ranks
-from support.layouts import CPU, EOD, SEQ, Layout, layout, layout_config, own_tokens, stream
+from support.layout_changes import start
+from support.layouts import CPU, EOD, SEQ, Layout, layout, own_tokens, stream
 
 DROPPED = {"dropout": [0.3, 0.6], "optimizer": "rowwise_adagrad"}
 _MASK = 0xFFFFFFFF
@@ -57,16 +56,11 @@ def test_shares_and_independence() -> None:
     assert abs(float(torch.corrcoef(torch.stack([in_order, other[:, 1]]))[0, 1])) < 0.02  # steps
 
 
-def engine_of(case: Layout) -> TrainingEngine:
-    config = layout_config(case)
-    return TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-
-
 def train(cases: list[Layout]) -> list[list[float]]:
     """One rank's work: the losses of each case."""
     losses = []
     for case in cases:
-        engine = engine_of(case)
+        engine = start(case)
         losses.append([engine.step(own_tokens(engine, batch), 3e-3).loss for batch in stream()[:8]])
     return losses
 
@@ -83,23 +77,23 @@ def one_rank(folder: Path) -> dict[str, Any]:
     whole, everything = train([layout("z1", over=DROPPED), layout("z1")])
     found: dict[str, Any] = {"whole": whole, "everything": everything}
 
-    engine = engine_of(layout("z1", over=DROPPED))
+    engine = start(layout("z1", over=DROPPED))
     for batch in stream()[:3]:
         engine.step(own_tokens(engine, batch), 3e-3)
     saver = Saver(engine, CheckpointStore(folder), eod_id=EOD, tokenizer_fingerprint="none")
     saver.save(3, 3 * 12)
     saver.finish()
-    again = engine_of(layout("z1", over=DROPPED))
+    again = start(layout("z1", over=DROPPED))
     path = CheckpointStore(folder).latest()
     assert path is not None
     load_checkpoint(again, path)
     found["resumed"] = [again.step(own_tokens(again, batch), 3e-3).loss for batch in stream()[3:8]]
 
     pair = stream()[0][:, :SEQ], stream()[0][:, 1:]
-    evaluated = [engine_of(layout("", over=DROPPED | {"dropout": rate})) for rate in (0.5, 0.0)]
+    evaluated = [start(layout("", over=DROPPED | {"dropout": rate})) for rate in (0.5, 0.0)]
     found["evaluations"] = [engine.evaluate([pair]) for engine in evaluated]
 
-    everything_dropped = engine_of(layout("", over=DROPPED | {"dropout": 1 - 2**-32}))
+    everything_dropped = start(layout("", over=DROPPED | {"dropout": 1 - 2**-32}))
     assert everything_dropped.tables is not None
     before = everything_dropped.tables.store.rows.weight.clone()
     everything_dropped.step(own_tokens(everything_dropped, stream()[0]), 3e-3)

@@ -7,54 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from overtok_megatron.checkpoint.store import CheckpointStore
-from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.inference.loading import load_trained
-from overtok_megatron.training.engine import TrainingEngine
-from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_checkpoint
-from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.step_result import StepResult
-from support.dataset_factory import train_batches, write_dataset
 from support.distributed_harness import run_ranks
 from support.later_losses import OD3
-from support.layout_changes import check_pairs, check_universal
+from support.later_runs import (
+    check_four_samples,
+    check_main_losses,
+    check_resumed,
+    step_on_a_set,
+    stop_and_go_on,
+    train_rank,
+    train_run,
+    with_and_without,
+    write_four_samples,
+)
+from support.layout_changes import check_pairs, check_universal, start
 from support.layouts import (
     CPU,
-    EOD,
     OLMOE,
     SEQ,
     TIED,
-    VOCAB,
     WITHIN,
     Layout,
     experts,
     layout,
-    layout_config,
     own_tokens,
     stream,
 )
-from support.reference import Reference
-from support.trained_runs import TrainedRuns, tiny_run_config
+from support.trained_runs import TrainedRuns
 
-STEPS = 8
 D1 = {"multi_token_prediction": {"depth": 1, "loss_weight": 0.3}}
 D2 = {"multi_token_prediction": {"depth": 2, "loss_weight": 0.5}}
 NO_WEIGHT = {"multi_token_prediction": {"depth": 2, "loss_weight": 0.0}}
 NAMES = ["multi_token_1", "multi_token_2"]
-
-
-def train_rank(cases: list[Layout]) -> list[list[StepResult]]:
-    """One rank's work: the steps of each case, whose samples begin alike whatever heads there are."""
-    results = []
-    for case in cases:
-        config = layout_config(case)
-        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        results.append([engine.step(own_tokens(engine, batch), 3e-3) for batch in stream(2)[:STEPS]])
-    return results
 
 
 ALONE: dict[str, dict[str, Any]] = {
@@ -63,23 +50,12 @@ ALONE: dict[str, dict[str, Any]] = {
     "z2": {"training": {"recompute": "full"}, "data": WITHIN},
     "z3": {"model": OLMOE},
 }
-TOGETHER = {"tp2 sp": {}, "tp2": {}, "pp2 z1": {"model": TIED}, "cp2": {}, "z3": {}}
-
-
-def pairs_of(shorts: dict[str, dict[str, Any]]) -> list[Layout]:
-    """Each layout without heads, and with heads whose losses have a weight of 0."""
-    return [
-        layout(short, micro=6, sections=sections, **others)
-        for short, others in shorts.items()
-        for sections in ({}, NO_WEIGHT)
-    ]
+TOGETHER: dict[str, dict[str, Any]] = {"tp2 sp": {}, "tp2": {}, "pp2 z1": {"model": TIED}, "cp2": {}, "z3": {}}
 
 
 def check_pairs_of(names: list[str], results: list[list[StepResult]], relative: float) -> None:
-    for name, without, with_heads in zip(names, results[::2], results[1::2], strict=True):
-        assert [step.loss for step in with_heads] == pytest.approx(
-            [step.loss for step in without], rel=relative, abs=0.0
-        ), name
+    check_main_losses(names, results, relative)
+    for name, with_heads in zip(names, results[1::2], strict=True):
         for step in with_heads:
             found = [step.auxiliary_losses[head] for head in NAMES]
             assert all(math.isfinite(loss) and 1.0 < loss < 9.0 for loss in found), name
@@ -87,17 +63,16 @@ def check_pairs_of(names: list[str], results: list[list[StepResult]], relative: 
 
 def test_heads_of_weight_0_leave_the_main_losses_bit_for_bit() -> None:
     """In one process, where no sum runs over ranks; also with experts, whose routers would move the main model."""
-    (results,) = run_ranks(1, train_rank, pairs_of(ALONE), timeout=200)
+    (results,) = run_ranks(1, train_rank, with_and_without([*ALONE.items()], NO_WEIGHT), timeout=200)
     check_pairs_of(list(ALONE), results, relative=0.0)
 
 
 @pytest.mark.ci
 def test_heads_of_weight_0_leave_the_main_losses_on_layouts() -> None:
-    for results in run_ranks(2, train_rank, pairs_of(TOGETHER), timeout=200):
+    for results in run_ranks(2, train_rank, with_and_without([*TOGETHER.items()], NO_WEIGHT), timeout=200):
         check_pairs_of(list(TOGETHER), results, relative=1e-6)
 
 
-SAVED_AT, END = 2, 5
 RESUMED = {
     1: {"one process": layout("z1", micro=6, sections=D2)},
     2: {
@@ -109,34 +84,9 @@ RESUMED = {
 }
 
 
-def stop_and_go_on(cases: dict[str, Layout], folder: Path) -> dict[str, list[list[StepResult]]]:
-    """One rank's work: the last steps of an uninterrupted run, and those of one that goes on from the checkpoint on its way."""
-    results = {}
-    for name, case in cases.items():
-        config = layout_config(case)
-        batches = stream(2)[:END]
-        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        for batch in batches[:SAVED_AT]:
-            engine.step(own_tokens(engine, batch), 3e-3)
-        saver = Saver(engine, CheckpointStore(folder / name), eod_id=EOD, tokenizer_fingerprint="none")
-        saver.save(SAVED_AT, 0)
-        saver.finish()
-        whole = [engine.step(own_tokens(engine, batch), 3e-3) for batch in batches[SAVED_AT:]]
-        path = CheckpointStore(folder / name).latest()
-        assert path is not None
-        again = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        load_checkpoint(again, path)
-        results[name] = [whole, [again.step(own_tokens(again, batch), 3e-3) for batch in batches[SAVED_AT:]]]
-    return results
-
-
 @pytest.mark.parametrize("world", RESUMED)
 def test_a_run_resumes_bit_for_bit(world: int, tmp_path: Path) -> None:
-    for rank in run_ranks(world, stop_and_go_on, RESUMED[world], tmp_path, timeout=200):
-        for name, (whole, resumed) in rank.items():
-            assert [(step.loss, step.grad_norm, step.auxiliary_losses) for step in resumed] == [
-                (step.loss, step.grad_norm, step.auxiliary_losses) for step in whole
-            ], name
+    check_resumed(run_ranks(world, stop_and_go_on, RESUMED[world], tmp_path, timeout=200))
 
 
 PAIRS: dict[str, tuple[int, Layout]] = {
@@ -160,8 +110,7 @@ def train_ahead(case: Layout) -> tuple[list[StepResult], list[StepResult]]:
     """One rank's work: the same steps, each announced before the one before it, or not at all."""
     results = []
     for announced in (True, False):
-        config = layout_config(case)
-        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        engine = start(case)
         batches = [own_tokens(engine, batch) for batch in stream(2)[:4]]
         steps = []
         if announced:
@@ -202,40 +151,13 @@ def test_a_stage_looks_up_what_it_reads() -> None:
         assert [step.looked_up_rows for step in results] == [*wanted.values()]
 
 
-def end_of_data(case: Layout, prefix: Path) -> StepResult:
-    """One rank's work: a step on all samples of a set."""
-    config = layout_config(case)
-    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-    samples = train_batches(
-        IndexedDataset(prefix),
-        SEQ,
-        config.training.micro_batch_size,
-        engine.num_micro_batches,
-        engine.grid.data_rank,
-        engine.grid.shape.data,
-        seed=0,
-        extra_tokens=engine.extra_tokens,
-    )
-    return engine.step(torch.from_numpy(samples.read(0)), 3e-3)
-
-
 @pytest.mark.parametrize(("short", "data"), [("z1", {}), ("pp2", WITHIN), ("tp2 sp", {})])
 def test_the_last_samples_of_the_data_lack_further_tokens(short: str, data: dict[str, Any], tmp_path: Path) -> None:
-    """A set of just four samples: behind the last target of the last one there is no token that a depth could read."""
-    generator = torch.Generator().manual_seed(1)
-    documents = [[*torch.randint(4, VOCAB, (size,), generator=generator).tolist(), EOD] for size in (9, 21, 15)]
-    documents[-1] += [5]
-    write_dataset(tmp_path / "set", documents)
+    """A set of just four samples: after the last target of the last one there is no token that a depth could read."""
+    write_four_samples(tmp_path / "set")
     case = layout(short, data=data, training={"micro_batch_size": 2, "global_batch_size": 4}, sections=D2)
-    ranks = run_ranks(2, end_of_data, case, tmp_path / "set")
-    samples = train_batches(IndexedDataset(tmp_path / "set"), SEQ, 4, seed=0, extra_tokens=3).read(0)
-    assert samples.size == 4 * (SEQ + 3) and (samples < 0).any()
-    reference = Reference(layout_config(case), EOD)
-    loss = reference.step(torch.from_numpy(samples)[0])
-    for result in ranks:
-        assert result.loss == pytest.approx(loss, rel=1e-5)
-        assert result.auxiliary_losses == pytest.approx(reference.later[0], rel=1e-5)
-        assert result.grad_norm == pytest.approx(reference.norms[0], rel=1e-4)
+    ranks = run_ranks(2, step_on_a_set, case, tmp_path / "set")
+    check_four_samples(case, tmp_path / "set", [result for result, _ in ranks])
 
 
 def test_routers_of_the_depths_are_trained_and_not_reported() -> None:
@@ -245,18 +167,8 @@ def test_routers_of_the_depths_are_trained_and_not_reported() -> None:
     assert with_heads.router_metrics == pytest.approx(without.router_metrics, rel=1e-6)
 
 
-def train_run(folder: Path, output: Path, num_threads: int = 1) -> None:
-    """One rank's work: a run with two depths."""
-    from overtok_megatron.training.trainer import Trainer
-
-    values = tiny_run_config(folder, "fp32").model_dump(mode="json") | D2
-    values["training"] |= {"output_directory": str(output), "train_iters": 4, "validation_interval": 2}
-    output.mkdir()
-    assert Trainer(RunConfig.model_validate(values), device=CPU, num_threads=num_threads).run()
-
-
 def test_a_run_reports_its_depths_and_its_model_is_read(trained_runs: TrainedRuns, tmp_path: Path) -> None:
-    run_ranks(1, train_run, trained_runs.folder, tmp_path / "run")
+    run_ranks(1, train_run, trained_runs.folder, tmp_path / "run", D2)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         assert {name for name in record if name.startswith("loss/")} == {f"loss/{name}" for name in NAMES}

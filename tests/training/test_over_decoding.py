@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from itertools import permutations, product
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,28 @@ from safetensors.torch import load_file
 
 from overtok_megatron.checkpoint.changes import check_same_state
 from overtok_megatron.checkpoint.layout import CheckpointLayout
-from overtok_megatron.checkpoint.store import CheckpointStore, Manifest
+from overtok_megatron.checkpoint.store import Manifest
 from overtok_megatron.cli import main
 from overtok_megatron.config.schema import RunConfig
-from overtok_megatron.data.indexed import IndexedDataset
 from overtok_megatron.errors import CheckpointError
 from overtok_megatron.inference.loading import load_trained
-from overtok_megatron.training.engine import TrainingEngine
-from overtok_megatron.training.processes import start_processes
-from overtok_megatron.training.resuming import load_checkpoint
-from overtok_megatron.training.saving import Saver
 from overtok_megatron.training.step_result import StepResult
 from support.config_faults import make
-from support.dataset_factory import train_batches, write_dataset
 from support.distributed_harness import run_ranks
 from support.expect_error import command_error
 from support.later_losses import OD2, OD3
-from support.layout_changes import check_pairs, check_universal
+from support.later_runs import (
+    check_four_samples,
+    check_main_losses,
+    check_resumed,
+    step_on_a_set,
+    stop_and_go_on,
+    train_rank,
+    train_run,
+    with_and_without,
+    write_four_samples,
+)
+from support.layout_changes import check_pairs, check_universal, start
 from support.layout_matrix import train_rank as train_matrix_rank
 from support.layouts import (
     BATCH,
@@ -37,34 +42,20 @@ from support.layouts import (
     EOD,
     SEQ,
     TIED,
-    VOCAB,
     WITHIN,
     Layout,
     layout,
-    layout_config,
     own_tokens,
     reference_run,
     stream,
 )
-from support.reference import Reference
-from support.trained_runs import TrainedRuns, tiny_run_config
+from support.trained_runs import TrainedRuns
 
-STEPS = 8
 HALF = {"precision": "bf16"}
 NO_WEIGHT = {"over_decoding": OD3["over_decoding"] | {"loss_weights": [0.0, 0.0]}}
 
 
-def train_rank(cases: list[Layout]) -> list[list[StepResult]]:
-    """One rank's work: the steps of each case; a run without heads takes the same samples."""
-    results = []
-    for case in cases:
-        config = layout_config(case)
-        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        results.append([engine.step(own_tokens(engine, batch), 3e-3) for batch in stream(2)[:STEPS]])
-    return results
-
-
-ALONE = {
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "no ZeRO": ("", {}),
     "ZeRO 1, tied": ("z1", {"model": TIED}),
     "recomputation": ("z2", {"training": {"recompute": "full"}}),
@@ -73,19 +64,9 @@ ALONE = {
 TOGETHER = {"TP2+SP": "tp2 sp", "PP2, ZeRO 1": "pp2 z1", "CP2": "cp2", "DP2, ZeRO 3": "z3"}
 
 
-def pairs_of(shorts: list[tuple[str, dict[str, Any]]]) -> list[Layout]:
-    """Each layout without heads, and with heads whose losses have a weight of 0."""
-    return [
-        layout(short, micro=6, sections=sections, **others)
-        for (short, others), sections in product(shorts, ({}, NO_WEIGHT))
-    ]
-
-
 def check_pairs_of(names: list[str], results: list[list[StepResult]], relative: float) -> None:
-    for name, without, with_heads in zip(names, results[::2], results[1::2], strict=True):
-        assert [step.loss for step in with_heads] == pytest.approx(
-            [step.loss for step in without], rel=relative, abs=0.0
-        ), name
+    check_main_losses(names, results, relative)
+    for without, with_heads in zip(results[::2], results[1::2], strict=True):
         assert all(step.auxiliary_losses == {} for step in without)
         for step in with_heads:
             assert step.auxiliary_losses.keys() == {"over_decoding_2", "over_decoding_3"}
@@ -94,14 +75,14 @@ def check_pairs_of(names: list[str], results: list[list[StepResult]], relative: 
 
 def test_heads_of_weight_0_leave_the_main_losses_bit_for_bit() -> None:
     """In one process, where no sum runs over ranks."""
-    (results,) = run_ranks(1, train_rank, pairs_of(list(ALONE.values())), timeout=200)
+    (results,) = run_ranks(1, train_rank, with_and_without([*ALONE.values()], NO_WEIGHT), timeout=200)
     check_pairs_of(list(ALONE), results, relative=0.0)
 
 
 @pytest.mark.ci
 def test_heads_of_weight_0_leave_the_main_losses_on_layouts() -> None:
     shorts: list[tuple[str, dict[str, Any]]] = [(short, {}) for short in TOGETHER.values()]
-    for results in run_ranks(2, train_rank, pairs_of(shorts), timeout=200):
+    for results in run_ranks(2, train_rank, with_and_without(shorts, NO_WEIGHT), timeout=200):
         check_pairs_of(list(TOGETHER), results, relative=1e-6)
 
 
@@ -126,7 +107,6 @@ def test_bfloat16_follows_one_process_in_float32() -> None:
             assert rank[index].norms == pytest.approx(reference.norms, rel=5e-2), name
 
 
-SAVED_AT, END = 2, 5
 RESUMED = {
     1: {"one process": layout("z1", micro=6, sections=OD3)},
     2: {
@@ -137,34 +117,9 @@ RESUMED = {
 }
 
 
-def stop_and_go_on(cases: dict[str, Layout], folder: Path) -> dict[str, tuple[list[StepResult], list[StepResult]]]:
-    """One rank's work: the last steps of an uninterrupted run, and those of one that goes on from the checkpoint on its way."""
-    results = {}
-    batches = stream(2)[:END]
-    for name, case in cases.items():
-        config = layout_config(case)
-        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        for batch in batches[:SAVED_AT]:
-            engine.step(own_tokens(engine, batch), 3e-3)
-        saver = Saver(engine, CheckpointStore(folder / name), eod_id=EOD, tokenizer_fingerprint="none")
-        saver.save(SAVED_AT, 0)
-        saver.finish()
-        whole = [engine.step(own_tokens(engine, batch), 3e-3) for batch in batches[SAVED_AT:]]
-        path = CheckpointStore(folder / name).latest()
-        assert path is not None
-        again = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-        load_checkpoint(again, path)
-        results[name] = (whole, [again.step(own_tokens(again, batch), 3e-3) for batch in batches[SAVED_AT:]])
-    return results
-
-
 @pytest.mark.parametrize("world", RESUMED)
 def test_a_run_resumes_bit_for_bit(world: int, tmp_path: Path) -> None:
-    for rank in run_ranks(world, stop_and_go_on, RESUMED[world], tmp_path, timeout=200):
-        for name, (whole, resumed) in rank.items():
-            assert [(step.loss, step.grad_norm, step.auxiliary_losses) for step in resumed] == [
-                (step.loss, step.grad_norm, step.auxiliary_losses) for step in whole
-            ], name
+    check_resumed(run_ranks(world, stop_and_go_on, RESUMED[world], tmp_path, timeout=200))
 
 
 PAIRS: dict[str, tuple[int, Layout]] = {
@@ -181,38 +136,14 @@ def test_checkpoints_go_on_in_another_layout(tmp_path: Path) -> None:
     check_universal(tmp_path / "TP2xPP2+SP, ZeRO 1", tmp_path / "universal")
 
 
-def end_of_data(case: Layout, prefix: Path) -> tuple[StepResult, list[float]]:
-    """One rank's work: a step on all samples of a set, and this rank's share of the positions that its tables score."""
-    config = layout_config(case)
-    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
-    samples = train_batches(
-        IndexedDataset(prefix),
-        SEQ,
-        config.training.micro_batch_size,
-        engine.num_micro_batches,
-        engine.grid.data_rank,
-        engine.grid.shape.data,
-        seed=0,
-        extra_tokens=engine.extra_tokens,
-    )
-    tokens = torch.from_numpy(samples.read(0))
-    later = engine.later_tokens.read(tokens)
-    assert later is not None
-    return engine.step(tokens, 3e-3), later.own_counts.tolist()
-
-
 @pytest.mark.parametrize(("short", "data"), [("z1", {}), ("z1", WITHIN), ("pp2", {}), ("cp2", WITHIN)])
 def test_the_last_samples_of_the_data_lack_further_tokens(short: str, data: dict[str, Any], tmp_path: Path) -> None:
     """A set of just four samples: the last position of the last one has a next token, and none behind that."""
-    generator = torch.Generator().manual_seed(1)
-    documents = [[*torch.randint(4, VOCAB, (size,), generator=generator).tolist(), EOD] for size in (9, 21, 15)]
-    documents[-1] += [5]
-    tokens = [token for document in documents for token in document]
+    tokens = write_four_samples(tmp_path / "set")
     assert len(tokens) == 4 * SEQ + 1
-    write_dataset(tmp_path / "set", documents)
     training = {"micro_batch_size": 2, "global_batch_size": 4}
     case = layout(short, data=data, training=training, sections=OD3)
-    ranks = run_ranks(2, end_of_data, case, tmp_path / "set")
+    ranks = run_ranks(2, step_on_a_set, case, tmp_path / "set")
 
     counts = []
     for ahead in (2, 3):
@@ -220,13 +151,7 @@ def test_the_last_samples_of_the_data_lack_further_tokens(short: str, data: dict
     assert [sum(own) for own in zip(*(own for _, own in ranks), strict=True)] == counts
     if short == "z1":
         assert ranks[0][1] != ranks[1][1]  # one of them has the end
-    samples = train_batches(IndexedDataset(tmp_path / "set"), SEQ, 4, seed=0, extra_tokens=3).read(0)
-    reference = Reference(layout_config(case), EOD)
-    loss = reference.step(torch.from_numpy(samples)[0])
-    for result, _ in ranks:
-        assert result.loss == pytest.approx(loss, rel=1e-5)
-        assert result.auxiliary_losses == pytest.approx(reference.later[0], rel=1e-5)
-        assert result.grad_norm == pytest.approx(reference.norms[0], rel=1e-4)
+    check_four_samples(case, tmp_path / "set", [result for result, _ in ranks])
 
 
 def test_a_table_that_scores_nothing_reports_no_loss() -> None:
@@ -238,16 +163,14 @@ def test_a_table_that_scores_nothing_reports_no_loss() -> None:
 
 
 def short_documents(case: Layout) -> StepResult:
-    config = layout_config(case)
-    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    engine = start(case)
     tokens = torch.arange(SEQ + 3).remainder(2).mul(EOD - 7).add(7).expand(BATCH, -1)
     return engine.step(own_tokens(engine, tokens), 3e-3)
 
 
 def loss_of_one_table() -> tuple[bool, bool, list[int], dict[str, bool]]:
     """One rank's work: whether main loss and weights are as before a step in which table 3 alone has a NaN; the blame."""
-    config = layout_config(layout("", micro=4, training={"non_finite": "skip"}, sections=OD3))
-    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    engine = start(layout("", micro=4, training={"non_finite": "skip"}, sections=OD3))
     table = engine.model.get_parameter("over_decoding.tables.3.weight")
     with torch.no_grad():
         table[5] = math.nan
@@ -265,20 +188,10 @@ def test_a_loss_of_a_table_that_is_not_finite_leaves_the_step_out() -> None:
     assert run_ranks(1, loss_of_one_table) == [(True, True, [0, 1, 2], finite)]
 
 
-def train_run(folder: Path, output: Path, num_threads: int = 1) -> None:
-    """One rank's work: a run with three output tables."""
-    from overtok_megatron.training.trainer import Trainer
-
-    values = tiny_run_config(folder, "fp32").model_dump(mode="json") | OD3
-    values["training"] |= {"output_directory": str(output), "train_iters": 4, "validation_interval": 2}
-    output.mkdir()
-    assert Trainer(RunConfig.model_validate(values), device=CPU, num_threads=num_threads).run()
-
-
 @pytest.fixture(scope="module")
 def run_with_tables(trained_runs: TrainedRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("over-decoding") / "run"
-    run_ranks(1, train_run, trained_runs.folder, folder)
+    run_ranks(1, train_run, trained_runs.folder, folder, OD3)
     return folder
 
 

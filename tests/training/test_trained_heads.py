@@ -20,6 +20,7 @@ from overtok_megatron.training.resuming import load_checkpoint, load_weights
 from overtok_megatron.training.saving import Saver
 from support.distributed_harness import run_ranks
 from support.later_losses import OD2
+from support.layout_changes import start
 from support.layouts import CPU, EOD, TIED, Layout, experts, layout, layout_config, own_tokens, stream
 
 STEPS, SAVED_AT = 6, 3
@@ -127,15 +128,13 @@ def plain(short: str, **others: Any) -> Layout:
 
 def save(case: Layout, folder: Path) -> None:
     """One rank's work: a run that trains everything, and one from its weights that trains heads alone, with checkpoints."""
-    config = layout_config(plain(""))
-    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    engine = start(plain(""))
     batches = [own_tokens(engine, batch) for batch in stream(2)[:STEPS]]
     engine.step(batches[0], 3e-3)
     write(engine, folder / "all", 1)
     path = CheckpointStore(folder / "all").latest()
     assert path is not None
-    config = layout_config(case)
-    engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+    engine = start(case)
     load_weights(engine, path)
     batches = [own_tokens(engine, batch) for batch in stream(2)[:STEPS]]
     for batch in batches[:SAVED_AT]:
@@ -153,8 +152,7 @@ def go_on(cases: list[Layout], folder: Path) -> list[list[list[float]]]:
     """One rank's work: the last steps from the checkpoint, on every layout."""
     results = []
     for case in cases:
-        config = layout_config(case)
-        engine = TrainingEngine(config, start_processes(config, CPU), CPU, EOD)
+        engine = start(case)
         path = CheckpointStore(folder).latest()
         assert path is not None
         load_checkpoint(engine, path)
